@@ -1,0 +1,59 @@
+"""LLaVA-1.5: CLIP or SigLIP tower, MLP projector, a fixed number of visual tokens an image."""
+
+from __future__ import annotations
+
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codebook.errors import CodebookError
+from codebook.models.base import Family, Image
+
+# The select strategy that leaves exactly the grid of patches, by tower.
+STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+
+
+class Llava(Family):
+    name = "llava"
+
+    def check(self, config: Any) -> Llava:
+        tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
+        if STRATEGY.get(tower) != strategy:
+            known = ", ".join(f"{name} with {value!r}" for name, value in STRATEGY.items())
+            raise CodebookError(f"LLaVA with a {tower} tower and {strategy!r} features is not supported; use {known}")
+        return self
+
+    def tower(self, model: Any) -> nn.Module:
+        return model.base_model.vision_tower
+
+    def projector(self, model: Any) -> nn.Module:
+        return model.base_model.multi_modal_projector
+
+    def grid(self, model: Any) -> tuple[int, int]:
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        return side, side
+
+    def images(self, model: Any, input_ids: list[int]) -> list[Image]:
+        rows, cols = self.grid(model)
+        found, start = [], 0
+        for token, run in groupby(input_ids):
+            length = len(list(run))
+            if token == model.config.image_token_id:
+                if length % (rows * cols):
+                    raise CodebookError(
+                        f"a run of {length} image tokens is not a multiple of {rows * cols}: pass whole images in one "
+                        "forward (no chunked prefill, no truncated prompt)"
+                    )
+                found += [Image(s, rows, cols) for s in range(start, start + length, rows * cols)]
+            start += length
+        return found
+
+    def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
+        layer = model.config.vision_feature_layer
+        hidden = out.hidden_states[layer if isinstance(layer, int) else layer[-1]]
+        has_cls = model.config.vision_feature_select_strategy == "default"
+        patches, cls = (hidden[:, 1:], hidden[:, 0]) if has_cls else (hidden, None)
+        return torch.stack(list(out.pooler_output)), patches, cls
