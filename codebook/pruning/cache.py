@@ -1,0 +1,123 @@
+"""A KV cache layer that is physically shorter than the sequence it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from codebook.errors import CodebookError
+
+PAD = torch.iinfo(torch.int64).max
+"""The column of a padding entry: later than any query, so that no query sees it."""
+
+
+@dataclass(frozen=True)
+class KeptIndex:
+    """Which logical columns a pruned layer stores; immutable, shared by the layers of one stage.
+
+    Attributes
+    ----------
+    columns : (B, P) int64
+        For each stored key its column in the unpruned sequence, `PAD` for padding.
+    logical : int
+        Length of the unpruned sequence so far.
+    dropped : (B,) int64
+        Visual tokens dropped from each row so far: what `positions="compact"` subtracts.
+    padded : bool
+        Whether any column is `PAD`.
+    """
+
+    columns: Tensor
+    logical: int
+    dropped: Tensor
+    padded: bool
+
+    def rows(self, index: Tensor) -> KeptIndex:
+        index = index.to(self.columns.device)
+        return KeptIndex(self.columns[index], self.logical, self.dropped[index], self.padded)
+
+    def cropped(self, count: int) -> KeptIndex:
+        return KeptIndex(self.columns[:, :-count], self.logical - count, self.dropped, self.padded)
+
+
+class PrunedLayer(DynamicLayer):
+    """A `DynamicLayer` that reports its logical length, so positions and slicing in `generate` stay right."""
+
+    def __init__(self, source: DynamicLayer) -> None:
+        super().__init__()
+        if source.is_initialized:
+            self.lazy_initialization(source.keys, source.values)
+            self.keys, self.values = source.keys, source.values
+        self.index: KeptIndex | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        # Without the hooks the mask would be built for the logical length: wrong answers, silently.
+        stored = self.physical + key_states.shape[-2]
+        if self.index is None or self.index.columns.shape[1] != stored:
+            raise CodebookError("this KV cache holds pruned layers: continue it inside `with schedule(model)`")
+        return super().update(key_states, value_states, *args, **kwargs)
+
+    @property
+    def physical(self) -> int:
+        return super().get_seq_length()
+
+    def get_seq_length(self) -> int:
+        return self.index.logical if self.index is not None else self.physical
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length() + query_length, 0
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        if self.index is not None:
+            self.index = self.index.rows(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        if self.index is not None:
+            self.index = self.index.rows(
+                torch.arange(len(self.index.columns), device=self.index.columns.device).repeat_interleave(repeats)
+            )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        if self.index is not None:
+            self.index = self.index.rows(indices)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if tokens_to_remove and self.index is not None:
+            self.index = self.index.cropped(abs(tokens_to_remove))
+
+    def reset(self) -> None:
+        super().reset()
+        self.index = None
+
+
+def pruned_layer(cache: object, layer: int) -> PrunedLayer:
+    """The cache's layer as a `PrunedLayer`, put in its place if it is not one yet.
+
+    Raises
+    ------
+    CodebookError
+        For caches other than a plain `DynamicCache`.
+    """
+    if not isinstance(cache, DynamicCache):
+        raise CodebookError(
+            f"a {type(cache).__name__} cannot hold pruned layers: use the default DynamicCache (leave "
+            "`cache_implementation` unset)"
+        )
+    while len(cache.layers) <= layer:
+        cache.layers.append(DynamicLayer())
+    entry = cache.layers[layer]
+    if isinstance(entry, PrunedLayer):
+        return entry
+    if type(entry) is not DynamicLayer:
+        raise CodebookError(f"a {type(entry).__name__} cannot be pruned: use the default DynamicCache")
+    cache.layers[layer] = pruned = PrunedLayer(entry)
+    return pruned

@@ -1,0 +1,14 @@
+"""The pruning methods, one small file each. `METHODS` names them as schedules spell them."""
+
+from codebook.pruning.methods.base import Pruner, ScoringPruner
+from codebook.pruning.methods.random import Random
+from codebook.pruning.methods.redundancy import RedundancyCodebook
+from codebook.pruning.methods.uniform import Uniform
+
+__all__ = ["METHODS", "Pruner", "Random", "RedundancyCodebook", "ScoringPruner", "Uniform"]
+
+METHODS: dict[str, type[Pruner]] = {
+    "codebook": RedundancyCodebook,
+    "random": Random,
+    "uniform": Uniform,
+}

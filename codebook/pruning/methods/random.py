@@ -1,0 +1,24 @@
+"""Random pruning: the baseline, and what is left to do beyond the information horizon (arXiv 2512.07580)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.tokens import VisualTokens, mix
+
+
+@dataclass(frozen=True)
+class Random(ScoringPruner):
+    """Keep tokens uniformly at random, without replacement.
+
+    The choice depends on the seed, the sample's prompt and pixels, and each token's place in its image: on nothing
+    else, so a sample keeps the same tokens alone, in any batch and on any device.
+    """
+
+    seed: int = 0
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return mix(mix(tokens.key + self.seed) ^ mix(tokens.ordinal + 1))

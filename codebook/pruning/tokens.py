@@ -1,0 +1,63 @@
+"""What a pruner is given: the visual tokens of one image, at one stage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class VisualTokens:
+    """The visual tokens of one image that are still there when a stage begins, in raster order.
+
+    Attributes
+    ----------
+    features : (n, d) float
+        Projector outputs: what enters the LLM.
+    hidden : (n, d) float
+        Hidden states at the input of the stage's layer; before the LLM the same as `features`.
+    ordinal : (n,) int64
+        Raster position of each token in its image, from 0 to `rows * cols - 1`.
+    grid : (rows, cols)
+        Of the whole image.
+    key : () int64
+        Digest of this sample's prompt and pixels and of the image's place in it: the same alone or in any batch.
+    """
+
+    features: Tensor
+    hidden: Tensor
+    ordinal: Tensor
+    grid: tuple[int, int]
+    key: Tensor
+
+    def __len__(self) -> int:
+        return len(self.ordinal)
+
+    @classmethod
+    def of(cls, features: Tensor) -> VisualTokens:
+        """Tokens of which only the projector outputs (n, d) are known; the grid is taken to be one row."""
+        ordinal = torch.arange(len(features), device=features.device)
+        return cls(features, features, ordinal, (1, len(features)), ordinal.new_zeros(()))
+
+
+def mix(x: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 tensors: a bijection that scatters nearby integers (Steele et al., 2014)."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def digest_rows(values: Tensor) -> Tensor:
+    """One order-sensitive int64 digest for each row of a (rows, ...) tensor, from its exact bits, on its device."""
+    bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    flat = values.detach().contiguous().flatten(1).view(bits).long()
+    place = mix(torch.arange(1, flat.shape[1] + 1, device=flat.device))
+    return mix((flat * place).sum(1))
+
+
+def digest_prompts(input_ids: Tensor, valid: Tensor) -> Tensor:
+    """One int64 digest for each row of (B, L) token ids, blind to padding on either side."""
+    rank = valid.long().cumsum(1)
+    return mix((mix(input_ids) * mix(rank) * valid).sum(1))
