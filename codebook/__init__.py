@@ -1,1 +1,33 @@
-"""Training-free visual-token pruning for vision-language models."""
+"""Training-free visual-token pruning for vision-language models.
+
+The public names are imported when first used, so that `import codebook` costs nothing.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "Codebook": "codebook.index",
+    "CodebookError": "codebook.errors",
+    "Pruner": "codebook.pruning",
+    "Random": "codebook.pruning",
+    "RedundancyCodebook": "codebook.pruning",
+    "Schedule": "codebook.pruning",
+    "ScoringPruner": "codebook.pruning",
+    "Stage": "codebook.pruning",
+    "Uniform": "codebook.pruning",
+    "VisualTokens": "codebook.pruning",
+    "ask": "codebook.inference",
+    "build": "codebook.building",
+    "load": "codebook.models",
+    "prebuilt": "codebook.prebuilt",
+}
+
+__all__ = sorted(_HOME)  # noqa: PLE0605
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'codebook' has no attribute {name!r}")

@@ -1,0 +1,3 @@
+from codebook.cli import main
+
+main()

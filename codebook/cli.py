@@ -1,0 +1,178 @@
+"""The command line: parse, call the library, print. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from codebook.errors import CodebookError
+
+app = typer.Typer(
+    name="codebook",
+    help="Training-free visual-token pruning for vision-language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+)
+miniature_app = typer.Typer(help="The embedded model: its training, its scenes.", no_args_is_help=True)
+app.add_typer(miniature_app, name="miniature")
+
+Model = Annotated[str, typer.Argument(help="`miniature`, a folder, or a name on the Hugging Face Hub.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda when there is one, else cpu.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line; user errors are one line on stderr and exit code 2."""
+    try:
+        app(argv)
+    except CodebookError as error:
+        fail(str(error))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+            fail(f"cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another folder")
+        raise
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+@app.command()
+def build(
+    model: Model,
+    images: Annotated[Path, typer.Option(help="Folder of training images, searched recursively.")],
+    out: Annotated[Path, typer.Option(help="Folder of the codebook; run again to resume.")],
+    preset: Annotated[str | None, typer.Option(help="Thresholds of a published model; default: the model's own.")] = None,
+    tau_p: Annotated[float | None, typer.Option(help="Redundant tokens have P1 below this.")] = None,
+    tau_j: Annotated[float | None, typer.Option(help="... and JSD_region + 16 JSD_global below this.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first images only.")] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Probe training images and store the tokens that never change the answer as prototypes."""
+    from codebook import commands
+
+    commands.build(model, images, out, preset, tau_p, tau_j, limit, strict, device, as_json)
+
+
+@app.command()
+def prune(
+    model: Annotated[str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")] = None,
+    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.2,
+    image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
+    question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
+    method: Annotated[str, typer.Option(help="codebook, random or uniform.")] = "codebook",
+    schedule: Annotated[
+        str | None, typer.Option(help="Stages instead of --keep and --method: `codebook:0.25,random@9:0.05`.")
+    ] = None,
+    positions: Annotated[str, typer.Option(help="Position ids of kept tokens: keep or compact.")] = "keep",
+    codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
+    show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
+    source: Annotated[
+        Path | None, typer.Option("--input", help="JSONL of {image | images, question}; paths relative to it.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of answers, or safetensors with --tokens.")] = None,
+    tokens: Annotated[Path | None, typer.Option(help="safetensors of projector outputs (n, d); needs no model.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions a batch, with --input.")] = 16,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    seed: Seed = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image of --input.")] = False,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
+    from codebook import commands
+
+    if tokens is not None:
+        _only("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source, "--show": show,
+                           "--schedule": schedule})  # fmt: skip
+        if codebook is None or output is None or method != "codebook":
+            raise CodebookError("--tokens needs --codebook DIR and --output FILE, and method codebook")
+        commands.prune_tokens(tokens, codebook, keep, output, as_json)
+        return
+    if model is None:
+        raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")
+    plan = commands.Plan(keep, method, schedule, positions, codebook, seed)
+    if source is not None:
+        _only("--input", {"--image": image, "--ask": question, "--show": show})
+        if output is None:
+            raise CodebookError("--input needs --output FILE")
+        commands.prune_file(model, plan, source, output, batch, max_new_tokens, strict, device, as_json)
+        return
+    if not image or question is None:
+        raise CodebookError("give --image FILE and --ask TEXT, or --input FILE, or --tokens FILE")
+    _only("--image", {"--output": output})
+    commands.prune_image(model, plan, image, question, show, max_new_tokens, device, as_json)
+
+
+def _only(option: str, others: dict[str, Any]) -> None:
+    for name, value in others.items():
+        if value:
+            raise CodebookError(f"{name} does not go with {option}: leave one of them out")
+
+
+@app.command("list")
+def list_(as_json: Json = False) -> None:
+    """List the codebooks that ship with the package."""
+    from codebook.prebuilt import folders
+
+    rows = []
+    for folder in folders():
+        config = json.loads((folder / "config.json").read_text())
+        rows.append({"name": folder.name, "model": config["model"], "prototypes": config["prototypes"],
+                     "dimension": config["dimension"], "folder": str(folder)})  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+    for row in [] if as_json else rows:
+        print(f"{row['name']}: {row['prototypes']} prototypes of dimension {row['dimension']}, in {row['folder']}")
+
+
+@app.command()
+def inspect(
+    folder: Annotated[Path, typer.Argument(help="A codebook's folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show what a codebook holds and how it came about."""
+    from codebook import commands
+
+    commands.inspect(folder, as_json)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for images, codebook and picture.")] = Path("codebook-demo"),
+    images: Annotated[int, typer.Option(min=1, help="Training images to build from.")] = 100,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions a task family.")] = 40,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Build a codebook for the embedded model and compare pruning methods on held-out questions."""
+    from codebook import demo
+
+    demo.run(out, images, questions, seed, as_json)
+
+
+@miniature_app.command("images")
+def miniature_images(
+    out: Annotated[Path, typer.Option(help="Folder to write PNG files to.")],
+    count: Annotated[int, typer.Option(min=1)] = 100,
+    seed: Seed = 0,
+) -> None:
+    """Write training scenes, for `codebook build miniature --images`."""
+    from codebook import miniature
+
+    miniature.write_images(out, count, seed=seed)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

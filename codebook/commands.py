@@ -1,0 +1,263 @@
+"""What the commands of `codebook.cli` do once their options are parsed. Imports torch: keep it out of start-up."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from codebook import models
+from codebook.errors import CodebookError
+from codebook.index import Codebook
+from codebook.inference import Answer, ask, read_image
+from codebook.pictures import overlay
+from codebook.prebuilt import prebuilt
+from codebook.progress import progress
+from codebook.pruning import METHODS, Pruner, Random, RedundancyCodebook, Schedule, Stage, Uniform, VisualTokens
+from codebook.pruning.schedule import check_keep
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the command line says what to prune; checked before any model is loaded."""
+
+    keep: float
+    method: str = "codebook"
+    schedule: str | None = None
+    positions: str = "keep"
+    codebook: Path | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_keep(self.keep)
+        if self.method not in METHODS:
+            raise CodebookError(f"no method {self.method!r}: choose from {', '.join(METHODS)}")
+        self._parse(lambda name: Uniform())
+
+    def _parse(self, make: Any) -> Schedule:
+        text = self.schedule or f"{self.method}:{float(self.keep)!r}"
+        return Schedule.parse(text, make, positions=self.positions)
+
+    def apply(self, model: Any) -> Schedule:
+        """The schedule for a loaded model; reads its codebook only if a stage needs one."""
+
+        def make(name: str) -> Pruner:
+            if name == "random":
+                return Random(self.seed)
+            return Uniform() if name == "uniform" else RedundancyCodebook(find_codebook(model, self.codebook))
+
+        return self._parse(make)
+
+
+def find_codebook(model: Any, folder: Path | None) -> Codebook:
+    """The codebook in a folder, checked to be this model's, or the one that ships for it."""
+    if folder is None:
+        return prebuilt(model)
+    book, family = Codebook.load(folder), models.family(model)
+    book.check(family, family.fingerprint(model))
+    return book
+
+
+def prune_image(
+    name: str,
+    plan: Plan,
+    images: list[Path],
+    question: str,
+    show: Path | None,
+    max_new_tokens: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    pictures = [read_image(path) for path in images]
+    model, processor = models.load(name, device)
+    schedule = plan.apply(model)
+    [answer] = ask(model, processor, [pictures], [question], schedule, max_new_tokens)
+    report = describe(model, schedule) | {"answer": answer.text, "kept": answer.kept}
+    if show is not None:
+        grid = models.family(model).grid(model)
+        for i, (picture, kept) in enumerate(zip(pictures, answer.kept, strict=True)):
+            path = show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}")
+            with replacing(path) as temporary:
+                overlay(picture, kept, grid).save(temporary, format="PNG")
+        report["picture"] = str(show)
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(answer.text)
+    note(
+        f"kept {report['counts'][-1]} of {report['tokens']} visual tokens an image; averaged over layers "
+        f"{report['keep']:.1%}, {report['flops']:.1%} of their prefill FLOPs"
+    )
+    if show is not None:
+        note(f"picture: {show}")
+
+
+def describe(model: Any, schedule: Schedule) -> dict[str, Any]:
+    """A schedule's budget on a model: counts per layer, their average, and FLOPs, for one image."""
+    rows, cols = models.family(model).grid(model)
+    text = model.config.get_text_config()
+    shape = {
+        "layers": text.num_hidden_layers,
+        "hidden": text.hidden_size,
+        "intermediate": text.intermediate_size,
+    }
+    return {
+        "tokens": rows * cols,
+        "counts": schedule.counts(rows * cols, shape["layers"]),
+        "keep": schedule.budget(rows * cols, shape["layers"]),
+        "flops": schedule.flops(rows * cols, **shape) / Schedule([]).flops(rows * cols, **shape),
+    }
+
+
+def prune_file(
+    name: str,
+    plan: Plan,
+    source: Path,
+    output: Path,
+    batch: int,
+    max_new_tokens: int,
+    strict: bool,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    tasks = list(read_questions(source))
+    model, processor = models.load(name, device)
+    schedule = plan.apply(model)
+    failed = []
+    with replacing(output) as temporary, temporary.open("w") as out, progress("prune", len(tasks), "questions") as tick:
+        for start in range(0, len(tasks), batch):
+            group, pictures = tasks[start : start + batch], []
+            errors: list[str | None] = []
+            for task in group:
+                try:
+                    pictures.append([read_image(source.parent / image) for image in task["images"]])
+                    errors.append(None)
+                except CodebookError as error:
+                    if strict:
+                        raise
+                    errors.append(str(error))
+            questions = [task["question"] for task, error in zip(group, errors, strict=True) if error is None]
+            answers: Iterator[Answer] = iter(
+                ask(model, processor, pictures, questions, schedule, max_new_tokens) if questions else []
+            )
+            for task, wrong in zip(group, errors, strict=True):
+                record = {k: v for k, v in task.items() if k != "images"}
+                if wrong is None:
+                    answer = next(answers)
+                    record |= {"answer": answer.text, "kept": [len(kept) for kept in answer.kept]}
+                else:
+                    failed.append(wrong)
+                    record["error"] = wrong
+                out.write(json.dumps(record) + "\n")
+            tick(start + len(group))
+    for wrong in failed:
+        note(f"skipped: {wrong}")
+    report = describe(model, schedule) | {"questions": len(tasks), "failed": len(failed), "output": str(output)}
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print(f"{len(tasks) - len(failed)} answers in {output}, {len(failed)} skipped")
+
+
+def read_questions(source: Path) -> Iterator[dict[str, Any]]:
+    """The records of a JSONL file, each with `images` (paths) and `question`, all of them checked first."""
+    try:
+        lines = source.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CodebookError(f"cannot read {source}: {error}; give a JSONL file") from None
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            images = record["images"] if "images" in record else [record["image"]]
+            question = record["question"]
+            good = images and all(isinstance(image, str) for image in images) and isinstance(question, str)
+        except (ValueError, KeyError, TypeError):
+            good = False
+        if not good:
+            raise CodebookError(f'{source}, line {number}: write {{"image": "file.png", "question": "..."}}')
+        yield record | {"images": images}
+
+
+def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json: bool) -> None:
+    check_keep(keep)
+    pruner = RedundancyCodebook(Codebook.load(folder))
+    try:
+        with safe_open(source, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CodebookError(f"no such file: {source}") from None
+    except SafetensorError as error:
+        raise CodebookError(f"cannot read {source}: {error}; give a safetensors file") from None
+    kept, report = {}, {}
+    dimension = pruner.codebook.prototypes.shape[1]
+    for name, tokens in tensors.items():
+        if tokens.dim() != 2 or not tokens.is_floating_point() or tokens.shape[1] != dimension or not len(tokens):
+            raise CodebookError(
+                f"tensor {name!r} of {source} is {tuple(tokens.shape)}: this codebook prunes floats of (n, {dimension})"
+            )
+        index = pruner.select(VisualTokens.of(tokens), Stage(0, keep, pruner).count(len(tokens)))
+        kept |= {name: tokens[index].contiguous(), f"{name}.index": index}
+        report[name] = {"tokens": len(tokens), "kept": len(index)}
+    with replacing(output) as temporary:
+        save_file(kept, temporary)
+    print(json.dumps(report) if as_json else "\n".join(f"{n}: {r['kept']} of {r['tokens']}" for n, r in report.items()))
+
+
+def inspect(folder: Path, as_json: bool) -> None:
+    book = Codebook.load(folder)
+    clusters = Counter(record["cluster"] for record in book.provenance)
+    report = {k: v for k, v in book.config.items() if k != "fingerprint"} | {
+        "folder": str(folder),
+        "clusters": [
+            {
+                "cluster": cluster,
+                "prototypes": size,
+                "images": len({r["image"] for r in book.provenance if r["cluster"] == cluster}),
+            }
+            for cluster, size in clusters.most_common()
+        ],
+    }
+    if as_json:
+        print(json.dumps(report))
+        return
+    for key, value in report.items():
+        if key != "clusters":
+            print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+    for row in report["clusters"]:
+        print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` that takes its place when all went well, and leaves nothing behind otherwise."""
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    except FileNotFoundError:
+        raise CodebookError(f"no folder {path.parent}: create it first") from None
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,98 @@
+"""The main job on the embedded model: build a codebook, prune with it, and compare at equal budgets."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from codebook import miniature, models
+from codebook.building import build
+from codebook.commands import replacing, write_funnel
+from codebook.inference import ask
+from codebook.pictures import overlay
+from codebook.progress import progress
+from codebook.pruning import Pruner, Random, RedundancyCodebook, Schedule, Stage, Uniform
+
+KEEPS = (0.5, 0.25, 0.11)
+BATCH = 32
+
+
+def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
+    """Write training scenes and a codebook under `out`, print the comparison and the path of a picture."""
+    model, processor = models.load("miniature")
+    folder = out / f"images-{images}-{seed}"
+    if not folder.is_dir():
+        miniature.write_images(folder, images, seed=seed)
+    with progress("build", images, "images") as tick:
+        book = build(
+            model, processor, folder, out / f"codebook-{images}-{seed}", model_id="miniature",
+            progress=lambda state: write_funnel(tick, state),
+        )  # fmt: skip
+
+    pruners: dict[str, Pruner] = {"codebook": RedundancyCodebook(book), "random": Random(seed), "uniform": Uniform()}
+    questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, "test", seed=seed, count=count)]
+    plans: dict[tuple[str, float], Schedule | None] = {("unpruned", 1.0): None}
+    plans |= {(name, k): Schedule([Stage(0, k, pruner)]) for k in KEEPS for name, pruner in pruners.items()}
+    results, done = {}, 0
+    with progress("answer", len(plans) * len(questions), "questions") as tick:
+        for plan, schedule in plans.items():
+            scores: dict[str, list[float]] = {family: [] for family in miniature.FAMILIES}
+            for start in range(0, len(questions), BATCH):
+                group = questions[start : start + BATCH]
+                answers = ask(model, processor, [[q.image] for q in group], [q.question for q in group], schedule)
+                for question, answer in zip(group, answers, strict=True):
+                    scores[question.family].append(miniature.score(question.family, answer.text, question.answer))
+                tick(done := done + len(group), f"{plan[0]} at keep {plan[1]}")
+            results[plan] = scores
+
+    picture = out / "kept.png"
+    grid = models.family(model).grid(model)
+    example = next(q for q in questions if q.family == "ocr")
+    keep = 0.25
+    [answer] = ask(model, processor, [[example.image]], [example.question], plans["codebook", keep])
+    with replacing(picture) as temporary:
+        overlay(example.image, answer.kept[0], grid).save(temporary, format="PNG")
+    report = {
+        "questions": len(questions),
+        "prototypes": len(book.prototypes),
+        "accuracy": [
+            {"method": name, "keep": k, "mean": mean(scores), "standard_error": error(scores),
+             "families": {family: statistics.fmean(values) for family, values in scores.items()}}
+            for (name, k), scores in results.items()
+        ],
+        "picture": str(picture),
+    }  # fmt: skip
+    print(json.dumps(report) if as_json else table(results, list(pruners), len(questions)))
+    if not as_json:
+        print(f"\n{picture}: {example.question!r}, answered {answer.text!r} (truth: {example.answer!r}) from "
+              f"{len(answer.kept[0])} of {grid[0] * grid[1]} visual tokens, framed")  # fmt: skip
+    sys.stdout.flush()
+
+
+def mean(scores: dict[str, list[float]]) -> float:
+    """Mean accuracy over the families."""
+    return statistics.fmean(statistics.fmean(values) for values in scores.values())
+
+
+def error(scores: dict[str, list[float]]) -> float:
+    """Standard error of that mean, from the questions' spread within each family."""
+    variances = [statistics.pvariance(values) / len(values) for values in scores.values()]
+    return float(sum(variances) ** 0.5 / len(variances))
+
+
+def table(results: dict[tuple[str, float], Any], methods: Sequence[str], count: int) -> str:
+    """The comparison as plain text: a row a budget, a column a method."""
+    full = results["unpruned", 1.0]
+    cell = "{:>16}".format
+    lines = [f"accuracy on {count} held-out questions, mean over {len(full)} task families (standard error)", ""]
+    lines.append("keep" + "".join(map(cell, methods)))
+    show = [f"{mean(full):.3f} ({error(full):.3f})"] * len(methods)
+    lines.append("1   " + "".join(map(cell, show)) + "   (unpruned)")
+    for keep in KEEPS:
+        row = [results[name, keep] for name in methods]
+        lines.append(f"{keep:<4}" + "".join(cell(f"{mean(s):.3f} ({error(s):.3f})") for s in row))
+    return "\n".join(lines)

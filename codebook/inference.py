@@ -1,0 +1,86 @@
+"""Asking a model about images, pruned or not: what `codebook prune` and the demo run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image as Picture
+
+from codebook.errors import CodebookError
+from codebook.pruning import Schedule
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and for each of its question's images the raster positions of the visual tokens kept to the end."""
+
+    text: str
+    kept: list[list[int]]
+
+
+def read_image(path: Path | str) -> Picture.Image:
+    """Read a picture as RGB, or raise a CodebookError that says why it cannot be read."""
+    try:
+        with Picture.open(path) as picture:
+            return picture.convert("RGB")
+    except FileNotFoundError:
+        raise CodebookError(f"no such image: {path}") from None
+    except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError) as error:
+        reason = str(error).replace(str(path), "").strip(" '") or type(error).__name__
+        raise CodebookError(f"cannot read image {path}: {reason}; use a whole PNG, JPEG or WebP file") from None
+
+
+def ask(
+    model: Any,
+    processor: Any,
+    images: Sequence[Sequence[Picture.Image]],
+    questions: Sequence[str],
+    schedule: Schedule | None = None,
+    max_new_tokens: int = 32,
+) -> list[Answer]:
+    """Answer a batch of questions, each about its own images, greedily.
+
+    Parameters
+    ----------
+    images
+        For each question its images, at least one, shown before the question in this order.
+    questions
+        In plain words: the model's own chat template is applied.
+    schedule
+        None leaves the model as it is.
+
+    Returns
+    -------
+    list[Answer], one a question
+    """
+    if processor.chat_template is None:
+        raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
+    texts = [
+        processor.apply_chat_template(
+            [{"role": "user", "content": [*[{"type": "image"}] * len(own), {"type": "text", "text": question}]}],
+            add_generation_prompt=True,
+        )
+        for own, question in zip(images, questions, strict=True)
+    ]
+    flat = [image for own in images for image in own]
+    inputs = processor(images=flat, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    inputs = inputs.to(model.device, model.dtype)
+    with torch.inference_mode(), schedule(model) if schedule else nullcontext() as pruning:
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    words = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    everything = list(range(_tokens_per_image(model)))
+    stages = pruning.kept if pruning else []
+    final = iter([stage[-1].tolist() if stage else everything for stage in stages] or [everything] * len(flat))
+    return [Answer(text.strip(), [next(final) for _ in own]) for text, own in zip(words, images, strict=True)]
+
+
+def _tokens_per_image(model: Any) -> int:
+    from codebook.models import family
+
+    rows, cols = family(model).grid(model)
+    return rows * cols

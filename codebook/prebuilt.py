@@ -1,0 +1,36 @@
+"""The codebooks that ship with the package, and which of them belongs to a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from codebook.errors import CodebookError
+from codebook.index import Codebook
+from codebook.models import family
+
+
+def folders() -> list[Path]:
+    """The shipped codebooks' folders: inside the package when installed, beside it in a checkout."""
+    package = Path(__file__).parent
+    for root in (package / "indexes", package.parent / "indexes"):
+        if root.is_dir():
+            return sorted(path.parent for path in root.glob("*/config.json"))
+    return []
+
+
+def prebuilt(model: Any) -> Codebook:
+    """The shipped codebook that was built for this very model: same tower and projector.
+
+    Raises
+    ------
+    CodebookError
+        If none was.
+    """
+    kind = family(model)
+    fingerprint = kind.fingerprint(model)
+    for folder in folders():
+        if kind.same_fingerprint(json.loads((folder / "config.json").read_text())["fingerprint"], fingerprint):
+            return Codebook.load(folder)
+    raise CodebookError("no codebook ships for this model: build one with `codebook build` and name it with --codebook")

@@ -1,0 +1,57 @@
+"""Progress of long work: a bar with time left on a terminal, a line now and then elsewhere; always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+EVERY = 10.0
+"""Seconds between lines where there is no terminal."""
+
+
+class Update(Protocol):
+    def __call__(self, done: int, note: str = "") -> None:
+        """Say how many units are done in all, and what else is worth seeing."""
+
+
+@contextmanager
+def progress(label: str, total: int, unit: str) -> Iterator[Update]:
+    """Show the progress of `total` units of work."""
+    start = time.monotonic()
+    first: list[int] = []  # what a resumed run found done does not count towards its speed
+
+    def speed(done: int) -> float:
+        first.append(done)
+        return (done - first[0]) / max(time.monotonic() - start, 1e-9)
+
+    if sys.stderr.isatty():
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+        )  # fmt: skip
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(label, total=total, speed="", note="")
+
+            def draw(done: int, note: str = "") -> None:
+                bar.update(task, completed=done, speed=f"{speed(done):.1f} {unit}/s", note=note)
+
+            yield draw
+        return
+
+    last = [0.0]
+
+    def write(done: int, note: str = "") -> None:
+        rate, now = speed(done), time.monotonic()
+        if now - last[0] < EVERY and done < total:
+            return
+        last[0] = now
+        left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
+        print(f"{label}: {done}/{total}, {rate:.1f} {unit}/s{left}{'; ' if note else ''}{note}", file=sys.stderr, flush=True)
+
+    yield write

@@ -1,0 +1,96 @@
+"""What each method selects, by hand-worked examples."""
+
+import pytest
+import torch
+
+from codebook.errors import CodebookError
+from codebook.pruning import Random, RedundancyCodebook, Uniform, VisualTokens
+
+
+def tokens(rows, cols, features=None, key=0):
+    n = rows * cols
+    features = torch.zeros(n, 2) if features is None else features
+    return VisualTokens(features, features, torch.arange(n), (rows, cols), torch.tensor(key))
+
+
+class Book:
+    """Two prototypes, [1, 0] and [0, 2]: only directions matter."""
+
+    def redundancy(self, features):
+        prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        return (torch.nn.functional.normalize(features, dim=-1) @ prototypes.T).amax(-1)
+
+
+def test_codebook_keeps_what_is_least_like_any_prototype():
+    # cosines to the nearest prototype: 1, 1, 0.707, 0.8, 0, -0.707
+    features = torch.tensor([[3.0, 0.0], [0.0, 0.1], [5.0, 5.0], [3.0, 4.0], [-7.0, 0.0], [-1.0, -1.0]])
+    pruner = RedundancyCodebook(Book())
+    assert pruner.select(tokens(2, 3, features), 1).tolist() == [5]
+    assert pruner.select(tokens(2, 3, features), 3).tolist() == [2, 4, 5]
+    assert pruner.select(tokens(2, 3, features), 4).tolist() == [2, 3, 4, 5]
+
+
+def test_uniform_takes_the_centres_of_equal_cells():
+    # 6 x 6 in 2 x 2 cells of 3 x 3: centres at rows and columns 1 and 4
+    assert Uniform().select(tokens(6, 6), 4).tolist() == [7, 10, 25, 28]
+    # 12 x 12 at 16: rows and columns 1, 4, 7, 10
+    side = [1, 4, 7, 10]
+    assert Uniform().select(tokens(12, 12), 16).tolist() == [12 * r + c for r in side for c in side]
+    # 27 x 27 at 81: the stride-3 grid of FEATHER
+    side = range(1, 27, 3)
+    assert Uniform().select(tokens(27, 27), 81).tolist() == [27 * r + c for r in side for c in side]
+
+
+@pytest.mark.parametrize("rows,cols", [(12, 12), (1, 9), (9, 1), (3, 10), (24, 24)])
+def test_uniform_has_any_count(rows, cols):
+    for keep in range(1, rows * cols + 1):
+        chosen = Uniform().select(tokens(rows, cols), keep)
+        assert len(chosen) == keep and (chosen.diff() > 0).all() and chosen[-1] < rows * cols and chosen[0] >= 0
+
+
+def test_uniform_covers_the_image():
+    """No token is further from a kept one than the diagonal of a cell, at any count."""
+    row, col = torch.arange(144) // 12, torch.arange(144) % 12
+    for keep in range(4, 145):
+        chosen = Uniform().select(tokens(12, 12), keep)
+        gap = torch.maximum((row[:, None] - row[chosen]).abs(), (col[:, None] - col[chosen]).abs()).amin(1).max()
+        assert gap <= 2 * (144 / keep) ** 0.5
+
+
+def test_uniform_on_survivors_takes_every_nth():
+    some = VisualTokens(torch.zeros(8, 2), torch.zeros(8, 2), torch.arange(8) * 3, (6, 6), torch.tensor(0))
+    assert Uniform().select(some, 4).tolist() == [1, 3, 5, 7]
+
+
+def test_random_is_seeded_uniform_and_differs_between_samples():
+    one = Random(0).select(tokens(12, 12, key=5), 16)
+    assert torch.equal(one, Random(0).select(tokens(12, 12, key=5), 16))
+    assert not torch.equal(one, Random(1).select(tokens(12, 12, key=5), 16))
+    assert not torch.equal(one, Random(0).select(tokens(12, 12, key=6), 16))
+    hits = torch.zeros(144)
+    for key in range(4000):
+        hits[Random(0).select(tokens(12, 12, key=key), 16)] += 1
+    expected, spread = 4000 * 16 / 144, (4000 * 16 / 144 * (1 - 16 / 144)) ** 0.5
+    assert ((hits - expected).abs() < 5 * spread).all()
+
+
+def test_random_keeps_a_token_whatever_else_is_left():
+    """A token's rank depends on its own place only: nested stages keep nested sets."""
+    whole = tokens(12, 12, key=9)
+    wide, narrow = Random(0).select(whole, 60), Random(0).select(whole, 20)
+    left = VisualTokens(whole.features[wide], whole.hidden[wide], wide, whole.grid, whole.key)
+    assert torch.equal(wide[Random(0).select(left, 20)], narrow)
+
+
+def test_a_pruner_that_breaks_its_contract_is_found_out():
+    from codebook.pruning import Pruner, Schedule, Stage
+    from tests.pruning.test_equivalence import ONE
+    from tests.tiny import llava
+
+    class Greedy(Pruner):
+        def select(self, tokens, keep):
+            return torch.arange(keep + 1)
+
+    model = llava()
+    with torch.no_grad(), Schedule([Stage(0, 5, Greedy())])(model), pytest.raises(CodebookError, match="Greedy chose"):
+        model(**ONE)
