@@ -23,7 +23,7 @@ _HOME = {
     "prebuilt": "codebook.prebuilt",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0605
+__all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
 

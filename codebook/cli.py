@@ -50,7 +50,9 @@ def build(
     model: Model,
     images: Annotated[Path, typer.Option(help="Folder of training images, searched recursively.")],
     out: Annotated[Path, typer.Option(help="Folder of the codebook; run again to resume.")],
-    preset: Annotated[str | None, typer.Option(help="Thresholds of a published model; default: the model's own.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Thresholds of a published model; default: the model's own.")
+    ] = None,
     tau_p: Annotated[float | None, typer.Option(help="Redundant tokens have P1 below this.")] = None,
     tau_j: Annotated[float | None, typer.Option(help="... and JSD_region + 16 JSD_global below this.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first images only.")] = None,
@@ -66,7 +68,9 @@ def build(
 
 @app.command()
 def prune(
-    model: Annotated[str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")
+    ] = None,
     keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.2,
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
     question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
@@ -78,10 +82,13 @@ def prune(
     codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
     show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
     source: Annotated[
-        Path | None, typer.Option("--input", help="JSONL of {image | images, question}; paths relative to it.")
+        Path | None,
+        typer.Option("--input", help="JSONL of {image | images, question}; paths relative to it."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of answers, or safetensors with --tokens.")] = None,
-    tokens: Annotated[Path | None, typer.Option(help="safetensors of projector outputs (n, d); needs no model.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="safetensors of projector outputs (n, d); needs no model.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions a batch, with --input.")] = 16,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
     seed: Seed = 0,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -24,7 +23,16 @@ from codebook.inference import Answer, ask, read_image
 from codebook.pictures import overlay
 from codebook.prebuilt import prebuilt
 from codebook.progress import progress
-from codebook.pruning import METHODS, Pruner, Random, RedundancyCodebook, Schedule, Stage, Uniform, VisualTokens
+from codebook.pruning import (
+    METHODS,
+    Pruner,
+    Random,
+    RedundancyCodebook,
+    Schedule,
+    Stage,
+    Uniform,
+    VisualTokens,
+)
 from codebook.pruning.schedule import check_keep
 
 
@@ -135,7 +143,11 @@ def prune_file(
     model, processor = models.load(name, device)
     schedule = plan.apply(model)
     failed = []
-    with replacing(output) as temporary, temporary.open("w") as out, progress("prune", len(tasks), "questions") as tick:
+    with (
+        replacing(output) as temporary,
+        temporary.open("w") as out,
+        progress("prune", len(tasks), "questions") as tick,
+    ):
         for start in range(0, len(tasks), batch):
             group, pictures = tasks[start : start + batch], []
             errors: list[str | None] = []
@@ -163,7 +175,11 @@ def prune_file(
             tick(start + len(group))
     for wrong in failed:
         note(f"skipped: {wrong}")
-    report = describe(model, schedule) | {"questions": len(tasks), "failed": len(failed), "output": str(output)}
+    report = describe(model, schedule) | {
+        "questions": len(tasks),
+        "failed": len(failed),
+        "output": str(output),
+    }
     if as_json:
         print(json.dumps(report))
     else:
@@ -201,7 +217,8 @@ def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json:
         raise CodebookError(f"no such file: {source}") from None
     except SafetensorError as error:
         raise CodebookError(f"cannot read {source}: {error}; give a safetensors file") from None
-    kept, report = {}, {}
+    kept: dict[str, Any] = {}
+    report = {}
     dimension = pruner.codebook.prototypes.shape[1]
     for name, tokens in tensors.items():
         if tokens.dim() != 2 or not tokens.is_floating_point() or tokens.shape[1] != dimension or not len(tokens):

@@ -33,7 +33,11 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
             progress=lambda state: write_funnel(tick, state),
         )  # fmt: skip
 
-    pruners: dict[str, Pruner] = {"codebook": RedundancyCodebook(book), "random": Random(seed), "uniform": Uniform()}
+    pruners: dict[str, Pruner] = {
+        "codebook": RedundancyCodebook(book),
+        "random": Random(seed),
+        "uniform": Uniform(),
+    }
     questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, "test", seed=seed, count=count)]
     plans: dict[tuple[str, float], Schedule | None] = {("unpruned", 1.0): None}
     plans |= {(name, k): Schedule([Stage(0, k, pruner)]) for k in KEEPS for name, pruner in pruners.items()}
@@ -88,7 +92,10 @@ def table(results: dict[tuple[str, float], Any], methods: Sequence[str], count: 
     """The comparison as plain text: a row a budget, a column a method."""
     full = results["unpruned", 1.0]
     cell = "{:>16}".format
-    lines = [f"accuracy on {count} held-out questions, mean over {len(full)} task families (standard error)", ""]
+    lines = [
+        f"accuracy on {count} held-out questions, mean over {len(full)} task families (standard error)",
+        "",
+    ]
     lines.append("keep" + "".join(map(cell, methods)))
     show = [f"{mean(full):.3f} ({error(full):.3f})"] * len(methods)
     lines.append("1   " + "".join(map(cell, show)) + "   (unpruned)")

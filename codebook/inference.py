@@ -62,7 +62,12 @@ def ask(
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
     texts = [
         processor.apply_chat_template(
-            [{"role": "user", "content": [*[{"type": "image"}] * len(own), {"type": "text", "text": question}]}],
+            [
+                {
+                    "role": "user",
+                    "content": [*[{"type": "image"}] * len(own), {"type": "text", "text": question}],
+                }
+            ],
             add_generation_prompt=True,
         )
         for own, question in zip(images, questions, strict=True)

@@ -25,7 +25,9 @@ def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> I
     scale = max(1, -(-SIZE // min(image.size)))
     # Whole patches in whole pixels, so that frames line up.
     width, height = (max(1, round(side * scale / n)) * n for side, n in zip(image.size, grid[::-1], strict=True))
-    plain = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC)
+    plain = image.convert("RGB").resize(
+        (width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
+    )
     shown = Image.blend(plain.convert("L").convert("RGB"), Image.new("RGB", plain.size, "black"), 0.72)
     draw, line = ImageDraw.Draw(shown), max(2, width // 288)
     patch_w, patch_h = width // grid[1], height // grid[0]

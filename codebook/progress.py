@@ -52,6 +52,10 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
             return
         last[0] = now
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        print(f"{label}: {done}/{total}, {rate:.1f} {unit}/s{left}{'; ' if note else ''}{note}", file=sys.stderr, flush=True)
+        print(
+            f"{label}: {done}/{total}, {rate:.1f} {unit}/s{left}{'; ' if note else ''}{note}",
+            file=sys.stderr,
+            flush=True,
+        )
 
     yield write

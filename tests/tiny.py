@@ -24,5 +24,8 @@ def llava(attention: str = "sdpa", layers: int = 4, seed: int = 0) -> LlavaForCo
     )  # fmt: skip
     config._attn_implementation = attention
     model = LlavaForConditionalGeneration(config).eval()
-    model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None  # never stops early
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = (
+        PAD,
+        None,
+    )  # never stops early
     return model

@@ -52,8 +52,9 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     if name == "miniature":
         from codebook import miniature
 
-        model, processor = miniature.load(device=device)
-        return model if dtype is None else model.to(dtype), processor
+        small: Any
+        small, processor = miniature.load(device=device)
+        return small if dtype is None else small.to(dtype), processor
 
     from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
@@ -62,8 +63,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     try:
         _known(config := AutoConfig.from_pretrained(name)).check(config)  # before gigabytes are read
         chosen: Any = dtype or (torch.float32 if device == "cpu" else "auto")
-        model = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen).to(device).eval()
-        return model, AutoProcessor.from_pretrained(name)
+        model: Any = AutoModelForImageTextToText.from_pretrained(name, dtype=chosen)
+        return model.to(device).eval(), AutoProcessor.from_pretrained(name)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CodebookError(f"cannot load {name}: {reason}; name `miniature`, a folder or a hub model") from None

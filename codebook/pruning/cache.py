@@ -48,7 +48,7 @@ class PrunedLayer(DynamicLayer):
 
     def __init__(self, source: DynamicLayer) -> None:
         super().__init__()
-        if source.is_initialized:
+        if source.keys is not None and source.values is not None:
             self.lazy_initialization(source.keys, source.values)
             self.keys, self.values = source.keys, source.values
         self.index: KeptIndex | None = None
@@ -72,7 +72,7 @@ class PrunedLayer(DynamicLayer):
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         super().reorder_cache(beam_idx)
         if self.index is not None:
             self.index = self.index.rows(beam_idx)

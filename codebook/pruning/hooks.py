@@ -21,7 +21,7 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.pruning.cache import PAD, KeptIndex, PrunedLayer, pruned_layer
 from codebook.pruning.schedule import Schedule, Stage
-from codebook.pruning.tokens import VisualTokens, digest_prompts, digest_rows, mix
+from codebook.pruning.tokens import VisualTokens, digest_rows, mix
 
 ATTENTION = ("sdpa", "eager")
 
@@ -79,7 +79,6 @@ class Forward:
         ids, on = input_ids.tolist(), self._valid(self.length).tolist()
         self.lengths = [sum(row) for row in on]
         rows = [family.images(model, row) for row in ids]
-        prompts = digest_prompts(input_ids, self._valid(self.length))
         digests = _by_row(pixels, [len(images) for images in rows])
         for row, images in enumerate(rows):
             for place, image in enumerate(images):
@@ -88,9 +87,11 @@ class Forward:
                     raise CodebookError("a prompt ends with its visual tokens: put text after the image")
                 if not all(on[row][image.start : end]):
                     raise CodebookError("the attention mask hides visual tokens: unmask them, or prune them instead")
-                key = mix(prompts[row] + place + 1)
-                if digests is not None:
-                    key = mix(key ^ digests[row][place].to(key.device))
+                if digests is None:  # encoded beforehand: its pixels were not seen
+                    digest = digest_rows(self.embeds[row : row + 1, image.start : end])[0]
+                else:
+                    digest = digests[row][place].to(self.embeds.device)
+                key = mix(digest + place)
                 ordinal = torch.arange(image.count, device=self.embeds.device)
                 grid = (image.rows, image.cols)
                 self.images.append(
@@ -205,7 +206,8 @@ class Forward:
         sequence = self.sequence
         if not compact:
             embeddings = kwargs["position_embeddings"]
-            return embeddings if sequence is None else tuple(sequence.gather(x) for x in embeddings)
+            cos, sin = embeddings
+            return (cos, sin) if sequence is None else (sequence.gather(cos), sequence.gather(sin))
         positions = kwargs["position_ids"].expand(self.batch, -1)
         if past is not None:
             positions = positions - past.dropped[:, None]
@@ -297,7 +299,7 @@ class Pruning:
             embeds = torch.empty(*ids.shape, 0, device=ids.device, dtype=self.model.dtype)
         self._forward = Forward(self.lm, embeds, kwargs.get("attention_mask"))
         if self._inputs is not None:
-            if isinstance(mask := self._forward.mask, Tensor) and mask.dim() != 2 or isinstance(mask, dict):
+            if (isinstance(mask := self._forward.mask, Tensor) and mask.dim() != 2) or isinstance(mask, dict):
                 raise CodebookError("pruning needs a 2-D attention mask and a DynamicCache: use neither 4-D masks nor "
                                     "a static cache")  # fmt: skip
             self._forward.find_images(self.family, self.model, self._inputs["input_ids"], self._pixels)

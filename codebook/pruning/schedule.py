@@ -38,7 +38,9 @@ class Stage:
 
     def __post_init__(self) -> None:
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise CodebookError(f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {self.layer}")
+            raise CodebookError(
+                f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {self.layer}"
+            )
         check_keep(self.keep)
 
     def count(self, total: int) -> int:

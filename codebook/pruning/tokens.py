@@ -23,7 +23,7 @@ class VisualTokens:
     grid : (rows, cols)
         Of the whole image.
     key : () int64
-        Digest of this sample's prompt and pixels and of the image's place in it: the same alone or in any batch.
+        Digest of the image's pixels and of its place among the prompt's images: the same alone or in any batch.
     """
 
     features: Tensor
@@ -55,9 +55,3 @@ def digest_rows(values: Tensor) -> Tensor:
     flat = values.detach().contiguous().flatten(1).view(bits).long()
     place = mix(torch.arange(1, flat.shape[1] + 1, device=flat.device))
     return mix((flat * place).sum(1))
-
-
-def digest_prompts(input_ids: Tensor, valid: Tensor) -> Tensor:
-    """One int64 digest for each row of (B, L) token ids, blind to padding on either side."""
-    rank = valid.long().cumsum(1)
-    return mix((mix(input_ids) * mix(rank) * valid).sum(1))

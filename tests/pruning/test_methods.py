@@ -92,5 +92,9 @@ def test_a_pruner_that_breaks_its_contract_is_found_out():
             return torch.arange(keep + 1)
 
     model = llava()
-    with torch.no_grad(), Schedule([Stage(0, 5, Greedy())])(model), pytest.raises(CodebookError, match="Greedy chose"):
+    with (
+        torch.no_grad(),
+        Schedule([Stage(0, 5, Greedy())])(model),
+        pytest.raises(CodebookError, match="Greedy chose"),
+    ):
         model(**ONE)

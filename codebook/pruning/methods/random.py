@@ -14,8 +14,8 @@ from codebook.pruning.tokens import VisualTokens, mix
 class Random(ScoringPruner):
     """Keep tokens uniformly at random, without replacement.
 
-    The choice depends on the seed, the sample's prompt and pixels, and each token's place in its image: on nothing
-    else, so a sample keeps the same tokens alone, in any batch and on any device.
+    The choice depends on the seed, the image's pixels and place in the prompt, and each token's place in the image: on
+    nothing else, so a sample keeps the same tokens alone, in any batch and on any device.
     """
 
     seed: int = 0
