@@ -1,0 +1,208 @@
+"""The miniature's architecture, tokenizer and processor: a stock LLaVA, only small."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from codebook.errors import CodebookError
+from codebook.miniature.scenes import GRID, PATCH, SIDE
+from codebook.miniature.tasks import vocabulary
+
+if TYPE_CHECKING:
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>")
+PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT = range(len(SPECIAL))
+WORDS = (*SPECIAL, *vocabulary())
+
+VISION: dict[str, Any] = {
+    "hidden_size": 128,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+}
+TEXT: dict[str, Any] = {
+    "hidden_size": 160,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 5,
+    "intermediate_size": 432,
+}
+
+# Images come before the text, as in LLaVA, so a prompt never ends with a visual token.
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}<assistant>{% else %}<user>{% endif %}"
+    "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
+    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% for part in message['content'] if part['type'] == 'text' %} {{ part['text'] }}{% endfor %}"
+    "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def processor() -> LlavaProcessor:
+    """Build the processor: a word-level tokenizer with a chat template, and CLIP's PIL image processor."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.normalizer = normalizers.Lowercase()
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        additional_special_tokens=["<image>", "<user>", "<assistant>"],
+        padding_side="left",
+        clean_up_tokenization_spaces=False,
+        model_max_length=1024,
+    )
+    images = CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=tokenizer,
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+
+
+def model(seed: int = 0) -> LlavaForConditionalGeneration:
+    """Build the model in float32 with fresh weights (see `initialise`)."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            **VISION, image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=64
+        ),
+        text_config=LlamaConfig(
+            **TEXT,
+            vocab_size=len(WORDS),
+            max_position_embeddings=1024,
+            pad_token_id=PAD,
+            bos_token_id=BOS,
+            eos_token_id=EOS,
+            tie_word_embeddings=False,
+        ),
+        image_token_index=IMAGE,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, EOS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        built = LlavaForConditionalGeneration(config).float()
+        initialise(built)
+    built.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=24)
+    return built
+
+
+def initialise(built: LlavaForConditionalGeneration) -> None:
+    """Mimetic attention, two-dimensional sine positions, closed residual branches.
+
+    Queries and keys start near the identity (Trockman and Kolter, https://arxiv.org/abs/2305.09828):
+    patches look at their neighbours and words at visual tokens that resemble them from the first step,
+    which a short training otherwise spends most of its time to find.
+    """
+    import torch
+    from torch import nn
+
+    for name, module in built.named_modules():
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=0.7 / module.in_features**0.5)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+            if name.endswith(("fc2", "down_proj", "out_proj", "o_proj")):
+                nn.init.zeros_(module.weight)
+    tower, language = built.model.vision_tower, built.model.language_model
+    for layer in tower.encoder.layers:
+        _mimetic(layer.self_attn.q_proj, layer.self_attn.k_proj, VISION["num_attention_heads"])
+    for layer in language.layers:
+        _mimetic(layer.self_attn.q_proj, layer.self_attn.k_proj, TEXT["num_attention_heads"])
+    nn.init.normal_(language.embed_tokens.weight, std=0.3)
+    nn.init.normal_(built.lm_head.weight, std=0.02)
+    embeddings = tower.embeddings
+    nn.init.normal_(embeddings.class_embedding, std=0.3)
+    nn.init.normal_(embeddings.patch_embedding.weight, std=1 / (3 * PATCH * PATCH) ** 0.5)
+    with torch.no_grad():
+        embeddings.position_embedding.weight.zero_()
+        embeddings.position_embedding.weight[1:] = _sines(VISION["hidden_size"])
+
+
+def _mimetic(query, key, heads: int, noise: float = 0.7, identity: float = 0.7) -> None:
+    """Factor ``noise * Z + identity * I`` into each head's query and key, Z of unit spectral scale."""
+    import torch
+
+    width = query.in_features
+    size = width // heads
+    with torch.no_grad():
+        for head in range(heads):
+            target = noise * torch.randn(width, width) / width**0.5 + identity * torch.eye(width)
+            left, scale, right = torch.linalg.svd(target)
+            rows = slice(head * size, (head + 1) * size)
+            root = scale[:size].sqrt()
+            query.weight[rows] = (left[:, :size] * root).T
+            key.weight[rows] = root[:, None] * right[:size]
+
+
+def _sines(width: int):
+    """Return sine and cosine positions of the grid, float (144, width)."""
+    import torch
+
+    steps = torch.arange(GRID, dtype=torch.float32)
+    rates = torch.exp(torch.linspace(0.0, -3.0, width // 4)) * 1.5
+    wave = torch.cat([(steps[:, None] * rates).sin(), (steps[:, None] * rates).cos()], 1)
+    rows = wave[:, None].expand(GRID, GRID, -1)
+    columns = wave[None].expand(GRID, GRID, -1)
+    return torch.cat([rows, columns], -1).reshape(GRID * GRID, width) * 0.5
+
+
+def save(built: LlavaForConditionalGeneration, folder: Path) -> None:
+    """Write a folder that ``from_pretrained`` loads: weights rounded to float16, computed in float32.
+
+    float16 halves the file and keeps 11 bits; config.json says float32, so that nobody computes in half
+    precision on a processor without it.
+    """
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(folder)
+    draft = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(draft, ignore_errors=True)
+    built.save_pretrained(draft)
+    processor().save_pretrained(draft)
+    weights = draft / "model.safetensors"
+    save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    config = json.loads((draft / "config.json").read_text())
+    assert config["dtype"] == "float32", config["dtype"]
+    folder.mkdir(parents=True, exist_ok=True)
+    for file in draft.iterdir():
+        os.replace(file, folder / file.name)
+    draft.rmdir()
+
+
+def load(folder: Path, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """Load a saved miniature in float32, ready for inference, without touching the network."""
+    import torch
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    if not (Path(folder) / "model.safetensors").exists():
+        raise CodebookError(f"no miniature in {folder}: train one with `codebook miniature train`")
+    built = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    built.to(torch.device(device)).eval()  # type: ignore[arg-type]
+    return built, AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -1,0 +1,235 @@
+"""Training batches: many questions behind one picture, and the forward pass that shares its prefix.
+
+A row holds the visual prefix once and about ten questions after it. Each question sees the prefix and
+itself only, and its positions continue right after the prefix, so every logit equals that of the stock
+model asked this one question.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers import LlavaForConditionalGeneration
+
+from codebook.miniature import model as architecture
+from codebook.miniature.model import ASSISTANT, BOS, EOS, PAD, USER, WORDS
+from codebook.miniature.scenes import GRID, labels, scene
+from codebook.miniature.tasks import FAMILIES, ask
+
+TOKENS = GRID * GRID
+PREFIX = 2  # <s> <user>, before the visual tokens
+LENGTH = 112  # text tokens of a row
+EXTRA = ("exist", "exist", "rel", "count", "attr", "ocr")  # families worth a second question
+IDS = {word: i for i, word in enumerate(WORDS)}
+
+
+@dataclass
+class Batch:
+    """A packed batch of B pictures; text arrays are (B, 112).
+
+    Attributes
+    ----------
+    pixels : float (B, 3, 96, 96)
+    shape, color, digit : int (B, 144), what a patch shows, -1 for nothing
+    box : float (B, 144, 4)
+    kept : int (B, K), ascending: the visual tokens that the language model is given
+    tokens, segment, position, target : int; segment -1 is padding, target -100 is not learned
+    family : int, the row of FAMILIES
+    weight : float, of the target in the loss
+    """
+
+    pixels: torch.Tensor
+    shape: torch.Tensor
+    color: torch.Tensor
+    digit: torch.Tensor
+    box: torch.Tensor
+    kept: torch.Tensor
+    tokens: torch.Tensor
+    segment: torch.Tensor
+    position: torch.Tensor
+    target: torch.Tensor
+    family: torch.Tensor
+    weight: torch.Tensor
+
+    def to(self, device: str) -> Batch:
+        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def encode(text: str) -> list[int]:
+    """Tokenize as the model's own tokenizer does."""
+    return [IDS[word] for word in re.findall(r"\w+|[^\w\s]+", text.lower())]
+
+
+def batch(size: int, seed: int, step: int, worker: int, *, dense: float = 0.0, drop: bool = True) -> Batch:
+    """Make the batch of a step; it depends on the arguments alone, so a resumed run sees the same ones.
+
+    Parameters
+    ----------
+    size : pictures B
+    dense : fraction of crowded scenes, for the vision stage; no questions are asked about those
+    drop : let half of the batches lose visual tokens
+    """
+    rng = np.random.Generator(np.random.PCG64([seed, step, worker, 7]))
+    rows: list[dict[str, np.ndarray]] = []
+    for i in range(size):
+        crowded = rng.random() < dense
+        picture = scene("train", 0, seed, step, worker, i, dense=crowded)
+        row = {"pixels": picture.pixels, **labels(picture)}
+        rows.append({**row, **_questions(picture if not dense else None, rng)})
+    stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+    stacked["pixels"] = stacked["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    busy = (stacked["shape"] >= 0) | (stacked["digit"] >= 0)
+    # The same choice on every worker, for they wait for each other.
+    stacked["kept"] = _kept(busy, np.random.Generator(np.random.PCG64([seed, step, 8])) if drop else None)
+    return Batch(**stacked)
+
+
+def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
+    """Choose the visual tokens (B, K) that a batch keeps.
+
+    Half of the batches keep all, a quarter lose background only, a quarter lose tokens at random:
+    losing background alone would teach the model to favour pruners that keep objects.
+    """
+    kind = 0 if rng is None else int(rng.integers(4))
+    if rng is None or kind < 2:
+        return torch.arange(TOKENS).expand(len(busy), -1)
+    count = int(rng.integers(72, 121)) if kind == 2 else int(rng.integers(104, 137))
+    order = torch.from_numpy(rng.random(tuple(busy.shape)))
+    if kind == 2:
+        order += 2 * busy
+    return order.topk(count, dim=1).indices.sort(1).values
+
+
+def _questions(picture, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    row = {
+        "tokens": np.full(LENGTH, PAD),
+        "segment": np.full(LENGTH, -1),
+        "position": np.full(LENGTH, PREFIX + TOKENS),
+        "target": np.full(LENGTH, -100),
+        "family": np.full(LENGTH, -1),
+        "weight": np.zeros(LENGTH, np.float32),
+    }
+    if picture is None:
+        return row
+    order = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))]
+    order += [EXTRA[i] for i in rng.permutation(len(EXTRA))]
+    seen: set[str] = set()
+    start = 0
+    for family in order:
+        parts = ask(picture, family, rng)
+        if parts is None or parts[0] in seen:
+            continue
+        seen.add(parts[0])
+        question, answer = encode(parts[0]), encode(parts[1])
+        end = start + len(question) + 1 + len(answer)
+        if end > LENGTH:
+            continue
+        spot, reply = slice(start, end), slice(start + len(question), end)
+        row["tokens"][spot] = [*question, ASSISTANT, *answer]
+        row["segment"][spot] = len(seen)
+        row["position"][spot] += np.arange(end - start)
+        row["target"][reply] = [*answer, EOS]
+        row["family"][spot] = FAMILIES.index(family)
+        # Between "every token counts the same" and "every question does".
+        row["weight"][reply] = (len(answer) + 1) ** -0.5
+        start = end
+    return row
+
+
+def see(
+    built: LlavaForConditionalGeneration, pixels: torch.Tensor, *, summary: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Run the vision tower.
+
+    Returns
+    -------
+    features, float (B, 144, 128): of the layer that LLaVA reads; and with `summary` the normalised
+    [CLS] of the last layer, float (B, 128)
+    """
+    tower = built.model.vision_tower
+    hidden = tower.pre_layrnorm(tower.embeddings(pixels))
+    for layer in tower.encoder.layers[:-1]:
+        hidden = layer(hidden, None)
+    if not summary:
+        return hidden[:, 1:], None
+    last = tower.encoder.layers[-1](hidden, None)
+    return hidden[:, 1:], tower.post_layernorm(last[:, 0])
+
+
+def answer(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: Batch) -> torch.Tensor:
+    """Run the language model on packed questions.
+
+    Parameters
+    ----------
+    visual : float (B, 144, 160), the projected tokens; those not in ``packed.kept`` are left out
+
+    Returns
+    -------
+    float (N, vocabulary): logits at the N places that have a target, in row-major order
+    """
+    language = built.model.language_model
+    size, kept = packed.kept.shape
+    visual = visual.gather(1, packed.kept[..., None].expand(-1, -1, visual.shape[-1]))
+    head = torch.tensor([BOS, USER], device=visual.device).expand(size, -1)
+    embed = language.embed_tokens
+    hidden = torch.cat([embed(head), visual, embed(packed.tokens)], 1)
+    start = torch.arange(PREFIX, device=visual.device).expand(size, -1)
+    positions = torch.cat([start, PREFIX + packed.kept, packed.position], 1)
+    cos, sin = (part[:, :, None] for part in language.rotary_emb(hidden, positions))
+    prefix = PREFIX + kept
+    mask = _mask(packed.segment, prefix)
+    for layer in language.layers[:-1]:
+        hidden = answer_layer(layer, hidden, cos, sin, mask, prefix, 0)
+    # Nobody reads the prefix after the last layer.
+    hidden = answer_layer(language.layers[-1], hidden, cos, sin, mask, prefix, prefix)
+    return built.lm_head(language.norm(hidden[packed.target >= 0]))
+
+
+def _mask(segment: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Additive mask (B, 1, T, prefix + T): the prefix, and earlier tokens of the same question."""
+    same = segment[:, :, None] == segment[:, None]
+    causal = torch.ones(same.shape[1:], dtype=torch.bool, device=segment.device).tril()
+    block = torch.zeros(same.shape, device=segment.device).masked_fill_(~(same & causal), float("-inf"))
+    return F.pad(block, (prefix, 0))[:, None]
+
+
+def plain_layer(layer, hidden, cos, sin, mask, prefix: int, start: int) -> torch.Tensor:
+    """One Llama layer; only rows from `start` on are returned."""
+    attention, mlp = layer.self_attn, layer.mlp
+    size, length, width = hidden.shape
+    shape = (size, length, -1, attention.head_dim)
+    normed = _norm(layer.input_layernorm, hidden)
+    weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
+    query, key, value = F.linear(normed, torch.cat(weights)).chunk(3, -1)
+    query, key = _rotate(query.view(shape), cos, sin), _rotate(key.view(shape), cos, sin)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value.view(shape)))
+    text = F.scaled_dot_product_attention(query[:, :, prefix:], key, value, attn_mask=mask)
+    if not start:
+        first = F.scaled_dot_product_attention(
+            query[:, :, :prefix], key[:, :, :prefix], value[:, :, :prefix], is_causal=True
+        )
+        text = torch.cat([first, text], 2)
+    mixed = text.transpose(1, 2).reshape(size, length - start, width)
+    hidden = hidden[:, start:] + attention.o_proj(mixed)
+    normed = _norm(layer.post_attention_layernorm, hidden)
+    gate, up = F.linear(normed, torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight))).chunk(2, -1)
+    return hidden + mlp.down_proj(F.silu(gate) * up)
+
+
+answer_layer = plain_layer  # training on a CPU replaces it by its compiled form
+
+
+def _norm(norm, hidden: torch.Tensor) -> torch.Tensor:
+    return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = x.shape[-1] // 2
+    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
+
+
+assert architecture.TEXT["hidden_size"] % architecture.TEXT["num_attention_heads"] == 0

@@ -1,0 +1,395 @@
+"""Train the miniature from scratch: first its eyes, then both together.
+
+1. Vision: crowded scenes, every patch says what it shows, [CLS] what is in the picture, and the projected
+   tokens are drawn towards the words for it.
+2. Joint: about eleven questions behind each picture; the loss is on the answers, plus a fading pull of
+   the projected tokens towards their words.
+
+A batch depends on the seed and the step only and the checkpoint holds everything else, so a run that was
+stopped goes on as if it had not been.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+from transformers.utils import logging
+
+from codebook.errors import CodebookError
+from codebook.miniature import model as architecture
+from codebook.miniature import packing, prompt
+from codebook.miniature.optimizer import Muon
+from codebook.miniature.packing import IDS, Batch
+from codebook.miniature.scenes import COLOR_NAMES, SHAPES
+from codebook.miniature.tasks import FAMILIES, score, tasks
+
+NAMES = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789")}
+STAGES = ("vision", "joint")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a run is made of; it is written beside the checkpoint.
+
+    Attributes
+    ----------
+    minutes, steps : the budget of each stage (vision, joint), by the clock or in steps; steps win
+    batch : pictures a step and worker, for each stage
+    muon, adam : peak learning rates
+    drop : let batches of the joint stage lose visual tokens
+    align : weight of the pull towards words at the start of the joint stage
+    """
+
+    minutes: tuple[float, float] = (6.0, 70.0)
+    steps: tuple[int, int] | None = None
+    batch: tuple[int, int] = (24, 16)
+    muon: float = 0.02
+    adam: float = 2e-3
+    drop: bool = True
+    align: float = 0.3
+    seed: int = 0
+
+
+class Heads(nn.Module):
+    """Readers that exist in training only: they say what the vision tower has to know."""
+
+    def __init__(self):
+        super().__init__()
+        width = architecture.VISION["hidden_size"]
+        self.patch = nn.ModuleDict({name: nn.Linear(width, len(v) + 1) for name, v in NAMES.items()})
+        self.box = nn.Linear(width, 4)
+        self.align_box = nn.Linear(architecture.TEXT["hidden_size"], 4)
+        self.summary = nn.Linear(width, sum(len(v) for v in NAMES.values()))
+
+
+def train(
+    out: str | Path,
+    *,
+    minutes: float | None = None,
+    steps: int | None = None,
+    seed: int = 0,
+    resume: bool = True,
+    device: str | None = None,
+    workers: int | None = None,
+    **options,
+) -> Path:
+    """Train a miniature and return the folder of its weights, ``out/weights``.
+
+    Parameters
+    ----------
+    out : folder for ``checkpoint.pt``, ``log.jsonl`` and ``weights/``
+    minutes, steps : budget of both stages together, a tenth of it for vision; default 76 minutes
+    resume : go on from ``out/checkpoint.pt`` if there is one
+    device : "cpu" or "cuda"; default a GPU if there is one
+    workers : processes of one thread each; two of one beat one of two on a CPU; default the cores
+    **options : fields of `Recipe`
+    """
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    if minutes is not None:
+        options["minutes"] = (0.1 * minutes, 0.9 * minutes)
+    if steps is not None:
+        options["steps"] = (max(1, steps // 10), steps - max(1, steps // 10))
+    try:
+        recipe = Recipe(seed=seed, **options)
+    except TypeError as error:
+        raise CodebookError(
+            f"unknown training option: {error}; see codebook.miniature.train.Recipe"
+        ) from None
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    workers = workers or (1 if device == "cuda" else min(2, os.cpu_count() or 1))
+    if not resume:
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        (out / "log.jsonl").unlink(missing_ok=True)
+    if workers == 1:
+        _worker(0, 1, out, recipe, device, "")
+    else:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        with tempfile.TemporaryDirectory() as meeting:
+            arguments = (workers, out, recipe, device, f"file://{meeting}/store")
+            torch.multiprocessing.spawn(_worker, arguments, nprocs=workers)
+    return out / "weights"
+
+
+def _worker(rank: int, workers: int, out: Path, recipe: Recipe, device: str, meeting: str) -> None:
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    if workers > 1:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
+    run = Run(out, recipe, device, rank, workers)
+    for stage in STAGES[STAGES.index(run.stage) :]:
+        run.play(stage)
+    run.save(export=True)
+    if workers > 1:
+        dist.destroy_process_group()
+
+
+class Run:
+    """One worker's state: model, heads, optimizers, and how far it is."""
+
+    def __init__(self, out: Path, recipe: Recipe, device: str = "cpu", rank: int = 0, workers: int = 1):
+        self.out, self.recipe, self.device, self.rank, self.workers = out, recipe, device, rank, workers
+        self.model = architecture.model(recipe.seed).to(torch.device(device))  # type: ignore[arg-type]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(recipe.seed)
+            self.heads = Heads().to(device)
+        self.stage, self.step, self.elapsed = STAGES[0], 0, 0.0
+        self._optimizers()
+        self.file = out / "checkpoint.pt"
+        if self.file.exists():
+            self.load()
+
+    def _optimizers(self) -> None:
+        inner = ("vision_tower.encoder", "language_model.layers", "multi_modal_projector")
+        named = [*self.model.named_parameters(), *self.heads.named_parameters()]
+        self.parameters = [p for _, p in named]
+        matrices = [p for n, p in named if p.dim() == 2 and any(part in n for part in inner)]
+        chosen = {id(p) for p in matrices}
+        rest = [p for p in self.parameters if id(p) not in chosen]
+        share = (self.rank, self.workers)
+        self.muon = Muon(matrices, share=share, merge=self._sum)
+        self.adam = torch.optim.AdamW(rest, lr=self.recipe.adam, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def _sum(self, x: torch.Tensor) -> torch.Tensor:
+        if self.workers > 1:
+            dist.all_reduce(x)
+        return x
+
+    def load(self) -> None:
+        state = torch.load(self.file, map_location=self.device, weights_only=True)
+        if state["seed"] != self.recipe.seed:
+            raise CodebookError(
+                f"{self.file} is of seed {state['seed']}: choose another folder or --no-resume"
+            )
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        self.stage, self.step, self.elapsed = state["stage"], state["step"], state["elapsed"]
+
+    def save(self, *, export: bool = False) -> None:
+        """Write the checkpoint so that a kill at any moment leaves a whole one."""
+        if self.rank:
+            return
+        state = {
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "muon": self.muon.state_dict(),
+            "adam": self.adam.state_dict(),
+            "stage": self.stage,
+            "step": self.step,
+            "elapsed": self.elapsed,
+            "seed": self.recipe.seed,
+        }
+        draft = self.file.with_suffix(".writing")
+        torch.save(state, draft)
+        os.replace(draft, self.file)
+        if export:
+            architecture.save(self.model, self.out / "weights")
+
+    def play(self, stage: str, every: float = 150.0) -> None:
+        """Run one stage to the end of its budget; every 150 seconds leave a checkpoint."""
+        which = STAGES.index(stage)
+        if self.stage != stage:
+            self.stage, self.step, self.elapsed = stage, 0, 0.0
+        recipe = self.recipe
+        begin = time.monotonic() - self.elapsed
+        saved = told = time.monotonic()
+        tally: dict[str, list[float]] = {}
+        if self.device == "cpu" and recipe.steps is None and packing.answer_layer is packing.plain_layer:
+            # A quarter less time a step; not worth the minute of compilation in a test.
+            packing.answer_layer = torch.compile(packing.plain_layer, dynamic=True)
+        while True:
+            now = time.monotonic()
+            self.elapsed = now - begin
+            if recipe.steps is not None:
+                progress = self.step / recipe.steps[which]
+            else:
+                progress = self.elapsed / 60 / recipe.minutes[which]
+            progress = self._agree(progress)
+            if progress >= 1:
+                break
+            for name, (total, count) in self.advance(progress).items():
+                entry = tally.setdefault(name, [0.0, 0.0])
+                entry[0] += total
+                entry[1] += count
+            self.step += 1
+            if now - told > 30 or recipe.steps is not None:
+                self._tell(progress, tally)
+                told, tally = now, {}
+            if now - saved > every:
+                self.save(export=True)
+                saved = now
+        self.save(export=True)
+
+    def _agree(self, progress: float) -> float:
+        """Take the first worker's clock for all, or they would stop at different steps."""
+        if self.workers == 1:
+            return progress
+        shared = torch.tensor([progress if self.rank == 0 else 0.0], dtype=torch.float64)
+        return float(self._sum(shared))
+
+    def _tell(self, progress: float, tally: dict[str, list[float]]) -> None:
+        if self.rank:
+            return
+        means = {name: round(total / max(count, 1), 3) for name, (total, count) in tally.items()}
+        line = {"stage": self.stage, "step": self.step, "minutes": round(self.elapsed / 60, 1), **means}
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(json.dumps(line) + "\n")
+        print(f"{progress:5.1%}", line, flush=True)
+
+    def advance(self, progress: float) -> dict[str, tuple[float, float]]:
+        """Take one step; return sums and counts of what was measured on the way."""
+        which = STAGES.index(self.stage)
+        size, seed = self.recipe.batch[which], self.recipe.seed
+        joint = self.stage == "joint"
+        packed = packing.batch(
+            size, 2 * seed + which, self.step, self.rank, dense=0 if joint else 0.75, drop=self.recipe.drop
+        ).to(self.device)
+        loss, seen = self._joint(packed, progress) if joint else self._vision(packed)
+        loss.backward()
+        self._reduce()
+        rate = min(1.0, (progress + 0.002) / 0.03) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
+        self.muon.step(self.recipe.muon * rate)
+        for group in self.adam.param_groups:
+            group["lr"] = self.recipe.adam * rate
+        self.adam.step()
+        for parameter in self.parameters:
+            parameter.grad = None
+        return {"loss": (loss.item(), 1.0), **seen}
+
+    def _reduce(self) -> None:
+        """Average gradients over the workers and clip what AdamW gets (Muon ignores the scale)."""
+        for parameter in self.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if self.workers > 1:
+            flat = self._sum(torch.cat([p.grad.flatten() for p in self.parameters])) / self.workers
+            sizes = [p.numel() for p in self.parameters]
+            for parameter, part in zip(self.parameters, flat.split(sizes), strict=True):
+                parameter.grad = part.view_as(parameter)
+        nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
+
+    def _vision(self, packed: Batch) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+        features, summary = packing.see(self.model, packed.pixels, summary=True)
+        assert summary is not None
+        loss = self._summarise(packed, summary) + self._align(packed, features)
+        seen = {}
+        for name in NAMES:
+            truth = getattr(packed, name)
+            logits = self.heads.patch[name](features)
+            weight = torch.ones(logits.shape[-1], device=logits.device)
+            weight[0] = 0.1  # most patches are background
+            loss = loss + F.cross_entropy(logits.flatten(0, 1), truth.flatten() + 1, weight)
+            there = truth >= 0
+            right = (logits.argmax(-1) == truth + 1)[there]
+            seen[name] = (float(right.sum()), float(there.sum()))
+        busy = (packed.shape >= 0) | (packed.digit >= 0)
+        loss = loss + 10 * F.smooth_l1_loss(self.heads.box(features)[busy], packed.box[busy], beta=0.05)
+        return loss, seen
+
+    def _summarise(self, packed: Batch, summary: torch.Tensor) -> torch.Tensor:
+        """[CLS] says which shapes, colours and digits are in the picture."""
+        truth = torch.cat(
+            [F.one_hot(getattr(packed, n) + 1, len(v) + 1).amax(1)[:, 1:] for n, v in NAMES.items()], 1
+        )
+        return F.binary_cross_entropy_with_logits(self.heads.summary(summary), truth.float())
+
+    def _align(self, packed: Batch, features: torch.Tensor) -> torch.Tensor:
+        """Pull each projected token towards the words for what it shows, and keep its box readable."""
+        projected = self.model.model.multi_modal_projector(features)
+        words = self.model.model.language_model.embed_tokens.weight
+        busy = (packed.shape >= 0) | (packed.digit >= 0)
+        loss = 5 * F.smooth_l1_loss(self.heads.align_box(projected)[busy], packed.box[busy], beta=0.05)
+        for name, values in NAMES.items():
+            there = getattr(packed, name) >= 0
+            if there.any():
+                chosen = words[torch.tensor([IDS[v] for v in values], device=words.device)]
+                cosine = F.normalize(projected[there], dim=-1) @ F.normalize(chosen, dim=-1).T
+                loss = loss + F.cross_entropy(16 * cosine, getattr(packed, name)[there])
+        return loss
+
+    def _joint(self, packed: Batch, progress: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+        often = self.step % 4 == 0  # keeps [CLS] in step with the layers below it
+        features, summary = packing.see(self.model, packed.pixels, summary=often)
+        visual = self.model.model.multi_modal_projector(features)
+        logits = packing.answer(self.model, visual, packed)
+        there = packed.target >= 0
+        truth, weight = packed.target[there], packed.weight[there]
+        loss = (F.cross_entropy(logits, truth, reduction="none") * weight).sum() / weight.sum()
+        if self.recipe.align:
+            loss = loss + self.recipe.align * (1 - 0.8 * progress) * self._align(packed, features)
+        if summary is not None:
+            loss = loss + 0.5 * self._summarise(packed, summary)
+        wrong = torch.zeros_like(packed.target)
+        wrong[there] = (logits.argmax(-1) != truth).long()
+        return loss, _by_family(packed, wrong)
+
+
+def _by_family(packed: Batch, wrong: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """Count the questions of each family whose every answer token was right, given those before it."""
+    rows = torch.arange(len(wrong), device=wrong.device)[:, None] * packing.LENGTH
+    key = (rows + packed.segment.clamp(min=0)).flatten()
+    misses = torch.zeros(len(wrong) * packing.LENGTH, device=wrong.device)
+    misses.index_add_(0, key, wrong.flatten().float())
+    family = torch.full_like(misses, -1).long()
+    family[key] = torch.where(packed.segment >= 0, packed.family, -1).flatten()
+    family[rows.flatten()] = -1  # segment 0 holds the padding
+    return {
+        name: (float(((family == i) & (misses == 0)).sum()), float((family == i).sum()))
+        for i, name in enumerate(FAMILIES)
+    }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    split: str = "test",
+    count: int = 200,
+    visual: bool = True,
+    *,
+    seed: int = 0,
+    families: tuple[str, ...] = FAMILIES,
+    batch: int = 50,
+) -> dict[str, float]:
+    """Answer `count` questions of each family greedily and return the mean score of each.
+
+    Parameters
+    ----------
+    visual : False leaves the image out of the prompt: what the questions alone give away
+    """
+    out = {}
+    for family in families:
+        asked = list(tasks(family, split, seed, count))
+        total = 0.0
+        for start in range(0, count, batch):
+            part = asked[start : start + batch]
+            texts = [prompt(processor, q.question) for q in part]
+            if visual:
+                inputs = processor(
+                    images=[q.image for q in part], text=texts, padding=True, return_tensors="pt"
+                )
+            else:
+                texts = [text.replace("<image>", "") for text in texts]
+                inputs = processor(text=texts, padding=True, return_tensors="pt")
+            inputs = inputs.to(model.device)
+            answers = model.generate(**inputs, do_sample=False, max_new_tokens=24)  # type: ignore[misc]
+            new = answers[:, inputs["input_ids"].shape[1] :]
+            said = processor.batch_decode(new, skip_special_tokens=True)
+            total += sum(score(family, s, q.answer) for s, q in zip(said, part, strict=True))
+        out[family] = total / count
+    return out

@@ -1,0 +1,164 @@
+"""The model is a stock LLaVA, and training computes what the stock model computes."""
+
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from codebook.errors import CodebookError
+from codebook.miniature import FAMILIES, FOLDER, load, model, packing, prompt, tasks
+from codebook.miniature.train import Recipe, Run, evaluate, train
+
+SHIPPED = (FOLDER / "model.safetensors").exists()
+
+
+@pytest.fixture(scope="module")
+def fresh():
+    built = model.model(seed=1).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in built.named_parameters():
+            if weight.dim() == 2 and not weight.any():  # residual branches start closed
+                assert "embed" not in name
+                weight.normal_(std=0.05, generator=generator)
+    return built
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return model.processor()
+
+
+def test_the_tokenizer_covers_every_word_and_agrees_with_the_packed_encoding(processor):
+    for family in FAMILIES:
+        for question in tasks(family, "train", 3, 20):
+            for text in (question.question, question.answer):
+                ids = processor.tokenizer(text)["input_ids"]
+                assert model.UNK not in ids
+                assert ids == packing.encode(text)
+    special = {"pad": model.PAD, "bos": model.BOS, "eos": model.EOS, "unk": model.UNK}
+    assert {k: getattr(processor.tokenizer, f"{k}_token_id") for k in special} == special
+
+
+def test_a_prompt_ends_with_text_and_batches_pad_on_the_left(processor):
+    asked = [*tasks("exist", count=1), *tasks("rel", count=1)]
+    texts = [prompt(processor, q.question) for q in asked]
+    inputs = processor(images=[q.image for q in asked], text=texts, padding=True, return_tensors="pt")
+    ids = inputs["input_ids"]
+    assert (ids == model.IMAGE).sum(1).tolist() == [144, 144]
+    assert ids[:, -1].tolist() == [model.ASSISTANT] * 2
+    assert ids[0, 0] == model.PAD and inputs["attention_mask"][0, 0] == 0
+    assert ids[1, :3].tolist() == [model.BOS, model.USER, model.IMAGE]
+
+
+@pytest.mark.parametrize("drop", [False, True])
+def test_the_packed_forward_equals_the_stock_model_on_each_question(fresh, processor, drop):
+    packed = packing.batch(2, 0, 3, 0)
+    kept = torch.arange(0, 144, 2).expand(2, -1) if drop else torch.arange(144).expand(2, -1)
+    packed.kept = kept
+    with torch.no_grad():
+        features, _ = packing.see(fresh, packed.pixels)
+        visual = fresh.model.multi_modal_projector(features)
+        logits = packing.answer(fresh, visual, packed)
+        stock_features = fresh.model.get_image_features(packed.pixels, return_dict=True).pooler_output
+        torch.testing.assert_close(visual, torch.stack(tuple(stock_features)), atol=1e-5, rtol=1e-5)
+        start = 0
+        for row in range(2):
+            for segment in range(1, int(packed.segment[row].max()) + 1):
+                place = packed.segment[row] == segment
+                words = torch.cat([torch.tensor([model.BOS, model.USER]), packed.tokens[row, place]])
+                embedded = fresh.get_input_embeddings()(words)
+                embedded = torch.cat([embedded[:2], visual[row, kept[row]], embedded[2:]])[None]
+                positions = torch.cat([torch.arange(2), 2 + kept[row], 146 + torch.arange(place.sum())])[None]
+                stock = fresh.model.language_model(inputs_embeds=embedded, position_ids=positions)
+                stock = fresh.lm_head(stock.last_hidden_state)[0, -int(place.sum()) :]
+                wanted = packed.target[row, place] >= 0
+                end = start + int(wanted.sum())
+                torch.testing.assert_close(logits[start:end], stock[wanted], atol=1e-4, rtol=1e-4)
+                start = end
+        assert start == len(logits)
+
+
+def test_training_reduces_the_loss_and_a_resumed_run_ends_in_the_same_state(tmp_path):
+    recipe = Recipe(steps=(2, 4), batch=(4, 3))
+    whole = Run(tmp_path / "never", recipe)
+    (tmp_path / "cut").mkdir()
+    half = Run(tmp_path / "cut", recipe)
+    losses = []
+    for run in (whole, half):
+        run.stage = "joint"
+        for step in range(2):
+            run.step = step
+            losses.append(run.advance(0.1)["loss"][0])
+    half.step = 2
+    half.save()
+    half = Run(tmp_path / "cut", recipe)
+    assert (half.stage, half.step) == ("joint", 2)
+    for run in (whole, half):
+        for step in (2, 3):
+            run.step = step
+            losses.append(run.advance(0.1)["loss"][0])
+    assert losses[:2] == losses[2:4] and losses[4:6] == losses[6:8]
+    assert losses[5] < losses[0]
+    for one, two in zip(whole.parameters, half.parameters, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_a_checkpoint_of_another_seed_and_an_unknown_option_are_refused(tmp_path):
+    Run(tmp_path, Recipe()).save()
+    with pytest.raises(CodebookError, match="seed 0"):
+        Run(tmp_path, Recipe(seed=1))
+    with pytest.raises(CodebookError, match="learning"):
+        train(tmp_path, steps=2, learning=1)
+
+
+def test_two_workers_train_and_leave_a_model_that_loads(tmp_path):
+    folder = train(tmp_path, steps=2, workers=2, device="cpu", batch=(2, 2))
+    built, _ = model.load(folder)
+    assert built.dtype == torch.float32 and not built.training
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 2
+
+
+def test_a_missing_model_says_how_to_get_one(tmp_path):
+    with pytest.raises(CodebookError, match="codebook miniature train"):
+        model.load(tmp_path)
+
+
+@pytest.mark.skipif(not SHIPPED, reason="no weights")
+class TestShipped:
+    def test_it_loads_by_the_standard_calls_offline_without_torchvision_and_silently(self):
+        code = (
+            "import sys; sys.modules['torchvision'] = None\n"
+            "from transformers import AutoProcessor, LlavaForConditionalGeneration, logging\n"
+            "logging.disable_progress_bar()\n"
+            f"LlavaForConditionalGeneration.from_pretrained({str(FOLDER)!r})\n"
+            f"AutoProcessor.from_pretrained({str(FOLDER)!r})\n"
+        )
+        environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert not done.stderr.strip(), done.stderr
+
+    def test_it_is_small_and_in_float32(self):
+        assert (FOLDER / "model.safetensors").stat().st_size < 16e6
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            built, _ = load()
+        assert {p.dtype for p in built.parameters()} == {torch.float32}
+
+    def test_it_answers_from_the_image(self):
+        built, processor = load()
+        seeing = evaluate(built, processor, count=20, batch=20)
+        blind = evaluate(built, processor, count=20, batch=20, visual=False)
+        mean, floor = (sum(x.values()) / len(x) for x in (seeing, blind))
+        assert mean > 0.55, seeing
+        assert floor < 0.35, blind
+
+
+def test_importing_the_package_does_not_import_torch():
+    code = "import sys, codebook.miniature; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

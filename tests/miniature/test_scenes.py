@@ -1,0 +1,99 @@
+"""Scenes are the same bytes everywhere, and the splits share nothing."""
+
+import hashlib
+
+import numpy as np
+import pytest
+
+from codebook.errors import CodebookError
+from codebook.miniature import FAMILIES, tasks, write_images
+from codebook.miniature.scenes import GRID, PERIODS, TRAIN_DIGITS, digits, labels, scene
+
+
+def digest(split, dense=False):
+    pixels = [scene(split, 0, i, dense=dense).pixels.tobytes() for i in range(40)]
+    return hashlib.sha256(b"".join(pixels)).hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("split", "dense", "expected"),
+    [
+        ("train", False, "6e42838c39ddd2ec"),
+        ("test", False, "d3af379f8f0cf7a1"),
+        ("train", True, "a3be8067ba143094"),
+    ],
+)
+def test_scenes_are_the_same_bytes_on_every_machine(split, dense, expected):
+    assert digest(split, dense) == expected
+
+
+def test_splits_share_no_scene_no_digit_image_and_no_stripe_width():
+    seen = {"train": set(), "test": set()}
+    pictures = {"train": set(), "test": set()}
+    for split in seen:
+        for i in range(200):
+            picture = scene(split, 0, i)
+            pictures[split].add(picture.pixels.tobytes())
+            seen[split].update(image for number in picture.numbers for image in number.images)
+    assert max(seen["train"]) < TRAIN_DIGITS <= min(seen["test"])
+    assert not pictures["train"] & pictures["test"]
+    assert not set(PERIODS["train"]) & set(PERIODS["test"])
+
+
+def test_an_unknown_split_names_the_known_ones():
+    with pytest.raises(CodebookError, match="train, test"):
+        scene("validation", 0)
+
+
+def test_digits_are_those_of_scikit_learn():
+    source = pytest.importorskip("sklearn.datasets").load_digits()
+    images, values = digits()
+    assert (values == source.target).all()
+    assert abs(images - source.images).max() <= 1  # four bits a pixel
+    assert images.shape == (1797, 8, 8)
+
+
+def test_patches_cover_what_is_drawn_and_little_else():
+    coverage = []
+    for i in range(100):
+        picture = scene("test", 3, i)
+        marks = labels(picture)
+        for thing in picture.things:
+            left, top, right, bottom = thing.box
+            for place in thing.patches:
+                x, y = place % GRID * 8, place // GRID * 8
+                assert left - 8 < x < right and top - 8 < y < bottom
+        busy = (marks["shape"] >= 0) | (marks["digit"] >= 0)
+        assert set(np.flatnonzero(busy)) == {
+            p for item in (*picture.things, *picture.numbers) for p in item.patches
+        }
+        coverage.append(busy.mean())
+    assert 0.08 < np.mean(coverage) < 0.25
+
+
+def test_objects_do_not_overlap():
+    for i in range(100):
+        canvas = np.zeros((96, 96), int)
+        for item in (*(picture := scene("train", 5, i)).things, *picture.numbers):
+            left, top, right, bottom = item.box
+            canvas[top:bottom, left:right] += 1
+        assert canvas.max() <= 1
+
+
+def test_written_images_are_training_scenes(tmp_path):
+    from PIL import Image
+
+    paths = write_images(tmp_path / "images", 3, seed=4)
+    assert [p.name for p in paths] == ["000000.png", "000001.png", "000002.png"]
+    stored = np.asarray(Image.open(paths[1]))
+    assert (stored == scene("train", 2, 4, 1).pixels).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_questions_repeat_by_seed(family):
+    first, again = list(tasks(family, "test", 1, 5)), list(tasks(family, "test", 1, 5))
+    other = list(tasks(family, "test", 2, 5))
+    for one, two in zip(first, again, strict=True):
+        assert (one.question, one.answer, one.patches) == (two.question, two.answer, two.patches)
+        assert one.image.tobytes() == two.image.tobytes()
+    assert [q.image.tobytes() for q in first] != [q.image.tobytes() for q in other]

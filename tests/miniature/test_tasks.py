@@ -1,0 +1,104 @@
+"""Questions have one right answer, and scorers score by hand-made examples."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from codebook.errors import CodebookError
+from codebook.miniature import FAMILIES, score, tasks
+from codebook.miniature.scenes import SHAPES, Scene, Thing, scene
+from codebook.miniature.tasks import TABLE, ask, vocabulary
+
+
+def picture(*things):
+    return Scene(np.zeros((96, 96, 3), np.uint8), things, (), "gradient")
+
+
+@pytest.mark.parametrize(
+    ("family", "prediction", "answer", "expected"),
+    [
+        ("exist", "yes", "yes", 1),
+        ("exist", " Yes. ", "yes", 1),
+        ("exist", "no", "yes", 0),
+        ("exist", "yes no", "yes", 0),
+        ("ocr", "4 7 2", "4 7 2", 1),
+        ("ocr", "4 7", "4 7 2", 0),
+        ("loc", "a1", "a1", 1),
+        ("box", "p0 p0 p3 p3", "p0 p0 p3 p3", 1),
+        ("box", "p0 p0 p3 p1", "p0 p0 p3 p3", 1),  # half of it
+        ("box", "p0 p0 p3 p0", "p0 p0 p3 p3", 0),  # a quarter
+        ("box", "p3 p3 p0 p0", "p0 p0 p3 p3", 0),
+        ("box", "p0 p0", "p0 p0 p3 p3", 0),
+        ("box", "yes", "p0 p0 p3 p3", 0),
+        ("cap", "red circle, blue square", "blue square, red circle", 1),
+        ("cap", "red circle", "red circle, red circle", 2 / 3),
+        ("cap", "red square", "red circle", 0),
+        ("cap", "", "red circle", 0),
+    ],
+)
+def test_scores_by_hand(family, prediction, answer, expected):
+    assert score(family, prediction, answer) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_true_answers_score_one_and_use_the_vocabulary(family):
+    import re
+
+    words = set(vocabulary())
+    for question in tasks(family, "test", 0, 60):
+        assert score(family, question.answer, question.answer) == 1
+        assert set(re.findall(r"\w+|[^\w\s]+", f"{question.question} {question.answer}")) <= words
+        assert question.patches == sorted(set(question.patches))
+        assert all(0 <= place < 144 for place in question.patches)
+        absent = question.answer in ("no", "zero")
+        assert question.patches or absent
+
+
+def test_existence_is_balanced_and_its_negatives_are_hard():
+    asked = hard = 0
+    answers = Counter()
+    for i in range(600):
+        scenery = scene("test", 9, i)
+        text, answer, _ = ask(scenery, "exist", np.random.default_rng(i))
+        answers[answer] += 1
+        words = text.removeprefix("is there a ").removesuffix("?").split()
+        if answer == "no" and len(words) == 2 and words[1] in SHAPES:
+            asked += 1
+            hard += any(t.color == words[0] for t in scenery.things) and any(
+                t.shape == words[1] for t in scenery.things
+            )
+    assert 0.42 < answers["yes"] / 600 < 0.58
+    assert hard / asked > 0.4
+
+
+def test_relations_localization_and_boxes_by_hand():
+    red, blue = Thing("circle", "red", "big", 4, 4), Thing("square", "blue", "small", 70, 10)
+    scenery = picture(red, blue)
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        text, answer, patches = ask(scenery, "rel", rng)
+        first = text.split(" relative ")[0]
+        assert answer == ("left" if "red" in first or "circle" in first else "right")
+        assert patches == sorted({*red.patches, *blue.patches})
+        text, answer, patches = ask(scenery, "loc", rng)
+        assert (answer, patches) in [("a1", red.patches), ("a4", blue.patches)]
+        text, answer, _ = ask(scenery, "box", rng)
+        assert answer in ("p1 p1 p4 p4", "p17 p2 p19 p4")
+    assert ask(scenery, "word", rng)[1] == "circle"
+    assert ask(scenery, "cap", rng)[1] == "red circle, blue square"
+    assert ask(scenery, "ocr", rng) is None
+
+
+def test_an_ambiguous_object_is_never_asked_about():
+    twins = picture(Thing("circle", "red", "big", 4, 4), Thing("circle", "red", "small", 70, 10))
+    for family in ("attr", "loc", "box", "rel"):
+        assert ask(twins, family, np.random.default_rng(0)) is None
+
+
+def test_an_unknown_family_names_the_known_ones():
+    with pytest.raises(CodebookError, match="exist"):
+        score("ocrr", "", "")
+    with pytest.raises(CodebookError, match="exist"):
+        next(tasks("ocrr"))
+    assert tuple(TABLE) == FAMILIES
