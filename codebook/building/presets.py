@@ -1,0 +1,109 @@
+"""Settings of a build, and the published ones for each model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+from codebook.errors import CodebookError
+
+PROMPT = "What does this image show? You must provide a single word that best describes the image."
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What decides which tokens become prototypes (https://arxiv.org/abs/2503.20540); defaults: LLaVA-1.5-7B.
+
+    Attributes
+    ----------
+    prompt
+        The question of every probe, put into the model's own chat template.
+    candidates
+        Tokens probed in each image: `ranks`, `tiles`, `all` or `auto`; see `codebook.building.candidates`.
+    tau_p
+        A redundant token has P1 below this.
+    tau_j
+        ... and `JSD_region + global_weight * JSD_global` below this.
+    jsd
+        `coded`: the authors' code, to which the published thresholds belong. `textbook`: nats; values are about
+        ten times as large.
+    clusters_per_image, max_cluster_size
+        Isolated tokens are those in clusters of at most that many of the image's probed tokens.
+    clusters, min_image_fraction
+        Recurrent tokens are those in clusters whose members come from more than that fraction of the images.
+    neighbours, seed
+        Of the clusterings.
+    """
+
+    prompt: str = PROMPT
+    candidates: Literal["auto", "ranks", "tiles", "all"] = "auto"
+    tau_p: float = 0.15
+    tau_j: float = 2e-3
+    global_weight: float = 16.0
+    jsd: Literal["coded", "textbook"] = "coded"
+    clusters_per_image: int = 8
+    max_cluster_size: int = 8
+    clusters: int = 64
+    min_image_fraction: float = 64 / 500
+    neighbours: int = 5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tau_p <= 1:
+            raise CodebookError(f"tau_p is {self.tau_p}: a probability above 0 and at most 1 is needed")
+        if not 0 < self.tau_j < math.inf:
+            raise CodebookError(f"tau_j is {self.tau_j}: a number above 0 is needed")
+        if not 0 <= self.min_image_fraction < 1:
+            raise CodebookError(f"min_image_fraction is {self.min_image_fraction}: it must be in [0, 1)")
+        if not 0 <= self.global_weight < math.inf:
+            raise CodebookError(f"global_weight is {self.global_weight}: a number of at least 0 is needed")
+        for name in ("clusters_per_image", "max_cluster_size", "clusters", "neighbours"):
+            if getattr(self, name) < 1:
+                raise CodebookError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if self.candidates not in ("auto", "ranks", "tiles", "all"):
+            raise CodebookError(f"candidates is {self.candidates!r}: use auto, ranks, tiles or all")
+        if self.jsd not in ("coded", "textbook"):
+            raise CodebookError(f"jsd is {self.jsd!r}: use coded or textbook")
+
+    def per_image(self) -> dict[str, Any]:
+        """The settings that decide what one image yields: all but those of the recurrence across images."""
+        return {k: v for k, v in asdict(self).items() if k not in ("clusters", "min_image_fraction")}
+
+
+PRESETS = {
+    "llava-1.5-7b": Settings(),
+    "llava-1.5-13b": Settings(tau_p=0.077, tau_j=1.8e-3),
+    "llava-next-8b": Settings(tau_p=0.10),
+    "llava-onevision-7b": Settings(
+        tau_p=0.08, tau_j=1.8e-3, max_cluster_size=3, clusters=24, min_image_fraction=16 / 1200
+    ),
+    # 144 tokens an image, all of them probed, so clusters are half as large again
+    "miniature": Settings(
+        prompt="describe in one word.", candidates="all", tau_p=0.5, tau_j=0.03, max_cluster_size=18, clusters=16
+    ),
+}
+# parts of hub names, the most specific first
+ALIASES = (
+    (("llava-1.5-7b", "llava-v1.5-7b"), "llava-1.5-7b"),
+    (("llava-1.5-13b", "llava-v1.5-13b"), "llava-1.5-13b"),
+    (("llava-next-8b", "llama3-llava-next-8b"), "llava-next-8b"),
+    (("llava-onevision-qwen2-7b", "llava-onevision-7b"), "llava-onevision-7b"),
+)
+
+
+def preset(name: str, **changes: Any) -> Settings:
+    """The settings published for a model, some of them changed.
+
+    Parameters
+    ----------
+    name
+        A preset, or a model's hub name or folder whose last part contains one.
+    changes
+        Fields of `Settings`.
+    """
+    last = name.rstrip("/").rsplit("/", 1)[-1].lower()
+    chosen = last if last in PRESETS else next((p for parts, p in ALIASES if any(x in last for x in parts)), None)
+    if chosen is None:
+        raise CodebookError(f"no thresholds are known for {name}: choose a preset of {', '.join(PRESETS)}")
+    return replace(PRESETS[chosen], **changes)

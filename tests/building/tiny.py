@@ -1,0 +1,61 @@
+"""Makes the tiny model outside pytest too: the kill tests run builds in a process of their own."""
+
+import sys
+
+from tests.tiny import IMAGE, PAD, SIDE, VOCAB, llava
+
+TEMPLATE = (
+    "{% for message in messages %}a {% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}<image>{% else %} {{ part['text'] }}{% endif %}{% endfor %} z{% endfor %}"
+)
+
+
+def model():
+    return llava(layers=2)
+
+
+def processor():
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(VOCAB)}
+    for word, i in (("w0", PAD), ("w99", IMAGE), ("w3", 3), ("w10", 10), ("w35", 35)):
+        del words[word]
+        words[{PAD: "<pad>", IMAGE: "<image>", 3: "<unk>", 10: "a", 35: "z"}[i]] = i
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=raw, pad_token="<pad>", unk_token="<unk>", additional_special_tokens=["<image>"]
+    )
+    side = SIDE * 4
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(
+            size={"height": side, "width": side}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
+        ),
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    )
+
+
+def settings(**changes):
+    from codebook.building import Settings
+
+    # loose: a random model's answers neither vary nor repeat as a trained one's do
+    easy = {"prompt": "w5 w6 w7", "candidates": "all", "tau_p": 0.9, "tau_j": 1.0, "max_cluster_size": 30}
+    return Settings(**easy | {"clusters": 4, "min_image_fraction": 0.2} | changes)
+
+
+if __name__ == "__main__":  # python -m tests.building.tiny IMAGES OUT
+    import torch
+
+    from codebook.building import build
+
+    torch.set_num_threads(1)
+    build(
+        model(), processor(), sys.argv[1], sys.argv[2], model_id="tiny", settings=settings(),
+        progress=lambda state: print(state.done, flush=True),
+    )  # fmt: skip
