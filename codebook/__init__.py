@@ -20,7 +20,7 @@ _HOME = {
     "ask": "codebook.inference",
     "build": "codebook.building",
     "load": "codebook.models",
-    "prebuilt": "codebook.prebuilt",
+    "prebuilt": "codebook.shipped",
 }
 
 __all__ = sorted(_HOME)

@@ -55,7 +55,11 @@ def build(
     ] = None,
     tau_p: Annotated[float | None, typer.Option(help="Redundant tokens have P1 below this.")] = None,
     tau_j: Annotated[float | None, typer.Option(help="... and JSD_region + 16 JSD_global below this.")] = None,
+    candidates: Annotated[
+        str | None, typer.Option(help="Tokens probed: ranks (by [CLS]), tiles, all; default: the preset's.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first images only.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Sequences a forward: memory against speed.")] = 16,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False,
     device: Device = None,
     as_json: Json = False,
@@ -63,7 +67,8 @@ def build(
     """Probe training images and store the tokens that never change the answer as prototypes."""
     from codebook import commands
 
-    commands.build(model, images, out, preset, tau_p, tau_j, limit, strict, device, as_json)
+    changes = {"tau_p": tau_p, "tau_j": tau_j, "candidates": candidates}
+    commands.build_codebook(model, images, out, preset, changes, limit, strict, batch, device, as_json)
 
 
 @app.command()
@@ -130,7 +135,7 @@ def _only(option: str, others: dict[str, Any]) -> None:
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the codebooks that ship with the package."""
-    from codebook.prebuilt import folders
+    from codebook.shipped import folders
 
     rows = []
     for folder in folders():
@@ -179,6 +184,32 @@ def miniature_images(
 
     miniature.write_images(out, count, seed=seed)
     print(out)
+
+
+@miniature_app.command("train")
+def miniature_train(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and weights; run again to resume.")],
+    minutes: Annotated[float, typer.Option(min=0.1, help="Budget of the whole training, by the clock.")] = 76.0,
+    seed: Seed = 0,
+    device: Device = None,
+) -> None:
+    """Train the embedded model from scratch on procedural scenes; a run that was stopped goes on."""
+    from codebook.miniature import train
+
+    print(train.train(out, minutes=minutes, seed=seed, device=device))
+
+
+@miniature_app.command("evaluate")
+def miniature_evaluate(
+    folder: Annotated[Path | None, typer.Argument(help="Weights of a training run; default: those that ship.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out questions a family.")] = 200,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Accuracy of the embedded model on held-out questions, beside its floor without the image."""
+    from codebook import commands
+
+    commands.evaluate_miniature(folder, count, device or "cpu", as_json)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from codebook import models
+from codebook import building, models
 from codebook.errors import CodebookError
 from codebook.index import Codebook
 from codebook.inference import Answer, ask, read_image
 from codebook.pictures import overlay
-from codebook.prebuilt import prebuilt
 from codebook.progress import progress
 from codebook.pruning import (
     METHODS,
@@ -34,6 +33,7 @@ from codebook.pruning import (
     VisualTokens,
 )
 from codebook.pruning.schedule import check_keep
+from codebook.shipped import prebuilt
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,48 @@ def find_codebook(model: Any, folder: Path | None) -> Codebook:
     book, family = Codebook.load(folder), models.family(model)
     book.check(family, family.fingerprint(model))
     return book
+
+
+def build_codebook(
+    name: str,
+    images: Path,
+    out: Path,
+    preset: str | None,
+    changes: dict[str, Any],
+    limit: int | None,
+    strict: bool,
+    batch: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    settings = building.preset(preset or name, **{k: v for k, v in changes.items() if v is not None})
+    count = len(building.list_images(images, limit)[1])  # before a model is loaded for nothing
+    model, processor = models.load(name, device)
+    with building_progress(count) as show:
+        book = building.build(
+            model, processor, images, out, model_id=name, settings=settings, strict=strict, limit=limit,
+            batch_size=batch, progress=show,
+        )  # fmt: skip
+    used = book.config["images"]
+    for skipped in used["skipped"]:
+        note(f"skipped unreadable image: {skipped}")
+    if as_json:
+        print(json.dumps({"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used}))
+    else:
+        print(f"{len(book)} prototypes from {used['used']} images in {out}")
+
+
+@contextlib.contextmanager
+def building_progress(total: int) -> Iterator[Callable[[building.Progress], None]]:
+    """A bar for `building.build`: images a second, time left, and the funnel so far."""
+    with progress("build", total, "images") as tick:
+
+        def show(state: building.Progress) -> None:
+            funnel = " -> ".join(f"{step} {count}" for step, count in state.funnel.items())
+            skipped = f", {len(state.skipped)} unreadable" if state.skipped else ""
+            tick(state.done, funnel + skipped)
+
+        yield show
 
 
 def prune_image(
@@ -255,6 +297,28 @@ def inspect(folder: Path, as_json: bool) -> None:
             print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
     for row in report["clusters"]:
         print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
+
+
+def evaluate_miniature(folder: Path | None, count: int, device: str, as_json: bool) -> None:
+    from codebook.miniature import FAMILIES, FOLDER, model
+    from codebook.miniature.train import evaluate
+
+    loaded, processor = model.load(folder or FOLDER, device)
+    rows: dict[str, dict[str, float]] = {}
+    with progress("evaluate", 2 * len(FAMILIES), "families") as tick:
+        for family in FAMILIES:
+            rows[family] = {
+                name: evaluate(loaded, processor, "test", count, visual, families=(family,))[family]
+                for name, visual in (("accuracy", True), ("without_image", False))
+            }
+            tick(2 * len(rows), family)
+    rows["mean"] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in rows[FAMILIES[0]]}
+    if as_json:
+        print(json.dumps({"questions_per_family": count, "families": rows}))
+        return
+    print(f"{'family':<8}{'accuracy':>10}{'no image':>10}   ({count} held-out questions each)")
+    for family, row in rows.items():
+        print(f"{family:<8}{row['accuracy']:>10.3f}{row['without_image']:>10.3f}")
 
 
 def note(text: str) -> None:

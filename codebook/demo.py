@@ -11,7 +11,7 @@ from typing import Any
 
 from codebook import miniature, models
 from codebook.building import build
-from codebook.commands import replacing, write_funnel
+from codebook.commands import building_progress, replacing
 from codebook.inference import ask
 from codebook.pictures import overlay
 from codebook.progress import progress
@@ -27,11 +27,9 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
     folder = out / f"images-{images}-{seed}"
     if not folder.is_dir():
         miniature.write_images(folder, images, seed=seed)
-    with progress("build", images, "images") as tick:
-        book = build(
-            model, processor, folder, out / f"codebook-{images}-{seed}", model_id="miniature",
-            progress=lambda state: write_funnel(tick, state),
-        )  # fmt: skip
+    with building_progress(images) as show:
+        target = out / f"codebook-{images}-{seed}"
+        book = build(model, processor, folder, target, model_id="miniature", progress=show)
 
     pruners: dict[str, Pruner] = {
         "codebook": RedundancyCodebook(book),

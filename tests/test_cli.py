@@ -1,0 +1,265 @@
+"""The command line as a user meets it: answers on stdout, one-line errors on stderr, exit code 2, nothing half-written."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from codebook import Codebook, cli, miniature
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(capfd):
+    """Run the command line in this process; returns exit code, stdout, stderr."""
+
+    def call(*argv):
+        try:
+            cli.main([str(a) for a in argv])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Assert that a command is refused by one line that says all of `words`."""
+
+    def call(*argv, words):
+        code, out, err = run(*argv)
+        assert code == 2 and not out
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and all(word in last for word in words), err
+        assert "Traceback" not in err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    return miniature.write_images(tmp_path_factory.mktemp("scenes"), 3)
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    """A codebook that is no model's: dimension 4, two prototypes."""
+    folder = tmp_path_factory.mktemp("book") / "foreign"
+    Codebook(torch.tensor([[1.0, 0, 0, 0], [0, 1.0, 0, 0]]), config={"fingerprint": "llava:1-00:1-00"}).save(folder)
+    return folder
+
+
+def test_one_image(run, scenes, tmp_path):
+    ask = ["prune", "miniature", "--image", scenes[0], "--ask", "describe.", "--keep", 0.25, "--method", "uniform"]
+    code, out, _ = run(*ask, "--json", "--show", tmp_path / "kept.png")
+    report = json.loads(out)
+    assert code == 0 and report["keep"] == 0.25 and report["counts"] == [36] * len(report["counts"])
+    side = range(1, 12, 2)
+    assert report["kept"] == [[12 * row + col for row in side for col in side]]
+    assert Image.open(tmp_path / "kept.png").width > 576 and os.listdir(tmp_path) == ["kept.png"]
+    code, out, err = run(*ask)
+    assert code == 0 and out.strip() == report["answer"] and "36 of 144" in err
+
+
+def test_prebuilt_codebook_is_found_by_default(run, scenes):
+    code, out, _ = run("prune", "miniature", "--image", scenes[0], "--ask", "describe.", "--keep", 0.1, "--json")
+    assert code == 0 and len(json.loads(out)["kept"][0]) == 14
+
+
+def test_schedule_text_and_several_images(run, scenes):
+    code, out, _ = run(
+        "prune", "miniature", "--image", scenes[0], "--image", scenes[1], "--ask", "describe.",
+        "--schedule", "codebook:0.5,random@6:10", "--json",
+    )  # fmt: skip
+    report = json.loads(out)
+    assert code == 0 and report["counts"] == [72] * 6 + [10] * 6 and [len(k) for k in report["kept"]] == [10, 10]
+
+
+def test_batch_mode_equals_one_by_one_and_survives_a_broken_image(run, scenes, tmp_path):
+    (tmp_path / "cut.png").write_bytes(scenes[0].read_bytes()[:300])
+    questions = [
+        {"id": i, "image": str(image), "question": question}
+        for i, (image, question) in enumerate(
+            [(scenes[0], "describe."), (tmp_path / "cut.png", "describe."), (scenes[1], "describe in one word.")]
+        )
+    ]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("\n".join(map(json.dumps, questions)))
+    options = ["prune", "miniature", "--input", source, "--output", output, "--keep", 0.3, "--method", "random"]
+    code, _, err = run(*options, "--json")
+    rows = [json.loads(line) for line in output.read_text().splitlines()]
+    assert code == 0 and [row["id"] for row in rows] == [0, 1, 2] and "cut.png" in err
+    assert "cut.png" in rows[1]["error"] and "answer" not in rows[1] and rows[0]["kept"] == [43]
+    for row in (rows[0], rows[2]):
+        alone = ["--image", row["image"], "--ask", row["question"], "--keep", 0.3, "--method", "random"]
+        assert run("prune", "miniature", *alone)[1].strip() == row["answer"]
+
+    output.write_text("before")
+    assert run(*options, "--strict")[0] == 2
+    assert output.read_text() == "before" and len(os.listdir(tmp_path)) == 3
+
+
+def test_tokens_without_a_model(run, foreign, tmp_path):
+    # cosine to the nearest prototype: 1, 0, 0.707, 0.6
+    tokens = torch.tensor([[2.0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [0, 3, 0, 4.0]])
+    save_file({"tokens": tokens}, tmp_path / "in.safetensors")
+    options = ["prune", "--tokens", tmp_path / "in.safetensors", "--codebook", foreign]
+    code, out, _ = run(*options, "--output", tmp_path / "out.safetensors", "--keep", 0.5, "--json")
+    kept = load_file(tmp_path / "out.safetensors")
+    assert code == 0 and json.loads(out) == {"tokens": {"tokens": 4, "kept": 2}}
+    assert kept["tokens.index"].tolist() == [1, 3] and torch.equal(kept["tokens"], tokens[[1, 3]])
+
+
+def test_tokens_of_another_dimension_or_no_tokens(refused, foreign, tmp_path):
+    save_file({"tokens": torch.zeros(3, 5)}, tmp_path / "in.safetensors")
+    (tmp_path / "bad.safetensors").write_bytes(b"nonsense")
+    rest = ["--codebook", foreign, "--output", tmp_path / "out.safetensors"]
+    refused("prune", "--tokens", tmp_path / "in.safetensors", *rest, words=["(3, 5)", "(n, 4)"])
+    refused("prune", "--tokens", tmp_path / "bad.safetensors", *rest, words=["safetensors file"])
+    refused("prune", "--tokens", tmp_path / "none.safetensors", *rest, words=["no such file"])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("keep", ["0", "1.5", "nan", "-0.1"])
+def test_impossible_keep(refused, keep):
+    refused("prune", "miniature", "--image", "x.png", "--ask", "?", "--keep", keep, words=["keep must be", keep])
+
+
+@pytest.mark.parametrize(
+    "options,words",
+    [
+        (["--schedule", "uniform@40:0.5"], ["layer 40", "0 to 11"]),
+        (["--schedule", "unifrom:0.5"], ["unifrom", "uniform"]),
+        (["--method", "magic"], ["magic", "codebook, random, uniform"]),
+        (["--positions", "shuffled"], ["shuffled"]),
+        (["--codebook", "nowhere"], ["nowhere", "codebook build"]),
+        (["--tokens", "x.safetensors"], ["MODEL does not go with --tokens"]),
+        (["--input", "x.jsonl", "--output", "y"], ["--image does not go with --input"]),
+    ],
+)
+def test_impossible_options(refused, scenes, options, words):
+    refused("prune", "miniature", "--image", scenes[0], "--ask", "?", *options, words=words)
+
+
+def test_codebook_of_another_model(refused, foreign, scenes):
+    refused("prune", "miniature", "--image", scenes[0], "--ask", "?", "--codebook", foreign, words=["another tower"])
+
+
+def test_codebook_with_a_flipped_bit(refused, foreign, tmp_path):
+    copy = tmp_path / "copy"
+    Codebook.load(foreign).save(copy)
+    data = bytearray((copy / "prototypes.safetensors").read_bytes())
+    data[-3] ^= 1
+    (copy / "prototypes.safetensors").write_bytes(data)
+    refused("inspect", copy, words=["prototypes.safetensors", "damaged"])
+
+
+def test_unreadable_input_files(refused, tmp_path):
+    (tmp_path / "text.png").write_text("hello")
+    refused("prune", "miniature", "--image", tmp_path / "text.png", "--ask", "?", words=["text.png", "PNG"])
+    refused("prune", "miniature", "--image", tmp_path / "no.png", "--ask", "?", words=["no such image"])
+    (tmp_path / "in.jsonl").write_text('{"image": "a.png", "question": "?"}\n{"image": 3}\n')
+    out = ["--output", tmp_path / "out.jsonl"]
+    refused("prune", "miniature", "--input", tmp_path / "in.jsonl", *out, words=["line 2", "question"])
+    refused("prune", "miniature", "--input", tmp_path / "no.jsonl", *out, words=["no.jsonl"])
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_unsupported_model(refused, tmp_path):
+    from transformers import MllamaConfig
+
+    MllamaConfig().save_pretrained(tmp_path)
+    refused("prune", tmp_path, "--image", ROOT / "x.png", "--ask", "?", words=["no such image"])
+    Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
+    refused("prune", tmp_path, "--image", tmp_path / "x.png", "--ask", "?", words=["mllama", "supported"])
+
+
+def test_list_and_inspect(run):
+    code, out, _ = run("list", "--json")
+    [shipped] = json.loads(out)
+    assert code == 0 and shipped["model"] == "miniature"
+    code, out, _ = run("inspect", shipped["folder"], "--json")
+    report = json.loads(out)
+    assert code == 0 and sum(c["prototypes"] for c in report["clusters"]) == report["prototypes"] > 0
+    assert "fingerprint" not in report and run("inspect", shipped["folder"])[0] == 0
+
+
+def test_starting_the_command_line_imports_neither_torch_nor_faiss():
+    probe = "import sys, codebook.cli; print([m for m in ('torch', 'faiss', 'transformers') if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", probe], text=True).strip() == "[]"
+
+
+def test_readme_python_example_runs(tmp_path):
+    """The five lines as they stand in the README."""
+    text = (ROOT / "README.md").read_text()
+    code = text.split("## In Python")[1].split("```python\n")[1].split("```")[0]
+    miniature.write_images(tmp_path / "scenes", 1)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+
+
+def build(images, out, *options):
+    return ["build", "miniature", "--images", images, "--out", out, "--candidates", "tiles", *options]
+
+
+def test_build_skips_broken_images_and_says_so(run, refused, tmp_path):
+    images = tmp_path / "images"
+    good = miniature.write_images(images, 3)
+    (images / "000001-cut.png").write_bytes(good[0].read_bytes()[:200])
+    loose = ["--tau-p", 1, "--tau-j", 99]  # so that three images leave prototypes
+    refused(*build(images, tmp_path / "strict", *loose, "--strict"), words=["000001-cut.png"])
+    code, out, err = run(*build(images, tmp_path / "book", *loose, "--json"))
+    report = json.loads(out)
+    assert code == 0 and "000001-cut.png" in err and report["skipped"] == ["000001-cut.png"] and report["used"] == 3
+    assert list(report["funnel"]) == ["probed", "P1", "JSD", "isolated", "recurrent"]
+    assert report["prototypes"] == len(Codebook.load(tmp_path / "book")) == report["funnel"]["recurrent"] > 0
+    code, out, _ = run("inspect", tmp_path / "book")
+    assert code == 0 and "funnel" in out
+    refused(*build(images, tmp_path / "book", "--tau-p", 1, "--tau-j", 98), words=["another build", "tau_j", "--out"])
+
+
+def test_build_without_images_or_prototypes(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    refused(*build(tmp_path / "empty", tmp_path / "book"), words=["no image", ".png"])
+    refused(*build(tmp_path / "nowhere", tmp_path / "book"), words=["no such folder"])
+    miniature.write_images(tmp_path / "images", 2)
+    strict = ["--tau-p", 1e-9]
+    refused(
+        *build(tmp_path / "images", tmp_path / "book", *strict), words=["no prototype", "probed 32", "P1 0", "tau_p"]
+    )
+    assert not (tmp_path / "book").exists()
+    refused(*build(tmp_path / "images", tmp_path / "book", "--tau-p", 2), words=["tau_p is 2"])
+    refused(*build(tmp_path / "images", tmp_path / "book", "--preset", "gpt"), words=["gpt", "llava-1.5-7b"])
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+def test_full_disk_is_one_line_and_loses_nothing(run, refused, tmp_path):
+    images, disk = tmp_path / "images", tmp_path / "disk"
+    miniature.write_images(images, 4)
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("cannot mount a small disk here")
+    options = ["--tau-p", 1, "--tau-j", 99]
+    try:
+        filler = disk / "filler"
+        filler.write_bytes(b"x" * 100_000)
+        refused(*build(images, disk / "book", *options), words=["free space", "kept"])
+        filler.unlink()
+        subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)
+        code, _, _ = run(*build(images, disk / "book", *options))
+        run(*build(images, tmp_path / "book", *options))
+        assert code == 0
+        for name in ("config.json", "prototypes.safetensors", "provenance.jsonl", "README.md"):
+            assert (disk / "book" / name).read_bytes() == (tmp_path / "book" / name).read_bytes()
+    finally:
+        subprocess.run(["umount", disk], check=True)
