@@ -76,10 +76,12 @@ def prune(
     model: Annotated[
         str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")
     ] = None,
-    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.2,
+    keep: Annotated[
+        float | None, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default 0.2.")
+    ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
     question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
-    method: Annotated[str, typer.Option(help="codebook, random or uniform.")] = "codebook",
+    method: Annotated[str | None, typer.Option(help="codebook (default), random or uniform.")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Stages instead of --keep and --method: `codebook:0.25,random@9:0.05`.")
     ] = None,
@@ -106,14 +108,18 @@ def prune(
 
     if tokens is not None:
         _only("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source, "--show": show,
-                           "--schedule": schedule})  # fmt: skip
-        if codebook is None or output is None or method != "codebook":
-            raise CodebookError("--tokens needs --codebook DIR and --output FILE, and method codebook")
-        commands.prune_tokens(tokens, codebook, keep, output, as_json)
+                           "--schedule": schedule, "--method": method})  # fmt: skip
+        if codebook is None or output is None:
+            raise CodebookError("--tokens needs --codebook DIR and --output FILE")
+        commands.prune_tokens(tokens, codebook, 0.2 if keep is None else keep, output, as_json)
         return
     if model is None:
         raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")
-    plan = commands.Plan(keep, method, schedule, positions, codebook, seed)
+    if schedule is not None:
+        _only("--schedule", {"--keep": keep, "--method": method})
+    else:
+        schedule = commands.single_stage(method or "codebook", 0.2 if keep is None else keep)
+    plan = commands.Plan(schedule, positions, codebook, seed)
     if source is not None:
         _only("--input", {"--image": image, "--ask": question, "--show": show})
         if output is None:
@@ -128,7 +134,7 @@ def prune(
 
 def _only(option: str, others: dict[str, Any]) -> None:
     for name, value in others.items():
-        if value:
+        if value is not None and value != []:
             raise CodebookError(f"{name} does not go with {option}: leave one of them out")
 
 

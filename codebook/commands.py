@@ -23,7 +23,6 @@ from codebook.inference import Answer, ask, read_image
 from codebook.pictures import overlay
 from codebook.progress import progress
 from codebook.pruning import (
-    METHODS,
     Pruner,
     Random,
     RedundancyCodebook,
@@ -40,22 +39,16 @@ from codebook.shipped import prebuilt
 class Plan:
     """How the command line says what to prune; checked before any model is loaded."""
 
-    keep: float
-    method: str = "codebook"
-    schedule: str | None = None
+    schedule: str
     positions: str = "keep"
     codebook: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_keep(self.keep)
-        if self.method not in METHODS:
-            raise CodebookError(f"no method {self.method!r}: choose from {', '.join(METHODS)}")
         self._parse(lambda name: Uniform())
 
-    def _parse(self, make: Any) -> Schedule:
-        text = self.schedule or f"{self.method}:{float(self.keep)!r}"
-        return Schedule.parse(text, make, positions=self.positions)
+    def _parse(self, make: Callable[[str], Pruner]) -> Schedule:
+        return Schedule.parse(self.schedule, make, positions=self.positions)
 
     def apply(self, model: Any) -> Schedule:
         """The schedule for a loaded model; reads its codebook only if a stage needs one."""
@@ -66,6 +59,12 @@ class Plan:
             return Uniform() if name == "uniform" else RedundancyCodebook(find_codebook(model, self.codebook))
 
         return self._parse(make)
+
+
+def single_stage(method: str, keep: float) -> str:
+    """The text form of pruning once, before the LLM, where the budget of the stage is that of the schedule."""
+    check_keep(keep)
+    return f"{method}:{keep:.12f}"
 
 
 def find_codebook(model: Any, folder: Path | None) -> Codebook:

@@ -288,7 +288,8 @@ class Pruning:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         encoded = (given.get("mm_encoder_outputs") or {}).values()
         images = given.get("pixel_values") is not None or any(e is not None for e in encoded)
-        if given.get("input_ids") is None and (images or given["inputs_embeds"].shape[1] > 1):
+        embeds = given.get("inputs_embeds")
+        if given.get("input_ids") is None and (images or (embeds is not None and embeds.shape[1] > 1)):
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
         self._inputs = given if images else None  # image tokens among generated ids are no images
 

@@ -84,7 +84,7 @@ def test_random_keeps_a_token_whatever_else_is_left():
 
 def test_a_pruner_that_breaks_its_contract_is_found_out():
     from codebook.pruning import Pruner, Schedule, Stage
-    from tests.pruning.test_equivalence import ONE
+    from tests.pruning.test_equivalence import ONE, prompt
     from tests.tiny import llava
 
     class Greedy(Pruner):
@@ -97,4 +97,4 @@ def test_a_pruner_that_breaks_its_contract_is_found_out():
         Schedule([Stage(0, 5, Greedy())])(model),
         pytest.raises(CodebookError, match="Greedy chose"),
     ):
-        model(**ONE)
+        model(**prompt(model, ONE))
