@@ -44,9 +44,9 @@ def processor():
 def settings(**changes):
     from codebook.building import Settings
 
-    # loose: a random model's answers neither vary nor repeat as a trained one's do
-    easy = {"prompt": "w5 w6 w7", "candidates": "all", "tau_p": 0.9, "tau_j": 1.0, "max_cluster_size": 30}
-    return Settings(**easy | {"clusters": 4, "min_image_fraction": 0.2} | changes)
+    # each step leaves about two thirds of the tokens of a random model
+    easy = {"prompt": "w5 w6 w7", "candidates": "all", "tau_p": 0.2, "tau_j": 0.2, "max_cluster_size": 9}
+    return Settings(**easy | {"clusters": 16, "min_image_fraction": 0.5} | changes)
 
 
 if __name__ == "__main__":  # python -m tests.building.tiny IMAGES OUT

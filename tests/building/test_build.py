@@ -1,0 +1,346 @@
+import os
+import pathlib
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+from codebook.building import STEPS, build, journal
+from codebook.building.journal import Journal
+from codebook.errors import CodebookError
+from codebook.index import Codebook
+from tests.building.tiny import settings
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def run(tiny, images, out, **options):
+    return build(*tiny, images, out, model_id="tiny", **{"settings": settings()} | options)
+
+
+def contents(folder):
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, pictures, tmp_path_factory):
+    """The codebook of an uninterrupted build."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(tiny, pictures, out)
+    return contents(out)
+
+
+@pytest.fixture
+def some(pictures, tmp_path):
+    """A copy of the pictures, to spoil."""
+    return pathlib.Path(shutil.copytree(pictures, tmp_path / "some"))
+
+
+def test_build(tiny, pictures, tmp_path):
+    states = []
+    book = run(tiny, pictures, tmp_path / "out", progress=states.append)
+    assert [s.done for s in states] == [*range(9), 8] and {s.total for s in states} == {8}
+    funnel = states[-1].funnel
+    assert tuple(funnel) == STEPS and book.config["funnel"] == funnel
+    counts = list(funnel.values())
+    assert counts == sorted(set(counts), reverse=True), "each step drops some"
+    assert len(book) == funnel["recurrent"] == len(Codebook.load(tmp_path / "out"))
+    assert sorted(contents(tmp_path / "out")) == [
+        "README.md", "config.json", "prototypes.safetensors", "provenance.jsonl",
+    ]  # fmt: skip
+    # each prototype is the projector output at the place its provenance names
+    from codebook.models import family
+
+    model, processor = tiny
+    row = book.provenance[-1]
+    with Image.open(pictures / row["image"]) as image, torch.inference_mode():
+        pixels = processor.image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        tokens = family(model).image_features(model, pixels)[0][0]
+    assert torch.equal(book.prototypes[-1], tokens[row["row"] * 6 + row["col"]])
+    clusters = {
+        r["cluster"]: {q["image"] for q in book.provenance if q["cluster"] == r["cluster"]} for r in book.provenance
+    }
+    assert all(len(images) > 4 for images in clusters.values())  # more than half of 8
+
+
+def test_again_returns_it_without_work(tiny, pictures, tmp_path, whole):
+    out = tmp_path / "out"
+    run(tiny, pictures, out)
+    (out / ".build").mkdir()  # as left by a kill while cleaning up
+    states = []
+    book = run(tiny, pictures, out, progress=states.append)
+    assert [(s.done, s.resumed) for s in states] == [(8, 8)] and len(book)
+    assert contents(out) == whole
+
+
+def test_batch_size_changes_no_prototype(tiny, pictures, tmp_path):
+    books = [run(tiny, pictures, tmp_path / str(b), batch_size=b, limit=3) for b in (1, 5)]
+    assert torch.equal(books[0].prototypes, books[1].prototypes)
+
+
+def test_a_list_of_images_is_the_same_as_their_folder(tiny, pictures, tmp_path, whole):
+    files = [p for p in pictures.rglob("*") if p.is_file()]
+    run(tiny, files[::-1], tmp_path / "out")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch):
+    """Stop before each fsync, rename and commit in turn, resume every time: the same bytes, and no half codebook."""
+    real_fsync, real_replace, real_commit = os.fsync, pathlib.Path.replace, journal.SqliteDict.commit
+    fuse = [0]
+
+    def burning(real):
+        def call(*args, **kwargs):
+            fuse[0] -= 1
+            if fuse[0] == 0:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(os, "fsync", burning(real_fsync))
+    monkeypatch.setattr(pathlib.Path, "replace", burning(real_replace))
+    monkeypatch.setattr(journal.SqliteDict, "commit", burning(real_commit))
+    out, last = tmp_path / "out", 0
+    for attempt in range(200):
+        # while there are images, two to four calls get through a run; then the last step is stopped at each in turn
+        images = len(list((out / ".build" / "parts").glob("*.safetensors")))
+        last += images == 8
+        fuse[0] = last or 3 + attempt % 3
+        try:
+            run(tiny, pictures, out)
+            break
+        except KeyboardInterrupt:
+            fuse[0] = 0
+            if (out / "config.json").exists():
+                assert contents(out).items() >= whole.items()
+    assert last == 9  # four files, each synced and renamed, then through
+    assert contents(out) == whole
+
+
+def start(images, out):
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.building.tiny", str(images), str(out)],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+
+
+def test_killed_at_any_moment(pictures, tmp_path):
+    """kill -9 a few times, at moments that fall within an image, and run to the end: the same bytes."""
+    straight = start(pictures, tmp_path / "straight")
+    kills = 0
+    for images, delay in ((1, 0.02), (3, 0.06), (5, 0.0)):
+        process = start(pictures, tmp_path / "killed")
+        for line in process.stdout:
+            if int(line) >= images:
+                break
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        assert not (tmp_path / "killed" / "config.json").exists()
+    last = start(pictures, tmp_path / "killed")
+    first_line = last.communicate()[0].split()[0]
+    assert last.returncode == 0 and int(first_line) >= 5 and kills == 3
+    straight.communicate()
+    assert straight.returncode == 0
+    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+
+
+def test_truncated_image_is_skipped_and_named(tiny, some, tmp_path):
+    spoilt = some / "3.jpg"
+    spoilt.write_bytes(spoilt.read_bytes()[:-200])
+    (some / "5.jpg").write_bytes(b"no picture")
+    states = []
+    book = run(tiny, some, tmp_path / "out", progress=states.append)
+    assert book.config["images"] == {"used": 6, "skipped": ["3.jpg", "5.jpg"]}
+    assert states[-1].done == 8 and states[-1].skipped == ("3.jpg", "5.jpg")
+
+
+def test_strict_stops_and_resumes_with_the_image_mended(tiny, some, tmp_path, whole):
+    spoilt = some / "3.jpg"
+    good = spoilt.read_bytes()
+    spoilt.write_bytes(good[:-200])
+    with pytest.raises(CodebookError, match=r"3\.jpg: .*finished images are kept"):
+        run(tiny, some, tmp_path / "out", strict=True)
+    spoilt.write_bytes(good)
+    states = []
+    run(tiny, some, tmp_path / "out", strict=True, progress=states.append)
+    assert states[0].resumed == 2
+    assert contents(tmp_path / "out") == whole
+
+
+def test_no_readable_image(tiny, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.png").write_bytes(b"")
+    with pytest.raises(CodebookError, match=r"none of the 1 images can be read, a\.png"):
+        run(tiny, tmp_path / "in", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_images(tiny, tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "notes.txt").write_text("")
+    with pytest.raises(CodebookError, match="no image in"):
+        run(tiny, tmp_path / "in", tmp_path / "out")
+    with pytest.raises(CodebookError, match="no such folder"):
+        run(tiny, tmp_path / "none", tmp_path / "out")
+    with pytest.raises(CodebookError, match="no such image"):
+        run(tiny, [tmp_path / "none.png"], tmp_path / "out")
+    with pytest.raises(CodebookError, match="no image"):
+        run(tiny, [], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({"tau_p": 1e-6}, "P1 0, JSD 0, isolated 0, recurrent 0.*raise tau_p"),
+        ({"tau_j": 1e-12}, "JSD 0, isolated 0.*raise tau_j"),
+        ({"max_cluster_size": 1, "clusters_per_image": 1}, "isolated 0.*raise max_cluster_size"),
+        ({"min_image_fraction": 0.99, "clusters": 100}, "recurrent 0.*lower min_image_fraction"),
+    ],
+)
+def test_no_prototype_left(tiny, pictures, tmp_path, changes, remedy):
+    with pytest.raises(CodebookError, match=r"no prototype left \(probed 72.*" + remedy):
+        run(tiny, pictures, tmp_path / "out", settings=settings(**changes), limit=2)
+    assert not (tmp_path / "out" / "config.json").exists()
+    if "min_image_fraction" in changes:  # only the last step is repeated
+        states = []
+        run(tiny, pictures, tmp_path / "out", limit=2, progress=states.append)
+        assert states[0].resumed == 2
+    else:
+        assert not (tmp_path / "out").exists()
+
+
+def test_out_of_another_build(tiny, pictures, some, tmp_path):
+    out = tmp_path / "out"
+    run(tiny, pictures, out, limit=2)
+    with pytest.raises(CodebookError, match=r"another build's codebook \(another tau_p\)"):
+        run(tiny, pictures, out, limit=2, settings=settings(tau_p=0.3))
+    with pytest.raises(CodebookError, match="another images_sha256"):
+        run(tiny, pictures, out, limit=3)
+    before = contents(out)
+    with pytest.raises(CodebookError, match="another model"):
+        build(*tiny, pictures, out, model_id="other", settings=settings(), limit=2)
+    assert contents(out) == before
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("precious")
+    with pytest.raises(CodebookError, match="not empty and holds no build"):
+        run(tiny, pictures, foreign)
+    (foreign / "config.json").write_text('{"model_type": "llava"}')
+    with pytest.raises(CodebookError, match="something else than a build"):
+        run(tiny, pictures, foreign)
+    assert len(contents(foreign)) == 2
+    with pytest.raises(CodebookError, match="is a file"):
+        run(tiny, pictures, foreign / "thesis.tex")
+
+
+def interrupt(tiny, images, out, at=2, **options):
+    def stop(state):
+        if state.done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, images, out, progress=stop, **options)
+
+
+def test_unfinished_of_another_build(tiny, pictures, tmp_path):
+    out = tmp_path / "out"
+    interrupt(tiny, pictures, out)
+    with pytest.raises(CodebookError, match="unfinished build with another tau_j"):
+        run(tiny, pictures, out, settings=settings(tau_j=0.3))
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (20, 20)).save(tmp_path / "in" / "x.png")
+    with pytest.raises(CodebookError, match="unfinished build of other images"):
+        run(tiny, tmp_path / "in", out)
+
+
+def test_two_at_once(tiny, pictures, tmp_path):
+    with Journal(tmp_path, {}), pytest.raises(CodebookError, match="another build is running"):
+        Journal(tmp_path, {})
+    Journal(tmp_path, {}).close()
+
+
+@pytest.mark.parametrize("name", ["key.json", "journal.sqlite"])
+def test_damaged_journal(tiny, pictures, tmp_path, name):
+    interrupt(tiny, pictures, tmp_path)
+    for path in (tmp_path / ".build").glob(name + "*"):
+        path.write_bytes(b"garbage " * 1000)
+    with pytest.raises(CodebookError, match="damaged: delete it and run again"):
+        run(tiny, pictures, tmp_path)
+
+
+def test_damaged_part(tiny, pictures, tmp_path):
+    interrupt(tiny, pictures, tmp_path)
+    for path in (tmp_path / ".build" / "parts").iterdir():
+        path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(CodebookError, match=r"damaged.*delete it and run again"):
+        run(tiny, pictures, tmp_path)
+
+
+def test_full_disk_while_committing_is_an_error_and_not_a_hang(tmp_path):
+    with Journal(tmp_path, {}) as records:
+        records.add("a", {"size": 1})
+        records._records.conn.execute("PRAGMA max_page_count=1")  # the database may not grow any more
+        with pytest.raises(CodebookError, match="database or disk is full; finished images are kept: free space"):
+            for i in range(100):
+                records.add(f"b{i}", {"size": 1, "error": "x" * 5000})
+    with Journal(tmp_path, {}) as records:
+        assert "a" in records.records
+
+
+def test_commit_that_fails_in_the_thread_is_an_error_and_not_a_hang(tmp_path):
+    records = Journal(tmp_path, {})
+
+    class Dead:
+        def __getattr__(self, name):
+            raise sqlite3.OperationalError("disk I/O error")
+
+    connect = records._records.conn.__class__._connect
+    try:
+        records.close()
+        records._records = None
+        journal._Connection._connect = lambda self: (Dead(), sqlite3.connect(":memory:").cursor())
+        with pytest.raises(CodebookError, match="disk I/O error; finished images are kept"):
+            Journal(tmp_path, {})
+    finally:
+        journal._Connection._connect = connect
+
+
+def test_full_disk_for_files(tiny, pictures, tmp_path, whole):
+    """A file size limit stands in for a full disk: the system refuses the bytes at the same place."""
+    out = tmp_path / "out"
+    interrupt(tiny, pictures, out, at=8)
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, old[1]))
+    try:
+        with pytest.raises(CodebookError, match="cannot write"):
+            run(tiny, pictures, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert not [name for name in contents(out) if not name.startswith(".build")]
+    run(tiny, pictures, out)
+    assert contents(out) == whole
+
+
+def test_out_that_cannot_be_made(tiny, pictures, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CodebookError, match="cannot write"):
+        run(tiny, pictures, tmp_path / "file" / "out", limit=1)
+
+
+def test_a_changed_image_is_probed_again(tiny, some, tmp_path):
+    interrupt(tiny, some, tmp_path / "out", at=6)
+    Image.new("RGB", (24, 24), "red").save(some / "1.jpg")
+    run(tiny, some, tmp_path / "out")
+    run(tiny, some, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
