@@ -6,27 +6,26 @@ import json
 import statistics
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from codebook import miniature, models
 from codebook.building import build
 from codebook.commands import building_progress, replacing
+from codebook.evaluation import Scores, mean, score, standard_error
 from codebook.inference import ask
 from codebook.pictures import overlay
-from codebook.progress import progress
+from codebook.progress import Update, progress
 from codebook.pruning import Pruner, Random, RedundancyCodebook, Schedule, Stage, Uniform
 
 KEEPS = (0.5, 0.25, 0.11)
-BATCH = 32
 
 
 def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
     """Write training scenes and a codebook under `out`, print the comparison and the path of a picture."""
     model, processor = models.load("miniature")
     folder = out / f"images-{images}-{seed}"
-    if not folder.is_dir():
-        miniature.write_images(folder, images, seed=seed)
+    miniature.write_images(folder, images, seed=seed)
     with building_progress(images) as show:
         target = out / f"codebook-{images}-{seed}"
         book = build(model, processor, folder, target, model_id="miniature", progress=show)
@@ -39,17 +38,11 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
     questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, "test", seed=seed, count=count)]
     plans: dict[tuple[str, float], Schedule | None] = {("unpruned", 1.0): None}
     plans |= {(name, k): Schedule([Stage(0, k, pruner)]) for k in KEEPS for name, pruner in pruners.items()}
-    results, done = {}, 0
+    results: dict[tuple[str, float], Scores] = {}
     with progress("answer", len(plans) * len(questions), "questions") as tick:
-        for plan, schedule in plans.items():
-            scores: dict[str, list[float]] = {family: [] for family in miniature.FAMILIES}
-            for start in range(0, len(questions), BATCH):
-                group = questions[start : start + BATCH]
-                answers = ask(model, processor, [[q.image] for q in group], [q.question for q in group], schedule)
-                for question, answer in zip(group, answers, strict=True):
-                    scores[question.family].append(miniature.score(question.family, answer.text, question.answer))
-                tick(done := done + len(group), f"{plan[0]} at keep {plan[1]}")
-            results[plan] = scores
+        for i, ((name, k), schedule) in enumerate(plans.items()):
+            answered = partial(_answered, tick, i * len(questions), f"{name} at keep {k}")
+            results[name, k] = score(model, processor, questions, schedule, answered)
 
     picture = out / "kept.png"
     grid = models.family(model).grid(model)
@@ -62,7 +55,7 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
         "questions": len(questions),
         "prototypes": len(book.prototypes),
         "accuracy": [
-            {"method": name, "keep": k, "mean": mean(scores), "standard_error": error(scores),
+            {"method": name, "keep": k, "mean": mean(scores), "standard_error": standard_error(scores),
              "families": {family: statistics.fmean(values) for family, values in scores.items()}}
             for (name, k), scores in results.items()
         ],
@@ -75,18 +68,11 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
     sys.stdout.flush()
 
 
-def mean(scores: dict[str, list[float]]) -> float:
-    """Mean accuracy over the families."""
-    return statistics.fmean(statistics.fmean(values) for values in scores.values())
+def _answered(tick: Update, before: int, note: str, done: int) -> None:
+    tick(before + done, note)
 
 
-def error(scores: dict[str, list[float]]) -> float:
-    """Standard error of that mean, from the questions' spread within each family."""
-    variances = [statistics.pvariance(values) / len(values) for values in scores.values()]
-    return float(sum(variances) ** 0.5 / len(variances))
-
-
-def table(results: dict[tuple[str, float], Any], methods: Sequence[str], count: int) -> str:
+def table(results: dict[tuple[str, float], Scores], methods: Sequence[str], count: int) -> str:
     """The comparison as plain text: a row a budget, a column a method."""
     full = results["unpruned", 1.0]
     cell = "{:>16}".format
@@ -95,9 +81,9 @@ def table(results: dict[tuple[str, float], Any], methods: Sequence[str], count: 
         "",
     ]
     lines.append("keep" + "".join(map(cell, methods)))
-    show = [f"{mean(full):.3f} ({error(full):.3f})"] * len(methods)
+    show = [f"{mean(full):.3f} ({standard_error(full):.3f})"] * len(methods)
     lines.append("1   " + "".join(map(cell, show)) + "   (unpruned)")
     for keep in KEEPS:
         row = [results[name, keep] for name in methods]
-        lines.append(f"{keep:<4}" + "".join(cell(f"{mean(s):.3f} ({error(s):.3f})") for s in row))
+        lines.append(f"{keep:<4}" + "".join(cell(f"{mean(s):.3f} ({standard_error(s):.3f})") for s in row))
     return "\n".join(lines)
