@@ -23,7 +23,7 @@ def score(
     schedule: Schedule | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> Scores:
-    """Answer the questions under a schedule (None: unpruned) and score them; `done` hears how many are answered so far."""
+    """Answer the questions under a schedule and score them; `done` hears how many are answered."""
     scores: Scores = {question.family: [] for question in questions}
     for start in range(0, len(questions), BATCH):
         group = questions[start : start + BATCH]
