@@ -1,0 +1,251 @@
+import hashlib
+import json
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+
+from codebook import index
+from codebook.errors import CodebookError
+from codebook.index import Codebook
+from codebook.models import family
+from tests import tiny
+
+
+def make(n=50, d=16, seed=0, **config):
+    generator = torch.Generator().manual_seed(seed)
+    provenance = [{"image": f"{i}.png", "row": i, "col": 0, "cluster": i % 3} for i in range(n)]
+    return Codebook(torch.randn(n, d, generator=generator), provenance, {"model": "some/model"} | config)
+
+
+def tokens(n=40, d=16, seed=1):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+
+
+def test_redundancy_is_the_highest_cosine():
+    book, x = make(), tokens(6).reshape(2, 3, 16)
+    expected = torch.nn.functional.cosine_similarity(x[:, :, None], book.prototypes, dim=-1).amax(dim=-1)
+    torch.testing.assert_close(book.redundancy(x), expected)
+    assert book.redundancy(x.half()).dtype == torch.float32
+    assert book.redundancy(x[:0]).shape == (0, 3)
+    torch.testing.assert_close(book.redundancy(3 * book.prototypes[:5]), torch.ones(5))
+    assert book.redundancy(torch.zeros(1, 16)).item() == 0
+
+
+@pytest.mark.parametrize("k", [1, 3, 50])
+def test_backends_agree(k):
+    pytest.importorskip("faiss")
+    book, x = make(), tokens(200)
+    similarity, found = book.search(x, k, backend="torch")
+    other, other_found = book.search(x, k, backend="faiss")
+    torch.testing.assert_close(similarity, other)
+    assert torch.equal(found, other_found)
+    kept = [s[:, 0].argsort()[:40].sort().values for s in (similarity, other)]
+    assert torch.equal(*kept)
+
+
+def test_auto_takes_faiss_for_large_codebooks_only(monkeypatch):
+    pytest.importorskip("faiss")
+    book, x, used = make(), tokens(), []
+    monkeypatch.setattr(Codebook, "_search_faiss", lambda self, *a: used.append("faiss") or self._search_torch(*a))
+    book.search(x)
+    assert not used
+    monkeypatch.setattr(index, "FAISS_FROM", 50)
+    book.search(x)
+    assert used == ["faiss"]
+
+
+def test_without_faiss_torch_answers(monkeypatch):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    monkeypatch.setattr(index, "FAISS_FROM", 1)
+    book = make()
+    assert torch.equal(book.search(tokens())[1], book.search(tokens(), backend="torch")[1])
+    with pytest.raises(CodebookError, match=r"pip install codebook\[cpu\]. or .codebook\[gpu\]"):
+        book.search(tokens(), backend="faiss")
+
+
+def test_chunks_change_nothing(monkeypatch):
+    book, x = make(), tokens()
+    whole = book.search(x, 2)
+    monkeypatch.setattr(index, "CHUNK", 150)
+    parts = book.search(x, 2)
+    torch.testing.assert_close(parts[0], whole[0])
+    assert torch.equal(parts[1], whole[1])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda book: book.redundancy(torch.zeros(3, 8)), "built for some/model, has dimension 16"),
+        (lambda book: book.search(tokens(), k=51), "k is 51"),
+        (lambda book: book.search(tokens(), k=0), "k is 0"),
+        (lambda book: book.search(tokens(), backend="annoy"), "no search backend 'annoy'"),
+        (lambda book: book.extend(torch.zeros(3, 8)), "cannot extend a codebook of dimension 16"),
+        (lambda book: book.extend(torch.zeros(3, 16), [{}]), "1 records for 3 prototypes"),
+        (lambda book: Codebook(torch.zeros(0, 16)), r"must be \(N, d\) float32, N >= 1"),
+        (lambda book: Codebook(torch.zeros(2, 16).half()), "must be .* float32"),
+        (lambda book: Codebook(torch.full((2, 16), torch.nan)), "NaN"),
+    ],
+)
+def test_wrong_use(call, message):
+    with pytest.raises(CodebookError, match=message):
+        call(make())
+
+
+def test_extend():
+    book = make(images_sha256="a build's")
+    more = book.extend(tokens(4).half(), [{"cluster": 9}] * 4)
+    assert len(more) == 54 and len(book) == 50 and more.provenance[-1] == {"cluster": 9}
+    assert more.config["extended_by"] == 4 and more.config["prototypes"] == 54
+    assert "images_sha256" not in more.config
+
+
+def test_round_trip_with_the_same_bytes(tmp_path):
+    book = make(funnel={"probed": 90, "recurrent": 50}, fingerprint="llava:1")
+    book.save(tmp_path / "a")
+    loaded = Codebook.load(tmp_path / "a")
+    assert torch.equal(loaded.prototypes, book.prototypes)
+    assert loaded.provenance == book.provenance and loaded.config == book.config
+    loaded.save(tmp_path / "b")
+    loaded.save(tmp_path / "b")  # over itself
+    for path in (tmp_path / "a").iterdir():
+        assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
+    assert len(list((tmp_path / "b").iterdir())) == 4
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: codebook\n") and "| probed | 90 |" in card
+
+
+def test_check():
+    model = tiny.llava(layers=1)
+    llava, print_ = family(model), family(model).fingerprint(model)
+    make(fingerprint=print_).check(llava, print_)
+    make().check(llava, print_)  # an imported one has none
+    other = tiny.llava(layers=1, seed=1)
+    with pytest.raises(CodebookError, match=r"built for some/model \(dimension 16\).*codebook build"):
+        make(fingerprint=print_).check(llava, llava.fingerprint(other))
+
+
+def reseal(folder, **changes):
+    """Make the checksums right again, so that what they hide is seen."""
+    config = json.loads((folder / "config.json").read_text()) | changes
+    for name in config["sha256"]:
+        config["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def tensor(folder, **tensors):
+    (folder / "prototypes.safetensors").write_bytes(save(tensors))
+    reseal(folder)
+
+
+def rows(folder, text):
+    (folder / "provenance.jsonl").write_text(text)
+    reseal(folder)
+
+
+DAMAGE = {
+    "flipped bit": (
+        lambda f: (p := f / "prototypes.safetensors").write_bytes(p.read_bytes()[:-1] + b"!"), "is damaged",
+    ),
+    "truncated": (
+        lambda f: (p := f / "prototypes.safetensors").write_bytes(p.read_bytes()[:-9]), "is damaged",
+    ),
+    "cut and resealed": (
+        lambda f: ((p := f / "prototypes.safetensors").write_bytes(p.read_bytes()[:-9]), reseal(f)), "cannot read",
+    ),
+    "empty tensors": (
+        lambda f: ((f / "prototypes.safetensors").write_bytes(b""), reseal(f)), "cannot read",
+    ),
+    "no tensors": (lambda f: (f / "prototypes.safetensors").unlink(), "no prototypes.safetensors"),
+    "no provenance": (lambda f: (f / "provenance.jsonl").unlink(), "no provenance.jsonl"),
+    "no config": (lambda f: (f / "config.json").unlink(), "no config.json"),
+    "bad config": (lambda f: (f / "config.json").write_text("{"), "cannot read .*config.json"),
+    "config of bytes": (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "cannot read .*config.json"),
+    "config of a list": (lambda f: (f / "config.json").write_text("[]"), "is not a codebook's"),
+    "another tool's config": (lambda f: (f / "config.json").write_text('{"model_type": "x"}'), "is not a codebook's"),
+    "later format": (lambda f: reseal(f, format_version=2), "format version 2 and this package reads 1"),
+    "config without model": (
+        lambda f: (f / "config.json").write_text('{"format_version": 1}'), "lacks model, fingerprint",
+    ),
+    "another dimension": (lambda f: reseal(f, dimension=17), r"config.json says \(50, 17\)"),
+    "nan": (lambda f: tensor(f, prototypes=torch.full((50, 16), torch.nan)), "NaN"),
+    "half precision": (lambda f: tensor(f, prototypes=torch.zeros(50, 16).half()), "float32"),
+    "one axis": (lambda f: tensor(f, prototypes=torch.zeros(800)), "float32"),
+    "another name": (lambda f: tensor(f, weights=torch.zeros(50, 16)), "one tensor named prototypes"),
+    "short provenance": (lambda f: rows(f, '{"cluster": 0}\n' * 49), "49 records for 50 prototypes"),
+    "bad provenance": (lambda f: rows(f, "{\n" * 50), "cannot read .*provenance.jsonl"),
+    "provenance of numbers": (lambda f: rows(f, "1\n" * 50), "not a JSON object"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGE)
+def test_damaged_folder(case, tmp_path):
+    make().save(tmp_path)
+    damage, message = DAMAGE[case]
+    damage(tmp_path)
+    with pytest.raises(CodebookError, match=message) as caught:
+        Codebook.load(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_folder(tmp_path):
+    with pytest.raises(CodebookError, match="no such folder"):
+        Codebook.load(tmp_path / "none")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.binary(max_size=300))
+def test_any_bytes_are_an_error_and_nothing_else(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("fuzz")
+    make().save(folder)
+    (folder / "prototypes.safetensors").write_bytes(data)
+    reseal(folder)
+    with pytest.raises(CodebookError):
+        Codebook.load(folder)
+
+
+def test_failed_save_leaves_the_old_codebook(tmp_path, monkeypatch):
+    make().save(tmp_path)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def full(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(index.os, "fsync", full)
+    with pytest.raises(CodebookError, match="No space left on device; free space"):
+        make(seed=5).save(tmp_path)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_released_format(tmp_path):
+    released = torch.randn(5, 8).half()
+    torch.save(released.requires_grad_(), tmp_path / "b.pt")
+    (tmp_path / "b.json").write_text('["1", "1", "2", "3", "4"]')
+    book = Codebook.from_released(tmp_path / "b.pt", tmp_path / "b.json", model="m")
+    assert torch.equal(book.prototypes, released.detach().float()) and book.config["model"] == "m"
+    assert [row["image"] for row in book.provenance] == ["1", "1", "2", "3", "4"]
+    book.save(tmp_path / "out")
+    Codebook.load(tmp_path / "out")
+
+    (tmp_path / "b.json").write_text('["1"]')
+    with pytest.raises(CodebookError, match="1 records for 5 prototypes"):
+        Codebook.from_released(tmp_path / "b.pt", tmp_path / "b.json")
+    torch.save({"a": 1}, tmp_path / "b.pt")
+    with pytest.raises(CodebookError, match="does not hold one tensor"):
+        Codebook.from_released(tmp_path / "b.pt", tmp_path / "b.json")
+
+
+class Evil:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_released_format_executes_nothing(tmp_path, capsys):
+    torch.save(Evil(), tmp_path / "b.pt")
+    (tmp_path / "b.json").write_text("[]")
+    with pytest.raises(CodebookError, match="cannot read"):
+        Codebook.from_released(tmp_path / "b.pt", tmp_path / "b.json")
+    assert "executed" not in capsys.readouterr().out
