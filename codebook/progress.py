@@ -28,18 +28,22 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
         return (done - first[0]) / max(time.monotonic() - start, 1e-9)
 
     if sys.stderr.isatty():
-        from rich.console import Console
+        from rich.console import Console, Group
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.text import Text
 
         columns = (
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("{task.fields[speed]}"), TimeRemainingColumn(), TextColumn("[dim]{task.fields[note]}"),
+            TextColumn("{task.fields[speed]}"), TimeRemainingColumn(),
         )  # fmt: skip
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task(label, total=total, speed="", note="")
+        bar, below = Progress(*columns), Text(style="dim")
+        task = bar.add_task(label, total=total, speed="")
+        with Live(Group(bar, below), console=Console(stderr=True)):
 
             def draw(done: int, note: str = "") -> None:
-                bar.update(task, completed=done, speed=f"{speed(done):.1f} {unit}/s", note=note)
+                bar.update(task, completed=done, speed=f"{speed(done):.1f} {unit}/s")
+                below.plain = note
 
             yield draw
         return
