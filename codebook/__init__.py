@@ -9,6 +9,7 @@ from typing import Any
 _HOME = {
     "Codebook": "codebook.index",
     "CodebookError": "codebook.errors",
+    "DivPrune": "codebook.pruning",
     "Pruner": "codebook.pruning",
     "Random": "codebook.pruning",
     "RedundancyCodebook": "codebook.pruning",

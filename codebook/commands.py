@@ -23,6 +23,7 @@ from codebook.inference import Answer, ask, read_image
 from codebook.pictures import overlay
 from codebook.progress import progress
 from codebook.pruning import (
+    METHODS,
     Pruner,
     Random,
     RedundancyCodebook,
@@ -54,9 +55,9 @@ class Plan:
         """The schedule for a loaded model; reads its codebook only if a stage needs one."""
 
         def make(name: str) -> Pruner:
-            if name == "random":
-                return Random(self.seed)
-            return Uniform() if name == "uniform" else RedundancyCodebook(find_codebook(model, self.codebook))
+            if name == "codebook":
+                return RedundancyCodebook(find_codebook(model, self.codebook))
+            return Random(self.seed) if name == "random" else METHODS[name]()
 
         return self._parse(make)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codebook.errors import CodebookError
-from codebook.pruning import Random, RedundancyCodebook, Uniform, VisualTokens
+from codebook.pruning import DivPrune, Random, RedundancyCodebook, Uniform, VisualTokens
 
 
 def tokens(rows, cols, features=None, key=0):
@@ -98,3 +98,29 @@ def test_a_pruner_that_breaks_its_contract_is_found_out():
         pytest.raises(CodebookError, match="Greedy chose"),
     ):
         model(**prompt(model, ONE))
+
+
+def test_divprune_by_hand():
+    # unit vectors at 0, 10, 90 and 180 degrees: cosine to the nearest other one is .98, .98, .17, 0 (to 90)
+    angles = torch.deg2rad(torch.tensor([0.0, 10.0, 90.0, 180.0]))
+    features = torch.stack([angles.cos(), angles.sin()], 1) * torch.tensor([[1.0], [5.0], [0.2], [3.0]])
+    four = tokens(2, 2, features)
+    assert DivPrune().select(four, 1).tolist() == [3]
+    assert DivPrune().select(four, 2).tolist() == [0, 3]  # then the one furthest from 180 degrees
+    assert DivPrune().select(four, 3).tolist() == [0, 2, 3]
+
+
+def test_divprune_equals_the_textbook_loop():
+    features = torch.randn(60, 8, generator=torch.Generator().manual_seed(0))
+    distance = 1 - torch.nn.functional.cosine_similarity(features[:, None], features[None], dim=-1)
+    others = [[j for j in range(60) if j != i] for i in range(60)]
+    chosen = [max(range(60), key=lambda i: min(distance[i][j].item() for j in others[i]))]
+    for _ in range(19):
+        left = [i for i in range(60) if i not in chosen]
+        chosen.append(max(left, key=lambda i: min(distance[i][j].item() for j in chosen)))
+    assert DivPrune().select(tokens(6, 10, features), 20).tolist() == sorted(chosen)
+
+
+def test_divprune_never_picks_a_token_twice():
+    same = tokens(4, 4, torch.ones(16, 3))
+    assert DivPrune().select(same, 16).tolist() == list(range(16))
