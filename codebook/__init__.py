@@ -10,6 +10,7 @@ _HOME = {
     "Codebook": "codebook.index",
     "CodebookError": "codebook.errors",
     "DivPrune": "codebook.pruning",
+    "FastV": "codebook.pruning",
     "Pruner": "codebook.pruning",
     "Random": "codebook.pruning",
     "RedundancyCodebook": "codebook.pruning",

@@ -1,4 +1,4 @@
-"""The command line as a user meets it: answers on stdout, one-line errors on stderr, exit code 2, nothing half-written."""
+"""The command line: answers on stdout, one-line errors on stderr, exit code 2, nothing half-written."""
 
 import json
 import os
@@ -140,7 +140,7 @@ def test_impossible_keep(refused, keep):
     [
         (["--schedule", "uniform@40:0.5"], ["layer 40", "0 to 11"]),
         (["--schedule", "unifrom:0.5"], ["unifrom", "uniform"]),
-        (["--method", "magic"], ["magic", "codebook, divprune, random, uniform"]),
+        (["--method", "magic"], ["magic", "codebook, divprune, fastv, random, uniform"]),
         (["--positions", "shuffled"], ["shuffled"]),
         (["--codebook", "nowhere"], ["nowhere", "codebook build"]),
         (["--tokens", "x.safetensors"], ["MODEL does not go with --tokens"]),

@@ -8,6 +8,7 @@ and stores only its keys and values. Before the LLM means layer 0. Which logical
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.pruning.attention import Attention, tap
 from codebook.pruning.cache import PAD, KeptIndex, PrunedLayer, pruned_layer
 from codebook.pruning.schedule import Schedule, Stage
 from codebook.pruning.tokens import VisualTokens, digest_rows, mix
@@ -72,6 +74,8 @@ class Forward:
         self.batch, self.length = embeds.shape[:2]
         self.images: list[ImageTokens] = []
         self.sequence: Sequence | None = None
+        self.attention: tuple[Tensor, Tensor, float] | None = None
+        self.rotary: tuple[Tensor, Tensor] | None = None
         self._views: dict[tuple[int, int], tuple[Any, ...]] = {}
 
     def find_images(self, family: models.Family, model: Any, input_ids: Tensor, pixels: Tensor | None) -> None:
@@ -128,7 +132,20 @@ class Forward:
 
     def _tokens(self, image: ImageTokens, hidden: Tensor) -> VisualTokens:
         features = self.embeds[image.row, image.column + image.ordinal]
-        return VisualTokens(features, hidden, image.ordinal, image.grid, image.key)
+        attention = self._attention(image) if self.attention is not None else None
+        return VisualTokens(features, hidden, image.ordinal, image.grid, image.key, attention)
+
+    def _attention(self, image: ImageTokens) -> Attention:
+        """The layer before's queries and keys, of the image's row without its padding."""
+        assert self.attention is not None and self.rotary is not None
+        query, key, scaling = self.attention
+        lengths = self.lengths if self.sequence is None else self.sequence.lengths
+        first = image.start - image.offset
+        row = slice(first, first + lengths[image.row])
+        now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
+        cos, sin = (x.expand(self.batch, -1, -1)[image.row, row] for x in self.rotary)
+        span = slice(image.offset, image.offset + image.count)
+        return Attention(query[image.row, :, row], key[image.row, :, now][:, row], cos, sin, scaling, span)
 
     def _shorten(self, kept: Tensor, dropped: list[int], hidden: Tensor) -> Tensor:
         now = self.lengths if self.sequence is None else self.sequence.lengths
@@ -256,7 +273,6 @@ class Pruning:
         self.stages = {stage.layer: stage for stage in schedule.stages}
         self.kept: list[list[Tensor]] = []
         self._signature = inspect.signature(model.base_model.forward)
-        self._handles: list[Any] = []
 
     def __enter__(self) -> Pruning:
         if self.model in _active:
@@ -265,21 +281,25 @@ class Pruning:
         self._inputs: dict[str, Any] | None = None
         self._forward: Forward | None = None
         self._pixels: Tensor | None = None
-        before = partial(_before, with_kwargs=True)
-        self._handles = [
-            before(self.family.tower(self.model), self._on_tower),
-            before(self.model.base_model, self._on_base),
-            before(self.lm, self._on_decoder),
-            *(before(layer, partial(self._on_layer, i)) for i, layer in enumerate(self.lm.layers)),
-            self.lm.register_forward_hook(self._after_decoder),
-        ]
+        with contextlib.ExitStack() as undo:
+            undo.callback(_active.discard, self.model)
+            for module, hook in (
+                (self.family.tower(self.model), self._on_tower),
+                (self.model.base_model, self._on_base),
+                (self.lm, self._on_decoder),
+                *((layer, partial(self._on_layer, i)) for i, layer in enumerate(self.lm.layers)),
+            ):
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            undo.callback(self.lm.register_forward_hook(self._after_decoder).remove)
+            for stage in self.schedule.stages:
+                if stage.pruner.uses_attention:
+                    undo.callback(tap(self.lm.layers[stage.layer - 1].self_attn, self._on_attention))
+            self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        for handle in self._handles:
-            handle.remove()
         self._inputs = self._forward = self._pixels = None
-        _active.discard(self.model)
+        self._undo.close()
 
     def _on_tower(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._pixels = digest_rows(args[0] if args else kwargs["pixel_values"])
@@ -314,20 +334,27 @@ class Pruning:
         hidden = args[0]
         if i in self.stages and forward.images:
             hidden = forward.prune(self.stages[i], hidden)
+            forward.attention = None
             for log, image in zip(self.kept, forward.images, strict=True):
                 log.append(image.ordinal)
         cache = kwargs.get("past_key_values")
         entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
         past = entry.index if isinstance(entry, PrunedLayer) else None
         if forward.sequence is None and past is None:
+            forward.rotary = kwargs["position_embeddings"]
             return None
         pruned = None if cache is None else pruned_layer(cache, i)
         stored = 0 if pruned is None else pruned.physical
         index, mask, rotary = forward.view(past, stored, self.schedule.positions == "compact", kwargs)
         if pruned is not None:
             pruned.index = index
+        forward.rotary = rotary
         changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         return (hidden, *args[1:]), kwargs | changed
+
+    def _on_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        if self._forward is not None and self._forward.images:
+            self._forward.attention = query, key, scaling
 
     def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:
         forward, self._forward = self._forward, None
@@ -337,10 +364,6 @@ class Pruning:
             return (forward.restore(output[0]), *output[1:])
         output.last_hidden_state = forward.restore(output.last_hidden_state)
         return output
-
-
-def _before(module: Any, hook: Any, **kwargs: Any) -> Any:
-    return module.register_forward_pre_hook(hook, **kwargs)
 
 
 def _by_row(digests: Tensor | None, per_row: list[int]) -> list[list[Tensor]] | None:

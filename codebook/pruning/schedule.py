@@ -42,6 +42,10 @@ class Stage:
                 f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {self.layer}"
             )
         check_keep(self.keep)
+        if self.layer == 0 and self.pruner.uses_attention:
+            raise CodebookError(
+                f"{type(self.pruner).__name__} needs the attention of the layer before: use it at layer 1 or later"
+            )
 
     def count(self, total: int) -> int:
         """Tokens that stay of an image that had `total` unpruned."""

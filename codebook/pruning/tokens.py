@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from codebook.pruning.attention import Attention
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,8 @@ class VisualTokens:
         Of the whole image.
     key : () int64
         Digest of the image's pixels and of its place among the prompt's images: the same alone or in any batch.
+    attention : Attention
+        Of the layer before the stage; only for pruners that say `uses_attention`.
     """
 
     features: Tensor
@@ -31,6 +37,7 @@ class VisualTokens:
     ordinal: Tensor
     grid: tuple[int, int]
     key: Tensor
+    attention: Attention | None = None
 
     def __len__(self) -> int:
         return len(self.ordinal)

@@ -8,7 +8,7 @@ from transformers import StaticCache
 
 from codebook import miniature
 from codebook.errors import CodebookError
-from codebook.pruning import Random, Schedule, Stage, Uniform
+from codebook.pruning import FastV, Random, Schedule, Stage, Uniform
 from tests import reference
 from tests.tiny import llava
 
@@ -17,6 +17,7 @@ SCHEDULES = {
     "pre": Schedule([Stage(0, 0.3, Random())]),
     "layer 2": Schedule([Stage(2, 10, Random())]),
     "layers 1+3": Schedule([Stage(1, 0.5, Random()), Stage(3, 3, Uniform())]),
+    "attention at 2": Schedule([Stage(0, 0.5, Random()), Stage(2, 4, FastV())]),
     "pre+1+2": Schedule([Stage(0, 0.5, Uniform()), Stage(1, 0.25, Random()), Stage(2, 1, Random(3))]),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -11,6 +12,9 @@ from codebook.pruning.tokens import VisualTokens
 
 class Pruner(ABC):
     """Chooses which of one image's visual tokens stay."""
+
+    uses_attention: ClassVar[bool] = False
+    """Whether it needs `tokens.attention`; such a pruner works at layer 1 or later."""
 
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:

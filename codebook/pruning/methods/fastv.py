@@ -1,0 +1,39 @@
+"""FastV and its variants: attention of one token as importance (arXiv 2403.06764; variants of arXiv 2502.11501)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.tokens import VisualTokens
+
+
+@dataclass(frozen=True)
+class FastV(ScoringPruner):
+    """Keep the tokens that a query attends to most, averaged over heads, in the layer before the stage.
+
+    Attributes
+    ----------
+    query
+        `text`: the last text token (FastV). `visual`: the image's last visual token (FastV-VIS).
+    rotated
+        False scores without rotary embeddings and softmax over the image alone (phi_-R of FEATHER, arXiv 2412.13180),
+        which takes away the preference for the bottom of the image.
+    reverse
+        Keep the least attended tokens instead (Reverse FastV).
+    """
+
+    query: Literal["text", "visual"] = "text"
+    rotated: bool = True
+    reverse: bool = False
+    uses_attention: ClassVar[bool] = True
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        attention = tokens.attention
+        assert attention is not None
+        query = -1 if self.query == "text" else attention.span.stop - 1
+        row = attention.row(query, rotated=self.rotated, image_only=not self.rotated)
+        return -row if self.reverse else row

@@ -1,0 +1,116 @@
+"""Attention rows without attention maps equal the stock eager maps."""
+
+import pytest
+import torch
+
+from codebook.errors import CodebookError
+from codebook.pruning import FastV, Random, Schedule, Stage
+from tests.pruning.test_equivalence import RAGGED, prompt, size
+from tests.tiny import llava
+
+LAYER = 2
+
+
+class Spy(FastV):
+    """FastV that remembers the scores it gave."""
+
+    def score(self, tokens):
+        self.seen.append(super().score(tokens))
+        return self.seen[-1]
+
+
+def scores(model, inputs, before=(), **options):
+    spy = Spy(**options)
+    object.__setattr__(spy, "seen", [])
+    with torch.no_grad(), Schedule([*before, Stage(LAYER, 3, spy)])(model) as pruning:
+        model(**inputs)
+    return spy.seen, pruning.kept
+
+
+def images(model, inputs):
+    """Row and columns of each image."""
+    for row, ids in enumerate(inputs["input_ids"]):
+        columns = (ids == model.config.image_token_id).nonzero().flatten()
+        yield from ((row, part) for part in columns.split(size(model)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("pad_left", [True, False])
+def test_rows_equal_output_attentions(attention, pad_left):
+    model, eager = llava(attention), llava("eager")
+    inputs = prompt(model, RAGGED, pad_left)
+    maps = eager(**inputs, output_attentions=True).attentions[LAYER - 1].mean(1)
+    last = [int(mask.nonzero().max()) for mask in inputs["attention_mask"]]
+    for query in ("text", "visual"):
+        ours, _ = scores(model, inputs, query=query)
+        for score, (row, columns) in zip(ours, images(model, inputs), strict=True):
+            at = last[row] if query == "text" else columns[-1]
+            assert torch.allclose(score, maps[row, at, columns], atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_after_an_earlier_stage_equal_the_masked_map():
+    """Layer 1 sees 12 tokens an image: its attention is the full one with the dropped columns masked."""
+    model = llava()
+    inputs = prompt(model, RAGGED)
+    ours, kept = scores(model, inputs, before=[Stage(1, 12, Random())])
+    embeds = model.model(**inputs, output_hidden_states=True).hidden_states
+    layer = model.get_decoder().layers[1]
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)[:, : embeds[1].shape[1]]
+    # positions of a plain forward are columns: stock LLaVA numbers padded rows from the first column
+    cos, sin = model.get_decoder().rotary_emb(embeds[1], torch.arange(positions.shape[1])[None])
+    normed = layer.input_layernorm(embeds[1])
+
+    def heads(projection, count):
+        x = projection(normed).unflatten(-1, (count, -1)).transpose(1, 2)
+        half = x.shape[-1] // 2
+        return x * cos[:, None] + torch.cat([-x[..., half:], x[..., :half]], -1) * sin[:, None]
+
+    query, key = heads(layer.self_attn.q_proj, 4), heads(layer.self_attn.k_proj, 2).repeat_interleave(2, 1)
+    logits = (query[:, :, -1:] @ key.transpose(2, 3))[:, :, 0] * layer.self_attn.scaling
+    seen = inputs["attention_mask"].bool()
+    for (row, columns), stages in zip(images(model, inputs), kept, strict=True):
+        gone = torch.ones(len(columns), dtype=torch.bool)
+        gone[stages[0]] = False
+        seen[row, columns[gone]] = False
+    weights = logits.masked_fill(~seen[:, None], -torch.inf).softmax(-1).mean(1)
+    for score, stages, (row, columns) in zip(ours, kept, images(model, inputs), strict=True):
+        assert torch.allclose(score, weights[row, columns[stages[0]]], atol=1e-6)
+
+
+@torch.no_grad()
+def test_unrotated_rows_are_plain_projections():
+    model = llava()
+    inputs = prompt(model, [[5, "image", 7, 8]])
+    ours, _ = scores(model, inputs, rotated=False)
+    hidden = model.model(**inputs, output_hidden_states=True).hidden_states[LAYER - 1]
+    layer = model.get_decoder().layers[LAYER - 1]
+    normed = layer.input_layernorm(hidden)[0]
+    query = layer.self_attn.q_proj(normed).unflatten(-1, (4, -1))[-1]
+    key = layer.self_attn.k_proj(normed).unflatten(-1, (2, -1)).repeat_interleave(2, 1)[1 : 1 + size(model)]
+    weights = (torch.einsum("hd,nhd->hn", query, key) * layer.self_attn.scaling).softmax(-1).mean(0)
+    assert torch.allclose(ours[0], weights, atol=1e-6)
+
+
+def test_reverse_keeps_the_other_end():
+    model = llava()
+    inputs = prompt(model, [[5, "image", 7, 8]])
+    seen, kept = scores(model, inputs)
+    assert kept[0][0].tolist() == seen[0].topk(3).indices.sort().values.tolist()
+    _, kept = scores(model, inputs, reverse=True)
+    assert kept[0][0].tolist() == (-seen[0]).topk(3).indices.sort().values.tolist()
+
+
+def test_attention_is_not_known_before_the_llm():
+    with pytest.raises(CodebookError, match="layer 1 or later"):
+        Stage(0, 0.5, FastV())
+
+
+def test_leaving_restores_the_attention_modules():
+    model = llava()
+    modules = [layer.self_attn for layer in model.get_decoder().layers]
+    before = [(m.config, sorted(m.__dict__)) for m in modules]
+    with Schedule([Stage(2, 3, FastV())])(model):
+        assert [m.config is b[0] for m, b in zip(modules, before, strict=True)] == [True, False, True, True]
+    assert all(m.config is c and sorted(m.__dict__) == d for m, (c, d) in zip(modules, before, strict=True))
