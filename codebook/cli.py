@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,6 +31,8 @@ Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line; user errors are one line on stderr and exit code 2."""
+    # Read when torch loads its OpenMP: waiting threads would otherwise spin, and starve whatever shares the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         app(argv)
     except CodebookError as error:
@@ -58,6 +61,13 @@ def build(
     candidates: Annotated[
         str | None, typer.Option(help="Tokens probed: ranks (by [CLS]), tiles, all; default: the preset's.")
     ] = None,
+    prompt: Annotated[str | None, typer.Option(help="The question of every probe.")] = None,
+    clusters_per_image: Annotated[int | None, typer.Option(help="Clusters of one image's probed tokens.")] = None,
+    max_cluster_size: Annotated[int | None, typer.Option(help="Isolated: in one of those, at most this large.")] = None,
+    clusters: Annotated[int | None, typer.Option(help="Clusters of all images' survivors.")] = None,
+    min_image_fraction: Annotated[
+        float | None, typer.Option(help="Recurrent: in one of those, from more than this fraction of the images.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first images only.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences a forward: memory against speed.")] = 16,
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False,
@@ -67,7 +77,11 @@ def build(
     """Probe training images and store the tokens that never change the answer as prototypes."""
     from codebook import commands
 
-    changes = {"tau_p": tau_p, "tau_j": tau_j, "candidates": candidates}
+    changes = {
+        "tau_p": tau_p, "tau_j": tau_j, "candidates": candidates, "prompt": prompt,
+        "clusters_per_image": clusters_per_image, "max_cluster_size": max_cluster_size, "clusters": clusters,
+        "min_image_fraction": min_image_fraction,
+    }  # fmt: skip
     commands.build_codebook(model, images, out, preset, changes, limit, strict, batch, device, as_json)
 
 
