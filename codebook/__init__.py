@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Alpha": "codebook.pruning",
     "Codebook": "codebook.index",
     "CodebookError": "codebook.errors",
     "DivPrune": "codebook.pruning",
@@ -18,7 +19,9 @@ _HOME = {
     "ScoringPruner": "codebook.pruning",
     "Stage": "codebook.pruning",
     "Uniform": "codebook.pruning",
+    "Union": "codebook.pruning",
     "VisualTokens": "codebook.pruning",
+    "Window": "codebook.pruning",
     "ask": "codebook.inference",
     "build": "codebook.building",
     "load": "codebook.models",

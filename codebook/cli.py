@@ -95,7 +95,7 @@ def prune(
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
     question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
-    method: Annotated[str | None, typer.Option(help="codebook (default), divprune, random, uniform.")] = None,
+    method: Annotated[str | None, typer.Option(help="codebook (default), divprune, random, uniform, ...")] = None,
     schedule: Annotated[
         str | None, typer.Option(help="Stages instead of --keep and --method: `codebook:0.25,random@9:0.05`.")
     ] = None,

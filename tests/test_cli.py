@@ -140,7 +140,7 @@ def test_impossible_keep(refused, keep):
     [
         (["--schedule", "uniform@40:0.5"], ["layer 40", "0 to 11"]),
         (["--schedule", "unifrom:0.5"], ["unifrom", "uniform"]),
-        (["--method", "magic"], ["magic", "codebook, divprune, fastv, random, uniform"]),
+        (["--method", "magic"], ["magic", "codebook, divprune"]),
         (["--positions", "shuffled"], ["shuffled"]),
         (["--codebook", "nowhere"], ["nowhere", "codebook build"]),
         (["--tokens", "x.safetensors"], ["MODEL does not go with --tokens"]),

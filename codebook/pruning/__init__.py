@@ -2,6 +2,7 @@
 
 from codebook.pruning.methods import (
     METHODS,
+    Alpha,
     DivPrune,
     FastV,
     Pruner,
@@ -9,12 +10,15 @@ from codebook.pruning.methods import (
     RedundancyCodebook,
     ScoringPruner,
     Uniform,
+    Union,
+    Window,
 )
 from codebook.pruning.schedule import Schedule, Stage
 from codebook.pruning.tokens import VisualTokens
 
 __all__ = [
     "METHODS",
+    "Alpha",
     "DivPrune",
     "FastV",
     "Pruner",
@@ -24,5 +28,7 @@ __all__ = [
     "ScoringPruner",
     "Stage",
     "Uniform",
+    "Union",
     "VisualTokens",
+    "Window",
 ]

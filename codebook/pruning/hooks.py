@@ -115,7 +115,7 @@ class Forward:
                 )
             if target < image.count:
                 span = slice(start, start + image.count)
-                index = stage.pruner.select(self._tokens(image, hidden[row, span]), target)
+                index = stage.pruner.select(self._tokens(image, hidden), target)
                 if index.shape != (target,):
                     name = type(stage.pruner).__name__
                     raise CodebookError(f"{name} chose {tuple(index.shape)} tokens where {target} were asked for")
@@ -131,17 +131,28 @@ class Forward:
         return hidden
 
     def _tokens(self, image: ImageTokens, hidden: Tensor) -> VisualTokens:
-        features = self.embeds[image.row, image.column + image.ordinal]
-        attention = self._attention(image) if self.attention is not None else None
-        return VisualTokens(features, hidden, image.ordinal, image.grid, image.key, attention)
+        row, attention = self._row(image), self._attention(image) if self.attention is not None else None
+        return VisualTokens(
+            features=self.embeds[image.row, image.column + image.ordinal],
+            hidden=hidden[image.row, image.start : image.start + image.count],
+            last=hidden[image.row, row.stop - 1],
+            ordinal=image.ordinal,
+            grid=image.grid,
+            key=image.key,
+            attention=attention,
+        )
+
+    def _row(self, image: ImageTokens) -> slice:
+        """Where the image's row has its valid tokens in the current sequence."""
+        lengths = self.lengths if self.sequence is None else self.sequence.lengths
+        first = image.start - image.offset
+        return slice(first, first + lengths[image.row])
 
     def _attention(self, image: ImageTokens) -> Attention:
         """The layer before's queries and keys, of the image's row without its padding."""
         assert self.attention is not None and self.rotary is not None
         query, key, scaling = self.attention
-        lengths = self.lengths if self.sequence is None else self.sequence.lengths
-        first = image.start - image.offset
-        row = slice(first, first + lengths[image.row])
+        row = self._row(image)
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
         cos, sin = (x.expand(self.batch, -1, -1)[image.row, row] for x in self.rotary)
         span = slice(image.offset, image.offset + image.count)

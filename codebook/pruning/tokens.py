@@ -22,6 +22,8 @@ class VisualTokens:
         Projector outputs: what enters the LLM.
     hidden : (n, d) float
         Hidden states at the input of the stage's layer; before the LLM the same as `features`.
+    last : (d,) float
+        Hidden state of the prompt's last token at that layer.
     ordinal : (n,) int64
         Raster position of each token in its image, from 0 to `rows * cols - 1`.
     grid : (rows, cols)
@@ -34,6 +36,7 @@ class VisualTokens:
 
     features: Tensor
     hidden: Tensor
+    last: Tensor
     ordinal: Tensor
     grid: tuple[int, int]
     key: Tensor
@@ -46,7 +49,9 @@ class VisualTokens:
     def of(cls, features: Tensor) -> VisualTokens:
         """Tokens of which only the projector outputs (n, d) are known; the grid is taken to be one row."""
         ordinal = torch.arange(len(features), device=features.device)
-        return cls(features, features, ordinal, (1, len(features)), ordinal.new_zeros(()))
+        return cls(
+            features, features, torch.zeros_like(features[0]), ordinal, (1, len(features)), ordinal.new_zeros(())
+        )
 
 
 def mix(x: Tensor) -> Tensor:

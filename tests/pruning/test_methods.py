@@ -1,16 +1,28 @@
 """What each method selects, by hand-worked examples."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from codebook.errors import CodebookError
-from codebook.pruning import DivPrune, Random, RedundancyCodebook, Uniform, VisualTokens
+from codebook.pruning import (
+    Alpha,
+    DivPrune,
+    Random,
+    RedundancyCodebook,
+    ScoringPruner,
+    Uniform,
+    Union,
+    VisualTokens,
+    Window,
+)
 
 
 def tokens(rows, cols, features=None, key=0):
     n = rows * cols
     features = torch.zeros(n, 2) if features is None else features
-    return VisualTokens(features, features, torch.arange(n), (rows, cols), torch.tensor(key))
+    return VisualTokens(features, features, features[0], torch.arange(n), (rows, cols), torch.tensor(key))
 
 
 class Book:
@@ -58,7 +70,7 @@ def test_uniform_covers_the_image():
 
 
 def test_uniform_on_survivors_takes_every_nth():
-    some = VisualTokens(torch.zeros(8, 2), torch.zeros(8, 2), torch.arange(8) * 3, (6, 6), torch.tensor(0))
+    some = replace(tokens(1, 8), ordinal=torch.arange(8) * 3, grid=(6, 6))
     assert Uniform().select(some, 4).tolist() == [1, 3, 5, 7]
 
 
@@ -78,7 +90,7 @@ def test_random_keeps_a_token_whatever_else_is_left():
     """A token's rank depends on its own place only: nested stages keep nested sets."""
     whole = tokens(12, 12, key=9)
     wide, narrow = Random(0).select(whole, 60), Random(0).select(whole, 20)
-    left = VisualTokens(whole.features[wide], whole.hidden[wide], wide, whole.grid, whole.key)
+    left = replace(whole, ordinal=wide)
     assert torch.equal(wide[Random(0).select(left, 20)], narrow)
 
 
@@ -124,3 +136,49 @@ def test_divprune_equals_the_textbook_loop():
 def test_divprune_never_picks_a_token_twice():
     same = tokens(4, 4, torch.ones(16, 3))
     assert DivPrune().select(same, 16).tolist() == list(range(16))
+
+
+class Ranking(ScoringPruner):
+    """Scores as given."""
+
+    def __init__(self, *scores):
+        self.scores = torch.tensor(scores, dtype=torch.float32)
+
+    def score(self, tokens):
+        return self.scores[tokens.ordinal].clone()
+
+
+def test_union_is_a_grid_filled_up_by_a_ranking():
+    # the grid's two of 1 x 8 are 2 and 6; the ranking's best others are 7, then 1
+    ranking = Ranking(0, 5, 9, 1, 2, 3, 8, 7)
+    assert Union(Uniform(), ranking, share=0.5).select(tokens(1, 8), 4).tolist() == [1, 2, 6, 7]
+    assert Union(Uniform(), ranking, share=0).select(tokens(1, 8), 2).tolist() == [2, 6]
+    assert Union(Uniform(), Ranking(*range(8)), share=1).select(tokens(1, 8), 2).tolist() == [2, 6]
+
+
+def test_window_keeps_as_many_in_each():
+    # 2 x 4 in two windows of 2 x 2; all high scores are in the left one
+    ranking = Ranking(9, 8, 1, 2, 7, 6, 4, 3)
+    assert Window(ranking, (1, 2)).select(tokens(2, 4), 2).tolist() == [0, 6]
+    assert Window(ranking, (1, 2)).select(tokens(2, 4), 4).tolist() == [0, 1, 6, 7]
+    assert Window(ranking, (1, 2)).select(tokens(2, 4), 5).tolist() == [
+        0,
+        1,
+        4,
+        6,
+        7,
+    ]  # 4 beats what the right has left
+
+
+def test_alpha_weighs_importance_against_likeness_to_the_last_token():
+    class Attention:
+        def row(self, query, **options):
+            return torch.tensor([0.1, 0.2, 0.3])  # scaled: 0, 0.5, 1
+
+    hidden = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 0.0]])  # cosine to the last token 0, 1, 1: uniqueness 1, 0, 0
+    three = VisualTokens(
+        hidden, hidden, torch.tensor([3.0, 0.0]), torch.arange(3), (1, 3), torch.tensor(0), Attention()
+    )
+    assert Alpha(1.0).score(three).tolist() == pytest.approx([0, 0.5, 1])
+    assert Alpha(0.0).score(three).tolist() == pytest.approx([1, 0, 0])
+    assert Alpha(0.25).score(three).tolist() == pytest.approx([0.75, 0.125, 0.25])
