@@ -2,8 +2,8 @@
 
     python benchmarks/thresholds.py --images 60 --questions 30
 
-Every token of the scenes is probed once; then each pair of thresholds makes a codebook of those probes, and the
-codebook prunes training questions. Prints the distribution of the probes and a row for each pair.
+The scenes' tokens are probed once; then each pair of thresholds makes a codebook of those probes, and the codebook
+prunes training questions. Prints the distribution of the probes and a row for each pair.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def main() -> None:
     options = parser.parse_args()
     model, processor = load("miniature")
     kind, settings = family(model), preset("miniature")
-    loose = replace(settings, tau_p=1.0, tau_j=1e9, max_cluster_size=10**9, candidates="all")
+    loose = replace(settings, tau_p=1.0, tau_j=1e9, max_cluster_size=10**9)
     prober = Prober.of(model, processor, settings.prompt, kind.grid(model), 16)
     cols = kind.grid(model)[1]
     images = []
