@@ -275,6 +275,24 @@ def test_continuation_equals_masked_reference(model, one):
 
 
 @torch.no_grad()
+def test_a_second_image_in_a_second_turn(model):
+    """It is pruned on top of a cache that is pruned already."""
+    schedule, turns = SCHEDULES["pre+1+2"], [prompt(model, [[5, "image", 7]]), prompt(model, [[8, "image", 9, 11]])]
+    turns[1]["pixel_values"] = turns[1]["pixel_values"].flip(-1)
+    with schedule(model) as pruning:
+        cache = model(**turns[0], use_cache=True).past_key_values
+        gone = [gone_from(turns[0], pruning, schedule)]
+        whole = torch.ones(1, sum(turn["input_ids"].shape[1] for turn in turns), dtype=torch.long)
+        ours = model(**turns[1] | {"attention_mask": whole}, past_key_values=cache).logits[:, -1]
+        gone.append(gone_from(turns[1], pruning, schedule))
+    ids, pixels = (
+        torch.cat([turn[name] for turn in turns], axis) for name, axis in (("input_ids", 1), ("pixel_values", 0))
+    )
+    theirs = reference.logits(model, reference.merged(model, ids, pixels), whole, torch.cat(gone, 1))
+    assert_close(ours, theirs)
+
+
+@torch.no_grad()
 def test_beams_and_repeats_agree_with_the_plain_answer(model, ragged):
     schedule = SCHEDULES["pre+1+2"]
     with schedule(model) as pruning:
