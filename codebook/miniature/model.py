@@ -200,9 +200,14 @@ def load(folder: Path, device: str = "cpu") -> tuple[LlavaForConditionalGenerati
     """Load a saved miniature in float32, ready for inference, without touching the network."""
     import torch
     from transformers import AutoProcessor, LlavaForConditionalGeneration
+    from transformers.utils import logging
 
     if not (Path(folder) / "model.safetensors").exists():
         raise CodebookError(f"no miniature in {folder}: train one with `codebook miniature train`")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # it loads in a moment
     built = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+    if bars:
+        logging.enable_progress_bar()
     built.to(torch.device(device)).eval()  # type: ignore[arg-type]
     return built, AutoProcessor.from_pretrained(folder, local_files_only=True)

@@ -40,7 +40,9 @@ class Muon:
         self.groups = list(groups.values())
 
     @torch.no_grad()
-    def step(self, rate: float) -> None:
+    def step(self, rate: float, factors: list[float] | None = None) -> None:
+        """Move every matrix; `factors` scale the rate of each."""
+
         def gradient(i: int) -> torch.Tensor:
             found = self.parameters[i].grad
             assert found is not None
@@ -61,9 +63,11 @@ class Muon:
             flat = self.merge(torch.cat([u.flatten() for u in updates]))
             parts = flat.split([u.numel() for u in updates])
             updates = [part.view_as(u) for part, u in zip(parts, updates, strict=True)]
-        for parameter, update in zip(self.parameters, updates, strict=True):
+        factors = factors or [1.0] * len(updates)
+        for parameter, update, factor in zip(self.parameters, updates, factors, strict=True):
             rows, columns = parameter.shape
-            parameter.mul_(1 - rate * self.decay).add_(update, alpha=-rate * max(1, rows / columns) ** 0.5)
+            stride = rate * factor
+            parameter.mul_(1 - stride * self.decay).add_(update, alpha=-stride * max(1, rows / columns) ** 0.5)
 
     def state_dict(self) -> dict:
         return {"buffers": self.buffers}

@@ -198,9 +198,7 @@ def _place_thing(
     return None
 
 
-def _place_number(
-    split: str, taken: list[tuple[int, int, int, int]], rng: np.random.Generator
-) -> Number | None:
+def _place_number(split: str, taken: list[tuple[int, int, int, int]], rng: np.random.Generator) -> Number | None:
     values = digits()[1]
     first, last = (0, TRAIN_DIGITS) if split == "train" else (TRAIN_DIGITS, len(values))
     images = tuple(rng.integers(first, last, size=rng.integers(1, 4)).tolist())
@@ -292,6 +290,4 @@ def pack_digits(path: Path) -> None:
 
     data = load_digits()
     levels = np.minimum(data.images, 15).astype(np.uint8).reshape(-1, 32, 2)
-    np.savez_compressed(
-        path, images=levels[..., 0] << 4 | levels[..., 1], values=data.target.astype(np.uint8)
-    )
+    np.savez_compressed(path, images=levels[..., 0] << 4 | levels[..., 1], values=data.target.astype(np.uint8))

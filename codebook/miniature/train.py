@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -31,10 +32,11 @@ from codebook.miniature import model as architecture
 from codebook.miniature import packing, prompt
 from codebook.miniature.optimizer import Muon
 from codebook.miniature.packing import IDS, Batch
-from codebook.miniature.scenes import COLOR_NAMES, SHAPES
-from codebook.miniature.tasks import FAMILIES, score, tasks
+from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES
+from codebook.miniature.tasks import CELLS, FAMILIES, score, tasks
 
 NAMES = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789")}
+CELL_NAMES = tuple(f"{row}{column + 1}" for row in "abcd" for column in range(CELLS))
 STAGES = ("vision", "joint")
 
 
@@ -46,7 +48,9 @@ class Recipe:
     ----------
     minutes, steps : the budget of each stage (vision, joint), by the clock or in steps; steps win
     batch : pictures a step and worker, for each stage
-    muon, adam : peak learning rates
+    muon, adam : peak learning rates of each stage
+    hold : fraction of a stage at the peak rate, before it fades as a cosine
+    slow : factors on muon for vision tower and projector in the joint stage, or they forget digits
     drop : let batches of the joint stage lose visual tokens
     align : weight of the pull towards words at the start of the joint stage
     """
@@ -54,10 +58,12 @@ class Recipe:
     minutes: tuple[float, float] = (6.0, 70.0)
     steps: tuple[int, int] | None = None
     batch: tuple[int, int] = (24, 16)
-    muon: float = 0.02
-    adam: float = 2e-3
+    muon: tuple[float, float] = (0.02, 0.008)
+    adam: tuple[float, float] = (2e-3, 8e-4)
+    hold: float = 0.5
+    slow: tuple[float, float] = (0.3, 0.3)
     drop: bool = True
-    align: float = 0.3
+    align: float = 0.5
     seed: int = 0
 
 
@@ -88,7 +94,7 @@ def train(
 
     Parameters
     ----------
-    out : folder for ``checkpoint.pt``, ``log.jsonl`` and ``weights/``
+    out : folder for ``checkpoint.pt``, ``recipe.json``, ``log.jsonl`` and ``weights/``
     minutes, steps : budget of both stages together, a tenth of it for vision; default 76 minutes
     resume : go on from ``out/checkpoint.pt`` if there is one
     device : "cpu" or "cuda"; default a GPU if there is one
@@ -104,14 +110,13 @@ def train(
     try:
         recipe = Recipe(seed=seed, **options)
     except TypeError as error:
-        raise CodebookError(
-            f"unknown training option: {error}; see codebook.miniature.train.Recipe"
-        ) from None
+        raise CodebookError(f"unknown training option: {error}; see codebook.miniature.train.Recipe") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     workers = workers or (1 if device == "cuda" else min(2, os.cpu_count() or 1))
     if not resume:
         (out / "checkpoint.pt").unlink(missing_ok=True)
         (out / "log.jsonl").unlink(missing_ok=True)
+    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     if workers == 1:
         _worker(0, 1, out, recipe, device, "")
     else:
@@ -161,7 +166,10 @@ class Run:
         rest = [p for p in self.parameters if id(p) not in chosen]
         share = (self.rank, self.workers)
         self.muon = Muon(matrices, share=share, merge=self._sum)
-        self.adam = torch.optim.AdamW(rest, lr=self.recipe.adam, betas=(0.9, 0.95), weight_decay=0.0)
+        eyes, projector = self.recipe.slow
+        names = [n for n, p in named if id(p) in chosen]
+        self.slow = [eyes if "vision" in n else projector if "projector" in n else 1.0 for n in names]
+        self.adam = torch.optim.AdamW(rest, betas=(0.9, 0.95), weight_decay=0.0)
 
     def _sum(self, x: torch.Tensor) -> torch.Tensor:
         if self.workers > 1:
@@ -171,9 +179,7 @@ class Run:
     def load(self) -> None:
         state = torch.load(self.file, map_location=self.device, weights_only=True)
         if state["seed"] != self.recipe.seed:
-            raise CodebookError(
-                f"{self.file} is of seed {state['seed']}: choose another folder or --no-resume"
-            )
+            raise CodebookError(f"{self.file} is of seed {state['seed']}: choose another folder or --no-resume")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.muon.load_state_dict(state["muon"])
@@ -205,12 +211,13 @@ class Run:
         which = STAGES.index(stage)
         if self.stage != stage:
             self.stage, self.step, self.elapsed = stage, 0, 0.0
+            self._settle()
         recipe = self.recipe
         begin = time.monotonic() - self.elapsed
         saved = told = time.monotonic()
         tally: dict[str, list[float]] = {}
-        if self.device == "cpu" and recipe.steps is None and packing.answer_layer is packing.plain_layer:
-            # A quarter less time a step; not worth the minute of compilation in a test.
+        if self.device == "cpu" and recipe.steps is None and shutil.which("g++"):
+            # A quarter less time a step; not worth the minute of compilation in a run of a few steps.
             packing.answer_layer = torch.compile(packing.plain_layer, dynamic=True)
         while True:
             now = time.monotonic()
@@ -234,6 +241,19 @@ class Run:
                 self.save(export=True)
                 saved = now
         self.save(export=True)
+
+    @torch.no_grad()
+    def _settle(self, norm: float = 12.0) -> None:
+        """Scale the projector, so that visual tokens enter the language model with a mean norm of 12.
+
+        The vision stage asks for directions only and leaves norms near 100: far more than what a layer
+        adds, so the layers could not change a visual token.
+        """
+        packed = packing.batch(32, self.recipe.seed, 0, 0).to(self.device)
+        projector = self.model.model.multi_modal_projector
+        factor = norm / projector(packing.see(self.model, packed.pixels)[0]).norm(dim=-1).mean()
+        projector.linear_2.weight.mul_(factor)
+        projector.linear_2.bias.mul_(factor)
 
     def _agree(self, progress: float) -> float:
         """Take the first worker's clock for all, or they would stop at different steps."""
@@ -262,10 +282,11 @@ class Run:
         loss, seen = self._joint(packed, progress) if joint else self._vision(packed)
         loss.backward()
         self._reduce()
-        rate = min(1.0, (progress + 0.002) / 0.03) * (0.02 + 0.98 * math.cos(progress * math.pi / 2) ** 2)
-        self.muon.step(self.recipe.muon * rate)
+        fade = max(0.0, progress - self.recipe.hold) / (1 - self.recipe.hold)
+        rate = min(1.0, (progress + 0.002) / 0.03) * (0.02 + 0.98 * math.cos(fade * math.pi / 2) ** 2)
+        self.muon.step(self.recipe.muon[which] * rate, self.slow if joint else None)
         for group in self.adam.param_groups:
-            group["lr"] = self.recipe.adam * rate
+            group["lr"] = self.recipe.adam[which] * rate
         self.adam.step()
         for parameter in self.parameters:
             parameter.grad = None
@@ -303,9 +324,7 @@ class Run:
 
     def _summarise(self, packed: Batch, summary: torch.Tensor) -> torch.Tensor:
         """[CLS] says which shapes, colours and digits are in the picture."""
-        truth = torch.cat(
-            [F.one_hot(getattr(packed, n) + 1, len(v) + 1).amax(1)[:, 1:] for n, v in NAMES.items()], 1
-        )
+        truth = torch.cat([F.one_hot(getattr(packed, n) + 1, len(v) + 1).amax(1)[:, 1:] for n, v in NAMES.items()], 1)
         return F.binary_cross_entropy_with_logits(self.heads.summary(summary), truth.float())
 
     def _align(self, packed: Batch, features: torch.Tensor) -> torch.Tensor:
@@ -313,13 +332,21 @@ class Run:
         projected = self.model.model.multi_modal_projector(features)
         words = self.model.model.language_model.embed_tokens.weight
         busy = (packed.shape >= 0) | (packed.digit >= 0)
-        loss = 5 * F.smooth_l1_loss(self.heads.align_box(projected)[busy], packed.box[busy], beta=0.05)
-        for name, values in NAMES.items():
-            there = getattr(packed, name) >= 0
+        place = _edges(packed.box)
+        loss = 5 * F.smooth_l1_loss(self.heads.align_box(projected)[busy], place[busy], beta=0.05)
+        truths = {name: (getattr(packed, name), values) for name, values in NAMES.items()}
+        # Where it is, too: without this pull, localization stays at chance for a tenth of the training.
+        centre = ((place[..., :2] + place[..., 2:]) * 0.5 * CELLS).long().clamp(0, CELLS - 1)
+        truths["cell"] = torch.where(busy, centre[..., 1] * CELLS + centre[..., 0], -1), CELL_NAMES
+        unit = F.normalize(projected, dim=-1)
+        for truth, values in truths.values():
+            chosen = words[torch.tensor([IDS[v] for v in values], device=words.device)]
+            cosine = unit @ F.normalize(chosen, dim=-1).T
+            there = truth >= 0
             if there.any():
-                chosen = words[torch.tensor([IDS[v] for v in values], device=words.device)]
-                cosine = F.normalize(projected[there], dim=-1) @ F.normalize(chosen, dim=-1).T
-                loss = loss + F.cross_entropy(16 * cosine, getattr(packed, name)[there])
+                loss = loss + F.cross_entropy(16 * cosine[there], truth[there])
+            # Background names nothing, or every place there is would drown those of the objects.
+            loss = loss + cosine[~busy].square().sum(-1).mean()
         return loss
 
     def _joint(self, packed: Batch, progress: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
@@ -337,6 +364,13 @@ class Run:
         wrong = torch.zeros_like(packed.target)
         wrong[there] = (logits.argmax(-1) != truth).long()
         return loss, _by_family(packed, wrong)
+
+
+def _edges(box: torch.Tensor) -> torch.Tensor:
+    """Turn distances from each patch's centre (B, 144, 4) into edges in the image, in 0..1."""
+    index = torch.arange(box.shape[1], device=box.device)
+    centre = torch.stack([index % GRID, index // GRID] * 2, 1)
+    return box + (centre + 0.5) / GRID
 
 
 def _by_family(packed: Batch, wrong: torch.Tensor) -> dict[str, tuple[float, float]]:
@@ -380,9 +414,7 @@ def evaluate(
             part = asked[start : start + batch]
             texts = [prompt(processor, q.question) for q in part]
             if visual:
-                inputs = processor(
-                    images=[q.image for q in part], text=texts, padding=True, return_tensors="pt"
-                )
+                inputs = processor(images=[q.image for q in part], text=texts, padding=True, return_tensors="pt")
             else:
                 texts = [text.replace("<image>", "") for text in texts]
                 inputs = processor(text=texts, padding=True, return_tensors="pt")

@@ -82,26 +82,25 @@ def test_the_packed_forward_equals_the_stock_model_on_each_question(fresh, proce
 
 
 def test_training_reduces_the_loss_and_a_resumed_run_ends_in_the_same_state(tmp_path):
-    recipe = Recipe(steps=(2, 4), batch=(4, 3))
-    whole = Run(tmp_path / "never", recipe)
-    (tmp_path / "cut").mkdir()
-    half = Run(tmp_path / "cut", recipe)
-    losses = []
-    for run in (whole, half):
+    recipe = Recipe(batch=(2, 2))
+
+    def advance(run, *steps):
         run.stage = "joint"
-        for step in range(2):
-            run.step = step
+        losses = []
+        for run.step in steps:
             losses.append(run.advance(0.1)["loss"][0])
-    half.step = 2
+        run.step += 1
+        return losses
+
+    whole = Run(tmp_path / "never", recipe)
+    half = Run(tmp_path, recipe)
+    straight = advance(whole, 0, 1, 2)
+    stopped = advance(half, 0)
     half.save()
-    half = Run(tmp_path / "cut", recipe)
-    assert (half.stage, half.step) == ("joint", 2)
-    for run in (whole, half):
-        for step in (2, 3):
-            run.step = step
-            losses.append(run.advance(0.1)["loss"][0])
-    assert losses[:2] == losses[2:4] and losses[4:6] == losses[6:8]
-    assert losses[5] < losses[0]
+    half = Run(tmp_path, recipe)
+    assert (half.stage, half.step) == ("joint", 1)
+    assert stopped + advance(half, 1, 2) == straight
+    assert straight[2] < straight[0]
     for one, two in zip(whole.parameters, half.parameters, strict=True):
         assert torch.equal(one, two)
 
@@ -155,7 +154,7 @@ class TestShipped:
         seeing = evaluate(built, processor, count=20, batch=20)
         blind = evaluate(built, processor, count=20, batch=20, visual=False)
         mean, floor = (sum(x.values()) / len(x) for x in (seeing, blind))
-        assert mean > 0.55, seeing
+        assert mean > 0.65, seeing
         assert floor < 0.35, blind
 
 

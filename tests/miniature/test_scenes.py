@@ -64,9 +64,7 @@ def test_patches_cover_what_is_drawn_and_little_else():
                 x, y = place % GRID * 8, place // GRID * 8
                 assert left - 8 < x < right and top - 8 < y < bottom
         busy = (marks["shape"] >= 0) | (marks["digit"] >= 0)
-        assert set(np.flatnonzero(busy)) == {
-            p for item in (*picture.things, *picture.numbers) for p in item.patches
-        }
+        assert set(np.flatnonzero(busy)) == {p for item in (*picture.things, *picture.numbers) for p in item.patches}
         coverage.append(busy.mean())
     assert 0.08 < np.mean(coverage) < 0.25
 
