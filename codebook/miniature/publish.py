@@ -30,8 +30,10 @@ rest: exact answer.
 | full | {seeing} |
 | no image | {blind} |
 
-Trained by `{command}` (seed {seed}; {time}). Stored in float16, to be computed in float32, which is what
-config.json says. {note}
+Trained by `{command}` (seed {seed}): {time}.
+Stored in float16, to be computed in float32, which is what config.json says.
+
+{note}
 """
 
 
