@@ -83,7 +83,7 @@ def test_rows_after_an_earlier_stage_equal_the_masked_map():
 def test_unrotated_rows_are_plain_projections():
     model = llava()
     inputs = prompt(model, [[5, "image", 7, 8]])
-    ours, _ = scores(model, inputs, rotated=False)
+    ours, _ = scores(model, inputs, rotated=False, image_only=True)
     hidden = model.model(**inputs, output_hidden_states=True).hidden_states[LAYER - 1]
     layer = model.get_decoder().layers[LAYER - 1]
     normed = layer.input_layernorm(hidden)[0]

@@ -19,10 +19,15 @@ from codebook.pruning import (
 )
 
 
-def tokens(rows, cols, features=None, key=0):
+def tokens(rows, cols, features=None, key=0, text=None, **options):
+    """An image's tokens, and after them in the sequence the text (T, d), by default one word of zeros."""
     n = rows * cols
     features = torch.zeros(n, 2) if features is None else features
-    return VisualTokens(features, features, features[0], torch.arange(n), (rows, cols), torch.tensor(key))
+    text = features.new_zeros(1, features.shape[1]) if text is None else text
+    sequence, question = torch.cat([features, text]), n + torch.arange(len(text))
+    return VisualTokens(
+        features, features, sequence, slice(0, n), question, torch.arange(n), (rows, cols), torch.tensor(key), **options
+    )
 
 
 class Book:
@@ -176,9 +181,7 @@ def test_alpha_weighs_importance_against_likeness_to_the_last_token():
             return torch.tensor([0.1, 0.2, 0.3])  # scaled: 0, 0.5, 1
 
     hidden = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 0.0]])  # cosine to the last token 0, 1, 1: uniqueness 1, 0, 0
-    three = VisualTokens(
-        hidden, hidden, torch.tensor([3.0, 0.0]), torch.arange(3), (1, 3), torch.tensor(0), Attention()
-    )
+    three = tokens(1, 3, hidden, text=torch.tensor([[3.0, 0.0]]), attention=Attention())
     assert Alpha(1.0).score(three).tolist() == pytest.approx([0, 0.5, 1])
     assert Alpha(0.0).score(three).tolist() == pytest.approx([1, 0, 0])
     assert Alpha(0.25).score(three).tolist() == pytest.approx([0.75, 0.125, 0.25])
