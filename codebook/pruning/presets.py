@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods import METHODS
 from codebook.pruning.text import DROP, Make, Part, read, split
 
 DEPTH = 32
@@ -32,11 +31,6 @@ PRESETS: dict[str, str] = {
 FEATHER at R = 0.7: 275 and 24 of 729 tokens (arXiv 2412.13180). PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200
 and 110 of 576 tokens: arXiv 2410.04417. VTW at K = 16: arXiv 2405.05803.
 """
-
-
-def names() -> list[str]:
-    """Every preset but the hybrids, `first+second`, of which there are as many as pairs of methods."""
-    return sorted({*METHODS, *PRESETS})
 
 
 def scaled(layer: int, layers: int) -> int:
@@ -124,9 +118,10 @@ def _hybrid(parts: list[Part], layers: int, horizon: int | None, deep: int | Non
         second.fail("how much it keeps is said already: leave deep out")
     if horizon is not None and second.layer is not None:
         second.fail("its layer is said already: leave horizon out")
+    first = _first(first, layers)
     if second.layer is None:
-        default = scaled(DROP_HORIZON if drop else HORIZON, layers)
+        default = max(scaled(DROP_HORIZON if drop else HORIZON, layers), (first.layer or 0) + 1)
         second = replace(second, layer=default if horizon is None else horizon)
     if second.keep is None and not drop:
         second = replace(second, keep=DEEP_SHARE if deep is None else deep)
-    return [_first(first, layers), second]
+    return [first, second]

@@ -296,13 +296,20 @@ class Schedule:
         CodebookError
             If the text cannot be read or the budget cannot be met.
         """
-        parts, positions, open_ = presets.expand(text, make, layers, horizon, deep)
-        schedule = cls._of(parts, positions)
+        schedule, open_ = cls.draft(text, make, layers, horizon, deep)
         if keep is not None:
             return schedule.fit(keep, n=n, layers=layers)
         if open_:
             raise CodebookError(f"{text!r} needs a budget: say how many visual tokens stay, averaged over the layers")
         return schedule
+
+    @classmethod
+    def draft(
+        cls, text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
+    ) -> tuple[Schedule, bool]:
+        """What `solve` starts from, and whether its keeps are proportions only, which need a budget."""
+        parts, positions, open_ = presets.expand(text, make, layers, horizon, deep)
+        return cls._of(parts, positions), open_
 
     @classmethod
     def _of(cls, parts: Sequence[Part], positions: Any) -> Schedule:
@@ -352,13 +359,15 @@ def load_text(path: Path | str) -> str:
     try:
         record = json.loads(Path(path).read_text())
         version, text = record["format"], record["schedule"]
+        if not isinstance(text, str):
+            raise ValueError
     except (OSError, UnicodeDecodeError) as error:
         raise CodebookError(f"cannot read schedule {path}: {error}") from None
     except (ValueError, KeyError, TypeError):
         raise CodebookError(
             f'{path} is no schedule: it should hold {{"format": {FORMAT}, "schedule": "..."}}'
         ) from None
-    if version != FORMAT or not isinstance(text, str):
+    if version != FORMAT:
         raise CodebookError(f"{path} has schedule format {version!r}; this version reads format {FORMAT}")
     return text
 

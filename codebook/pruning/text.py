@@ -19,7 +19,7 @@ from functools import partial
 from typing import Any, NoReturn
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods import METHODS, Pruner, Random
+from codebook.pruning.methods import METHODS, Pruner
 
 DROP = "drop"
 UNPRUNED = "unpruned"
@@ -44,8 +44,10 @@ class Part:
 
 def make(name: str) -> Pruner:
     """A method's pruner with its default settings."""
-    if name == "codebook":
-        raise CodebookError("method 'codebook' needs a codebook: pass make=, which makes the pruner of a method's name")
+    needs = [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.default is p.empty]
+    if needs:
+        raise CodebookError(f"method {name!r} needs a {' and a '.join(needs)}, which no text holds: pass make=, which "
+                            "makes the pruner of a method's name")  # fmt: skip
     return METHODS[name]()
 
 
@@ -147,12 +149,13 @@ def _number(keep: str) -> int | float:
 
 
 def _pruner(method: str, options: str, make: Make, others: Iterable[str]) -> Pruner:
-    if method != DROP and method not in METHODS:
-        names = [*METHODS, DROP]
-        near = difflib.get_close_matches(method, [*names, *others], n=2)
+    if method in others and method not in METHODS:
+        raise CodebookError(f"{method} is a preset and stands alone: no options, layer, keep or further stage")
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, [*METHODS, *others], n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         also = f"; presets: {', '.join(sorted(others))}" if others else ""
-        raise CodebookError(f"no method {method!r}; {hint}methods: {', '.join(sorted(names))}{also}")
+        raise CodebookError(f"no method {method!r}; {hint}methods: {', '.join(sorted(METHODS))}{also}")
     try:
         call = ast.parse(f"f{options}", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args
@@ -161,7 +164,7 @@ def _pruner(method: str, options: str, make: Make, others: Iterable[str]) -> Pru
         raise CodebookError(
             f"cannot read the options {options}: write (option=value, ...), strings in quotes"
         ) from None
-    known = {} if method == DROP else settings(METHODS[method])[1]
+    known = settings(METHODS[method])[1]
     for option, value in given.items():
         if option not in known:
             what = f"its options are {', '.join(known)}" if known else "it has none"
@@ -169,8 +172,7 @@ def _pruner(method: str, options: str, make: Make, others: Iterable[str]) -> Pru
         kind = type(known[option])
         if kind not in (type(value), type(None)) and (kind, type(value)) != (float, int):
             raise CodebookError(f"option {option} of {method} must be like {known[option]!r}, not {value!r}")
-    # Where nothing stays there is nothing to choose: any pruner will do.
-    pruner = Random() if method == DROP else make(method)
+    pruner = make(method)
     return replace(pruner, **given) if given else pruner  # type: ignore[type-var]
 
 
