@@ -52,4 +52,4 @@ class VisionZip(Pruner):
         count = round(self.dominant * keep)
         others, contextual = order[count:].sort().values, keep - count
         step = len(others) // max(1, contextual)
-        return order[:count], others[::step][:contextual] if contextual else others[:0]
+        return order[:count], others[step * torch.arange(contextual, device=others.device)]
