@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from codebook import Codebook
-from codebook.pruning import METHODS, Pruner, Schedule, Stage
+from codebook.pruning import METHODS, Pruner, Schedule, Stage, hooks
 from tests.pruning.test_equivalence import prompt
 from tests.tiny import SIDE, llava
 
@@ -78,3 +79,27 @@ def test_a_stage_on_what_a_stage_left(name):
     for first, second in pruning.kept:
         assert len(first) == 20 and set(second.tolist()) <= set(first.tolist())
         assert 1 <= len(second) < 20 if stage.keep is None else len(second) == stage.keep
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what would make the host wait for an accelerator: numbers read from tensors, results of unknown size."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert func.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
+        if func.overloadpacket is aten.index:
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"codebook-threshold"}))
+def test_no_method_waits_for_the_device(name, tower, monkeypatch):
+    choose = hooks.Forward._choose
+
+    def watched(*args):
+        with NoSync():
+            return choose(*args)
+
+    monkeypatch.setattr(hooks.Forward, "_choose", watched)
+    kept(tower, "sdpa", schedule(name, tower), BATCH)

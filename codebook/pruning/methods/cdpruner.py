@@ -39,9 +39,9 @@ class CDPruner(Pruner):
         factor = weighted.new_zeros(keep, len(tokens))
         chosen = torch.empty(keep, dtype=torch.long, device=weighted.device)
         for i in range(keep):
-            chosen[i] = pick = gain.argmax()
-            row = weighted @ weighted[pick] - factor[:i, pick] @ factor[:i]
+            # One place, not a number: indexing with a number on the device waits for it.
+            chosen[i : i + 1] = pick = gain.argmax(keepdim=True)
+            row = (weighted[pick] @ weighted.T - factor[:i, pick].T @ factor[:i])[0]
             factor[i] = torch.where(gain[pick] > ROUNDING, row / gain[pick].sqrt(), 0)
-            gain = gain - factor[i].square()
-            gain[pick] = -torch.inf
+            gain = (gain - factor[i].square()).index_fill(0, pick, -torch.inf)
         return chosen.sort().values
