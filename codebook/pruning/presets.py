@@ -46,8 +46,8 @@ def expand(
     Parameters
     ----------
     text
-        A schedule's text; a preset of `PRESETS`; one method alone, which keeps its share before the LLM, or at layer 2
-        of 32 if it needs attention; or a hybrid `first+second`, two methods that may name their layers.
+        A schedule's text; a preset of `PRESETS`; one method alone, before the LLM or at layer 2 of 32 if it needs
+        attention, unless it names its layer; or a hybrid `first+second`, two methods that may name their layers.
     make
         Makes the pruner of a method's name.
     layers
@@ -74,7 +74,7 @@ def expand(
         return _placed(parts, layers), positions, False
     if hybrid:
         return _hybrid(parts, layers, horizon, deep), positions, True
-    if len(parts) == 1 and parts[0].layer is None and _open(parts[0]):
+    if len(parts) == 1 and _open(parts[0]):
         return [_first(parts[0], layers)], positions, True
     return parts, positions, False
 

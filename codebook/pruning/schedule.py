@@ -225,7 +225,7 @@ class Schedule:
         def total(t: int) -> int:
             return sum(scaled(t).counts(n, layers))
 
-        most = math.ceil(n * fractions[0] / fractions[-1]) + 1
+        most = math.ceil(n * fractions[0] / min(fractions)) + 1
         self._check_reach(keep, room, total(1), total(most), n * layers)
         return scaled(bisect.bisect_right(range(1, most + 1), room, key=total))
 

@@ -38,6 +38,7 @@ def solve(text, keep=None, n=576, layers=32, **options):
         ("divprune+random", 192, None, "divprune:283, random@20:40", 191.875),
         ("codebook+random", 0.11, None, "codebook:93, random@20:13", 63.0),  # 2027 are allowed, 94 would make 2036
         ("fastv", 192, None, "fastv@2:166", 191.625),  # 6144 - 2 * 576 = 30 * 166 + 12
+        ("fastv@3", 192, None, "fastv@3:152", 191.75),  # 6144 - 3 * 576 = 29 * 152 + 8
         ("codebook", 0.11, None, "codebook:63", 63.0),  # 63.36
         ("vtw", 0.5, None, "drop@16", 288.0),
         ("vtw", 0.33, None, "drop@10", 180.0),
