@@ -168,6 +168,17 @@ def averages(hidden, kept):
 
 
 @torch.no_grad()
+def test_a_stage_skips_images_that_have_nothing_left(model, ragged):
+    dropped, late = Schedule([Stage(2, 0, Drop())]), Schedule([Stage(3, 4, FastV())])
+    with dropped(model):
+        expected = model(**ragged).logits
+    object.__setattr__(late, "stages", dropped.stages + late.stages)  # a schedule refuses this: it is pointless
+    with late(model) as pruning:
+        assert torch.equal(model(**ragged).logits, expected)
+    assert all(not len(index) for stages in pruning.kept for index in stages)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 2])
 def test_generate_with_pooled_values_equals_the_edited_reference(model, ragged, layer):
     schedule = Schedule([Stage(layer, 0.25, Pool()), Stage(3, 2, Random())])
@@ -302,9 +313,10 @@ def test_compact_positions_equal_a_genuinely_short_prompt(model, one):
 
 
 @torch.no_grad()
-def test_compact_positions_in_deep_stages_and_ragged_batches(model, ragged):
+@pytest.mark.parametrize("keep", [5, 0])
+def test_compact_positions_in_deep_stages_and_ragged_batches(model, ragged, keep):
     """From layer 2 on, keys are rotated by their rank among the survivors."""
-    schedule = Schedule([Stage(0, 0.5, Random()), Stage(2, 5, Random())], positions="compact")
+    schedule = Schedule([Stage(0, 0.5, Random()), Stage(2, keep, Random())], positions="compact")
     with schedule(model) as pruning:
         ours = model(**ragged).logits[:, -1]
     gone, lm = gone_from(ragged, pruning, schedule), model.get_decoder()
