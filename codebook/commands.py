@@ -200,7 +200,8 @@ def summary(report: dict[str, Any], kept: list[int]) -> str:
     n = report["tokens"]
     if "counts" not in report:
         return f"schedule {report['schedule']}: kept {', '.join(map(str, kept))} of {n} visual tokens"
-    runs, start = [], 0
+    runs: list[str] = []
+    start = 0
     for count, group in groupby(report["counts"]):
         end = start + len(list(group))
         of = "" if runs else f" of {n} visual tokens"
