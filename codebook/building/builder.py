@@ -24,12 +24,12 @@ from codebook.errors import CodebookError
 from codebook.index import CONFIG, Codebook
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-STEPS = ("probed", "P1", "JSD", "isolated", "recurrent")
+STEPS = ("probed", "isolated", "P1", "JSD", "recurrent")
 REMEDY = {
     "probed": "use larger images",
+    "isolated": "raise max_cluster_size or clusters_per_image",
     "P1": "raise tau_p",
     "JSD": "raise tau_j",
-    "isolated": "raise max_cluster_size or clusters_per_image",
     "recurrent": "use more images, or lower min_image_fraction or clusters",
 }
 

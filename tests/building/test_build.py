@@ -201,9 +201,9 @@ def test_no_images(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"tau_p": 1e-6}, "P1 0, JSD 0, isolated 0, recurrent 0.*raise tau_p"),
-        ({"tau_j": 1e-12}, "JSD 0, isolated 0.*raise tau_j"),
-        ({"max_cluster_size": 1, "clusters_per_image": 1}, "isolated 0.*raise max_cluster_size"),
+        ({"tau_p": 1e-6}, "P1 0, JSD 0, recurrent 0.*raise tau_p"),
+        ({"tau_j": 1e-12}, "JSD 0, recurrent 0.*raise tau_j"),
+        ({"max_cluster_size": 1, "clusters_per_image": 1}, "isolated 0, P1 0.*raise max_cluster_size"),
         ({"min_image_fraction": 0.99, "clusters": 100}, "recurrent 0.*lower min_image_fraction"),
     ],
 )
