@@ -17,7 +17,7 @@ from PIL import Image
 
 from codebook import Codebook, RedundancyCodebook, Schedule, Stage, load, miniature
 from codebook.building import preset
-from codebook.building.builder import recurrent
+from codebook.building.pool import recurrent
 from codebook.building.cascade import survivors
 from codebook.building.clustering import dpc_knn
 from codebook.building.probes import Prober

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from codebook.building import clustering
-from codebook.building.builder import recurrent
 from codebook.building.clustering import dpc_knn
+from codebook.building.pool import recurrent
 
 
 def by_loops(x: np.ndarray, clusters: int, k: int) -> list[int]:
