@@ -150,7 +150,7 @@ def _data_set(root: Path) -> Source:
         import datasets
     except ImportError:
         raise CodebookError(
-            f"{root} is a data set of Hugging Face datasets: `pip install datasets` to read it"
+            f"{root} is a data set of Hugging Face datasets: `pip install codebook[datasets]`"
         ) from None
     rows: Any = datasets.load_from_disk(str(root))
     column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
