@@ -25,6 +25,16 @@ app.add_typer(miniature_app, name="miniature")
 Model = Annotated[str, typer.Argument(help="`miniature`, a folder, or a name on the Hugging Face Hub.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Device = Annotated[str | None, typer.Option(help="Default: cuda when there is one, else cpu.")]
+Images = Annotated[
+    Path, typer.Option(help="Folder of images, JSONL list, .tar shard or folder of them, or saved data set.")
+]
+Limit = Annotated[int | None, typer.Option(min=1, help="Use the first images only.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Sequences a forward; default: found by itself.")]
+Strict = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on the CPU.")]
+Engine = Annotated[str, typer.Option(help="Where images are probed: local, or ray.")]
+Address = Annotated[str | None, typer.Option(help="Of a Ray cluster; default: one started here.")]
+Workers = Annotated[int, typer.Option(min=1, help="Ray actors that hold the model.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
 
 
@@ -50,7 +60,7 @@ def fail(message: str) -> None:
 @app.command()
 def build(
     model: Model,
-    images: Annotated[Path, typer.Option(help="Folder of training images, searched recursively.")],
+    images: Images,
     out: Annotated[Path, typer.Option(help="Folder of the codebook; run again to resume.")],
     preset: Annotated[
         str | None, typer.Option(help="Thresholds of a published model; default: the model's own.")
@@ -67,10 +77,17 @@ def build(
     min_image_fraction: Annotated[
         float | None, typer.Option(help="Recurrent: in one of those, from more than this fraction of the images.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use the first images only.")] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Sequences a forward: memory against speed.")] = 16,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False,
+    limit: Limit = None,
+    batch: Batch = None,
+    strict: Strict = False,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Run every probe on every token, for analysis: dear, same prototypes.")
+    ] = False,
     device: Device = None,
+    dtype: Dtype = None,
+    engine: Engine = "local",
+    address: Address = None,
+    workers: Workers = 2,
     as_json: Json = False,
 ) -> None:
     """Probe training images and store the tokens that never change the answer as prototypes."""
@@ -81,7 +98,43 @@ def build(
         "clusters_per_image": clusters_per_image, "max_cluster_size": max_cluster_size, "clusters": clusters,
         "min_image_fraction": min_image_fraction,
     }  # fmt: skip
-    commands.build_codebook(model, images, out, preset, changes, limit, strict, batch, device, as_json)
+    how = commands.Probing(limit, strict, batch, device, dtype, exhaustive, engine, address, workers)
+    commands.build_codebook(model, images, out, preset, changes, how, as_json)
+
+
+@app.command()
+def extend(
+    folder: Annotated[Path, typer.Argument(help="A codebook's folder; it stays as it is.")],
+    images: Images,
+    out: Annotated[Path, typer.Option(help="Folder of the larger codebook; run again to resume.")],
+    limit: Limit = None,
+    batch: Batch = None,
+    strict: Strict = False,
+    device: Device = None,
+    dtype: Dtype = None,
+    engine: Engine = "local",
+    address: Address = None,
+    workers: Workers = 2,
+    as_json: Json = False,
+) -> None:
+    """Add images to a codebook: the same result as building it from all of them."""
+    from codebook import commands
+
+    how = commands.Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
+    commands.extend_codebook(folder, images, out, how, as_json)
+
+
+@app.command()
+def merge(
+    first: Annotated[Path, typer.Argument(help="A codebook's folder.")],
+    second: Annotated[Path, typer.Argument(help="Another's, of the same model and settings.")],
+    out: Annotated[Path, typer.Option(help="Folder of the codebook of both.")],
+    as_json: Json = False,
+) -> None:
+    """Merge two codebooks: the same result as building one from the images of both."""
+    from codebook import commands
+
+    commands.merge_codebooks(first, second, out, as_json)
 
 
 @app.command()
@@ -166,12 +219,16 @@ def list_(as_json: Json = False) -> None:
 @app.command()
 def inspect(
     folder: Annotated[Path, typer.Argument(help="A codebook's folder.")],
+    sheet: Annotated[Path | None, typer.Option(help="Write a picture of the tokens behind the prototypes.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Where the images are, for --sheet; repeat for several.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show what a codebook holds and how it came about."""
     from codebook import commands
 
-    commands.inspect(folder, as_json)
+    commands.inspect(folder, sheet, images or [], as_json)
 
 
 @app.command()

@@ -14,6 +14,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -38,6 +39,8 @@ from codebook.shipped import folders, prebuilt
 
 KEEP = 0.2
 """Budget where neither the user nor the schedule says one."""
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -96,26 +99,76 @@ def find_codebook(model: Any, folder: Path | None) -> Codebook:
     return book
 
 
+@dataclass(frozen=True)
+class Probing:
+    """How the command line says where and how images are probed."""
+
+    limit: int | None = None
+    strict: bool = False
+    batch: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    exhaustive: bool = False
+    engine: str = "local"
+    address: str | None = None
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("local", "ray"):
+            raise CodebookError(f"no engine {self.engine!r}: use local or ray")
+        if self.dtype not in (None, *DTYPES):
+            raise CodebookError(f"no dtype {self.dtype!r}: use {', '.join(DTYPES)}")
+
+    def load(self, name: str) -> tuple[Any, Any]:
+        return models.load(name, self.device, None if self.dtype is None else getattr(torch, self.dtype))
+
+    def options(self, name: str, images: Path, settings: building.Settings) -> dict[str, Any]:
+        """For `building.build` and `building.extend`."""
+        options: dict[str, Any] = {"batch_size": self.batch, "exhaustive": self.exhaustive}
+        if self.engine == "ray":
+            from codebook.building.builder import Worker
+            from codebook.building.on_ray import ray_engine
+
+            def make() -> Worker:
+                source = building.open_images(images, self.limit)
+                return Worker(*self.load(name), source, settings, building.Options(**options))
+
+            gpus = 1 if (self.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else 0
+            engine = ray_engine(make, self.workers, self.address, gpus)
+            return options | {"strict": self.strict, "limit": self.limit, "engine": engine}
+        return options | {"strict": self.strict, "limit": self.limit}
+
+
 def build_codebook(
-    name: str,
-    images: Path,
-    out: Path,
-    preset: str | None,
-    changes: dict[str, Any],
-    limit: int | None,
-    strict: bool,
-    batch: int,
-    device: str | None,
-    as_json: bool,
+    name: str, images: Path, out: Path, preset: str | None, changes: dict[str, Any], how: Probing, as_json: bool
 ) -> None:
     settings = building.preset(preset or name, **{k: v for k, v in changes.items() if v is not None})
-    count = len(building.list_images(images, limit)[1])  # before a model is loaded for nothing
-    model, processor = models.load(name, device)
+    count = len(building.open_images(images, how.limit).stamps)  # before a model is loaded for nothing
+    model, processor = how.load(name)
     with building_progress(count) as show:
+        options = how.options(name, images, settings)
         book = building.build(
-            model, processor, images, out, model_id=name, settings=settings, strict=strict, limit=limit,
-            batch_size=batch, progress=show,
+            model, processor, images, out, model_id=name, settings=settings, progress=show, **options
         )  # fmt: skip
+    built(book, out, as_json)
+
+
+def extend_codebook(folder: Path, images: Path, out: Path, how: Probing, as_json: bool) -> None:
+    book, _ = building.Pool.load(folder)
+    count = len(building.open_images(images, how.limit).stamps)
+    model, processor = how.load(name := book.config["model"])
+    with building_progress(count) as show:
+        options = how.options(name, images, building.Settings(**book.config["settings"]))
+        book = building.extend(model, processor, folder, images, out, progress=show, **options)
+    built(book, out, as_json)
+
+
+def merge_codebooks(first: Path, second: Path, out: Path, as_json: bool) -> None:
+    built(building.merge(first, second, out), out, as_json)
+
+
+def built(book: Codebook, out: Path, as_json: bool) -> None:
+    """Say what a codebook holds, and which images it had to leave out."""
     used = book.config["images"]
     for skipped in used["skipped"]:
         note(f"skipped unreadable image: {skipped}")
@@ -339,8 +392,10 @@ def list_all(as_json: bool) -> None:
         print(f"  {name}: {text}")
 
 
-def inspect(folder: Path, as_json: bool) -> None:
+def inspect(folder: Path, picture: Path | None, images: list[Path], as_json: bool) -> None:
     book = Codebook.load(folder)
+    if picture is not None:
+        draw_sheet(book, picture, images)
     clusters = Counter(record["cluster"] for record in book.provenance)
     report = {k: v for k, v in book.config.items() if k != "fingerprint"} | {
         "folder": str(folder),
@@ -353,6 +408,8 @@ def inspect(folder: Path, as_json: bool) -> None:
             for cluster, size in clusters.most_common()
         ],
     }
+    if picture is not None:
+        report["sheet"] = str(picture)
     if as_json:
         print(json.dumps(report))
         return
@@ -361,6 +418,21 @@ def inspect(folder: Path, as_json: bool) -> None:
             print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
     for row in report["clusters"]:
         print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
+
+
+def draw_sheet(book: Codebook, picture: Path, images: list[Path]) -> None:
+    """Write a picture of the tokens behind the prototypes."""
+    from codebook.building.sheet import sheet
+
+    if not images:
+        raise CodebookError("--sheet needs --images: the images that the codebook came from")
+    grid = book.config.get("grid")
+    if grid is None:  # imported, or built by an early version
+        grid = models.family(model := models.load(book.config["model"], "cpu")[0]).grid(model)
+    title = f"{len(book)} prototypes for {book.config['model']}: tokens that change no answer, and recur"
+    drawn = sheet(book.provenance, tuple(grid), [building.open_images(path) for path in images], title)
+    with replacing(picture) as temporary:
+        drawn.save(temporary, format="PNG")
 
 
 def evaluate_miniature(folder: Path | None, count: int, device: str, as_json: bool) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -226,26 +226,26 @@ class Codebook:
                 "another tower or projector: build one with `codebook build`"
             )
 
-    def save(self, path: Path | str) -> None:
+    def save(self, path: Path | str, others: Mapping[str, bytes] | None = None) -> None:
         """Write the folder described in `docs/format.md`; the same codebook gives the same bytes.
 
         Each file is replaced as a whole, `config.json` last: it holds the others' SHA-256, so that a folder caught
         half-way is recognised as such.
+
+        Parameters
+        ----------
+        others
+            More files for the folder, by name, such as the survivors of a build.
         """
         path = Path(path)
         tensors = save({"prototypes": self.prototypes.cpu()})
         rows = "".join(json.dumps(record) + "\n" for record in self.provenance).encode()
-        config = {
-            **self.config,
-            "sha256": {
-                PROTOTYPES: hashlib.sha256(tensors).hexdigest(),
-                PROVENANCE: hashlib.sha256(rows).hexdigest(),
-            },
-        }
+        files = {PROTOTYPES: tensors, PROVENANCE: rows, **(others or {})}
+        config = {**self.config, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
         text = (json.dumps(config, indent=2) + "\n").encode()
         try:
             path.mkdir(parents=True, exist_ok=True)
-            write_files(path, {PROTOTYPES: tensors, PROVENANCE: rows, CARD: _card(config).encode(), CONFIG: text})
+            write_files(path, {**files, CARD: _card(config).encode(), CONFIG: text})
         except OSError as error:
             raise CodebookError(
                 f"cannot write the codebook to {path}: {error.strerror}; free space or choose another folder"
@@ -277,12 +277,7 @@ class Codebook:
             raise CodebookError(
                 f"{path / CONFIG} lacks {', '.join(missing) or 'checksums'}: rebuild with `codebook build`"
             )
-        for name in (PROTOTYPES, PROVENANCE):
-            if _sha256(path / name) != config["sha256"].get(name):
-                raise CodebookError(
-                    f"{path / name} is damaged (its SHA-256 differs from the one in {CONFIG}): "
-                    "restore the file, or rebuild with `codebook build`"
-                )
+        verify(path, config, (PROTOTYPES, PROVENANCE))
         try:
             tensors = load_file(path / PROTOTYPES)
         except (SafetensorError, OSError, ValueError) as error:
@@ -312,6 +307,16 @@ class Codebook:
                 f"({config['prototypes']}, {config['dimension']}); rebuild with `codebook build`"
             )
         return book
+
+
+def verify(folder: Path, config: dict[str, Any], names: Sequence[str]) -> None:
+    """Raise a CodebookError unless these files of a codebook have the SHA-256 that its config gives."""
+    for name in names:
+        if _sha256(folder / name) != config["sha256"].get(name):
+            raise CodebookError(
+                f"{folder / name} is damaged (its SHA-256 differs from the one in {CONFIG}): "
+                "restore the file, or rebuild with `codebook build`"
+            )
 
 
 def write_files(folder: Path, files: dict[str, bytes]) -> None:

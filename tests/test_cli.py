@@ -245,7 +245,7 @@ def test_build_skips_broken_images_and_says_so(run, refused, tmp_path):
     code, out, err = run(*build(images, tmp_path / "book", *loose, "--json"))
     report = json.loads(out)
     assert code == 0 and "000001-cut.png" in err and report["skipped"] == ["000001-cut.png"] and report["used"] == 3
-    assert list(report["funnel"]) == ["probed", "P1", "JSD", "isolated", "recurrent"]
+    assert list(report["funnel"]) == ["probed", "isolated", "P1", "JSD", "recurrent"]
     assert report["prototypes"] == len(Codebook.load(tmp_path / "book")) == report["funnel"]["recurrent"] > 0
     code, out, _ = run("inspect", tmp_path / "book")
     assert code == 0 and "funnel" in out

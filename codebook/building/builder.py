@@ -1,37 +1,41 @@
-"""Building a codebook from a folder of images: resumable, and the same bytes whatever interrupted it."""
+"""Building a codebook from images: resumable, and the same bytes whatever interrupted it."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from shutil import rmtree
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import UnidentifiedImageError
 from torch import Tensor
 
 from codebook import models
 from codebook.building.cascade import Survivors, survivors
-from codebook.building.clustering import dpc_knn
 from codebook.building.journal import FOLDER, Journal, differences
+from codebook.building.pool import STEPS, Pool, digest
 from codebook.building.presets import Settings, preset
 from codebook.building.probes import Prober
+from codebook.building.sources import Images, Source, open_images
 from codebook.errors import CodebookError
 from codebook.index import CONFIG, Codebook
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-STEPS = ("probed", "P1", "JSD", "isolated", "recurrent")
+PROBES = "probes.jsonl"
 REMEDY = {
     "probed": "use larger images",
+    "isolated": "raise max_cluster_size or clusters_per_image",
     "P1": "raise tau_p",
     "JSD": "raise tau_j",
-    "isolated": "raise max_cluster_size or clusters_per_image",
     "recurrent": "use more images, or lower min_image_fraction or clusters",
 }
+
+Outcome = tuple[str, Survivors | str]
+"""An image's name, and what it yields or why it cannot be read."""
+Engine = Callable[["Worker", list[str]], Iterable[Outcome]]
+"""Probes the named images, in any order."""
 
 
 @dataclass(frozen=True)
@@ -57,18 +61,79 @@ class Progress:
     funnel: dict[str, int]
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a build runs. Apart from `exhaustive` it may change between interrupted runs.
+
+    Attributes
+    ----------
+    strict
+        Stop at the first image that cannot be read, instead of skipping it.
+    batch_size
+        Sequences in one forward; None: found by itself. It is halved when memory runs out.
+    exhaustive
+        Run every probe on every candidate token, and write their values to `probes.jsonl`: for analysis, the
+        prototypes are the same.
+    progress
+        Called before the first image, after each, and at the end.
+    engine
+        Where images are probed; by default one after the other in this process.
+    """
+
+    strict: bool = False
+    batch_size: int | None = None
+    exhaustive: bool = False
+    progress: Callable[[Progress], None] = field(default=lambda state: None)
+    engine: Engine = field(default=lambda worker, names: map(worker, names))
+
+
+@dataclass
+class Worker:
+    """Probes images, given by their names."""
+
+    model: Any
+    processor: Any
+    source: Source
+    settings: Settings
+    options: Options
+
+    def __post_init__(self) -> None:
+        self.family = models.family(self.model)
+        grid = self.family.grid(self.model)
+        self.prober = Prober.of(self.model, self.processor, self.settings.prompt, grid, self.options.batch_size)
+
+    def __call__(self, name: str) -> Outcome:
+        try:
+            pixels = self.processor.image_processor(images=self.source.read(name), return_tensors="pt")["pixel_values"]
+        except UnidentifiedImageError:
+            return name, "not an image"
+        except Exception as error:  # damaged files make PIL's decoders raise nearly anything
+            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__  # no paths of this machine
+            return name, " ".join(reason.split())[:200]
+        return name, self.probe(pixels)
+
+    def probe(self, pixels: Tensor) -> Survivors:
+        try:
+            return survivors(
+                pixels, self.model, self.family, self.prober, self.settings, exhaustive=self.options.exhaustive
+            )
+        except torch.OutOfMemoryError:  # in the vision tower, which sees one image at a time
+            raise CodebookError(
+                "out of memory with one image: take a smaller --dtype or another device and run again, finished "
+                "images are kept"
+            ) from None
+
+
 def build(
     model: Any,
     processor: Any,
-    images: Path | str | Sequence[Path | str],
+    images: Images,
     out: Path | str,
     *,
     model_id: str,
     settings: Settings | None = None,
-    strict: bool = False,
     limit: int | None = None,
-    batch_size: int = 16,
-    progress: Callable[[Progress], None] | None = None,
+    **options: Any,
 ) -> Codebook:
     """Build a codebook and save it in `out`.
 
@@ -80,141 +145,199 @@ def build(
     model, processor
         A stock model and its processor, as `codebook.load` returns them.
     images
-        A folder, searched recursively, or a list of files.
+        A folder, a list of files, a JSONL file, tar shards or a saved data set: see `open_images`.
     out
         Folder of the codebook.
     model_id
         What the codebook names as its model.
     settings
         Default: the preset that `model_id` names.
-    strict
-        Stop at the first image that cannot be read, instead of skipping it.
     limit
         Use only so many images, the first in order of their names.
-    batch_size
-        Sequences in one forward: memory against speed. It may change between interrupted runs.
-    progress
-        Called before the first image, after each, and at the end.
+    options
+        Fields of `Options`.
 
     Raises
     ------
     CodebookError
         For anything that the caller can mend. Finished images are kept in `out`.
     """
-    settings, out = settings or preset(model_id), Path(out)
-    root, names = list_images(images, limit)
-    sizes = {name: _size(root / name) for name in names}
+    settings = settings or preset(model_id)
+    source = open_images(images, limit)
+    return _build(model, processor, source, Path(out), model_id, settings, None, Options(**options))
+
+
+def extend(
+    model: Any,
+    processor: Any,
+    folder: Path | str,
+    images: Images,
+    out: Path | str,
+    *,
+    limit: int | None = None,
+    **options: Any,
+) -> Codebook:
+    """Add images to a codebook and save the result in `out`, the same as if it had been built from all of them.
+
+    Its survivors and those of the new images are clustered together, so tokens that did not recur may now, and the
+    other way round. Images that it was built from, by name and size, are not probed again. New ones whose names are
+    taken by others get the name of their own folder before theirs. Resumable like `build`, whose other parameters it
+    takes.
+
+    Parameters
+    ----------
+    folder
+        A codebook that keeps its survivors, built for this model; it stays as it is.
+    """
+    book, pool = Pool.load(folder)
     family = models.family(model)
-    key = {
-        "model": model_id, "fingerprint": family.fingerprint(model), "dtype": str(model.dtype),
-        "settings": settings.per_image(),
-    }  # fmt: skip
-    digest = hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
-    whole = {**key, "settings": asdict(settings), "images_sha256": digest}
-    if (complete := _complete(out, whole)) is not None:
-        if progress is not None:
-            count = complete.config["images"]
-            total = count["used"] + len(count["skipped"])
-            progress(Progress(total, total, total, tuple(count["skipped"]), complete.config["funnel"]))
+    book.check(family, family.fingerprint(model))
+    if book.config["dtype"] != str(model.dtype):
+        raise CodebookError(
+            f"{folder} was built in {book.config['dtype']} and the model is {model.dtype}: change --dtype"
+        )
+    if Path(out).resolve() == Path(folder).resolve():
+        raise CodebookError(f"{out} is the codebook to extend: choose another --out")
+    source = open_images(images, limit)
+    if any(pool.images[name]["stamp"] != stamp for name, stamp in source.stamps.items() if name in pool.images):
+        before = f"{Path(source.where).absolute().stem}/"
+        stamps = {before + name: stamp for name, stamp in source.stamps.items()}
+        find = source.find
+        source = Source(source.where, stamps, lambda name: find(name.removeprefix(before)))
+        pool.join(Pool({name: {"stamp": stamp} for name, stamp in stamps.items()}, pool.features[:0], []))
+    settings = Settings(**book.config["settings"])
+    return _build(model, processor, source, Path(out), book.config["model"], settings, pool, Options(**options))
+
+
+def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
+    """Merge two codebooks that keep their survivors into one, the same as if it had been built from all their images.
+
+    No model is needed. An image that both were built from, by name and size, counts once.
+    """
+    (a, pool), (b, other) = Pool.load(first), Pool.load(second)
+    keys = [{k: book.config.get(k) for k in ("fingerprint", "dtype", "settings")} for book in (a, b)]
+    if keys[0] != keys[1]:
+        raise CodebookError(f"{first} and {second} were built with another {differences(*keys)}: they do not merge")
+    both, out, settings = pool.join(other), Path(out), Settings(**a.config["settings"])
+    key = {**keys[0], "model": a.config["model"], "images_sha256": both.digest}
+    if (complete := _complete(out, key)) is not None:
         return complete
-
-    prober = Prober.of(model, processor, settings.prompt, family.grid(model), batch_size)
     with Journal(out, key) as journal:
-        if journal.records and not any(r.get("size") == sizes.get(n) for n, r in journal.records.items()):
-            raise CodebookError(
-                f"{out} holds an unfinished build of other images: choose another --out, or delete {journal.folder}"
-            )
-        finished = {n for n in names if (r := journal.records.get(n)) and "tokens" in r and r["size"] == sizes[n]}
-        resumed, done = len(finished), len(finished)
-        skipped: list[str] = []
-
-        def report(funnel: dict[str, int]) -> None:
-            if progress is not None:
-                progress(Progress(done, len(names), resumed, tuple(skipped), funnel))
-
-        total = _funnel(journal, finished)
-        report(total)
-        for name in names:
-            if name in finished:
-                continue
-            try:
-                pixels = _pixels(root / name, processor)
-            except Exception as error:  # damaged files make PIL's decoders raise nearly anything
-                reason = f"cannot read image {root / name}: {' '.join(str(error).split())[:200]}"
-                if strict:
-                    raise CodebookError(
-                        f"{reason}; mend or remove it and run again, finished images are kept"
-                    ) from None
-                journal.add(name, {"size": sizes[name], "error": reason})
-                skipped.append(name)
-            else:
-                found = _survivors(pixels, model, family, prober, settings)
-                record = {"size": sizes[name], "tokens": found.tokens, "funnel": found.funnel}
-                journal.add(name, record, found.features)
-                finished.add(name)
-                total = {step: total[step] + found.funnel[step] for step in total}
-            done += 1
-            report(total)
-
-        if not finished:
+        made = both.codebook(settings, {**key, "grid": a.config["grid"]})
+        if made is None:
             journal.remove()
             _remove_empty(out)
-            raise CodebookError(f"none of the {len(names)} images can be read, {skipped[0]} first: give whole images")
-        book = assemble(journal, [n for n in names if n in finished], settings)
-        total = {**total, "recurrent": 0 if book is None else len(book)}
-        report(total)
-        if book is None:
+            raise CodebookError(f"no prototype left of {len(both.rows)} survivors: {REMEDY['recurrent']}")
+        made[0].save(out, made[1])
+        journal.remove()
+    return made[0]
+
+
+def _build(
+    model: Any, processor: Any, source: Source, out: Path, model_id: str, settings: Settings, base: Pool | None,
+    options: Options,
+) -> Codebook:  # fmt: skip
+    key: dict[str, Any] = {
+        "model": model_id, "fingerprint": models.family(model).fingerprint(model), "dtype": str(model.dtype),
+        "settings": settings.per_image(),
+    }  # fmt: skip
+    if options.exhaustive:
+        key["exhaustive"] = True
+    stamps = source.stamps
+    if base is not None:
+        key["extends"] = base.digest
+        stamps = {name: stamp for name, stamp in stamps.items() if name not in base.images}
+    known = {} if base is None else {name: image["stamp"] for name, image in base.images.items()}
+    whole = {k: v for k, v in key.items() if k != "extends"} | {
+        "settings": asdict(settings), "images_sha256": digest(dict(sorted({**known, **stamps}.items()))),
+    }  # fmt: skip
+    if (complete := _complete(out, whole)) is not None:
+        count = complete.config["images"]
+        total = count["used"] + len(count["skipped"])
+        options.progress(Progress(total, total, total, tuple(count["skipped"]), complete.config["funnel"]))
+        return complete
+
+    worker = Worker(model, processor, source, settings, options)
+    with Journal(out, key) as journal:
+        finished = _probe_all(worker, stamps, journal, out)
+        pool = _pool(journal, stamps)
+        if base is not None:
+            pool = base.join(pool)
+        made = pool.codebook(settings, {**whole, "grid": list(worker.prober.grid)}) if pool.rows else None
+        total = {**pool.funnel, "recurrent": 0 if made is None else len(made[0])}
+        options.progress(Progress(len(stamps), len(stamps), finished, tuple(pool.skipped), total))
+        if made is None:
             raise _nothing_left(journal, out, total)
-        book.config |= {**whole, "images": {"used": len(finished), "skipped": skipped}, "funnel": total}
-        book.save(out)
+        book, others = made
+        if options.exhaustive:
+            others[PROBES] = _probes(journal, stamps)
+        book.save(out, others)
         journal.remove()
     return book
 
 
-def list_images(images: Path | str | Sequence[Path | str], limit: int | None = None) -> tuple[Path, list[str]]:
-    """The images' common folder, and their sorted names relative to it."""
-    if limit is not None and limit < 1:
-        raise CodebookError(f"limit is {limit}: it must be at least 1")
-    if isinstance(images, (str, Path)):
-        root = Path(images)
-        if not root.is_dir():
-            raise CodebookError(f"no such folder: {root}; give a folder of images")
-        files = [path for path in root.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file()]
-    else:
-        files = [Path(path).absolute() for path in images]
-        if missing := [path for path in files if not path.is_file()]:
-            raise CodebookError(f"no such image: {missing[0]}; check the list")
-        root = _common([path.parent for path in files])
-    if not files:
-        raise CodebookError(f"no image in {root}: give a folder with {', '.join(sorted(SUFFIXES))} files")
-    return root, sorted({path.relative_to(root).as_posix() for path in files})[:limit]
+def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Path) -> int:
+    """Probe all images that the journal does not hold yet; how many it held."""
+    records, options = journal.records, worker.options
+    if records and not any(record.get("stamp") == stamps.get(name) for name, record in records.items()):
+        raise CodebookError(
+            f"{out} holds an unfinished build of other images: choose another --out, or delete {journal.folder}"
+        )
+    held = {name for name, stamp in stamps.items() if _finished(records.get(name), stamp)}
+    todo = [name for name in stamps if name not in held]
+    total = {step: sum(records[name]["funnel"][step] for name in held) for step in STEPS[:-1]}
+    done, skipped = len(held), list[str]()
+    options.progress(Progress(done, len(stamps), len(held), (), dict(total)))
+    for name, found in options.engine(worker, todo):
+        record: dict[str, Any] = {"stamp": stamps[name]}
+        if isinstance(found, str):
+            if options.strict:
+                raise CodebookError(
+                    f"cannot read image {worker.source.where}/{name}: {found}; mend or remove it and run again, "
+                    "finished images are kept"
+                )
+            journal.add(name, {**record, "error": found})
+            skipped.append(name)
+        else:
+            record |= {"tokens": found.tokens, "funnel": found.funnel}
+            if options.exhaustive:
+                record["probes"] = found.probes
+            journal.add(name, record, found.features)
+            total = {step: total[step] + found.funnel[step] for step in total}
+        done += 1
+        options.progress(Progress(done, len(stamps), len(held), tuple(sorted(skipped)), dict(total)))
+    if stamps and len(skipped) == len(stamps):
+        first, error = skipped[0], records[skipped[0]]["error"]
+        journal.remove()
+        _remove_empty(out)
+        raise CodebookError(f"none of the {len(stamps)} images can be read, {first} first ({error}): give whole images")
+    return len(held)
 
 
-def assemble(journal: Journal, names: list[str], settings: Settings) -> Codebook | None:
-    """Keep the survivors that recur across images; None if none do (section 3.2).
-
-    A cluster is kept if its members come from more than `min_image_fraction` of the images, and every member of it
-    becomes a prototype.
-    """
-    owners = [name for name in names if journal.records[name]["tokens"]]
-    if not owners:
-        return None
-    features = torch.cat([journal.features(name) for name in owners])
-    rows = [{"image": name, **token} for name in owners for token in journal.records[name]["tokens"]]
-    labels = dpc_knn(features, settings.clusters, settings.neighbours, settings.seed)
-    kept = recurrent(labels.tolist(), [row["image"] for row in rows], len(names), settings.min_image_fraction)
-    if not kept:
-        return None
-    return Codebook(features[kept], [{**rows[i], "cluster": int(labels[i])} for i in kept])
+def _finished(record: dict[str, Any] | None, stamp: Any) -> bool:
+    return record is not None and "tokens" in record and record["stamp"] == stamp
 
 
-def recurrent(labels: Sequence[int], images: Sequence[str], total: int, fraction: float) -> list[int]:
-    """Members of the clusters that come from more than `fraction` of `total` images, as sorted positions."""
-    sources: dict[int, set[str]] = {}
-    for label, image in zip(labels, images, strict=True):
-        sources.setdefault(label, set()).add(image)
-    least = int(fraction * total + 1e-9)  # 64 / 500 of 500 images is 64, whatever its binary fraction
-    return [i for i, label in enumerate(labels) if len(sources[label]) > least]
+def _pool(journal: Journal, stamps: dict[str, Any]) -> Pool:
+    records = {name: journal.records[name] for name in stamps}
+    public = {"stamp", "funnel", "error"}
+    images = {name: {k: v for k, v in record.items() if k in public} for name, record in records.items()}
+    owners = [name for name, record in records.items() if record.get("tokens")]
+    rows = [{"image": name, **token} for name in owners for token in records[name]["tokens"]]
+    features = torch.empty(0)
+    start = 0
+    for name in owners:  # into one tensor: all parts and their concatenation would be twice the memory
+        part = journal.features(name)
+        if not start:
+            features = torch.empty(len(rows), part.shape[1])
+        features[start : start + len(part)] = part
+        start += len(part)
+    return Pool(images, features, rows)
+
+
+def _probes(journal: Journal, stamps: dict[str, Any]) -> bytes:
+    lines = [{"image": name, **row} for name in stamps for row in journal.records[name].get("probes", ())]
+    return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
 def _complete(out: Path, key: dict[str, Any]) -> Codebook | None:
@@ -240,23 +363,6 @@ def _complete(out: Path, key: dict[str, Any]) -> Codebook | None:
     return None
 
 
-def _survivors(pixels: Tensor, *rest: Any) -> Survivors:
-    try:
-        return survivors(pixels, *rest)
-    except torch.OutOfMemoryError:
-        raise CodebookError("out of GPU memory: lower batch_size and run again, finished images are kept") from None
-
-
-def _pixels(path: Path, processor: Any) -> Tensor:
-    with Image.open(path) as image:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
-    return processor.image_processor(images=upright, return_tensors="pt")["pixel_values"]
-
-
-def _funnel(journal: Journal, names: set[str]) -> dict[str, int]:
-    return {step: sum(journal.records[name]["funnel"][step] for name in names) for step in STEPS[:-1]}
-
-
 def _nothing_left(journal: Journal, out: Path, funnel: dict[str, int]) -> CodebookError:
     counts = ", ".join(f"{step} {count}" for step, count in funnel.items())
     step = next(step for step, count in funnel.items() if count == 0)
@@ -272,17 +378,3 @@ def _nothing_left(journal: Journal, out: Path, funnel: dict[str, int]) -> Codebo
 def _remove_empty(out: Path) -> None:
     if not any(out.iterdir()):
         out.rmdir()
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1  # reading it will tell
-
-
-def _common(folders: list[Path]) -> Path:
-    common = folders[0] if folders else Path()
-    while not all(folder.is_relative_to(common) for folder in folders):
-        common = common.parent
-    return common

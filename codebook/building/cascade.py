@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.building.probes import Prober
 from codebook.models import Family
+
+MARGIN = 0.01
+"""A value this close to its threshold, relatively, is computed again in a forward of its own before it decides."""
 
 
 @dataclass(frozen=True)
@@ -27,52 +31,90 @@ class Survivors:
         For each of them `row`, `col`, `p1`, `jsd_region`, `jsd_global`.
     funnel
         How many of its tokens each step left.
+    probes
+        Of an exhaustive run: for each probed token what `tokens` says, and `cluster_size`; else empty.
     """
 
     features: Tensor
     tokens: list[dict[str, Any]]
     funnel: dict[str, int]
+    probes: list[dict[str, Any]]
 
 
 @torch.inference_mode()
-def survivors(pixels: Tensor, model: Any, family: Family, prober: Prober, settings: Settings) -> Survivors:
-    """Probe one image, `pixels` (1, 3, H, W) (section 3.2).
+def survivors(
+    pixels: Tensor, model: Any, family: Family, prober: Prober, settings: Settings, exhaustive: bool = False
+) -> Survivors:
+    """Probe one image, `pixels` (1, 3, H, W) (https://arxiv.org/abs/2503.20540, section 3.2).
 
-    The conditions are joined by AND and the divergences are never negative, so each is computed only where the ones
-    before hold; the result is the same as of computing all. Isolation is among all probed tokens, redundant or not.
+    The conditions are joined by AND, so each is tested only where the ones before hold, from the cheapest to the
+    dearest: isolation, which needs no LLM and is among all probed tokens, redundant or not; then P1; then the two
+    divergences, the first of which drops a token alone if it exceeds the threshold, since neither is negative.
+
+    Batches differ in the last bits of their values. A value within `MARGIN` of its threshold is therefore computed
+    again in a forward of its own, so that in float32 no batch size changes which tokens are found.
+
+    Parameters
+    ----------
+    exhaustive
+        Run every probe on every probed token, for analysis; which are found stays the same.
     """
     projected, patches, cls = family.image_features(model, pixels.to(model.device, model.dtype))
     tokens = projected[0]
-    probed = candidates(settings.candidates, prober.grid, patches[0], None if cls is None else cls[0])
+    chosen = candidates(settings.candidates, prober.grid, patches[0], None if cls is None else cls[0])
+    probed, cols, tau_p, tau_j = chosen.tolist(), prober.grid[1], settings.tau_p, settings.tau_j
+    raw = tokens[chosen.to(tokens.device)].float().cpu()
 
-    features = tokens[probed.to(tokens.device)]
-    confidence = prober.alone(features).tolist()
-    left = [i for i in range(len(probed)) if confidence[i] < settings.tau_p]
-    funnel = {"probed": len(probed), "P1": len(left)}
+    def p1(prober: Prober, asked: list[int]) -> Tensor:
+        return prober.alone(tokens[asked])
 
-    near: dict[int, float] = {}
-    far: dict[int, float] = {}
-    if left:
-        near = dict(zip(left, prober.in_region(tokens, probed[left].tolist(), settings.jsd).tolist(), strict=True))
-        left = [i for i in left if near[i] < settings.tau_j]
-    if left:
-        far = dict(zip(left, prober.in_image(tokens, probed[left].tolist(), settings.jsd).tolist(), strict=True))
-        left = [i for i in left if near[i] + settings.global_weight * far[i] < settings.tau_j]
+    def near(prober: Prober, asked: list[int]) -> Tensor:
+        return prober.in_region(tokens, asked, settings.jsd)
+
+    def far(prober: Prober, asked: list[int]) -> Tensor:
+        return prober.in_image(tokens, asked, settings.jsd)
+
+    values: dict[int, dict[str, float]] = {token: {} for token in probed}
+
+    def measure(name: str, probe: Callable[[Prober, list[int]], Tensor], left: list[int]) -> None:
+        if asked := probed if exhaustive else left:
+            for token, value in zip(asked, probe(prober, asked).tolist(), strict=True):
+                values[token][name] = value
+
+    def again(token: int, **probes: Callable[[Prober, list[int]], Tensor]) -> None:
+        alone = prober.one_by_one()
+        values[token] |= {name: probe(alone, [token]).item() for name, probe in probes.items()}
+
+    def divergence(token: int) -> float:
+        return values[token]["jsd_region"] + settings.global_weight * values[token]["jsd_global"]
+
+    labels = dpc_knn(raw, settings.clusters_per_image, settings.neighbours, settings.seed)
+    sizes = dict(zip(probed, labels.bincount()[labels].tolist(), strict=True))
+    left = [token for token in probed if sizes[token] <= settings.max_cluster_size]
+    funnel = {"probed": len(probed), "isolated": len(left)}
+
+    measure("p1", p1, left)
+    for token in left:
+        if _close(values[token]["p1"], tau_p):
+            again(token, p1=p1)
+    left = [token for token in left if values[token]["p1"] < tau_p]
+    funnel["P1"] = len(left)
+
+    measure("jsd_region", near, left)
+    left = [token for token in left if values[token]["jsd_region"] < tau_j * (1 + MARGIN)]
+    measure("jsd_global", far, left)
+    for token in left:
+        if _close(divergence(token), tau_j):
+            again(token, jsd_region=near, jsd_global=far)
+    left = [token for token in left if divergence(token) < tau_j]
     funnel["JSD"] = len(left)
 
-    raw = features.float().cpu()
-    if left:
-        labels = dpc_knn(raw, settings.clusters_per_image, settings.neighbours, settings.seed)
-        sizes = labels.bincount()[labels].tolist()
-        left = [i for i in left if sizes[i] <= settings.max_cluster_size]
-    funnel["isolated"] = len(left)
+    def rows(asked: list[int]) -> list[dict[str, Any]]:
+        return [{"row": token // cols, "col": token % cols, **values[token]} for token in asked]
 
-    cols = prober.grid[1]
-    found = [
-        {
-            "row": int(probed[i]) // cols, "col": int(probed[i]) % cols,
-            "p1": confidence[i], "jsd_region": near[i], "jsd_global": far[i],
-        }
-        for i in left
-    ]  # fmt: skip
-    return Survivors(raw[left], found, funnel)
+    sized = [{**row, "cluster_size": sizes[token]} for token, row in zip(probed, rows(probed), strict=True)]
+    return Survivors(raw[[probed.index(token) for token in left]], rows(left), funnel, sized if exhaustive else [])
+
+
+def _close(value: float, threshold: float) -> bool:
+    return abs(value - threshold) <= MARGIN * threshold

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers import DynamicCache
 
 from codebook.errors import CodebookError
 
@@ -17,6 +19,9 @@ TOP_P1 = 50
 """Logits over which P1 is renormalised."""
 TOP_JSD = 10
 """Logits over which two answers are compared: the top of the intact one."""
+TOKENS = {"cpu": 1024}
+"""In one forward where no batch size is asked for, by device; measured on the CPU, where more is slower again."""
+TOKENS_ELSEWHERE = 16384
 
 
 def p1(logits: Tensor) -> Tensor:
@@ -66,9 +71,13 @@ def region(token: int, grid: tuple[int, int]) -> list[int]:
     return [(top + i) * cols + left + j for i in range(3) for j in range(3)]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prober:
     """Runs the LLM on visual tokens put into a prompt, one image at a time.
+
+    What sequences have in common is computed once: the keys and values of the prompt before the image in a build, and
+    those of an image before a removed region in an image. `codebook.building.cascade` says what a last bit that
+    differs between batches may do.
 
     Attributes
     ----------
@@ -81,7 +90,9 @@ class Prober:
     grid
         Rows and columns of the visual tokens.
     batch_size
-        Sequences in one forward.
+        Sequences in one forward at most; None: as many as make up `TOKENS`. Halved when memory runs out.
+    whole
+        Compute every sequence of every token from its first position to its last, as the published code does.
     """
 
     model: Any
@@ -89,14 +100,25 @@ class Prober:
     suffix: Tensor
     pad: Tensor
     grid: tuple[int, int]
-    batch_size: int = 16
+    batch_size: int | None = None
+    whole: bool = False
+    _most: int = field(default=sys.maxsize, init=False, repr=False)  # tokens that a forward has memory for
+    _prompt: Any = field(default=None, init=False, repr=False)
 
     @classmethod
-    def of(cls, model: Any, processor: Any, prompt: str, grid: tuple[int, int], batch_size: int = 16) -> Prober:
+    def of(
+        cls,
+        model: Any,
+        processor: Any,
+        prompt: str,
+        grid: tuple[int, int],
+        batch_size: int | None = None,
+        whole: bool = False,
+    ) -> Prober:
         """Put the prompt into the model's own chat template, and embed it."""
         if min(grid) < 3:
             raise CodebookError(f"a grid of {grid[0]} x {grid[1]} visual tokens is too small to probe: 3 x 3 is needed")
-        if batch_size < 1:
+        if batch_size is not None and batch_size < 1:
             raise CodebookError(f"batch_size is {batch_size}: it must be at least 1")
         before, after = split_prompt(model, processor, prompt)
         config = model.config.get_text_config()
@@ -111,7 +133,11 @@ class Prober:
             return embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
 
         with torch.inference_mode():
-            return cls(model, vectors(before)[None], vectors(after)[None], vectors([pad]), grid, batch_size)
+            return cls(model, vectors(before)[None], vectors(after)[None], vectors([pad]), grid, batch_size, whole)
+
+    def one_by_one(self) -> Prober:
+        """The same probes, each in a forward of its own: values that no batch and no sharing has touched."""
+        return replace(self, batch_size=1, whole=True)
 
     def answer(self, visual: Tensor) -> Tensor:
         """Logits of the first generated token.
@@ -123,15 +149,18 @@ class Prober:
 
         Returns
         -------
-        (b, vocabulary)
+        (b, vocabulary) float32
         """
-        rows = []
-        for part in visual.split(self.batch_size):
-            b = len(part)
-            embeds = torch.cat([self.prefix.expand(b, -1, -1), part, self.suffix.expand(b, -1, -1)], dim=1)
-            out = self.model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1)
-            rows.append(out.logits[:, -1].float())
-        return torch.cat(rows)
+        shared = self.prefix.shape[1]
+        if self._prompt is None and shared and not self.whole:
+            self._prompt = self.model(inputs_embeds=self.prefix, use_cache=True, logits_to_keep=1).past_key_values
+        prefix = self.prefix if self._prompt is None else self.prefix[:, :0]
+
+        def run(start: int, stop: int) -> Tensor:
+            parts = (prefix.expand(stop - start, -1, -1), visual[start:stop], self.suffix.expand(stop - start, -1, -1))
+            return self._logits(torch.cat(parts, dim=1), self._prompt, shared)
+
+        return self._batches(len(visual), shared + visual.shape[1] + self.suffix.shape[1], run)
 
     def alone(self, tokens: Tensor) -> Tensor:
         """P1 of each token when it is the whole image: tokens (m, d) -> (m,)."""
@@ -139,11 +168,15 @@ class Prober:
 
     def in_region(self, tokens: Tensor, chosen: list[int], form: str = "coded") -> Tensor:
         """JSD of removing each chosen token from its 3x3 region: all the image's tokens (n, d) -> (m,)."""
-        regions = torch.tensor([region(i, self.grid) for i in chosen], device=tokens.device)
-        intact = tokens[regions]
-        removed = regions == torch.tensor(chosen, device=tokens.device)[:, None]
-        ablated = torch.where(removed[..., None], self.pad, intact)
-        return jsd(self.answer(intact), self.answer(ablated), form)
+        device = tokens.device
+        places = torch.tensor([region(i, self.grid) for i in chosen], device=device)
+        distinct, which = places, torch.arange(len(places), device=device)
+        if not self.whole:  # at the borders tokens have the same region
+            distinct, which = places.unique(dim=0, return_inverse=True)
+        removed = places == torch.tensor(chosen, device=device)[:, None]
+        ablated = torch.where(removed[..., None], self.pad, tokens[places])
+        answers = self.answer(torch.cat([tokens[distinct], ablated]))
+        return jsd(answers[: len(distinct)][which], answers[len(distinct) :], form)
 
     def in_image(self, tokens: Tensor, chosen: list[int], form: str = "coded") -> Tensor:
         """JSD of removing the 3x3 region of each chosen token from the image: all tokens (n, d) -> (m,).
@@ -152,24 +185,69 @@ class Prober:
         taken in the order of their first tokens, so that those in a batch share as much as they can, about half.
         """
         sequence = torch.cat([self.prefix, tokens[None], self.suffix], dim=1)
-        out = self.model(inputs_embeds=sequence, use_cache=True, logits_to_keep=1)
-        intact, cache, before = out.logits[:, -1].float(), out.past_key_values, self.prefix.shape[1]
-        values = torch.empty(len(chosen), dtype=torch.float64, device=tokens.device)
-        order = sorted(range(len(chosen)), key=lambda i: region(chosen[i], self.grid)[0], reverse=True)
-        for start in range(0, len(order), self.batch_size):
-            part = order[start : start + self.batch_size]
-            shared = before + region(chosen[part[-1]], self.grid)[0]  # the last of them has the first region
-            if shared < (length := cache.get_seq_length()):  # for good, the order is descending
-                cache.crop(shared - length)
-            ablated = sequence[:, shared:].repeat(len(part), 1, 1)
-            for row, i in enumerate(part):
-                ablated[row, [before + t - shared for t in region(chosen[i], self.grid)]] = self.pad
-            own = copy.deepcopy(cache)
-            own.batch_repeat_interleave(len(part))
-            out = self.model(inputs_embeds=ablated, past_key_values=own, use_cache=True, logits_to_keep=1)
-            answers = out.logits[:, -1].float()
-            values[part] = jsd(intact.expand(len(part), -1), answers, form)
-        return values
+        before, length = self.prefix.shape[1], sequence.shape[1]
+        every = [tuple(region(i, self.grid)) for i in chosen]
+        places = every if self.whole else sorted(set(every))
+        cache: Any = None
+
+        def intact(start: int, stop: int) -> Tensor:
+            nonlocal cache
+            out = self.model(inputs_embeds=sequence, use_cache=not self.whole, logits_to_keep=1)
+            cache = out.past_key_values
+            return out.logits[:, -1].float()
+
+        def without(start: int, stop: int) -> Tensor:
+            shared = 0 if cache is None else before + places[start][0]
+            ablated = sequence[:, shared:].repeat(stop - start, 1, 1)
+            for row, place in zip(ablated, places[start:stop], strict=True):
+                row[[before + token - shared for token in place]] = self.pad
+            return self._logits(ablated, cache, shared)
+
+        answer = self._batches(1, length, intact)
+        divergence = jsd(answer.expand(len(places), -1), self._batches(len(places), length, without), form)
+        return divergence if self.whole else divergence[[places.index(place) for place in every]]
+
+    def _logits(self, embeds: Tensor, cache: Any, shared: int) -> Tensor:
+        """Last logits (b, vocabulary) of sequences (b, n, d) that follow the first `shared` positions of a cache."""
+        past = None
+        if cache is not None and shared:
+            held = [(layer.keys[..., :shared, :], layer.values[..., :shared, :]) for layer in cache.layers]
+            past = DynamicCache([tuple(t.expand(len(embeds), -1, -1, -1) for t in pair) for pair in held])
+        out = self.model(inputs_embeds=embeds, past_key_values=past, use_cache=past is not None, logits_to_keep=1)
+        return out.logits[:, -1].float()
+
+    def _batches(self, count: int, length: int, run: Callable[[int, int], Tensor]) -> Tensor:
+        """`run(start, stop)` over `count` sequences of a length, as many at once as memory holds."""
+        rows: list[Tensor] = []
+        done = 0
+        while done < count:
+            usual = TOKENS.get(self.prefix.device.type, TOKENS_ELSEWHERE)
+            most = min(self.batch_size or max(1, usual // length), max(1, self._most // length))
+            stop = min(count, done + most)
+            try:
+                rows.append(run(done, stop))
+            except (RuntimeError, MemoryError) as error:
+                if not _out_of_memory(error):
+                    raise
+                if stop - done == 1:
+                    raise CodebookError(
+                        f"out of memory with one sequence of {length} tokens on {self.model.device}: take a smaller "
+                        "--dtype or another device and run again, finished images are kept"
+                    ) from None
+                self._most = (stop - done) // 2 * length
+            else:
+                done = stop
+                continue
+            # outside of the handler, where the error no longer holds on to the tensors of the failed forward
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        return torch.cat(rows)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; on the CPU torch says so in a plain RuntimeError."""
+    told = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
 
 
 def split_prompt(model: Any, processor: Any, prompt: str) -> tuple[list[int], list[int]]:

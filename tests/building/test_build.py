@@ -53,7 +53,8 @@ def test_build(tiny, pictures, tmp_path):
     assert counts == sorted(set(counts), reverse=True), "each step drops some"
     assert len(book) == funnel["recurrent"] == len(Codebook.load(tmp_path / "out"))
     assert sorted(contents(tmp_path / "out")) == [
-        "README.md", "config.json", "prototypes.safetensors", "provenance.jsonl",
+        "README.md", "config.json", "images.jsonl", "prototypes.safetensors", "provenance.jsonl",
+        "survivors.safetensors",
     ]  # fmt: skip
     # each prototype is the projector output at the place its provenance names
     from codebook.models import family
@@ -121,7 +122,7 @@ def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch
             fuse[0] = 0
             if (out / "config.json").exists():
                 assert contents(out).items() >= whole.items()
-    assert last == 9  # four files, each synced and renamed, then through
+    assert last == 13  # six files, each synced and renamed, then through
     assert contents(out) == whole
 
 
@@ -201,9 +202,9 @@ def test_no_images(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "remedy"),
     [
-        ({"tau_p": 1e-6}, "P1 0, JSD 0, isolated 0, recurrent 0.*raise tau_p"),
-        ({"tau_j": 1e-12}, "JSD 0, isolated 0.*raise tau_j"),
-        ({"max_cluster_size": 1, "clusters_per_image": 1}, "isolated 0.*raise max_cluster_size"),
+        ({"tau_p": 1e-6}, "P1 0, JSD 0, recurrent 0.*raise tau_p"),
+        ({"tau_j": 1e-12}, "JSD 0, recurrent 0.*raise tau_j"),
+        ({"max_cluster_size": 1, "clusters_per_image": 1}, "isolated 0, P1 0.*raise max_cluster_size"),
         ({"min_image_fraction": 0.99, "clusters": 100}, "recurrent 0.*lower min_image_fraction"),
     ],
 )
@@ -289,11 +290,11 @@ def test_damaged_part(tiny, pictures, tmp_path):
 
 def test_full_disk_while_committing_is_an_error_and_not_a_hang(tmp_path):
     with Journal(tmp_path, {}) as records:
-        records.add("a", {"size": 1})
+        records.add("a", {"stamp": 1})
         records._records.conn.execute("PRAGMA max_page_count=1")  # the database may not grow any more
         with pytest.raises(CodebookError, match="database or disk is full; finished images are kept: free space"):
             for i in range(100):
-                records.add(f"b{i}", {"size": 1, "error": "x" * 5000})
+                records.add(f"b{i}", {"stamp": 1, "error": "x" * 5000})
     with Journal(tmp_path, {}) as records:
         assert "a" in records.records
 

@@ -1,10 +1,12 @@
+import sys
+
 import numpy as np
 import pytest
 import torch
 
-from codebook import density
-from codebook.building.builder import recurrent
+from codebook.building import clustering
 from codebook.building.clustering import dpc_knn
+from codebook.building.pool import recurrent
 
 
 def by_loops(x: np.ndarray, clusters: int, k: int) -> list[int]:
@@ -45,7 +47,7 @@ def test_twins_do_not_take_a_peak():
 def test_blocks_change_nothing(monkeypatch):
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     whole = dpc_knn(x, 6)
-    monkeypatch.setattr(density, "ROWS", 7)
+    monkeypatch.setattr(clustering, "HELD", 350)
     assert torch.equal(dpc_knn(x, 6), whole)
 
 
@@ -61,3 +63,52 @@ def test_recurrent_counts_distinct_images_strictly():
     assert recurrent(labels, images, 3, 2 / 3) == []  # not more than 2
     assert recurrent([0] * 65, [str(i) for i in range(65)], 500, 64 / 500) == list(range(65))
     assert recurrent([0] * 64, [str(i) for i in range(64)], 500, 64 / 500) == []
+
+
+def blobs(n, d=16, centres=20, seed=0):
+    """Points around centres of different size and spread, as survivors of many images are."""
+    random = np.random.default_rng(seed)
+    where = random.normal(size=(centres, d)) * 4
+    which = random.choice(centres, n, p=random.dirichlet(np.ones(centres)))
+    spread = random.uniform(0.3, 1.5, centres)[which, None]
+    return torch.from_numpy((where[which] + spread * random.normal(size=(n, d))).astype(np.float32))
+
+
+def plain(x, clusters, k=5, seed=0):
+    """DPC-KNN on the whole matrix of distances."""
+    distance = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
+    noise = torch.rand(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    spread = (distance.topk(k, largest=False).values ** 2).mean(dim=1)
+    density = (-spread).exp() + clustering.TIE_BREAK * noise
+    gap = distance.masked_fill(density[None] <= density[:, None], distance.max()).amin(dim=1)
+    centres = (gap * density).argsort(descending=True)[:clusters]
+    return distance[:, centres].argmin(dim=1)
+
+
+@pytest.mark.parametrize("clusters", [1, 8, 64])
+@pytest.mark.parametrize("block", [16, 1024])
+def test_early_stop_is_exact(monkeypatch, clusters, block):
+    monkeypatch.setattr(clustering, "BLOCK", block)
+    for seed, x in enumerate((blobs(1500), torch.randn(700, 32, generator=torch.Generator().manual_seed(0)))):
+        assert torch.equal(dpc_knn(x, clusters, seed=seed), plain(x, clusters, seed=seed))
+
+
+@pytest.mark.parametrize("faiss", [True, False])
+def test_many_points_agree_with_few(monkeypatch, faiss):
+    """At a size where both run, the search by inverted file finds the same clusters as all pairs do."""
+    if faiss:
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setitem(sys.modules, "faiss", None)
+    x = blobs(4000, 32)
+    assert torch.equal(dpc_knn(x, 16, exact=0), dpc_knn(x, 16))
+    few = dpc_knn(x[:3], 8, exact=0)
+    assert sorted(few.tolist()) == [0, 1, 2]
+
+
+def test_many_equal_points():
+    x = torch.cat([torch.zeros(300, 8), torch.ones(200, 8), torch.full((5, 8), 2.0)])
+    for exact in (0, 1000):
+        labels = dpc_knn(x, 3, exact=exact)
+        assert [len(set(part.tolist())) for part in labels.split([300, 200, 5])] == [1, 1, 1]
+        assert len(set(labels.tolist())) == 3

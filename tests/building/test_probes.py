@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -125,7 +126,7 @@ def test_global_probe(tiny, probing):
 def test_cascade_equals_the_plain_conjunction(tiny, probing):
     prober, pixels, tokens, _ = probing
     model, _ = tiny
-    wanted = settings()
+    wanted = settings(max_cluster_size=6)
     found = survivors(pixels, model, family(model), prober, wanted)
     everything = list(range(N))
     with torch.inference_mode():
@@ -138,8 +139,108 @@ def test_cascade_equals_the_plain_conjunction(tiny, probing):
     assert [t["row"] * SIDE + t["col"] for t in found.tokens] == expected
     assert 0 < len(expected) < N
     assert torch.equal(found.features, tokens[expected])
-    assert found.funnel["JSD"] == int(redundant.sum()) and found.funnel["isolated"] == len(expected)
+    steps = [N, int(isolated.sum()), int((isolated & (confidence < wanted.tau_p)).sum()), len(expected)]
+    assert found.funnel == dict(zip(("probed", "isolated", "P1", "JSD"), steps, strict=True))
+    assert steps == sorted(set(steps), reverse=True), "each step drops some"
     assert found.tokens[0]["jsd_global"] == pytest.approx(far[expected[0]].item(), rel=1e-3)
+
+
+def counted(model, run):
+    """What `run()` returns, and the (sequences, tokens) of each forward of the LLM in it."""
+    seen = []
+    handle = model.get_decoder().register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["inputs_embeds"].shape[:2]), with_kwargs=True
+    )
+    try:
+        return run(), [(b, b * n) for b, n in seen]
+    finally:
+        handle.remove()
+
+
+def test_exhaustive_run_finds_the_same_and_costs_more(tiny, probing):
+    prober, pixels, *_ = probing
+    model, _ = tiny
+    args = pixels, model, family(model), prober, settings(max_cluster_size=6)
+    cascade, cheap = counted(model, lambda: survivors(*args))
+    alone = survivors(pixels, model, family(model), prober.one_by_one(), settings(max_cluster_size=6), exhaustive=True)
+    every, dear = counted(model, lambda: survivors(*args, exhaustive=True))
+    for full in (every, alone):
+        assert torch.equal(full.features, cascade.features) and full.funnel == cascade.funnel
+        assert [(t["row"], t["col"]) for t in full.tokens] == [(t["row"], t["col"]) for t in cascade.tokens]
+        assert len(full.probes) == N and all(len(row) == 6 for row in full.probes)
+    assert cascade.probes == [] and sum(t for _, t in cheap) < sum(t for _, t in dear)
+    published = replace(prober, batch_size=1, whole=True)
+    _, each = counted(model, lambda: survivors(*args[:3], published, args[4], exhaustive=True))
+    # each alone, each region twice, the image once and without each region; then a few again at their threshold
+    assert {b for b, _ in each} == {1} and 0 <= len(each) - (N + 2 * N + N + 1) <= 8
+    assert sum(t for _, t in cheap) < 0.5 * sum(t for _, t in each)
+
+
+def test_nothing_isolated_costs_no_forward(tiny, probing):
+    prober, pixels, *_ = probing
+    found, forwards = counted(
+        tiny[0], lambda: survivors(pixels, tiny[0], family(tiny[0]), prober, settings(clusters_per_image=1))
+    )
+    assert not forwards and found.features.shape == (0, 48) and found.funnel["isolated"] == 0
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 7, 64, None])
+@pytest.mark.parametrize("whole", [True, False])
+def test_batch_size_changes_no_selected_token(tiny, probing, batch_size, whole):
+    prober, pixels, *_ = probing
+    model, _ = tiny
+    # thresholds that lie on values: only a value that no batch has touched can decide them the same way each time
+    known = survivors(pixels, model, family(model), prober.one_by_one(), settings())
+    token = known.tokens[len(known.tokens) // 2]
+    on_value = settings(tau_p=token["p1"], tau_j=token["jsd_region"] + 16 * token["jsd_global"])
+    for wanted in (settings(), on_value, settings(tau_j=on_value.tau_j)):
+        one = survivors(pixels, model, family(model), prober.one_by_one(), wanted)
+        changed = replace(prober, batch_size=batch_size, whole=whole)
+        found = survivors(pixels, model, family(model), changed, wanted)
+        assert torch.equal(found.features, one.features) and found.funnel == one.funnel
+
+
+class Crowded:
+    """A model that runs out of memory above so many tokens in a forward."""
+
+    def __init__(self, model, tokens, error):
+        self.model, self.tokens, self.error, self.refused = model, tokens, error, 0
+
+    def __call__(self, inputs_embeds, **kwargs):
+        if inputs_embeds.shape[0] * inputs_embeds.shape[1] > self.tokens:
+            self.refused += 1
+            raise self.error
+        return self.model(inputs_embeds=inputs_embeds, **kwargs)
+
+    def __getattr__(self, name):
+        return getattr(self.model, name)
+
+
+ON_CPU = "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError(ON_CPU), MemoryError()])
+def test_out_of_memory_halves_the_batch(tiny, probing, error):
+    prober, pixels, *_ = probing
+    model, _ = tiny
+    args = family(model), settings()
+    expected = survivors(pixels, model, args[0], prober, args[1])
+    crowded = Crowded(model, 2 * 41, error)
+    tight = replace(prober, model=crowded, batch_size=32)
+    found = survivors(pixels, model, args[0], tight, args[1])
+    assert torch.equal(found.features, expected.features) and 1 <= crowded.refused <= 6
+    survivors(pixels, model, args[0], tight, args[1])
+    assert crowded.refused <= 6, "what it learnt stays"
+    crowded.tokens = 30
+    with pytest.raises(CodebookError, match=r"one sequence of 41 tokens on cpu: take a smaller --dtype.*kept"):
+        survivors(pixels, model, args[0], tight, args[1])
+
+
+def test_other_errors_of_the_model_are_not_taken_for_memory(probing):
+    prober, _, tokens, _ = probing
+    broken = replace(prober, model=Crowded(prober.model, 0, RuntimeError("mat1 and mat2 shapes")))
+    with pytest.raises(RuntimeError, match="mat1"):
+        broken.alone(tokens)
 
 
 def test_images_do_not_depend_on_each_other(tiny, probing):

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from codebook.building.builder import recurrent
 from codebook.building.clustering import dpc_knn
+from codebook.building.pool import recurrent
 from codebook.building.presets import preset
 from codebook.index import Codebook
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.density import density_peaks
 from codebook.pruning.methods.base import ScoringPruner, group_means
+from codebook.pruning.methods.phi_knn import peakedness
 from codebook.pruning.tokens import VisualTokens, needed
 
 
@@ -75,5 +75,4 @@ class SparseVLM(ScoringPruner):
     @staticmethod
     def _peaks(hidden: Tensor, count: int) -> Tensor:
         tie = torch.arange(len(hidden), 0, -1, device=hidden.device).double() / len(hidden)
-        density, gap = density_peaks(hidden.double(), 5, tie)
-        return (density * gap).topk(count).indices.sort().values
+        return peakedness(hidden, 5, tie).topk(count).indices.sort().values

@@ -1,0 +1,95 @@
+"""A picture of where a codebook's prototypes come from: a row a cluster, in each image the token framed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont
+
+from codebook.building.sources import Source
+from codebook.errors import CodebookError
+
+CLUSTERS, IMAGES = 12, 8
+"""Rows and columns at most."""
+SIDE, GAP, LABEL = 168, 12, 150
+"""Of an image, between images, and of the words before a row: pixels."""
+FRAME, INK, MUTED = (255, 196, 0), (30, 30, 30), (120, 120, 120)
+
+
+def sheet(
+    provenance: Sequence[dict[str, Any]], grid: tuple[int, int], sources: Sequence[Source], title: str
+) -> Image.Image:
+    """Draw up to 12 clusters, the largest first, and of each up to 8 images, spread evenly over its members.
+
+    Parameters
+    ----------
+    provenance
+        Of a codebook: `image`, `row`, `col`, `cluster`.
+    grid
+        Rows and columns of an image's visual tokens.
+    sources
+        Where to look for the images, in this order.
+
+    Raises
+    ------
+    CodebookError
+        If none of the images is found.
+    """
+    clusters: dict[int, dict[str, dict[str, Any]]] = {}
+    sizes: dict[int, int] = {}
+    for row in provenance:
+        clusters.setdefault(row["cluster"], {}).setdefault(row["image"], row)  # one token an image: more to see
+        sizes[row["cluster"]] = sizes.get(row["cluster"], 0) + 1
+    chosen = sorted(clusters, key=lambda cluster: (-sizes[cluster], cluster))[:CLUSTERS]
+    width = LABEL + IMAGES * (SIDE + GAP) + GAP
+    page = Image.new("RGB", (width, 60 + len(chosen) * (SIDE + GAP) + GAP), "white")
+    draw, font, large = ImageDraw.Draw(page), ImageFont.load_default(15), ImageFont.load_default(22)
+    draw.text((GAP, 18), title, INK, large)
+    shown, missing = 0, ""
+    for i, cluster in enumerate(chosen):
+        top = 60 + i * (SIDE + GAP)
+        rows = list(clusters[cluster].values())
+        words = (f"cluster {cluster}", f"{sizes[cluster]} prototypes", f"{len(rows)} images")
+        for line, (text, colour) in enumerate(zip(words, (INK, MUTED, MUTED), strict=True)):
+            draw.text((GAP, top + SIDE // 2 - 30 + 20 * line), text, colour, font)
+        count = min(IMAGES, len(rows))
+        for column in range(count):
+            row = rows[column * len(rows) // count]
+            picture = _read(row["image"], sources)
+            if picture is None:
+                missing = missing or row["image"]
+                continue
+            page.paste(_tile(picture, row, grid), (LABEL + column * (SIDE + GAP), top))
+            shown += 1
+    if not shown:
+        raise CodebookError(f"none of the codebook's images is there ({missing} first): give the --images it came from")
+    return page
+
+
+def _read(name: str, sources: Sequence[Source]) -> Image.Image | None:
+    for source in sources:
+        for known in (name, name.partition("/")[2]):  # `extend` may have put the folder's name before it
+            if known in source.stamps:
+                try:
+                    return source.read(known)
+                except Exception:  # damaged since
+                    continue
+    return None
+
+
+def _tile(picture: Image.Image, row: dict[str, Any], grid: tuple[int, int]) -> Image.Image:
+    """The image, slightly faded, its token bright and framed, and enlarged in the corner farthest from it."""
+    sharp = Image.Resampling.NEAREST if max(picture.size) < SIDE else Image.Resampling.LANCZOS
+    tile = picture.resize((SIDE, SIDE), sharp)
+    left, right = (round((row["col"] + step) * SIDE / grid[1]) for step in (0, 1))
+    top, bottom = (round((row["row"] + step) * SIDE / grid[0]) for step in (0, 1))
+    patch = tile.crop((left, top, right, bottom))
+    page = Image.blend(tile, Image.new("RGB", tile.size, "white"), 0.35)
+    page.paste(patch, (left, top))
+    draw, zoom = ImageDraw.Draw(page), SIDE // 4
+    draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=FRAME, width=2)
+    corner = (0 if left > SIDE // 2 else SIDE - zoom, 0 if top > SIDE // 2 else SIDE - zoom)
+    page.paste(patch.resize((zoom, zoom), sharp), corner)
+    draw.rectangle((*corner, corner[0] + zoom - 1, corner[1] + zoom - 1), outline=FRAME, width=2)
+    return page

@@ -1,0 +1,97 @@
+"""A build on Ray is the local one; the driver's journal survives a kill like any other."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from codebook.building.builder import Options, Worker
+from codebook.building.on_ray import ray_engine
+from codebook.building.sources import open_images
+from codebook.errors import CodebookError
+from tests.building.test_build import ROOT, contents, run
+from tests.building.tiny import model, processor, settings
+
+ray = pytest.importorskip("ray")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cluster():
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    environment = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    ray.init(num_cpus=2, log_to_driver=False, include_dashboard=False, runtime_env=environment)
+    yield
+    ray.shutdown()
+
+
+def maker(pictures, marker=None):
+    def make():
+        import torch
+
+        torch.set_num_threads(1)
+        if marker is not None and not marker.exists():
+            marker.touch()
+
+            class Dies(Worker):
+                def __call__(self, name):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+            return Dies(model(), processor(), open_images(pictures), settings(), Options())
+        return Worker(model(), processor(), open_images(pictures), settings(), Options())
+
+    return make
+
+
+def test_equals_the_local_build_though_a_worker_is_killed(tiny, pictures, tmp_path):
+    run(tiny, pictures, tmp_path / "local")
+    states = []
+    engine = ray_engine(maker(pictures, tmp_path / "died"), 2)
+    run(tiny, pictures, tmp_path / "ray", engine=engine, progress=states.append)
+    assert (tmp_path / "died").exists() and contents(tmp_path / "ray") == contents(tmp_path / "local")
+    assert [s.done for s in states] == [*range(9), 8]
+
+
+def test_stopped_driver_goes_on_without_ray(tiny, pictures, tmp_path):
+    def stop(state):
+        if state.done == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, pictures, tmp_path / "out", engine=ray_engine(maker(pictures), 2), progress=stop)
+    states = []
+    run(tiny, pictures, tmp_path / "out", progress=states.append)
+    run(tiny, pictures, tmp_path / "local")
+    assert states[0].resumed == 3 and contents(tmp_path / "out") == contents(tmp_path / "local")
+
+
+def test_error_on_a_worker_is_one_line(tiny, pictures, tmp_path):
+    def make():
+        raise CodebookError("no such model")
+
+    with pytest.raises(CodebookError, match="run again, finished images are kept") as caught:
+        run(tiny, pictures, tmp_path / "out", engine=ray_engine(make, 2))
+    assert "\n" not in str(caught.value)
+
+
+def test_without_ray(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(CodebookError, match=r"pip install codebook\[ray\]"):
+        ray_engine(lambda: None, 2)
+
+
+def test_command_line_refuses_an_unknown_engine(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "codebook.cli",
+        "build",
+        "miniature",
+        "--images",
+        tmp_path,
+        "--out",
+        tmp_path / "o",
+    ]
+    done = subprocess.run([*map(str, command), "--engine", "spark"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.strip() == "error: no engine 'spark': use local or ray"
