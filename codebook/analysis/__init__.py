@@ -1,9 +1,17 @@
+"""Where in the model visual tokens matter: token information, the information horizon, schedules calibrated by it."""
 
+from codebook.analysis.data import Sample
+from codebook.analysis.horizon import Horizon, Sweep, horizons, sweep
 from codebook.analysis.information import Information, token_information
 from codebook.analysis.prefill import Prefill
 
 __all__ = [
+    "Horizon",
     "Information",
     "Prefill",
+    "Sample",
+    "Sweep",
+    "horizons",
+    "sweep",
     "token_information",
 ]
