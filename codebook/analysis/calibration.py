@@ -27,10 +27,10 @@ from codebook.pruning.schedule import Keep
 from codebook.pruning.text import Make, make
 from codebook.pruning.tokens import digest_rows
 
-SHARES = (0.5, 0.25, 0.125)
+SHARES = (0.75, 0.5, 0.25, 0.125)
 """Tokens of the deep stage, as shares of the first stage's."""
-LAYERS = 8
-"""Layers tried for the deep stage, evenly from a sixth of the decoder on."""
+LAYERS = 12
+"""Layers tried for the deep stage, evenly from the first stage on."""
 RUNGS = (0.25, 0.5, 1.0)
 """Shares of the search samples that a candidate has seen after each round."""
 BATCH = 32
@@ -107,7 +107,7 @@ def candidates(
     drop
         Also try to drop all tokens.
     at
-        Layers to try for the deep stage; default: up to 8, evenly from a sixth of the decoder on.
+        Layers to try for the deep stage; default: up to 12, evenly from the first stage on.
 
     Returns
     -------
@@ -127,8 +127,8 @@ def candidates(
         )
     first, layers = plain.stages[0].layer, shape["layers"]
     if at is None:
-        least = max(first + 1, layers // 6)
-        at = sorted({round(x) for x in np.linspace(least, layers - 1, min(LAYERS, layers - least))})
+        deeper = layers - 1 - first
+        at = [round(x) for x in np.linspace(first + 1, layers - 1, min(LAYERS, deeper))]
     elif not all(first < layer < layers for layer in at):
         raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
     found: dict[str, Schedule] = {}

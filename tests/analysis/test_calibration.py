@@ -34,14 +34,14 @@ def test_candidates_share_one_budget(model):
     # 36 * 6 = 216 = 3 * (48 + 24) = 3 * 72, and 3 * (57 + 14) = 213: 58 and a quarter of it would be 73, rounded.
     assert {"random:48, random@3:24", "random:57, random@3:14", "random:72, drop@3"} <= {str(s) for s in found}
     assert all(0.24 < s.budget(N, LAYERS) <= 0.25 for s in found)
-    assert len({str(s) for s in found}) == len(found) == 8
+    assert len({str(s) for s in found}) == len(found) == 10
     assert not any("drop" in str(s) for s in candidates(model, "random", 0.25, drop=False)[1])
 
 
 def test_candidates_behind_a_first_stage_in_the_decoder(model):
     plain, found = candidates(model, "fastv@2", 0.5)
     assert [stage.layer for stage in plain.stages] == [2]
-    assert found and all(s.stages[0].layer == 2 < s.stages[1].layer for s in found)
+    assert {tuple(stage.layer for stage in s.stages) for s in found} == {(2, 3), (2, 4), (2, 5)}
     assert candidates(model, "random", 1.0)[1] == []  # all tokens stay: nothing to give up
     with pytest.raises(CodebookError, match="layers 3 to 5"):
         candidates(model, "fastv@2", 0.5, at=[2])
@@ -124,12 +124,13 @@ class _Said:
 
 
 def test_a_search_goes_on_where_it_was(model, processor, samples, tmp_path, monkeypatch):
-    plain, found = candidates(model, "random", 0.25, at=[2, 4])
+    plain, found = candidates(model, "random", 0.25, at=[2])
+    samples = samples[:16]
     whole = calibrate(model, processor, samples, plain, found)
     file, calls = tmp_path / "search.jsonl", []
 
     def stop(count):
-        if count > 60:
+        if count > 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
