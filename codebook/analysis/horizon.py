@@ -272,13 +272,18 @@ def table(found: Mapping[str, Horizon], layers: int) -> str:
             f"{task:<12}{one.samples:>8}{one.full:>10.3f}{name(one.layer):>9}{between:>10}{name(one.safe):>11}"
         )
         if one.early:
-            notes.append(f"{task}: not monotone, the loss is small from layer {_runs(one.early)} too, but not after it")
+            notes.append(
+                f"{task}: not monotone, the loss is small at layer {_runs(one.early)} too, but not at all later ones"
+            )
         if one.gains:
-            notes.append(f"{task}: removing visual tokens helps from layer {_runs(one.gains)}")
+            notes.append(f"{task}: removing all visual tokens helps at layer {_runs(one.gains)}")
     deepest = max(one.safe for one in found.values())
     last = f"safe for every task: from layer {deepest} of {layers}"
     return "\n".join([*lines, *notes, last if deepest < layers else "no layer is safe for every task"])
 
 
 def _runs(layers: Sequence[int]) -> str:
-    return ", ".join(map(str, layers))
+    """Layers in ascending order, neighbours joined: 1-4, 7."""
+    starts = [a for a in layers if a - 1 not in layers]
+    ends = [b for b in layers if b + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

@@ -8,7 +8,7 @@ import torch
 
 from codebook import miniature
 from codebook.analysis import Sample, Sweep, data, horizons, plot, sweep
-from codebook.analysis.horizon import first_safe, table
+from codebook.analysis.horizon import _runs, first_safe, table
 from codebook.analysis.prompts import answer_ids, encode
 from codebook.errors import CodebookError
 from codebook.pruning import Drop, Schedule, Stage
@@ -46,8 +46,8 @@ def test_a_hand_made_sweep():
     assert (mean.layer, mean.samples, mean.full) == (3, 4, 1.0)
     assert mean.loss == pytest.approx([1, 0.4, 0.2, -0.05]) and mean.error == [0, 0, 0, 0]
     shown = table(found, 4)
-    assert "a: not monotone, the loss is small from layer 1" in shown
-    assert "b: removing visual tokens helps from layer 3" in shown and "no layer is safe for every task" in shown
+    assert "a: not monotone, the loss is small at layer 1 too" in shown
+    assert "b: removing all visual tokens helps at layer 3" in shown and "no layer is safe for every task" in shown
 
 
 def test_tasks_weigh_the_same_in_the_mean_and_errors_are_paired():
@@ -138,6 +138,10 @@ def test_the_curve_is_drawn(tmp_path):
     full, pruned = np.ones(3), np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 0.5]])
     plot.draw(horizons(Sweep(["a", "a", "b"], full, pruned)), 0, "probability", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_neighbouring_layers_are_joined():
+    assert _runs([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8" and _runs([]) == ""
 
 
 def test_no_samples():
