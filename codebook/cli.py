@@ -36,6 +36,10 @@ Engine = Annotated[str, typer.Option(help="Where images are probed: local, or ra
 Address = Annotated[str | None, typer.Option(help="Of a Ray cluster; default: one started here.")]
 Workers = Annotated[int, typer.Option(min=1, help="Ray actors that hold the model.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Data = Annotated[
+    str, typer.Option(help="`miniature`, or JSONL of {image | images, question, answer, task}, the last two optional.")
+]
+Count = Annotated[int, typer.Option(min=1, help="Samples of each task family, with --data miniature.")]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,6 +210,53 @@ def _only(option: str, others: dict[str, Any]) -> None:
     for name, value in others.items():
         if value is not None and value != []:
             raise CodebookError(f"{name} does not go with {option}: leave one of them out")
+
+
+@app.command()
+def horizon(
+    model: Model,
+    data: Data,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for horizon.json, horizon.png and the journal; run again to resume.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="probability (default) or accuracy of the answer's first token, or generated answers.")
+    ] = "probability",
+    eps: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest loss that counts as none.")] = 0.01,
+    margin: Annotated[
+        int | None, typer.Option(min=0, help="Layers added for safety; default: one in sixteen, at least 1.")
+    ] = None,
+    count: Count = 50,
+    split: Annotated[str, typer.Option(help="Of the miniature's scenes: train (default) or test.")] = "train",
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Find the layer beyond which visual tokens no longer change the answer, by task."""
+    from codebook import commands
+
+    commands.find_horizon(model, data, out, metric, eps, margin, count, split, seed, device, as_json)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    data: Data,
+    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")],
+    out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
+    method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = "codebook",
+    drop: Annotated[bool, typer.Option(help="Also try to drop all tokens.")] = True,
+    codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
+    count: Count = 100,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
+    from codebook import commands
+
+    plan = commands.Plan(method, keep, None, codebook, seed)
+    commands.calibrate_schedule(model, plan, data, out, drop, count, device, as_json)
 
 
 @app.command("list")

@@ -9,10 +9,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -455,6 +455,83 @@ def evaluate_miniature(folder: Path | None, count: int, device: str, as_json: bo
     print(f"{'family':<8}{'accuracy':>10}{'no image':>10}   ({count} held-out questions each)")
     for family, row in rows.items():
         print(f"{family:<8}{row['accuracy']:>10.3f}{row['without_image']:>10.3f}")
+
+
+def find_horizon(
+    name: str,
+    source: str,
+    out: Path | None,
+    metric: Any,
+    eps: float,
+    margin: int | None,
+    count: int,
+    split: str,
+    seed: int,
+    device: str | None,
+    as_json: bool,
+) -> None:
+    from codebook.analysis import data, horizon, plot
+
+    if metric not in get_args(horizon.Metric):
+        raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.Metric))}")
+    samples = data.mixed(data.load(source, split, seed, count), seed)
+    if out is not None:
+        plot.check()  # before the long work
+    model, processor = models.load(name, device)
+    journal = None if out is None else out / ("generated.jsonl" if metric == "generated" else "first-token.jsonl")
+    with progress("horizon", len(samples), "samples") as tick:
+        sweep, cost = horizon.sweep(model, processor, samples, metric, journal, tick)
+    found = horizon.horizons(sweep, eps, margin=margin, seed=seed)
+    report = {
+        "model": name, "data": source, "samples": len(samples), "labelled": sum(s.answer is not None for s in samples),
+        "layers": sweep.layers, "start": sweep.start, "metric": metric, "eps": eps, "level": horizon.LEVEL,
+        "horizons": {task: asdict(one) for task, one in found.items()}, "cost": asdict(cost),
+    }  # fmt: skip
+    if out is not None:
+        with replacing(out / "horizon.png") as temporary:
+            plot.draw(found, sweep.start, metric, temporary)
+        with replacing(out / "horizon.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(horizon.table(found, sweep.layers))
+    if cost.naive:
+        note(f"cost: {cost.processed / cost.naive:.1%} of the tokens of a pruned forward for each layer")
+    if out is not None:
+        note(f"curves: {out / 'horizon.png'}, {out / 'horizon.json'}")
+
+
+def calibrate_schedule(
+    name: str, plan: Plan, source: str, out: Path, drop: bool, count: int, device: str | None, as_json: bool
+) -> None:
+    from codebook.analysis import calibration, data
+
+    if out.suffix != ".json":
+        raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
+    if not out.parent.is_dir():
+        raise CodebookError(f"no folder {out.parent}: create it first")
+    samples = data.load(source, "train", plan.seed, count)
+    model, processor = models.load(name, device)
+    make = plan._make(lambda: find_codebook(model, plan.codebook))
+    assert plan.keep is not None
+    plain, found = calibration.candidates(model, plan.schedule, plan.keep, make, drop=drop)
+    journal = out.with_suffix(".journal.jsonl")
+    with progress("calibrate", calibration.work(len(found), samples), "answers") as tick:
+        result = calibration.calibrate(
+            model, processor, samples, plain, found, seed=plan.seed, file=journal, done=tick
+        )  # fmt: skip
+    report = describe(model, result.schedule) | {"plain": str(plain), "data": source, "samples": len(samples)}
+    report |= {"confirmed": result.confirmed, "result": str(result), **result.evidence()}
+    with replacing(out) as temporary:
+        result.schedule.save(temporary)
+        temporary.write_text(json.dumps(json.loads(temporary.read_text()) | {"calibration": report}, indent=1) + "\n")
+    journal.unlink(missing_ok=True)
+    if as_json:
+        print(json.dumps(report | {"output": str(out)}))
+        return
+    print(result)
+    note(f"{out}: {summary(report, [])}")
 
 
 def note(text: str) -> None:

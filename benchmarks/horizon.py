@@ -1,0 +1,164 @@
+"""Where the miniature stops reading its images, and what calibrated random pruning behind that horizon is worth.
+
+Run as `python -m benchmarks.horizon --out FOLDER`; run again, it goes on where it was. Held-out questions measure and
+never tune: schedules are calibrated on scenes of the train split. Prints Markdown, and writes FOLDER/horizon.json.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.timing import machine
+from codebook import miniature, models
+from codebook.analysis import calibration, data, horizon
+from codebook.analysis.journal import Journal, identity
+from codebook.commands import Plan, find_codebook, replacing
+from codebook.evaluation import score
+from codebook.progress import progress
+from codebook.pruning import Schedule, remember
+
+METHODS = ("codebook", "divprune", "dart", "fastv")
+KEEPS = (0.5, 0.25, 0.11)
+BATCH = 32
+VARIANTS = ("alone", "fixed", "calibrated")
+"""Fixed: a random seventh from layer 20 of 32 on, the paper's for LLaVA-1.5-7B (arXiv 2512.07580)."""
+
+
+def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
+    """Of each task family, by two metrics, over all seeds."""
+    found = {}
+    for metric in ("probability", "accuracy"):
+        sweeps = []
+        for seed in options.seeds:
+            samples = data.of_miniature("test", seed, options.questions)
+            with progress(f"horizon, {metric}, seed {seed}", len(samples), "samples") as tick:
+                file = options.out / f"sweep-{seed}.jsonl"
+                sweeps.append(horizon.sweep(model, processor, samples, metric, file, tick)[0])
+        whole = horizon.Sweep(
+            [task for sweep in sweeps for task in sweep.tasks],
+            np.concatenate([sweep.full for sweep in sweeps]),
+            np.concatenate([sweep.pruned for sweep in sweeps]),
+        )
+        found[metric] = horizon.horizons(whole, options.eps)
+    return found
+
+
+def schedules(model, processor, options: argparse.Namespace, seed: int) -> dict[tuple[str, float], dict[str, Schedule]]:
+    """Of each method and budget: alone, with the paper's deep stage, and calibrated."""
+    found = {}
+    samples = data.of_miniature("train", seed, options.calibration)
+    for method in METHODS:
+        make = Plan(method, 0.5, None, options.codebook, seed)._make(partial(find_codebook, model, options.codebook))
+        for keep in KEEPS:
+            plain, candidates = calibration.candidates(model, method, keep, make)
+            with progress(f"calibrate {method} at {keep}, seed {seed}", calibration.work(len(candidates), samples),
+                          "answers") as tick:  # fmt: skip
+                file = options.out / f"calibration-{method}-{keep}-{seed}.jsonl"
+                result = calibration.calibrate(
+                    model, processor, samples, plain, candidates, seed=seed, file=file, done=tick
+                )
+            found[method, keep] = {"alone": plain, "calibrated": result.schedule}
+            rows, cols = models.family(model).grid(model)
+            shape = {"n": rows * cols, "layers": len(model.get_decoder().layers)}
+            found[method, keep]["fixed"] = Schedule.solve(f"{method}+random", make, keep=keep, **shape)
+    return found
+
+
+def answers(model, processor, options: argparse.Namespace, seed: int, plans: list[Schedule]) -> dict[str, np.ndarray]:
+    """Scores (questions,) of each schedule on the held-out questions, in the order of `questions`."""
+    asked = list(questions(options.questions, seed))
+    about = {"model": identity(model), "questions": len(asked), "seed": seed}
+    journal, values = Journal(options.out / f"held-out-{seed}.jsonl", about), {}
+    with progress(f"held-out, seed {seed}", len(plans) * sum(map(len, asked)), "answers") as tick:
+        done = 0
+        for i, group in enumerate(asked):
+            with remember(model):
+                for plan in plans:
+                    if (name := f"{i} {plan}") not in journal:
+                        [scores] = score(model, processor, group, plan).values()
+                        journal.add(name, scores)
+                    values.setdefault(str(plan), []).extend(journal[name])
+                    tick(done := done + len(group))
+    return {plan: np.array(scores) for plan, scores in values.items()}
+
+
+def questions(count: int, seed: int) -> Iterator[list[miniature.Question]]:
+    """Held-out questions, in batches of one family."""
+    for family in miniature.FAMILIES:
+        own = list(miniature.tasks(family, "test", seed, count))
+        yield from (own[start : start + BATCH] for start in range(0, count, BATCH))
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """Mean over families of values (families, questions), and the half width of its 95% interval."""
+    error = (values.var(1, ddof=1) / values.shape[1]).sum() ** 0.5 / len(values)
+    return float(values.mean()), float(1.96 * error)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder of journals and results")
+    parser.add_argument("--questions", type=int, default=200, help="held-out, a family and seed")
+    parser.add_argument("--calibration", type=int, default=100, help="samples a family and seed, of the train split")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--eps", type=float, default=horizon.EPS)
+    parser.add_argument("--codebook", type=Path, help="default: the one that ships")
+    options = parser.parse_args()
+    model, processor = models.load("miniature")
+    layers, found = len(model.get_decoder().layers), horizons(model, processor, options)
+    by_seed, unpruned = [], Schedule([])
+    for seed in options.seeds:
+        plans = schedules(model, processor, options, seed)
+        every = {str(s): s for s in [unpruned, *(s for own in plans.values() for s in own.values())]}
+        by_seed.append((plans, answers(model, processor, options, seed, list(every.values()))))
+
+    def scores(method: str, keep: float, variant: str) -> np.ndarray:
+        """(families, questions of all seeds)."""
+        rows = [own[str(plans[method, keep][variant])] for plans, own in by_seed]
+        return np.concatenate([row.reshape(len(miniature.FAMILIES), -1) for row in rows], 1)
+
+    report = {**machine("cpu"), "questions": options.questions, "calibration": options.calibration,
+              "seeds": options.seeds, "eps": options.eps,
+              "horizons": {metric: {task: asdict(one) for task, one in own.items()} for metric, own in found.items()},
+              "rows": []}  # fmt: skip
+    count = len(options.seeds) * options.questions
+    print(f"## Horizon by family\n\n{count} held-out questions a family, eps {options.eps}, {layers} layers; 95% "
+          "interval.\n\n| family | by probability | safe from | by accuracy | safe from |\n"
+          "|---|---|---|---|---|")  # fmt: skip
+    for task, one in found["probability"].items():
+        cells = [f"{h.layer} [{h.interval[0]}, {h.interval[1]}] | {h.safe}" for h in (one, found["accuracy"][task])]
+        print(f"| {task} | {' | '.join(cells)} |")
+    full = np.concatenate([own[str(unpruned)].reshape(len(miniature.FAMILIES), -1) for _, own in by_seed], 1)
+    print(f"\n## Equal budgets\n\nScore, percent, mean over families, 95% interval; unpruned "
+          f"{percent(*interval(full))}. Differences are paired, to the method alone.\n\n"
+          "| method | keep | alone | fixed | calibrated | fixed - alone | calibrated - alone | schedules |\n"
+          "|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for keep in KEEPS:
+        for method in METHODS:
+            own = {variant: scores(method, keep, variant) for variant in VARIANTS}
+            cells = {variant: interval(values) for variant, values in own.items()}
+            cells |= {f"{v} - alone": interval(own[v] - own["alone"]) for v in VARIANTS[1:]}
+            texts = sorted({str(plans[method, keep]["calibrated"]) for plans, _ in by_seed})
+            print(
+                f"| {method} | {keep} | {' | '.join(percent(*cell) for cell in cells.values())} | {'; '.join(texts)} |"
+            )
+            families = {v: dict(zip(miniature.FAMILIES, x.mean(1).tolist(), strict=True)) for v, x in own.items()}
+            report["rows"].append({
+                "method": method, "keep": keep, "scores": cells, "families": families,
+                "schedules": [{v: str(s) for v, s in plans[method, keep].items()} for plans, _ in by_seed],
+            })  # fmt: skip
+    with replacing(options.out / "horizon.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def percent(mean: float, half: float) -> str:
+    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+
+
+if __name__ == "__main__":
+    main()

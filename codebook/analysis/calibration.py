@@ -1,0 +1,304 @@
+"""Schedules that calibrate themselves: spend one budget on other layers where that pays, and only where it does.
+
+Behind the information horizon visual tokens no longer change the answer; a random few of them, or none, free budget for
+the layers before it (arXiv 2512.07580). Where the horizon is, and whether there is anything behind it, depends on model
+and task. So the deep stage is searched for on a calibration set, by successive halving (Jamieson and Talwalkar, arXiv
+1502.07943) over schedules of equal budget, and the winner has to beat the method alone on samples that took no part.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codebook import models
+from codebook.analysis import answers
+from codebook.analysis.data import Sample, digest, mixed
+from codebook.analysis.journal import Journal, identity
+from codebook.errors import CodebookError
+from codebook.inference import ask
+from codebook.pruning import Schedule, remember
+from codebook.pruning.schedule import Keep
+from codebook.pruning.text import Make, make
+from codebook.pruning.tokens import digest_rows
+
+SHARES = (0.75, 0.5, 0.25, 0.125)
+"""Tokens of the deep stage, as shares of the first stage's."""
+LAYERS = 12
+"""Layers tried for the deep stage, evenly from the first stage on."""
+RUNGS = (0.25, 0.5, 1.0)
+"""Shares of the search samples that a candidate has seen after each round."""
+BATCH = 32
+Z = 1.645
+"""One-sided test at 5%."""
+
+Done = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What a search found.
+
+    Attributes
+    ----------
+    schedule : Schedule
+        To use: `best` if it was confirmed, else `plain`.
+    plain, best : Schedule
+        The method alone, and the best candidate of the search (`plain` where none was better).
+    gain, error : float
+        Mean probability of the answers' tokens, best minus plain, on the samples that took no part in the search, and
+        its standard error; 0 where no candidate was better in the search.
+    scores : (float, float)
+        Mean scores of generated answers on the same samples, plain's and best's; nan where nothing was to confirm.
+    rounds : list[dict[str, float]]
+        Each round's means of the candidates that were still there, by their text.
+    skipped : int
+        Samples left out: without an answer, of the model's own too.
+    """
+
+    schedule: Schedule
+    plain: Schedule
+    best: Schedule
+    gain: float
+    error: float
+    scores: tuple[float, float]
+    rounds: list[dict[str, float]]
+    skipped: int
+
+    @property
+    def confirmed(self) -> bool:
+        return self.schedule is not self.plain
+
+    def evidence(self) -> dict[str, Any]:
+        """What the choice rests on, as JSON."""
+        scores = [None if math.isnan(score) else score for score in self.scores]
+        return {
+            "best": str(self.best), "gain": self.gain, "error": self.error,
+            "scores": dict(zip(("plain", "best"), scores, strict=True)), "rounds": self.rounds, "skipped": self.skipped,
+        }  # fmt: skip
+
+    def __str__(self) -> str:
+        if self.best is self.plain:
+            return f"no deep stage was better than {self.plain} in the search: keep the plain method"
+        found = f"{self.gain:+.4f} ± {self.error:.4f} probability, score {self.scores[0]:.3f} -> {self.scores[1]:.3f}"
+        if self.confirmed:
+            return f"{self.schedule} beats {self.plain} on fresh samples: {found}"
+        return f"{self.best} does not beat {self.plain} beyond noise on fresh samples ({found}): keep the plain method"
+
+
+def candidates(
+    model: Any, method: str, keep: Keep, make: Make = make, *, drop: bool = True, at: Sequence[int] | None = None
+) -> tuple[Schedule, list[Schedule]]:
+    """A method alone at a budget, and schedules of the same budget with a deep stage that gives up tokens.
+
+    Parameters
+    ----------
+    method
+        One method in the text form of schedules, without a keep: `codebook`, `fastv@3`.
+    keep
+        The budget: visual tokens averaged over the layers, as `Schedule.fit` takes it.
+    make
+        Makes the pruner of a method's name; needed for `codebook`.
+    drop
+        Also try to drop all tokens.
+    at
+        Layers to try for the deep stage; default: up to 12, evenly from the first stage on.
+
+    Returns
+    -------
+    (plain, candidates)
+
+    Raises
+    ------
+    CodebookError
+        If the method is not a single one that the budget can be met with.
+    """
+    rows, cols = models.family(model).grid(model)
+    shape = {"n": rows * cols, "layers": len(model.get_decoder().layers)}
+    plain = Schedule.solve(method, make, keep=keep, **shape)
+    if len(plain.stages) != 1 or not plain.stages[0].keep:
+        raise CodebookError(
+            f"calibration puts a deep stage behind one method alone, not behind {method!r}: name a method"
+        )
+    first, layers = plain.stages[0].layer, shape["layers"]
+    if at is None:
+        deeper = layers - 1 - first
+        at = [round(x) for x in np.linspace(first + 1, layers - 1, min(LAYERS, deeper))]
+    elif not all(first < layer < layers for layer in at):
+        raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
+    found: dict[str, Schedule] = {}
+    for layer in at:
+        for deep in [*(f"random@{layer}:{share}" for share in SHARES), *([f"drop@{layer}"] if drop else [])]:
+            try:
+                schedule = Schedule.solve(f"{method}+{deep}", make, keep=keep, **shape)
+            except CodebookError:  # the first stage cannot spend what this one saves: out of reach
+                continue
+            if schedule.stages[0].keep != plain.stages[0].keep:
+                found[str(schedule)] = schedule
+    return plain, list(found.values())
+
+
+def work(candidates: int, samples: Sequence[Sample]) -> int:
+    """Answers that `calibrate` scores at most, for its progress."""
+    search = len(samples) // 2
+    total, seen = sum(sample.answer is None for sample in samples), 0
+    for i, upto in enumerate(_rungs(search)):
+        total += (1 + _survivors(candidates, i)) * (upto - seen)
+        seen = upto
+    return total + 4 * (len(samples) - search)
+
+
+def calibrate(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    plain: Schedule,
+    candidates: Sequence[Schedule],
+    *,
+    seed: int = 0,
+    file: Path | None = None,
+    done: Done = lambda count: None,
+) -> Calibration:
+    """Search for the candidate that beats the plain method, and confirm it on samples of its own.
+
+    Candidates are compared by the mean probability of the answers' tokens, tasks weighing the same: one prefill and one
+    forward a sample, each image encoded once. Half of the samples are searched with, the other half are for one paired
+    one-sided test (5%) of the winner, whose generated answers must score no less than the plain method's either.
+
+    Parameters
+    ----------
+    samples
+        For calibration only: never those of a final measurement. Where they have no answer, the unpruned model's own
+        stands for it.
+    plain, candidates
+        As `candidates` makes them; of one budget.
+    seed
+        Of the samples' order.
+    file
+        Where every scored batch is kept; called again, the search goes on.
+    done
+        Hears how many answers are scored, of at most `work`.
+
+    Raises
+    ------
+    CodebookError
+        If there are too few samples.
+    """
+    about = {"model": identity(model), "data": digest(samples), "seed": seed, "codebook": _codebook(plain)}
+    journal = Journal(file, about | {"plain": str(plain)})
+    run = _Run(model, processor, mixed(samples, seed), journal, done)
+    skipped = run.fill_answers()
+    half = len(run.samples) // 2
+    if half < 2 * len(RUNGS):
+        raise CodebookError(f"{len(run.samples)} samples are too few to calibrate with: give {4 * len(RUNGS)} at least")
+    left, rounds, seen = list(candidates), [], 0
+    for i, upto in enumerate(_rungs(half)):
+        run.score([plain, *left], range(seen, upto))
+        means = {str(s): run.mean(s, range(upto)) for s in [plain, *left]}
+        rounds.append(means)
+        left = sorted(left, key=lambda s: -means[str(s)])[: _survivors(len(candidates), i + 1)]
+        seen = upto
+    best = left[0] if left and rounds[-1][str(left[0])] > rounds[-1][str(plain)] else plain
+    if best is plain:
+        return Calibration(plain, plain, plain, 0.0, 0.0, (math.nan, math.nan), rounds, skipped)
+    fresh = range(half, len(run.samples))
+    run.score([plain, best], fresh)
+    gain, error = run.difference(best, plain, fresh)
+    scores = run.generate(plain, fresh), run.generate(best, fresh)
+    accepted = gain > Z * error and scores[1] >= scores[0]
+    return Calibration(best if accepted else plain, plain, best, gain, error, scores, rounds, skipped)
+
+
+def _rungs(search: int) -> list[int]:
+    return [math.ceil(share * search) for share in RUNGS]
+
+
+def _survivors(candidates: int, rounds: int) -> int:
+    """How many are left after some rounds: each keeps about the same share of them, the last one leaves one."""
+    return math.ceil(candidates ** (1 - rounds / len(RUNGS)) - 1e-9) if candidates else 0
+
+
+def _codebook(schedule: Schedule) -> list[int]:
+    books = [book for stage in schedule.stages if (book := getattr(stage.pruner, "codebook", None)) is not None]
+    return [int(digest_rows(book.prototypes[None])[0]) for book in books]
+
+
+class _Run:
+    """Scores of schedules on the samples, as far as they are known."""
+
+    def __init__(self, model: Any, processor: Any, samples: list[Sample], journal: Journal, done: Done) -> None:
+        self.model, self.processor, self.samples, self.journal, self._done = model, processor, samples, journal, done
+        self.values: dict[str, dict[int, float]] = {}
+        self.count = 0
+
+    def tick(self, answers: int) -> None:
+        self.count += answers
+        self._done(self.count)
+
+    def fill_answers(self) -> int:
+        """Let the unpruned model answer what has no answer, and leave out what then has none; how many these are."""
+        todo = [row for row, sample in enumerate(self.samples) if sample.answer is None]
+        for start in range(0, len(todo), BATCH):
+            rows = todo[start : start + BATCH]
+            name = f"answers {rows[0]}"
+            if name not in self.journal:
+                own = [self.samples[row] for row in rows]
+                said = ask(self.model, self.processor, [s.pictures() for s in own], [s.question for s in own])
+                self.journal.add(name, [answer.text for answer in said])
+            for row, text in zip(rows, self.journal[name], strict=True):
+                self.samples[row] = self.samples[row].answered(text)
+            self.tick(len(rows))
+        before = len(self.samples)
+        self.samples = [sample for sample in self.samples if sample.answer]
+        return before - len(self.samples)
+
+    def score(self, schedules: Sequence[Schedule], rows: range) -> None:
+        """Mean probability of the answers' tokens, of some samples under some schedules."""
+        for group in answers.groups(self.processor, self.samples, rows, BATCH):
+            names = {f"{group[0]}+{len(group)} {schedule}": schedule for schedule in schedules}
+            todo = {name: schedule for name, schedule in names.items() if name not in self.journal}
+            if todo:
+                loaded = answers.load(self.model, self.processor, [self.samples[row] for row in group])
+                with remember(self.model):
+                    for name, schedule in todo.items():
+                        found = [value for batch in loaded for value in answers.values(self.model, batch, schedule)]
+                        self.journal.add(name, [round(value, 7) for value in found])
+            for name, schedule in names.items():
+                self.values.setdefault(str(schedule), {}).update(zip(group, self.journal[name], strict=True))
+                self.tick(len(group))
+
+    def generate(self, schedule: Schedule, rows: range) -> float:
+        """Mean score of generated answers."""
+        scores: dict[int, float] = {}
+        for start in range(rows.start, rows.stop, BATCH):
+            group = [self.samples[row] for row in range(start, min(start + BATCH, rows.stop))]
+            name = f"generated {start} {schedule}"
+            if name not in self.journal:
+                said = ask(
+                    self.model, self.processor, [s.pictures() for s in group], [s.question for s in group], schedule
+                )
+                self.journal.add(name, [s.score(a.text) for s, a in zip(group, said, strict=True)])
+            scores |= dict(enumerate(self.journal[name], start))
+            self.tick(len(group))
+        return self._mean(scores, rows)[0]
+
+    def mean(self, schedule: Schedule, rows: range) -> float:
+        return self._mean(self.values[str(schedule)], rows)[0]
+
+    def difference(self, a: Schedule, b: Schedule, rows: range) -> tuple[float, float]:
+        """Paired difference of two schedules, a minus b, and its standard error."""
+        of_a, of_b = self.values[str(a)], self.values[str(b)]
+        return self._mean({row: of_a[row] - of_b[row] for row in rows}, rows)
+
+    def _mean(self, values: dict[int, float], rows: range) -> tuple[float, float]:
+        """Mean over tasks of the tasks' means, and its standard error."""
+        tasks: dict[str, list[float]] = {}
+        for row in rows:
+            tasks.setdefault(self.samples[row].task, []).append(values[row])
+        variances = [np.var(own, ddof=min(1, len(own) - 1)) / len(own) for own in tasks.values()]
+        return float(np.mean([np.mean(own) for own in tasks.values()])), float(np.sqrt(np.sum(variances)) / len(tasks))

@@ -1,0 +1,142 @@
+"""Samples to analyse a model with: pictures, a question, and where it is known the answer."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image as Picture
+
+from codebook import miniature
+from codebook.errors import CodebookError
+from codebook.inference import read_image
+
+MINIATURE = "miniature"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One question.
+
+    Attributes
+    ----------
+    images
+        Its pictures, or the paths that they are read from when they are needed.
+    question, answer
+        In plain words; an answer of None means that the unpruned model's own one stands for it.
+    task
+        What results are grouped by.
+    family
+        Of `codebook.miniature`, for its way of scoring; None scores by the same words.
+    """
+
+    images: tuple[Picture.Image | Path, ...] = field(repr=False)
+    question: str
+    answer: str | None = None
+    task: str = "all"
+    family: str | None = None
+
+    def pictures(self) -> list[Picture.Image]:
+        return [read_image(image) if isinstance(image, Path) else image for image in self.images]
+
+    def score(self, prediction: str) -> float:
+        """How right a generated answer is, 0 to 1."""
+        assert self.answer is not None
+        if self.family is not None:
+            return miniature.score(self.family, prediction, self.answer)
+        return float(prediction.lower().split() == self.answer.lower().split())
+
+    def answered(self, answer: str) -> Sample:
+        return replace(self, answer=answer)
+
+    def messages(self) -> list[dict[str, Any]]:
+        content = [*[{"type": "image"}] * len(self.images), {"type": "text", "text": self.question}]
+        return [{"role": "user", "content": content}]
+
+
+def of_miniature(split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
+    """`count` labelled samples of each of the miniature's task families.
+
+    Scenes of the train split are no training images, but like them; the test split is for final measurements only.
+    """
+    questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, split, seed, count)]
+    return [Sample(_images(q), q.question, q.answer, q.family, q.family) for q in questions]
+
+
+def _images(question: Any) -> tuple[Picture.Image, ...]:
+    """A miniature question's pictures: one, or as many as it has."""
+    return tuple(question.images) if hasattr(question, "images") else (question.image,)
+
+
+def read(source: Path) -> list[Sample]:
+    """The samples of a JSONL file of {"image": path or "images": [...], "question", "answer", "task"}.
+
+    Paths are relative to the file; `answer` and `task` may be missing. Every line and every picture is checked first.
+
+    Raises
+    ------
+    CodebookError
+        Naming the line that is wrong, or the picture.
+    """
+    try:
+        lines = source.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CodebookError(f"cannot read {source}: {error}; give a JSONL file or `miniature`") from None
+    samples = [_sample(source, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    if not samples:
+        raise CodebookError(f"{source} holds no samples: {FORMAT}")
+    for path in {image for sample in samples for image in sample.images if isinstance(image, Path)}:
+        if not path.is_file():
+            raise CodebookError(f"{source} names an image that is missing: {path}")
+    return samples
+
+
+FORMAT = (
+    'write lines of {"image": "file.png", "question": "...", "answer": "...", "task": "..."}, the last two optional'
+)
+
+
+def _sample(source: Path, number: int, line: str) -> Sample:
+    try:
+        record = json.loads(line)
+        images = record["images"] if "images" in record else [record["image"]]
+        texts = [record["question"], record.get("answer") or "", record.get("task") or ""]
+        good = isinstance(images, list) and images and all(isinstance(text, str) for text in [*images, *texts])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        good = False
+    if not good:
+        raise CodebookError(f"{source}, line {number}: {FORMAT}")
+    question, answer, task = texts
+    return Sample(tuple(source.parent / image for image in images), question, answer or None, task or "all")
+
+
+def load(name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
+    """`miniature`, or the JSONL file of that name; `split`, `seed` and `count` are the miniature's."""
+    return of_miniature(split, seed, count) if name == MINIATURE else read(Path(name))
+
+
+def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
+    """The same samples in an order in which every stretch has all tasks in about equal numbers."""
+    tasks: dict[str, list[Sample]] = {}
+    for sample in samples:
+        tasks.setdefault(sample.task, []).append(sample)
+    for own in tasks.values():
+        random.Random(seed).shuffle(own)
+    # Each sample at its share of the way through its task: small tasks spread over the whole.
+    placed = [((i + 0.5) / len(own), task, sample) for task, own in tasks.items() for i, sample in enumerate(own)]
+    return [sample for _, _, sample in sorted(placed, key=lambda item: item[:2])]
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """Tells one list of samples from another."""
+    hashed = hashlib.sha256()
+    for sample in samples:
+        hashed.update(json.dumps([sample.question, sample.answer, sample.task]).encode())
+        for image in sample.images:
+            hashed.update(str(image).encode() if isinstance(image, Path) else image.tobytes())
+    return hashed.hexdigest()[:16]

@@ -1,0 +1,289 @@
+"""The information horizon: the layer beyond which visual tokens no longer change the answer (arXiv 2512.07580)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from codebook.analysis.data import Sample, digest
+from codebook.analysis.journal import Journal, identity
+from codebook.analysis.prefill import Cost, Prefill
+from codebook.analysis.prompts import answer_ids, encode
+from codebook.errors import CodebookError
+from codebook.inference import ask
+from codebook.pruning import Drop, Schedule, Stage, remember
+
+EPS = 0.01
+LEVEL = 0.95
+RESAMPLES = 2000
+GROUP = 16
+"""Samples whose answers are generated in one batch."""
+
+Metric = Literal["probability", "accuracy", "generated"]
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What each sample's answer was worth with no visual token from each layer on.
+
+    Attributes
+    ----------
+    tasks : list[str]
+        Of each sample.
+    full : (N,) float64
+        The unpruned model's.
+    pruned : (N, layers) float64
+        With all visual tokens removed from the input of layer l on, for l from `start` to the last.
+    start : int
+        0, before the LLM; 1 where answers were generated.
+    """
+
+    tasks: list[str]
+    full: np.ndarray
+    pruned: np.ndarray
+    start: int = 0
+
+    @property
+    def layers(self) -> int:
+        """Of the decoder."""
+        return self.start + self.pruned.shape[1]
+
+    @property
+    def loss(self) -> np.ndarray:
+        """(N, layers): what removing costs; negative where it helps."""
+        return self.full[:, None] - self.pruned
+
+    def by_task(self) -> dict[str, np.ndarray]:
+        """Row numbers of each task's samples, tasks in order of their names."""
+        named = np.array(self.tasks)
+        return {task: np.flatnonzero(named == task) for task in sorted(set(self.tasks))}
+
+
+@dataclass(frozen=True)
+class Horizon:
+    """The horizon of one task, or of the mean over tasks.
+
+    Attributes
+    ----------
+    samples : int
+    full : float
+        The unpruned model's mean.
+    pruned, loss, error : lists, one a layer of the sweep
+        Mean with no visual token from each layer on, mean loss, and the standard error of that: None where a task has
+        one sample only.
+    layer : int
+        Smallest l whose loss is at most eps there and at every later layer; L if there is none.
+    interval : (int, int)
+        Of `layer`, by the bootstrap over samples.
+    safe : int
+        Upper end of the interval and a margin: where to prune. L: nowhere.
+    early : list[int]
+        Layers before `layer` whose loss is at most eps too: the curve is not monotone, and they are not safe.
+    gains : list[int]
+        Layers where removing helps by more than eps and two standard errors.
+    """
+
+    samples: int
+    full: float
+    pruned: list[float]
+    loss: list[float]
+    error: list[float | None]
+    layer: int
+    interval: tuple[int, int]
+    safe: int
+    early: list[int]
+    gains: list[int]
+
+
+def first_safe(loss: np.ndarray, eps: float) -> np.ndarray:
+    """Smallest layer from which on all losses are at most eps: loss (..., L) -> (...) int64, L if there is none."""
+    bad = loss > eps
+    last = loss.shape[-1] - bad[..., ::-1].argmax(-1)
+    return np.where(bad.any(-1), last, 0)
+
+
+def horizons(
+    sweep: Sweep,
+    eps: float = EPS,
+    *,
+    margin: int | None = None,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, Horizon]:
+    """The horizon of each task and, as `mean`, of the mean over tasks where there are several.
+
+    Parameters
+    ----------
+    eps
+        Largest loss that counts as none, in the sweep's unit (probability or accuracy).
+    margin
+        Layers added for safety: missing the horizon by a few can collapse a model. Default: one in sixteen, at least 1.
+    level
+        Of the bootstrap's percentile interval: samples are resampled within their tasks.
+    resamples, seed
+        Of the bootstrap.
+    """
+    layers, start = sweep.layers, sweep.start
+    margin = max(1, round(layers / 16)) if margin is None else margin
+    rng = np.random.default_rng(seed)
+    drawn: dict[str, np.ndarray] = {}
+    found: dict[str, Horizon] = {}
+
+    tail = (1 - level) / 2
+
+    def quantile(loss: np.ndarray, q: float, side: Literal["lower", "higher"]) -> int:
+        return start + int(np.quantile(first_safe(loss, eps), q, method=side))
+
+    def one(samples: int, full: float, pruned: np.ndarray, error: np.ndarray, boot: np.ndarray) -> Horizon:
+        loss = full - pruned
+        layer = start + int(first_safe(loss, eps))
+        interval = quantile(boot, tail, "lower"), quantile(boot, 1 - tail, "higher")
+        return Horizon(
+            samples=samples,
+            full=full,
+            pruned=pruned.tolist(),
+            loss=loss.tolist(),
+            error=[e if np.isfinite(e) else None for e in error.tolist()],
+            layer=layer,
+            interval=interval,
+            safe=min(layers, max(layer, interval[1]) + margin),
+            early=(start + np.flatnonzero(loss[: layer - start] <= eps)).tolist(),
+            gains=(start + np.flatnonzero(-loss > np.maximum(eps, 2 * error))).tolist(),
+        )
+
+    by_task, errors = sweep.by_task(), {}
+    for task, rows in by_task.items():
+        own, n = sweep.loss[rows], len(rows)
+        drawn[task] = rng.multinomial(n, np.full(n, 1 / n), resamples) @ own / n
+        # Of one sample nothing is known about the spread.
+        errors[task] = own.std(0, ddof=1) / n**0.5 if n > 1 else np.full(own.shape[1], np.inf)
+        found[task] = one(n, float(sweep.full[rows].mean()), sweep.pruned[rows].mean(0), errors[task], drawn[task])
+    if len(by_task) > 1:
+        full, pruned = (np.mean([x[rows].mean(0) for rows in by_task.values()], 0) for x in (sweep.full, sweep.pruned))
+        error = np.sqrt(np.sum([e**2 for e in errors.values()], 0)) / len(by_task)
+        boot = np.mean(list(drawn.values()), 0)
+        found["mean"] = one(len(sweep.tasks), float(full), np.asarray(pruned), error, boot)
+    return found
+
+
+def sweep(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    metric: Metric = "probability",
+    file: Path | None = None,
+    done: Callable[[int], None] = lambda count: None,
+) -> tuple[Sweep, Cost]:
+    """Remove all visual tokens from each layer on, one layer after the other.
+
+    Parameters
+    ----------
+    samples
+        Those without an answer are measured against the unpruned model's own.
+    metric
+        `probability` of the answer's first token; `accuracy`: whether it is the most probable one; `generated`:
+        the score of a generated answer, which costs an answer a layer.
+    file
+        Where every finished sample is kept; called again, the sweep goes on.
+    done
+        Hears how many samples are done.
+
+    Returns
+    -------
+    Sweep
+    Cost
+        Of the prefills and their continuations that this call ran; none for `generated`.
+    """
+    if not samples:
+        raise CodebookError("there are no samples to sweep: give one at least")
+    about = {
+        "model": identity(model),
+        "data": digest(samples),
+        "kind": "generated" if metric == "generated" else "first",
+    }
+    journal, cost = Journal(file, about), Cost()
+    if metric == "generated":
+        _generate(model, processor, samples, journal, done)
+    else:
+        for i, sample in enumerate(samples):
+            if str(i) not in journal:
+                record, own = _first_token(model, processor, sample)
+                journal.add(str(i), record)
+                cost += own
+            done(i + 1)
+    records = [journal[str(i)] for i in range(len(samples))]
+    full, pruned = (np.array([r[metric][part] for r in records], dtype=np.float64) for part in ("full", "pruned"))
+    return Sweep([sample.task for sample in samples], full, pruned, start=int(metric == "generated")), cost
+
+
+def _first_token(model: Any, processor: Any, sample: Sample) -> tuple[dict[str, Any], Cost]:
+    prefill = Prefill.of(model, encode(model, processor, [sample]))
+    target = int(prefill.logits.argmax()) if sample.answer is None else answer_ids(processor, sample)[0]
+    kept = torch.zeros(prefill.layers, len(prefill.visual), dtype=torch.bool, device=prefill.visual.device)
+    logits = torch.cat([prefill.logits[None], prefill.answers(range(prefill.layers), kept)])
+    values: Mapping[str, torch.Tensor] = {
+        "probability": logits.softmax(-1)[:, target], "accuracy": (logits.argmax(-1) == target).float()
+    }  # fmt: skip
+    record = {
+        k: {"full": round(float(v[0]), 7), "pruned": [round(x, 7) for x in v[1:].tolist()]} for k, v in values.items()
+    }
+    return record, prefill.cost
+
+
+def _generate(
+    model: Any, processor: Any, samples: Sequence[Sample], journal: Journal, done: Callable[[int], None]
+) -> None:
+    layers = len(model.get_decoder().layers)
+    for start in range(0, len(samples), GROUP):
+        group = list(samples[start : start + GROUP])
+        if str(start + len(group) - 1) not in journal:
+            pictures, questions = [s.pictures() for s in group], [s.question for s in group]
+            answers = {}
+            with remember(model):
+                for at in [layers, *range(1, layers)]:
+                    schedule = Schedule([Stage(at, 0, Drop())] if at < layers else [])
+                    answers[at] = [a.text for a in ask(model, processor, pictures, questions, schedule)]
+            for i, sample in enumerate(group):
+                own = sample if sample.answer is not None else sample.answered(answers[layers][i])
+                # A schedule keeps one token before the LLM at least: layer 1 is as early as it gets.
+                scores = [own.score(answers[at][i]) for at in range(1, layers)]
+                record = {"full": own.score(answers[layers][i]), "pruned": scores}
+                journal.add(str(start + i), {"generated": record})
+        done(start + len(group))
+
+
+def table(found: Mapping[str, Horizon], layers: int) -> str:
+    """The horizons as plain text, and what their curves hold besides."""
+
+    def name(layer: int) -> str:
+        return str(layer) if layer < layers else "none"
+
+    lines = [f"{'task':<12}{'samples':>8}{'unpruned':>10}{'horizon':>9}{'interval':>10}{'safe from':>11}"]
+    notes = []
+    for task, one in found.items():
+        between = f"{name(one.interval[0])}-{name(one.interval[1])}"
+        lines.append(
+            f"{task:<12}{one.samples:>8}{one.full:>10.3f}{name(one.layer):>9}{between:>10}{name(one.safe):>11}"
+        )
+        if one.early:
+            notes.append(
+                f"{task}: not monotone, the loss is small at layer {_runs(one.early)} too, but not at all later ones"
+            )
+        if one.gains:
+            notes.append(f"{task}: removing all visual tokens helps at layer {_runs(one.gains)}")
+    deepest = max(one.safe for one in found.values())
+    last = f"safe for every task: from layer {deepest} of {layers}"
+    return "\n".join([*lines, *notes, last if deepest < layers else "no layer is safe for every task"])
+
+
+def _runs(layers: Sequence[int]) -> str:
+    """Layers in ascending order, neighbours joined: 1-4, 7."""
+    starts = [a for a in layers if a - 1 not in layers]
+    ends = [b for b in layers if b + 1 not in layers]
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

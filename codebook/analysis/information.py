@@ -1,0 +1,125 @@
+"""Token information: how much one visual token alone, from some layer on, tells the model about the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codebook.analysis.prefill import BATCH, Cost, Prefill
+from codebook.errors import CodebookError
+from codebook.models import Image
+
+
+@dataclass(frozen=True)
+class Information:
+    """Token information of one sample, in probability.
+
+    Attributes
+    ----------
+    layers
+        Where it was measured.
+    windows
+        The visual tokens of each window, counted over all images of the prompt in raster order.
+    values : (layers, windows) float32
+        Probability of the answer's first token with only that window from the layer on, minus that with none; or, left
+        out, that with all visual tokens minus that with all but the window.
+    none : (layers,) float32
+        Probability with no visual token from the layer on.
+    full : float
+        Probability of the unpruned model.
+    target : int
+        The answer's first token.
+    cost : Cost
+    """
+
+    layers: list[int]
+    windows: list[list[int]]
+    values: Tensor
+    none: Tensor
+    full: float
+    target: int
+    cost: Cost
+
+    @property
+    def mean(self) -> Tensor:
+        """(layers,) float32: mean over the windows; beyond the information horizon both it and `variance` vanish."""
+        return self.values.mean(1)
+
+    @property
+    def variance(self) -> Tensor:
+        """(layers,) float32: variance over the windows."""
+        return self.values.var(1, correction=0)
+
+
+def token_information(
+    model: Any,
+    inputs: Any,
+    layers: Sequence[int] | None = None,
+    *,
+    window: int = 1,
+    target: int | None = None,
+    leave_one_out: bool = False,
+    batch_size: int = BATCH,
+) -> Information:
+    """Information of every visual token, or window of them, of one sample (arXiv 2512.07580, I_l).
+
+    Parameters
+    ----------
+    model
+        A stock model, in eval mode.
+    inputs
+        As the processor makes them, of one sample without padding.
+    layers
+        Whose inputs lose the tokens; 0 is before the LLM. Default: every layer.
+    window
+        Side of the square windows that the image's grid is cut into; those at its right and lower edges may be smaller.
+    target
+        The answer's first token (`codebook.analysis.prompts.answer_ids`). None: the unpruned model's own.
+    leave_one_out
+        Remove one window instead of all others: p(all) - p(all but the window).
+    batch_size
+        Sequences in one forward: memory against speed.
+
+    Returns
+    -------
+    Information
+
+    Raises
+    ------
+    CodebookError
+        If the model, the inputs or a layer is not supported.
+    """
+    prefill = Prefill.of(model, inputs)
+    layers = list(range(prefill.layers) if layers is None else layers)
+    if not layers or min(layers) < 0 or max(layers) >= prefill.layers:
+        raise CodebookError(f"choose layers from 0 to {prefill.layers - 1}, not {layers}")
+    if window < 1:
+        raise CodebookError(f"a window of {window} tokens a side is none: choose 1 or more")
+    parts, n = windows(prefill.images, window), len(prefill.visual)
+    alone = torch.zeros(len(parts) + 1, n, dtype=torch.bool, device=prefill.visual.device)
+    for row, part in enumerate(parts, 1):
+        alone[row, part] = True
+    kept = torch.cat([alone[:1], ~alone[1:]]) if leave_one_out else alone
+    variants = [layer for layer in layers for _ in kept]
+    logits = prefill.answers(variants, kept.repeat(len(layers), 1), batch_size)
+    own = int(prefill.logits.argmax()) if target is None else target
+    p = logits.softmax(-1)[:, own].view(len(layers), -1)
+    full = float(prefill.logits.softmax(-1)[own])
+    values = full - p[:, 1:] if leave_one_out else p[:, 1:] - p[:, :1]
+    return Information(layers, parts, values, p[:, 0], full, own, prefill.cost)
+
+
+def windows(images: Sequence[Image], side: int) -> list[list[int]]:
+    """The images' visual tokens, cut into square windows of `side` a side, in raster order of the windows."""
+    found, before = [], 0
+    for image in images:
+        for top in range(0, image.rows, side):
+            for left in range(0, image.cols, side):
+                rows, cols = range(top, min(top + side, image.rows)), range(left, min(left + side, image.cols))
+                found.append([before + r * image.cols + c for r in rows for c in cols])
+        before += image.count
+    return found

@@ -1,0 +1,203 @@
+"""One prefill, continued in many ways: what the model would say if visual tokens were dropped at some layer.
+
+A stage at layer l leaves all that happens before l as it is, and whatever stands before the first dropped token for
+good. So one unpruned prefill keeps the input of each layer and the KV cache, and every variant runs only its surviving
+later tokens through its layers l.. on top of the shared keys and values. Variants of different layers run in one batch,
+which each joins at its layer. Exact: survivors keep their positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codebook import models
+from codebook.errors import CodebookError
+from codebook.models import Image
+from codebook.pruning import Schedule
+
+BATCH = 64
+"""Variants in one forward."""
+
+
+@dataclass
+class Cost:
+    """Work done, in tokens times decoder layers.
+
+    Attributes
+    ----------
+    processed
+        By the shared prefill and its continuations.
+    naive
+        By a pruned forward of its own for every variant: all tokens before its layer, the survivors from there on.
+    """
+
+    processed: int = 0
+    naive: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.processed + other.processed, self.naive + other.naive)
+
+
+@dataclass
+class Prefill:
+    """An unpruned prefill of one prompt, and its continuations; made by `of`.
+
+    Attributes
+    ----------
+    visual : (n,) int64
+        Columns of the prompt's visual tokens, all images' in order.
+    images : list[Image]
+        Where they are, and their grids.
+    logits : (vocabulary,) float32
+        Of the first token of the unpruned model's answer.
+    cost : Cost
+        So far.
+    """
+
+    model: Any
+    visual: Tensor
+    images: list[Image]
+    logits: Tensor
+    hidden: list[Tensor] = field(repr=False)
+    given: list[dict[str, Any]] = field(repr=False)
+    cache: Any = field(repr=False)
+    cost: Cost
+
+    @classmethod
+    def of(cls, model: Any, inputs: Any) -> Prefill:
+        """Run a prompt through a stock model.
+
+        Parameters
+        ----------
+        inputs
+            As the processor makes them, of one sample without padding.
+
+        Raises
+        ------
+        CodebookError
+            If the model or the prompt is not supported.
+        """
+        Schedule([])(model)  # refuses what cannot be pruned: family, attention, sliding windows
+        ids = inputs["input_ids"]
+        if len(ids) != 1 or not bool(inputs["attention_mask"].all()):
+            raise CodebookError("a shared prefill is of one sample: pass one row without padding")
+        images = models.family(model).images(model, ids[0].tolist())
+        if not images:
+            raise CodebookError("the prompt shows no image: there is nothing to drop")
+        if images[-1].start + images[-1].count == ids.shape[1]:
+            raise CodebookError("a prompt ends with its visual tokens: put text after the image")
+        layers = model.get_decoder().layers
+        hidden: dict[int, Tensor] = {}
+        given: dict[int, dict[str, Any]] = {}
+        left: dict[int, Tensor] = {}
+
+        def enter(i: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden[i], given[i] = args[0], kwargs
+            if i and args[0] is not left[i - 1]:
+                raise CodebookError(
+                    "this model changes hidden states between its decoder layers, as deepstack does: use another model"
+                )
+
+        def leave(i: int, _: Any, args: tuple[Any, ...], out: Any) -> None:
+            left[i] = out[0] if isinstance(out, tuple) else out
+
+        hooks = [layer.register_forward_pre_hook(partial(enter, i), with_kwargs=True) for i, layer in enumerate(layers)]
+        hooks += [layer.register_forward_hook(partial(leave, i)) for i, layer in enumerate(layers)]
+        try:
+            with torch.inference_mode():
+                out = model(**inputs, use_cache=True, logits_to_keep=1)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        columns = [torch.arange(image.start, image.start + image.count, device=ids.device) for image in images]
+        order = range(len(layers))
+        return cls(
+            model, torch.cat(columns), images, out.logits[0, -1].float(), [hidden[i] for i in order],
+            [given[i] for i in order], out.past_key_values, Cost(ids.shape[1] * len(layers)),
+        )  # fmt: skip
+
+    @property
+    def layers(self) -> int:
+        return len(self.hidden)
+
+    def answers(self, layers: Sequence[int], kept: Tensor, batch_size: int = BATCH) -> Tensor:
+        """Logits of the answer's first token with only some visual tokens left from a layer on.
+
+        Parameters
+        ----------
+        layers : (r,)
+            For each variant the layer whose input loses the tokens; 0 is before the LLM.
+        kept : (r, n) bool
+            The visual tokens that each variant keeps.
+        batch_size
+            Variants in one forward: memory against speed.
+
+        Returns
+        -------
+        (r, vocabulary) float32
+        """
+        length = self.hidden[0].shape[1]
+        stays = torch.ones(len(kept), length, dtype=torch.bool, device=kept.device)
+        stays[:, self.visual] = kept
+        counts, layers = stays.sum(1).tolist(), list(layers)
+        # The last column always runs: its output is the answer.
+        first = torch.where(stays.all(1), length - 1, (~stays).long().argmax(1)).clamp(max=length - 1).tolist()
+        self.cost.naive += sum(length * at + n * (self.layers - at) for at, n in zip(layers, counts, strict=True))
+        out = self.logits.new_empty(len(kept), len(self.logits))
+        # Of one length, and sharing as long a prefix as they can; within a batch in the order in which they join.
+        order = sorted(range(len(kept)), key=lambda r: (counts[r], first[r], layers[r]))
+        while order:
+            rows = [r for r in order[:batch_size] if counts[r] == counts[order[0]]]
+            order = order[len(rows) :]
+            rows.sort(key=layers.__getitem__)
+            prefix = min(first[r] for r in rows)
+            columns = torch.stack([stays[r].nonzero().flatten() for r in rows])[:, prefix:]
+            with torch.inference_mode():
+                out[rows] = self._continue([layers[r] for r in rows], columns, prefix)
+        return out
+
+    def _continue(self, joins: list[int], columns: Tensor, prefix: int) -> Tensor:
+        """Logits (r, vocabulary) of variants in the order of their layers, each with its later columns (r, f)."""
+        lm, f = self.model.get_decoder(), columns.shape[1]
+        now = self.hidden[0][0, :0].new_empty(0, f, self.hidden[0].shape[-1])
+        mask = _mask(f, prefix, now, lm.config._attn_implementation)
+        for i, layer in enumerate(lm.layers):
+            joined = sum(at <= i for at in joins)
+            if not joined:
+                continue
+            now = torch.cat([now, self.hidden[i][0][columns[len(now) : joined]]])
+            rotary = tuple(x[0][columns[:joined]] for x in self.given[i]["position_embeddings"])
+            own = {
+                "attention_mask": mask, "position_embeddings": rotary, "position_ids": None,
+                "past_key_values": _Prefix(self.cache, prefix),
+            }  # fmt: skip
+            out = layer(now, **self.given[i] | own)
+            now = out[0] if isinstance(out, tuple) else out
+            self.cost.processed += joined * f
+        return self.model.get_output_embeddings()(lm.norm(now[:, -1])).float()
+
+
+class _Prefix:
+    """Stands for a KV cache of which every row shares the first `length` columns, and stores nothing."""
+
+    def __init__(self, cache: Any, length: int) -> None:
+        self.cache, self.length = cache, length
+
+    def update(self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        stored = self.cache.layers[layer]
+        rows = [x[:, :, : self.length].expand(len(key), -1, -1, -1) for x in (stored.keys, stored.values)]
+        return torch.cat([rows[0], key], dim=2), torch.cat([rows[1], value], dim=2)
+
+
+def _mask(queries: int, prefix: int, like: Tensor, attention: str) -> Tensor:
+    """(1, 1, f, prefix + f): causal, and all of the prefix."""
+    seen = torch.ones(queries, prefix + queries, dtype=torch.bool, device=like.device).tril(prefix)[None, None]
+    if attention == "sdpa":
+        return seen
+    return torch.zeros_like(seen, dtype=like.dtype).masked_fill(~seen, torch.finfo(like.dtype).min)

@@ -1,0 +1,44 @@
+"""Prompts and answers as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from codebook.analysis.data import Sample
+from codebook.errors import CodebookError
+
+
+def encode(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
+    """The model's inputs for samples, one row a sample, padded on the left, on its device and in its dtype."""
+    if getattr(processor, "chat_template", None) is None:
+        raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
+    texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in samples]
+    pictures = [picture for sample in samples for picture in sample.pictures()]
+    inputs = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
+
+
+def answer_ids(processor: Any, sample: Sample) -> list[int]:
+    """Token ids of a sample's answer where the chat template puts it, without the end of the turn.
+
+    Raises
+    ------
+    CodebookError
+        If the answer has no token.
+    """
+    assert sample.answer is not None
+    answer, tokenizer = sample.answer.strip(), processor.tokenizer
+    prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
+    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+    whole = processor.apply_chat_template([*sample.messages(), turn])
+    # A template that shows an answered turn in another way says nothing about where the answer begins.
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    if answer and whole.startswith(prompt) and answer in whole[len(prompt) :]:
+        before = tokenizer(prompt)["input_ids"]
+        after = tokenizer(whole[: whole.rindex(answer) + len(answer)])["input_ids"]
+        if after[: len(before)] == before:
+            ids = after[len(before) :]
+    if not ids:
+        raise CodebookError(f"the answer {sample.answer!r} to {sample.question!r} has no tokens: leave it out")
+    return ids

@@ -1,0 +1,168 @@
+"""Calibration finds what is behind a known horizon, refuses what is noise, and resumes."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from codebook.analysis import Sample, answers, calibrate, data
+from codebook.analysis.calibration import _Run, _survivors, candidates, work
+from codebook.analysis.journal import Journal
+from codebook.analysis.prompts import encode
+from codebook.errors import CodebookError
+from codebook.pruning import DivPrune, Drop, FastV, Random, Schedule, Stage
+from tests.analysis.conftest import LAYERS, READS
+
+N = 144
+
+
+@pytest.fixture(scope="module")
+def samples(model, processor):
+    """Four of each family; the right answer is the first word that the unpruned model says."""
+    found = []
+    for sample in data.of_miniature("train", 1, 4):
+        with torch.no_grad():
+            top = model(**encode(model, processor, [sample])).logits[0, -1].argmax()
+        found.append(Sample(sample.images, sample.question, processor.tokenizer.decode(top), sample.task))
+    return [sample for sample in found if sample.answer.strip()]
+
+
+def test_candidates_share_one_budget(model):
+    plain, found = candidates(model, "random", 0.25, at=[3, 5])
+    assert str(plain) == "random:36" and plain.budget(N, LAYERS) == 0.25
+    # 36 * 6 = 216 = 3 * (48 + 24) = 3 * 72, and 3 * (57 + 14) = 213: 58 and a quarter of it would be 73, rounded.
+    assert {"random:48, random@3:24", "random:57, random@3:14", "random:72, drop@3"} <= {str(s) for s in found}
+    assert all(0.24 < s.budget(N, LAYERS) <= 0.25 for s in found)
+    assert len({str(s) for s in found}) == len(found) == 10
+    assert not any("drop" in str(s) for s in candidates(model, "random", 0.25, drop=False)[1])
+
+
+def test_candidates_behind_a_first_stage_in_the_decoder(model):
+    plain, found = candidates(model, "fastv@2", 0.5)
+    assert [stage.layer for stage in plain.stages] == [2]
+    assert {tuple(stage.layer for stage in s.stages) for s in found} == {(2, 3), (2, 4), (2, 5)}
+    assert candidates(model, "random", 1.0)[1] == []  # all tokens stay: nothing to give up
+    with pytest.raises(CodebookError, match="layers 3 to 5"):
+        candidates(model, "fastv@2", 0.5, at=[2])
+    for method in ("vtw", "random+drop", "random:1.0, random@3:0.5"):
+        with pytest.raises(CodebookError, match="one method alone"):
+            candidates(model, method, 0.5)
+
+
+@pytest.mark.parametrize("schedule", [
+    Schedule([]), Schedule([Stage(0, 20, Random()), Stage(4, 0, Drop())]), Schedule([Stage(2, 30, FastV())]),
+], ids=str)  # fmt: skip
+def test_probabilities_are_those_of_generation(model, processor, samples, schedule):
+    """Answers of different lengths in one batch, against the steps of generate."""
+    group = [samples[i] for i in answers.groups(processor, samples, range(len(samples)), 3)[0]]
+    assert len(group) == 3
+    inputs = encode(model, processor, group)
+    with schedule(model), torch.no_grad():
+        out = model.generate(
+            **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True,
+            eos_token_id=None,
+        )  # fmt: skip
+    ids = out.sequences[:, inputs["input_ids"].shape[1] :]
+    p = torch.stack(out.logits, 1).softmax(-1).gather(-1, ids[..., None])[..., 0]
+    [batch] = answers.load(model, processor, group)
+    known = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
+    ours = answers.probabilities(model, replace(batch, answers=ids.where(known, 0), known=known), schedule)
+    assert torch.allclose(ours, p * known, atol=1e-5)
+    means = answers.values(model, replace(batch, answers=ids.where(known, 0), known=known), schedule)
+    assert means == pytest.approx([float(p[0].mean()), float(p[1, :2].mean()), float(p[2, 0])], abs=1e-5)
+
+
+def test_tokens_behind_the_horizon_are_spent_before_it(model, processor, samples, tmp_path):
+    """Behind the layers that read, tokens are worth nothing: all of them go, as early as that is free."""
+    plain, found = candidates(model, "random", 0.25, at=range(READS, LAYERS))
+    seen = []
+    result = calibrate(model, processor, samples, plain, found, done=seen.append)
+    assert result.confirmed and result.gain > 1.645 * result.error > 0
+    assert str(result.schedule) == f"random:72, drop@{READS}"
+    assert seen == sorted(seen) and seen[-1] == work(len(found), samples)
+    assert [len(means) for means in result.rounds] == [
+        1 + len(found),
+        1 + _survivors(len(found), 1),
+        1 + _survivors(len(found), 2),
+    ]
+    result.schedule.save(tmp_path / "schedule.json")
+    assert str(Schedule.load(tmp_path / "schedule.json")) == str(result.schedule)
+
+
+def test_noise_is_not_mistaken_for_a_gain(model, processor, samples):
+    """Candidates that differ from the plain method by their seed only."""
+    plain, others = Schedule([Stage(0, 36, Random())]), [Schedule([Stage(0, 36, Random(i))]) for i in range(1, 9)]
+    result = calibrate(model, processor, samples, plain, others)
+    assert result.schedule is plain and not result.confirmed and "keep the plain method" in str(result)
+    worse = calibrate(model, processor, samples, plain, [Schedule([Stage(0, 1, Random())])])
+    assert worse.best is worse.schedule is plain and worse.gain == worse.error == 0
+    assert calibrate(model, processor, samples, plain, []).schedule is plain
+
+
+def test_what_scores_worse_when_generated_is_refused(model, processor, samples, monkeypatch):
+    plain, found = candidates(model, "random", 0.25, at=[READS])
+    monkeypatch.setattr(_Run, "generate", lambda self, schedule, rows: float(schedule is plain))
+    result = calibrate(model, processor, samples, plain, found)
+    assert result.gain > 1.645 * result.error and result.schedule is plain and result.scores == (1, 0)
+
+
+def test_unlabelled_samples_are_answered_by_the_unpruned_model(model, processor, samples, monkeypatch):
+    unlabelled = [Sample(s.images, s.question, None, s.task) for s in samples[:14]]
+    run = _Run(model, processor, unlabelled, Journal(None, {}), lambda count: None)
+    said = iter(range(14))
+    monkeypatch.setattr(
+        "codebook.analysis.calibration.ask", lambda *args: [_Said("" if i == 2 else f"red {i}") for i in said]
+    )
+    assert run.fill_answers() == 1
+    assert [s.answer for s in run.samples] == [f"red {i}" for i in range(14) if i != 2]
+
+
+class _Said:
+    def __init__(self, text):
+        self.text = text
+
+
+def test_a_search_goes_on_where_it_was(model, processor, samples, tmp_path, monkeypatch):
+    plain, found = candidates(model, "random", 0.25, at=[2])
+    samples = samples[:16]
+    whole = calibrate(model, processor, samples, plain, found)
+    file, calls = tmp_path / "search.jsonl", []
+
+    def stop(count):
+        if count > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrate(model, processor, samples, plain, found, file=file, done=stop)
+    values = answers.values
+    monkeypatch.setattr(answers, "values", lambda m, batch, s: calls.append(len(batch.answers)) or values(m, batch, s))
+    again = calibrate(model, processor, samples, plain, found, file=file)
+    assert (str(again.schedule), again.gain, again.rounds) == (str(whole.schedule), whole.gain, whole.rounds)
+    first = sum(calls)
+    calibrate(model, processor, samples, plain, found, file=file)
+    assert 0 < first == sum(calls)  # nothing was left to score
+    with pytest.raises(CodebookError, match="another plain"):
+        calibrate(model, processor, samples, Schedule([Stage(0, 9, DivPrune())]), found, file=file)
+
+
+def test_too_few_samples(model, processor, samples):
+    with pytest.raises(CodebookError, match="too few"):
+        calibrate(model, processor, samples[:11], Schedule([Stage(0, 9, Random())]), [])
+
+
+def test_halving():
+    assert [_survivors(32, i) for i in range(4)] == [32, 11, 4, 1]
+    assert [_survivors(1, i) for i in range(4)] == [1, 1, 1, 1] and _survivors(0, 1) == 0
+    # 16 samples, 8 to search with: 27, 9 and 3 candidates beside the plain one, with 2, 2 and 4 of them; then
+    # the other 8 under two schedules, by probability and by generation.
+    assert work(27, [Sample((), "q", "a")] * 16) == 28 * 2 + 10 * 2 + 4 * 4 + 4 * 8
+
+
+def test_paired_differences_by_task():
+    """By hand: task a has differences 0.1 and 0.3, mean 0.2, variance 0.02; task b has one, 0.4."""
+    run = _Run(None, None, [Sample((), "", "x", task) for task in "aab"], Journal(None, {}), lambda count: None)
+    one, other = Schedule([Stage(0, 1, Random())]), Schedule([Stage(0, 2, Random())])
+    run.values = {str(one): {0: 0.5, 1: 0.9, 2: 0.8}, str(other): {0: 0.4, 1: 0.6, 2: 0.4}}
+    assert run.difference(one, other, range(3)) == pytest.approx((0.3, np.sqrt(0.02 / 2) / 2))
+    assert run.mean(one, range(3)) == pytest.approx(0.75)

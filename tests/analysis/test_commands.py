@@ -1,0 +1,83 @@
+"""`codebook horizon` and `codebook calibrate`, end to end on the embedded model."""
+
+import json
+
+import pytest
+
+from codebook import cli
+from codebook.analysis import data
+
+
+@pytest.fixture
+def run(capfd):
+    def call(*argv):
+        try:
+            cli.main([str(a) for a in argv])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    """Sixteen questions of two tasks, those of one without answers."""
+    folder = tmp_path_factory.mktemp("data")
+    samples = [s for s in data.of_miniature("train", 3, 8) if s.task in ("exist", "attr")]
+    with (folder / "data.jsonl").open("w") as out:
+        for i, sample in enumerate(samples):
+            sample.pictures()[0].save(folder / f"{i}.png")
+            answer = {"answer": sample.answer} if sample.task == "attr" else {}
+            record = {"image": f"{i}.png", "question": sample.question, "task": sample.task} | answer
+            out.write(json.dumps(record) + "\n")
+    return folder / "data.jsonl"
+
+
+def test_horizon(run, file, tmp_path):
+    out = tmp_path / "out"
+    code, shown, _ = run("horizon", "miniature", "--data", file, "--out", out)
+    assert code == 0 and shown.splitlines()[0].split()[:3] == ["task", "samples", "unpruned"]
+    assert {"attr", "exist", "mean"} <= {line.split()[0] for line in shown.splitlines() if line}
+    report = json.loads((out / "horizon.json").read_text())
+    assert (report["samples"], report["labelled"], report["layers"]) == (16, 8, 12)
+    assert report["horizons"]["exist"]["full"] > 0.5 and len(report["horizons"]["mean"]["loss"]) == 12
+    assert (out / "horizon.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in out.iterdir()) == ["first-token.jsonl", "horizon.json", "horizon.png"]
+    code, again, _ = run("horizon", "miniature", "--data", file, "--out", out, "--json", "--metric", "accuracy")
+    assert code == 0 and json.loads(again)["cost"] == {"processed": 0, "naive": 0}  # all from the journal
+    assert json.loads(again)["horizons"]["exist"]["full"] == 1  # the model's own answers
+
+
+def test_calibrate_and_prune_with_what_it_wrote(run, file, tmp_path):
+    out = tmp_path / "schedule.json"
+    given = ("--data", file, "--method", "divprune", "--keep", "0.1", "--out", out)
+    code, shown, err = run("calibrate", "miniature", *given, "--json")
+    assert code == 0, err
+    report = json.loads(shown)
+    assert report["plain"] == "divprune:14" and report["keep"] <= 0.1 and report["best"] in report["rounds"][-1]
+    assert report["confirmed"] == (report["schedule"] != report["plain"])
+    assert list(tmp_path.iterdir()) == [out]
+    code, answer, _ = run("prune", "miniature", "--schedule", out, "--image", file.parent / "0.png", "--ask",
+                          "is there a red circle?", "--json")  # fmt: skip
+    assert code == 0 and json.loads(answer)["schedule"] == report["schedule"]
+
+
+@pytest.mark.parametrize(("argv", "words"), [
+    (["horizon", "miniature", "--data", "DATA", "--metric", "bleu"], ["no metric 'bleu'", "probability"]),
+    (["horizon", "miniature", "--data", "nowhere.jsonl"], ["cannot read nowhere.jsonl"]),
+    (["horizon", "miniature", "--data", "miniature", "--split", "all"], ["all"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "schedule"], ["name a .json file"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "no/where.json"], ["no folder no"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "1.5", "--out", "s.json"], ["keep must be"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--method", "vtw"],
+     ["one method"]),
+])  # fmt: skip
+def test_refusals_are_one_line(run, file, tmp_path, monkeypatch, argv, words):
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(*[file if a == "DATA" else a for a in argv])
+    assert code == 2 and not out and not list(tmp_path.iterdir())
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and all(word in last for word in words), err
+    assert "Traceback" not in err

@@ -1,0 +1,84 @@
+"""Samples from files and from the miniature, and the tokens of their answers."""
+
+import json
+
+import pytest
+
+from codebook import miniature
+from codebook.analysis import Sample, data
+from codebook.analysis.prompts import answer_ids
+from codebook.errors import CodebookError
+
+
+@pytest.fixture
+def picture(tmp_path):
+    return miniature.write_images(tmp_path / "images", 1)[0]
+
+
+def write(tmp_path, *records):
+    file = tmp_path / "data.jsonl"
+    file.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in records))
+    return file
+
+
+def test_a_file_of_samples(tmp_path, picture):
+    name = str(picture.relative_to(tmp_path))
+    file = write(
+        tmp_path,
+        {"image": name, "question": "q", "answer": "a b", "task": "t", "more": 1},
+        "",
+        {"images": [name, name], "question": "r"},
+    )
+    one, two = data.load(str(file))
+    assert (one.answer, one.task, len(one.pictures())) == ("a b", "t", 1)
+    assert (two.answer, two.task, len(two.pictures())) == (None, "all", 2)
+    assert [one.score(text) for text in ("A  b", "a", "b a")] == [1, 0, 0]
+
+
+WRONG = [
+    '{"image": 1, "question": "q"}',
+    '{"question": "q"}',
+    '{"image": "x", "question": "q", "answer": 3}',
+    "[]",
+    "{",
+]
+
+
+@pytest.mark.parametrize("record", WRONG)
+def test_a_wrong_line_is_named(tmp_path, record):
+    with pytest.raises(CodebookError, match="line 1: write lines of"):
+        data.read(write(tmp_path, record))
+
+
+def test_missing_files_are_named(tmp_path):
+    with pytest.raises(CodebookError, match=r"missing: .*nowhere\.png"):
+        data.read(write(tmp_path, {"image": "nowhere.png", "question": "q"}))
+    with pytest.raises(CodebookError, match="cannot read"):
+        data.read(tmp_path / "nothing.jsonl")
+    with pytest.raises(CodebookError, match="no samples"):
+        data.read(write(tmp_path, ""))
+
+
+def test_every_stretch_of_mixed_samples_has_all_tasks():
+    samples = [Sample((), str(i), "a", task) for task, n in (("a", 8), ("b", 4)) for i in range(n)]
+    order = data.mixed(samples, seed=3)
+    assert sorted(order, key=repr) == sorted(samples, key=repr)
+    assert [sum(s.task == "a" for s in order[i : i + 3]) for i in range(0, 12, 3)] == [2, 2, 2, 2]
+    assert order == data.mixed(samples, seed=3) != data.mixed(samples, seed=4)
+    assert data.digest(order) != data.digest(samples)
+
+
+def test_samples_of_the_miniature_are_scored_its_way():
+    samples = data.of_miniature("train", 0, 1)
+    assert [s.task for s in samples] == list(miniature.FAMILIES)
+    box = next(s for s in samples if s.task == "box")
+    assert box.score(box.answer) == 1 and box.score("p0") == 0
+
+
+def test_answers_are_tokens_behind_the_prompt(processor):
+    ids = answer_ids(processor, Sample((None,), "read the number.", " 4 7 ", "ocr"))
+    assert processor.tokenizer.convert_ids_to_tokens(ids) == ["4", "7"]
+    same = Sample((None,), "is there a yes?", "yes")  # the answer's word stands in the question too
+    assert processor.tokenizer.convert_ids_to_tokens(answer_ids(processor, same)) == ["yes"]
+    with pytest.raises(CodebookError, match="has no tokens"):
+        answer_ids(processor, Sample((None,), "q", " "))

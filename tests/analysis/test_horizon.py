@@ -1,0 +1,149 @@
+"""Horizons of known curves, of a model that goes blind at a known layer, and sweeps against pruned forwards."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from codebook import miniature
+from codebook.analysis import Sample, Sweep, data, horizons, plot, sweep
+from codebook.analysis.horizon import _runs, first_safe, table
+from codebook.analysis.prompts import answer_ids, encode
+from codebook.errors import CodebookError
+from codebook.pruning import Drop, Schedule, Stage
+from tests.analysis.conftest import LAYERS, READS
+
+
+@pytest.fixture(scope="module")
+def samples():
+    """Two of each of three families; those of the last have no answer."""
+    chosen = [s for s in data.of_miniature("train", 0, 2) if s.task in ("exist", "rel", "ocr")]
+    return [Sample(s.images, s.question, None if s.task == "ocr" else s.answer, s.task) for s in chosen]
+
+
+def test_first_safe_of_known_curves():
+    curves = [
+        ([0.9, 0.5, 0.2, 0.01, 0.0], 3),
+        ([0.9, 0.0, 0.0, 0.3, 0.0], 4),  # small losses before a large one are not safe
+        ([0.0, 0.0, 0.0, 0.0, 0.0], 0),
+        ([0.9, 0.5, 0.4, 0.3, 0.2], 5),  # nowhere
+        ([0.9, -0.5, 0.0, -0.3, 0.05], 1),  # at most eps: a gain is no loss, and eps itself is allowed
+    ]
+    losses, layers = zip(*curves, strict=True)
+    assert first_safe(np.array(losses), 0.05).tolist() == list(layers)
+    assert [int(first_safe(np.array(loss), 0.05)) for loss in losses] == list(layers)
+
+
+def test_a_hand_made_sweep():
+    """Two tasks of two samples and four layers, all samples of a task alike: nothing to resample."""
+    full, pruned = np.ones(4), np.array([[0.0, 1.0, 0.6, 1.0]] * 2 + [[0.0, 0.2, 1.0, 1.1]] * 2)
+    found = horizons(Sweep(["a", "a", "b", "b"], full, pruned), 0.05, margin=1)
+    assert list(found) == ["a", "b", "mean"]
+    a, b, mean = found.values()
+    assert (a.layer, a.interval, a.safe, a.early, a.gains) == (3, (3, 3), 4, [1], [])
+    assert (b.layer, b.interval, b.safe, b.early, b.gains) == (2, (2, 2), 3, [], [3])
+    assert (mean.layer, mean.samples, mean.full) == (3, 4, 1.0)
+    assert mean.loss == pytest.approx([1, 0.4, 0.2, -0.05]) and mean.error == [0, 0, 0, 0]
+    shown = table(found, 4)
+    assert "a: not monotone, the loss is small at layer 1 too" in shown
+    assert "b: removing all visual tokens helps at layer 3" in shown and "no layer is safe for every task" in shown
+
+
+def test_tasks_weigh_the_same_in_the_mean_and_errors_are_paired():
+    full = np.array([1.0, 0.0, 1.0])
+    pruned = np.array([[0.5], [-0.5], [0.8]])  # losses 0.5, 0.5 and 0.2: paired, the first task's do not spread
+    found = horizons(Sweep(["a", "a", "b"], full, pruned), 0.1)
+    assert found["mean"].loss == pytest.approx([0.35])
+    assert found["a"].error == pytest.approx([0]) and found["b"].error == [None]
+    apart = horizons(Sweep(["a"] * 4, np.array([1.0, 1, 0, 0]), np.zeros((4, 1))), 0.1)["a"]
+    assert apart.error == pytest.approx([(1 / 3) ** 0.5 / 2])
+
+
+def test_the_interval_is_that_of_a_plain_bootstrap():
+    rng = np.random.default_rng(5)
+    loss = np.clip(rng.normal([0.6, 0.3, 0.06, 0.04, 0.02, 0.0], 0.3, (40, 6)), -1, 1)
+    drawn = [first_safe(loss[rng.integers(0, 40, 40)].mean(0), 0.05) for _ in range(4000)]
+    expected = tuple(np.quantile(drawn, [0.025, 0.975]).round().astype(int))
+    own = Sweep(["all"] * 40, np.zeros(40), -loss)
+    found = horizons(own, 0.05, seed=1)["all"]
+    assert found.interval == expected and expected[0] < expected[1]
+    assert horizons(own, 0.05, seed=1)["all"] == found
+    assert list(horizons(own, 0.05)) == ["all"]  # one task: no mean over tasks
+
+
+def test_the_horizon_of_a_model_that_goes_blind(model, processor, samples):
+    own = [Sample(s.images, s.question, None, s.task) for s in samples if s.task != "rel"]
+    found = horizons(sweep(model, processor, own)[0], 1e-6, margin=0)
+    assert {task: (one.layer, one.interval) for task, one in found.items()} == dict.fromkeys(
+        found, (READS, (READS,) * 2)
+    )
+    assert found["mean"].loss[READS - 1] > 0.1 and found["mean"].loss[READS:] == pytest.approx([0] * 3, abs=1e-6)
+
+
+def test_a_sweep_equals_pruned_forwards(model, processor, samples):
+    swept, cost = sweep(model, processor, samples)
+    right, _ = sweep(model, processor, samples, "accuracy")
+    for i, sample in enumerate(samples):
+        inputs = encode(model, processor, [sample])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+            target = logits.argmax() if sample.answer is None else answer_ids(processor, sample)[0]
+            assert swept.full[i] == pytest.approx(float(logits.softmax(-1)[target]), abs=1e-6)
+            for layer in range(1, LAYERS):
+                with Schedule([Stage(layer, 0, Drop())])(model):
+                    pruned = model(**inputs).logits[0, -1]
+                assert swept.pruned[i, layer] == pytest.approx(float(pruned.softmax(-1)[target]), abs=1e-6)
+                assert right.pruned[i, layer] == float(pruned.argmax() == target)
+    own = [full for sample, full in zip(samples, right.full, strict=True) if sample.answer is None]
+    assert own == [1, 1]  # without an answer the model's own is the right one
+    assert 0 < cost.processed < cost.naive
+
+
+def test_answers_are_scored_by_generation(samples):
+    loaded, own = miniature.load()
+    one = [sample for sample in samples if sample.task == "exist"]
+    swept, cost = sweep(loaded, own, one, "generated")
+    assert swept.start == 1 and swept.pruned.shape == (2, swept.layers - 1) and not cost.processed
+    assert set(np.unique(swept.pruned)) <= {0.0, 1.0}
+    found = horizons(swept, 0.05)["exist"]
+    assert 1 <= found.layer <= found.safe <= swept.layers
+
+
+def test_a_sweep_goes_on_where_it_was(model, processor, samples, tmp_path):
+    file, seen = tmp_path / "new" / "sweep.jsonl", []
+
+    def stop(count):
+        seen.append(count)
+        if count == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sweep(model, processor, samples, file=file, done=stop)
+    file.write_text(file.read_text() + '{"name": "4", "val')  # cut off by a kill
+    again, cost = sweep(model, processor, samples, file=file)
+    whole, all_ = sweep(model, processor, samples)
+    assert np.array_equal(again.pruned, whole.pruned) and np.array_equal(again.full, whole.full)
+    assert 0 < cost.processed < all_.processed
+    assert [json.loads(line)["name"] for line in file.read_text().splitlines()[1:]] == list("012345")
+    assert sweep(model, processor, samples, file=file)[1].processed == 0
+    with pytest.raises(CodebookError, match="another data"):
+        sweep(model, processor, samples[1:], file=file)
+    file.write_text("not a journal\n")
+    with pytest.raises(CodebookError, match="no journal"):
+        sweep(model, processor, samples, file=file)
+
+
+def test_the_curve_is_drawn(tmp_path):
+    full, pruned = np.ones(3), np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 0.5]])
+    plot.draw(horizons(Sweep(["a", "a", "b"], full, pruned)), 0, "probability", tmp_path / "curve.png")
+    assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_neighbouring_layers_are_joined():
+    assert _runs([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8" and _runs([]) == ""
+
+
+def test_no_samples():
+    with pytest.raises(CodebookError, match="no samples"):
+        sweep(None, None, [])
