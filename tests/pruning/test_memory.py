@@ -50,7 +50,9 @@ def test_the_tower_runs_once_and_answers_are_equal(model, encoded):
         for schedule, expected in zip(SCHEDULES, plain, strict=True):
             for inputs, (ids, logits, kept) in zip(questions, expected, strict=True):
                 again = answer(model, inputs, schedule)
-                assert torch.equal(again[0], ids) and torch.equal(again[1], logits)
+                assert torch.equal(again[0], ids)
+                # Remembered features are copies: other strides, which may round the last bit differently.
+                torch.testing.assert_close(again[1], logits, atol=1e-5, rtol=0)
                 assert all(map(torch.equal, again[2][0], kept[0]))
     assert encoded == [1, 1]  # the image, and once at the smaller size
 
