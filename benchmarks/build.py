@@ -61,7 +61,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     compare_ = commands.add_parser("compare")
-    compare_.add_argument("--images", type=int, default=40)
+    compare_.add_argument("--images", type=int, default=20)
+    compare_.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     grow_ = commands.add_parser("grow")
     grow_.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
     kills_ = commands.add_parser("kills")
@@ -84,7 +85,7 @@ def main() -> None:
         elif options.command == "points":
             points(options.count)
         elif options.command == "compare":
-            compare(Path(folder), options.images)
+            compare(Path(folder), options.images, options.settings)
         elif options.command == "grow":
             grow(Path(folder), options.counts)
         elif options.command == "kills":
@@ -111,9 +112,9 @@ def measure(folder: Path, out: Path, way: str, name: str) -> None:
     }))  # fmt: skip
 
 
-def compare(folder: Path, count: int) -> None:
+def compare(folder: Path, count: int, names: list[str]) -> None:
     images = scenes(folder, count)
-    for name in SETTINGS:
+    for name in names:
         print(f"\n{name}: {SETTINGS[name] or 'the miniature as it ships'}, {count} images")
         print(f"{'way':<12}{'wall s':>8}{'CPU s':>8}{'forwards':>10}{'tokens':>10}{'MiB':>7}")
         rows = {}
@@ -166,10 +167,13 @@ def on_paper(funnel: dict[str, int], count: int) -> None:
 
 
 def grow(folder: Path, counts: list[int]) -> None:
-    print(f"{'images':>8}{'wall s':>9}{'s/image':>9}{'MiB':>7}")
+    print(f"{'images':>8}{'wall s':>9}{'CPU s':>9}{'CPU s/image':>13}{'MiB':>7}")
     for count in counts:
         row = run("one", scenes(folder / str(count), count), folder / f"out-{count}", "cascade", "preset")
-        print(f"{count:>8}{row['seconds']:>9.1f}{row['seconds'] / count:>9.4f}{row['memory']:>7.0f}", flush=True)
+        print(
+            f"{count:>8}{row['seconds']:>9.1f}{row['cpu']:>9.1f}{row['cpu'] / count:>13.4f}{row['memory']:>7.0f}",
+            flush=True,
+        )
 
 
 def kills(folder: Path, images: int, count: int) -> None:

@@ -17,9 +17,9 @@ from PIL import Image
 
 from codebook import Codebook, RedundancyCodebook, Schedule, Stage, load, miniature
 from codebook.building import preset
-from codebook.building.pool import recurrent
 from codebook.building.cascade import survivors
 from codebook.building.clustering import dpc_knn
+from codebook.building.pool import recurrent
 from codebook.building.probes import Prober
 from codebook.evaluation import mean, score, standard_error
 from codebook.miniature.scenes import scene
