@@ -252,6 +252,37 @@ def test_build_skips_broken_images_and_says_so(run, refused, tmp_path):
     refused(*build(images, tmp_path / "book", "--tau-p", 1, "--tau-j", 98), words=["another build", "tau_j", "--out"])
 
 
+def test_extend_merge_and_sheet(run, refused, tmp_path):
+    """Two scenes, then two more, or two and two: the codebook of four, and the picture of where it came from."""
+    scenes = miniature.write_images(tmp_path / "all", 4)
+    for name, own in (("a", scenes[:2]), ("b", scenes[2:])):
+        (tmp_path / name).mkdir()
+        for path in own:
+            (tmp_path / name / path.name).write_bytes(path.read_bytes())
+    loose = ["--tau-p", 1, "--tau-j", 99, "--dtype", "float32", "--batch", 8]
+    for name in ("all", "a", "b"):
+        assert run(*build(tmp_path / name, tmp_path / f"book-{name}", *loose))[0] == 0
+    more = ["--images", tmp_path / "b", "--out", tmp_path / "ext", "--batch", 8, "--json"]
+    code, out, _ = run("extend", tmp_path / "book-a", *more)
+    assert code == 0 and json.loads(out)["used"] == 4
+    assert run("merge", tmp_path / "book-a", tmp_path / "book-b", "--out", tmp_path / "merged")[0] == 0
+    for path in (tmp_path / "book-all").iterdir():
+        for name in ("ext", "merged"):
+            assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
+    picture = tmp_path / "sheet.png"
+    shown = ["inspect", tmp_path / "ext", "--sheet", picture]
+    assert run(*shown, "--images", tmp_path / "a", "--images", tmp_path / "b")[0] == 0
+    assert Image.open(picture).width > 1000
+    picture.unlink()
+    refused(*shown, words=["--sheet needs --images"])
+    refused(*shown, "--images", tmp_path / "nowhere", words=["no such folder"])
+    refused("extend", tmp_path / "none", "--images", tmp_path / "b", "--out", tmp_path / "x", words=["no such folder"])
+    [prebuilt] = json.loads(run("list", "--json")[1])
+    refused("merge", tmp_path / "ext", prebuilt["folder"], "--out", tmp_path / "x", words=["survivors", "again"])
+    refused(*build(tmp_path / "a", tmp_path / "x", "--dtype", "int8"), words=["int8", "bfloat16"])
+    assert not (tmp_path / "x").exists() and not picture.exists()
+
+
 def test_build_without_images_or_prototypes(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     refused(*build(tmp_path / "empty", tmp_path / "book"), words=["no image", ".png"])

@@ -15,7 +15,7 @@ from codebook.building.presets import Settings
 from codebook.building.probes import Prober
 from codebook.models import Family
 
-MARGIN = 0.01
+MARGIN = 0.002
 """A value this close to its threshold, relatively, is computed again in a forward of its own before it decides."""
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from codebook.building.builder import Engine, Outcome, Worker
 from codebook.errors import CodebookError
 
+PATIENCE = 5.0
+"""Seconds to wait for a cluster's address to answer."""
 RETRIES = 3
 """Times that an image goes to another actor when the one that had it dies."""
 
@@ -38,6 +41,13 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
         import ray
     except ImportError:
         raise CodebookError("ray is not installed: `pip install codebook[ray]`, or leave --engine out") from None
+
+    if address is not None and ":" in address:  # Ray itself tries for many minutes
+        host, _, port = address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+        except (OSError, ValueError) as error:
+            raise CodebookError(f"no Ray cluster at {address}: {error}; check --address") from None
 
     class Actor:
         def __init__(self) -> None:

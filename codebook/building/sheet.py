@@ -44,7 +44,7 @@ def sheet(
     chosen = sorted(clusters, key=lambda cluster: (-sizes[cluster], cluster))[:CLUSTERS]
     width = LABEL + IMAGES * (SIDE + GAP) + GAP
     page = Image.new("RGB", (width, 60 + len(chosen) * (SIDE + GAP) + GAP), "white")
-    draw, font, large = ImageDraw.Draw(page), ImageFont.load_default(15), ImageFont.load_default(22)
+    draw, font, large = ImageDraw.Draw(page), ImageFont.load_default(18), ImageFont.load_default(24)
     draw.text((GAP, 18), title, INK, large)
     shown, missing = 0, ""
     for i, cluster in enumerate(chosen):
@@ -52,7 +52,7 @@ def sheet(
         rows = list(clusters[cluster].values())
         words = (f"cluster {cluster}", f"{sizes[cluster]} prototypes", f"{len(rows)} images")
         for line, (text, colour) in enumerate(zip(words, (INK, MUTED, MUTED), strict=True)):
-            draw.text((GAP, top + SIDE // 2 - 30 + 20 * line), text, colour, font)
+            draw.text((GAP, top + SIDE // 2 - 36 + 24 * line), text, colour, font)
         count = min(IMAGES, len(rows))
         for column in range(count):
             row = rows[column * len(rows) // count]

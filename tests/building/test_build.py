@@ -1,13 +1,13 @@
+import multiprocessing
 import os
 import pathlib
 import resource
 import shutil
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 
+import numpy
 import pytest
 import torch
 from PIL import Image
@@ -16,7 +16,7 @@ from codebook.building import STEPS, build, journal
 from codebook.building.journal import Journal
 from codebook.errors import CodebookError
 from codebook.index import Codebook
-from tests.building.tiny import settings
+from tests.building.tiny import build_tiny, settings
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -126,32 +126,41 @@ def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch
     assert contents(out) == whole
 
 
-def start(images, out):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.building.tiny", str(images), str(out)],
-        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-    )  # fmt: skip
+def test_ten_kills_at_random_moments(pictures, tmp_path, whole):
+    """kill -9 anywhere in a build, resume, kill again: in the end the same bytes, and never a half codebook."""
+    processes = multiprocessing.get_context("forkserver")  # imports torch once, not once a kill
+    processes.set_forkserver_preload(["codebook.building", "tests.building.tiny"])
 
+    def start(out):
+        here, there = processes.Pipe(duplex=False)
+        process = processes.Process(target=build_tiny, args=(pictures, out, there.send))
+        process.start()
+        there.close()
+        return process, here
 
-def test_killed_at_any_moment(pictures, tmp_path):
-    """kill -9 a few times, at moments that fall within an image, and run to the end: the same bytes."""
-    straight = start(pictures, tmp_path / "straight")
-    kills = 0
-    for images, delay in ((1, 0.02), (3, 0.06), (5, 0.0)):
-        process = start(pictures, tmp_path / "killed")
-        for line in process.stdout:
-            if int(line) >= images:
-                break
-        time.sleep(delay)
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        assert not (tmp_path / "killed" / "config.json").exists()
-    last = start(pictures, tmp_path / "killed")
-    first_line = last.communicate()[0].split()[0]
-    assert last.returncode == 0 and int(first_line) >= 5 and kills == 3
-    straight.communicate()
-    assert straight.returncode == 0
-    assert contents(tmp_path / "killed") == contents(tmp_path / "straight")
+    def finish(out):
+        process, here = start(out)
+        assert here.recv() >= 0
+        begun = time.monotonic()
+        process.join()
+        assert process.exitcode == 0 and contents(out) == whole
+        return time.monotonic() - begun
+
+    length, random, kills = finish(tmp_path / "straight"), numpy.random.default_rng(0), 0
+    for round_ in range(100):
+        out = tmp_path / str(round_)
+        for _ in range(5):
+            process, here = start(out)
+            here.recv()
+            time.sleep(random.uniform(0, 0.7 * length))
+            process.kill()
+            process.join()
+            kills += process.exitcode == -signal.SIGKILL
+            assert not (out / "config.json").exists() or contents(out).items() >= whole.items()
+        finish(out)
+        if kills >= 10:
+            return
+    raise AssertionError("the kills came too late")
 
 
 def test_truncated_image_is_skipped_and_named(tiny, some, tmp_path):

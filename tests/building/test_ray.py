@@ -44,26 +44,18 @@ def maker(pictures, marker=None):
     return make
 
 
-def test_equals_the_local_build_though_a_worker_is_killed(tiny, pictures, tmp_path):
-    run(tiny, pictures, tmp_path / "local")
-    states = []
-    engine = ray_engine(maker(pictures, tmp_path / "died"), 2)
-    run(tiny, pictures, tmp_path / "ray", engine=engine, progress=states.append)
-    assert (tmp_path / "died").exists() and contents(tmp_path / "ray") == contents(tmp_path / "local")
-    assert [s.done for s in states] == [*range(9), 8]
-
-
-def test_stopped_driver_goes_on_without_ray(tiny, pictures, tmp_path):
+def test_equals_the_local_build_though_worker_and_driver_are_stopped(tiny, pictures, tmp_path):
     def stop(state):
         if state.done == 3:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, pictures, tmp_path / "out", engine=ray_engine(maker(pictures), 2), progress=stop)
-    states = []
-    run(tiny, pictures, tmp_path / "out", progress=states.append)
+    out, states = tmp_path / "ray", []
+    with pytest.raises(KeyboardInterrupt):  # a worker was killed by then, and another has its image
+        run(tiny, pictures, out, engine=ray_engine(maker(pictures, tmp_path / "died"), 2), progress=stop)
+    assert (tmp_path / "died").exists()
+    run(tiny, pictures, out, engine=ray_engine(maker(pictures), 2), progress=states.append)
     run(tiny, pictures, tmp_path / "local")
-    assert states[0].resumed == 3 and contents(tmp_path / "out") == contents(tmp_path / "local")
+    assert [s.done for s in states] == [*range(3, 9), 8] and contents(out) == contents(tmp_path / "local")
 
 
 def test_error_on_a_worker_is_one_line(tiny, pictures, tmp_path):
@@ -73,6 +65,12 @@ def test_error_on_a_worker_is_one_line(tiny, pictures, tmp_path):
     with pytest.raises(CodebookError, match="run again, finished images are kept") as caught:
         run(tiny, pictures, tmp_path / "out", engine=ray_engine(make, 2))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "ray://127.0.0.1:9", "nowhere:port"])
+def test_no_cluster_there(address):
+    with pytest.raises(CodebookError, match=f"no Ray cluster at {address}.*check --address"):
+        ray_engine(lambda: None, 2, address)
 
 
 def test_without_ray(monkeypatch):

@@ -1,7 +1,5 @@
 """Makes the tiny model outside pytest too: the kill tests run builds in a process of their own."""
 
-import sys
-
 from tests.tiny import IMAGE, PAD, SIDE, VOCAB, llava
 
 TEMPLATE = (
@@ -49,13 +47,13 @@ def settings(**changes):
     return Settings(**easy | {"clusters": 16, "min_image_fraction": 0.5} | changes)
 
 
-if __name__ == "__main__":  # python -m tests.building.tiny IMAGES OUT
+def build_tiny(images, out, told):
+    """Build in a process of its own that a test may kill; `told` is called with the number of images done."""
     import torch
 
     from codebook.building import build
 
     torch.set_num_threads(1)
     build(
-        model(), processor(), sys.argv[1], sys.argv[2], model_id="tiny", settings=settings(),
-        progress=lambda state: print(state.done, flush=True),
+        model(), processor(), images, out, model_id="tiny", settings=settings(), progress=lambda state: told(state.done)
     )  # fmt: skip
