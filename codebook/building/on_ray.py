@@ -69,11 +69,12 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise CodebookError(f"cannot reach Ray: {reason}; check --address") from None
+        actors: list[Any] = []
         try:
             remote: Any = ray.remote(Actor)
             count = min(workers, len(names))
             held = remote.options(num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES)
-            actors = [held.remote() for _ in range(count)]
+            actors += [held.remote() for _ in range(count)]
             waiting = iter(names)
             running = {actor.probe.remote(name): actor for actor, name in zip(actors, waiting, strict=False)}
             while running:
@@ -92,6 +93,8 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
                     raise CodebookError(outcome)
                 yield outcome
         finally:
+            for actor in actors:
+                ray.kill(actor)
             if ours:
                 ray.shutdown()
 
