@@ -277,7 +277,7 @@ def test_extend_merge_and_sheet(run, refused, tmp_path):
     refused(*shown, words=["--sheet needs --images"])
     refused(*shown, "--images", tmp_path / "nowhere", words=["no such folder"])
     refused("extend", tmp_path / "none", "--images", tmp_path / "b", "--out", tmp_path / "x", words=["no such folder"])
-    [prebuilt] = json.loads(run("list", "--json")[1])
+    [prebuilt] = json.loads(run("list", "--json")[1])["codebooks"]
     refused("merge", tmp_path / "ext", prebuilt["folder"], "--out", tmp_path / "x", words=["survivors", "again"])
     refused(*build(tmp_path / "a", tmp_path / "x", "--dtype", "int8"), words=["int8", "bfloat16"])
     assert not (tmp_path / "x").exists() and not picture.exists()
