@@ -8,13 +8,35 @@ from typing import Any
 import torch
 
 from codebook.errors import CodebookError
-from codebook.models.base import Family, Image
+from codebook.models.base import KINDS, Encoded, Family, Grid, Image, Layout
+from codebook.models.gemma3 import Gemma3
+from codebook.models.idefics3 import Idefics3, SmolVLM
+from codebook.models.internvl import InternVL
 from codebook.models.llava import Llava
+from codebook.models.llava_next import LlavaNext
+from codebook.models.llava_onevision import LlavaOnevision
+from codebook.models.paligemma import PaliGemma
+from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
+from codebook.models.qwen3_vl import Qwen3VL
 
-__all__ = ["FAMILIES", "Family", "Image", "family", "load"]
+__all__ = ["FAMILIES", "KINDS", "Encoded", "Family", "Grid", "Image", "Layout", "family", "load"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (Llava(),)}
-
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Llava(),
+        LlavaNext(),
+        LlavaOnevision(),
+        Qwen2VL(),
+        Qwen25VL(),
+        Qwen3VL(),
+        InternVL(),
+        Idefics3(),
+        SmolVLM(),
+        Gemma3(),
+        PaliGemma(),
+    )
+}
 
 def family(model: Any) -> Family:
     """The family of a loaded model.

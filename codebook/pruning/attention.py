@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,8 +43,10 @@ class Attention:
         The rotary embedding that rotated them.
     scaling : float
         Of the logits.
-    span : slice
+    span : slice or (n,) int64
         The image's tokens.
+    visible : callable
+        `visible(query)` tells which of the P keys some queries (q,) see: (q, P) bool. None: all up to their own.
     """
 
     query: Tensor
@@ -51,7 +54,13 @@ class Attention:
     cos: Tensor
     sin: Tensor
     scaling: float
-    span: slice
+    span: slice | Tensor
+    visible: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """(n,) int64: places of the image's tokens in the sample."""
+        return torch.arange(self.query.shape[1], device=self.query.device)[self.span]
 
     def row(self, query: int = -1, *, rotated: bool = True, image_only: bool = False) -> Tensor:
         """(n,) float32: `rows` of one place; -1 is the last text token."""
@@ -69,7 +78,7 @@ class Attention:
         rotated
             False takes the rotary embedding back off queries and keys (phi_-R of arXiv 2412.13180).
         image_only
-            Softmax over the image's tokens instead of all tokens up to the query.
+            Softmax over the image's tokens instead of all tokens that the query sees.
 
         Returns
         -------
@@ -84,13 +93,16 @@ class Attention:
         logits = (q @ k.transpose(1, 2) * self.scaling).float()
         if image_only:
             return logits.softmax(-1).mean(0)
-        later = torch.arange(k.shape[1], device=k.device) > query[:, None]
-        return logits.masked_fill(later, -torch.inf).softmax(-1)[..., self.span].mean(0)
+        if self.visible is None:
+            seen = torch.arange(k.shape[1], device=k.device) <= query[:, None]
+        else:
+            seen = self.visible(query)
+        return logits.masked_fill(~seen, -torch.inf).softmax(-1)[..., self.span].mean(0)
 
 
 @dataclass(frozen=True)
 class Vision:
-    """What one layer of the vision tower attends with, for one image.
+    """What one layer of the vision tower attends with, for one image, crop or frame.
 
     Attributes
     ----------
@@ -118,6 +130,49 @@ class Vision:
     def descriptors(self) -> Tensor:
         """(n, d) float32: the patches' keys, averaged over heads."""
         return self.key[:, int(self.has_cls) :].float().mean(0)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What one layer of the vision tower attends with, for all that one call encoded.
+
+    Attributes
+    ----------
+    parts
+        One an image, crop or frame.
+    pack
+        Brings their patches' values into the order of visual tokens: `Family.pack`.
+    """
+
+    parts: list[Vision]
+    pack: Callable[[list[Tensor]], list[Tensor]]
+
+    @cached_property
+    def received(self) -> list[Tensor]:
+        """For each piece that was encoded, its tokens (n,) float32."""
+        return [x[:, 0] for x in self.pack([part.received()[:, None] for part in self.parts])]
+
+    @cached_property
+    def descriptors(self) -> list[Tensor]:
+        """For each piece that was encoded, its tokens (n, d) float32."""
+        return self.pack([part.descriptors() for part in self.parts])
+
+
+@dataclass(frozen=True)
+class PackedVision:
+    """The same as `Vision`, for visual tokens: tokens `index` (n,) int64 of an image made of `pieces` of a `Tower`."""
+
+    tower: Tower
+    pieces: tuple[int, ...]
+    index: Tensor
+
+    def received(self) -> Tensor:
+        """(n,) float32: the attention that each token's patches get, averaged."""
+        return torch.cat([self.tower.received[i] for i in self.pieces])[self.index]
+
+    def descriptors(self) -> Tensor:
+        """(n, d) float32: the keys of each token's patches, averaged."""
+        return torch.cat([self.tower.descriptors[i] for i in self.pieces])[self.index]
 
 
 def _unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ ragged batches, continuation.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import weakref
 from collections.abc import Callable
@@ -22,8 +23,9 @@ from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning.attention import Attention, Vision, tap
-from codebook.pruning.cache import PAD, KeptIndex, PrunedLayer, pruned_layer
+from codebook.models import Encoded
+from codebook.pruning.attention import Attention, PackedVision, Tower, Vision, tap
+from codebook.pruning.cache import PAD, KeptIndex, PrunedLayer, pruned_layer, visible
 from codebook.pruning.schedule import Schedule, Stage
 from codebook.pruning.tokens import VisualTokens, digest_rows, mix
 
@@ -33,37 +35,29 @@ _active: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @dataclass(frozen=True)
-class ImageTokens:
-    """One image's surviving tokens in the current sequence. Its integers are known on the host: no syncs.
+class Unit:
+    """Visual tokens that a pruner sees together, and what is left of them: one grid of an image, or all of its grids.
 
-    `start` is the first of its tokens in the current sequence, `offset` how many valid tokens of its row stand before
-    it in the current sequence; the rest is as in `VisualTokens`.
+    `image` counts the forward's images; `columns` (n,) int64 are its tokens' places in the forward's input, in `row`,
+    and `text` (T,) int64 those of the text after the image; its tokens begin at `offset` among the image's visual
+    tokens. The rest is as in `VisualTokens`.
     """
 
+    image: int
     row: int
-    start: int
+    columns: Tensor
+    text: Tensor
     offset: int
-    total: int
-    count: int
     grid: tuple[int, int]
     ordinal: Tensor
     key: Tensor
     features: Tensor
-    vision: Vision | None
+    vision: PackedVision | None
     encode: Callable[[int, int], Tensor] | None
 
     @property
-    def span(self) -> slice:
-        """Where it is in its row, padding not counted."""
-        return slice(self.offset, self.offset + self.count)
-
-
-@dataclass
-class Encoded:
-    """The vision tower's latest pass: its `pixels` (images, 3, H, W), and what a layer of it attended with."""
-
-    pixels: Tensor
-    attention: tuple[Tensor, Tensor, float] | None = None
+    def count(self) -> int:
+        return len(self.ordinal)
 
 
 @dataclass(frozen=True)
@@ -86,132 +80,189 @@ class Sequence:
 class Forward:
     """One forward pass through the decoder, pruned as it goes."""
 
-    def __init__(self, lm: Any, embeds: Tensor, mask: Any) -> None:
-        self.lm, self.embeds, self.mask = lm, embeds, mask
+    def __init__(self, family: models.Family, model: Any, embeds: Tensor, mask: Any) -> None:
+        self.family, self.model, self.embeds, self.mask = family, model, embeds, mask
         self.batch, self.length = embeds.shape[:2]
-        self.images: list[ImageTokens] = []
+        self.blocks: Tensor | None = None
+        self.images: list[models.Image] = []
+        self.units: list[Unit] = []
         self.sequence: Sequence | None = None
         self.attention: tuple[Tensor, Tensor, float] | None = None
-        self.rotary: tuple[Tensor, Tensor] | None = None
-        self._views: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self.layer_before: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self._views: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
-    def find_images(self, family: models.Family, model: Any, input_ids: Tensor, encoded: Encoded | None) -> None:
+    def find_images(self, input_ids: Tensor, encoded: dict[str, Encoded | None], shared: bool) -> None:
         """Locate the prompt's images; the one place where the host waits for token ids and padding."""
         ids, on = input_ids.tolist(), self._valid(self.length).tolist()
-        self.lengths = [sum(row) for row in on]
-        rows = [family.images(model, row) for row in ids]
-        source = _by_row(0 if encoded is None else len(encoded.pixels), [len(images) for images in rows])
-        if encoded is None or source is None:  # encoded beforehand: pixels and tower were not seen
-            encoded, source = None, [[0] * len(images) for images in rows]
-        digests = None if encoded is None else digest_rows(encoded.pixels).to(self.embeds.device)
-        for row, images in enumerate(rows):
+        device = self.embeds.device
+        visual = {self.family.token(self.model, kind) for kind in encoded}
+        towers = {kind: self._tower(call) for kind, call in encoded.items()}
+        pixels = {kind: call and self.family.pixels(self.model, call) for kind, call in encoded.items()}
+        digests = {
+            kind: torch.stack([digest_rows(image[None])[0] for image in images]).to(device)
+            for kind, images in pixels.items()
+            if images
+        }
+        valid = [[i for i, value in enumerate(row) if value] for row in on]
+        self.lengths = [len(columns) for columns in valid]
+        self.columns = [torch.tensor(columns, device=device) for columns in valid]
+        for row, images in enumerate(self.family.images(self.model, ids, encoded)):
+            if images and ids[row][valid[row][-1]] in visual:
+                raise CodebookError("a prompt ends with its visual tokens: put text after the image")
             for place, image in enumerate(images):
-                offset, end = sum(on[row][: image.start]), image.start + image.count
-                if offset + image.count == self.lengths[row]:
-                    raise CodebookError("a prompt ends with its visual tokens: put text after the image")
-                if not all(on[row][image.start : end]):
+                if not all(on[row][column] for column in image.columns):
                     raise CodebookError("the attention mask hides visual tokens: unmask them, or prune them instead")
-                features, i = self.embeds[row, image.start : end], source[row][place]
-                digest = digest_rows(features[None])[0] if digests is None else digests[i]
-                vision, encode = None, None
-                if encoded is not None:
-                    encode = partial(family.encode, model, encoded.pixels[i])
-                    if encoded.attention is not None:
-                        query, key, scaling = encoded.attention
-                        vision = Vision(query[i], key[i], scaling, family.has_cls(model))
-                self.images.append(
-                    ImageTokens(
-                        row=row,
-                        start=image.start,
-                        offset=offset,
-                        total=image.count,
-                        count=image.count,
-                        grid=(image.rows, image.cols),
-                        ordinal=torch.arange(image.count, device=self.embeds.device),
-                        key=mix(digest + place),
-                        features=features,
-                        vision=vision,
-                        encode=encode,
+                columns = torch.tensor(image.columns, device=device)
+                text = [i for i in valid[row] if i > image.columns[-1] and ids[row][i] not in visual]
+                after, features = torch.tensor(text, device=device), self.embeds[row, columns]
+                own, tower, pieces = pixels[image.kind], towers[image.kind], image.sources
+                if own is None or pieces is None:  # encoded beforehand: neither pixels nor tower were seen
+                    digest, encode = digest_rows(features[None])[0], None
+                else:
+                    parts = digests[image.kind][list(pieces)]
+                    digest = parts[0] if len(pieces) == 1 else digest_rows(parts[None])[0]
+                    encode = partial(self.family.encode, self.model, own[pieces[0]])
+                offset = 0
+                for number, (grid, index) in enumerate(image.units(shared)):
+                    index = index.to(device)
+                    self.units.append(
+                        Unit(
+                            image=len(self.images),
+                            row=row,
+                            columns=columns[index],
+                            text=after,
+                            offset=offset,
+                            grid=grid,
+                            ordinal=torch.arange(len(index), device=device),
+                            key=mix(digest + place) ^ mix(torch.tensor(number, device=device)),
+                            features=features[index],
+                            vision=tower and PackedVision(tower, pieces or (), index),
+                            encode=encode,
+                        )
                     )
-                )
+                    offset += len(index)
+                self.images.append(image)
+
+    def _tower(self, call: Encoded | None) -> Tower | None:
+        if call is None or not call.attention:
+            return None
+        has_cls = self.family.has_cls(self.model)
+        parts = [
+            Vision(query[i], key[i], scaling, has_cls) for query, key, scaling in call.attention for i in range(len(key))
+        ]
+        return Tower(parts, partial(self.family.pack, self.model, call))
 
     def prune(self, stage: Stage, hidden: Tensor) -> Tensor:
         """Apply a stage to the input (B, P, d) of its layer; return what is left of it."""
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        images, merged, dropped = [], [], [0] * self.batch
-        for image in self.images:
-            before, values = dropped[image.row], None
-            if image.count:
-                index, values = self._choose(stage, image, hidden)
+        units, merged, dropped = [], [], [0] * self.batch
+        for unit, target in zip(self.units, self._targets(stage), strict=True):
+            values = None
+            if unit.count:
+                index, values = self._choose(stage, unit, target, hidden)
                 if index is not None:
-                    kept[image.row, image.start : image.start + image.count] = False
-                    kept[image.row, image.start + index] = True
-                    dropped[image.row] += image.count - len(index)
-                    features = image.features[index] if values is None or stage.layer else values
-                    image = replace(image, count=len(index), ordinal=image.ordinal[index], features=features)
-            images.append(replace(image, offset=image.offset - before))
+                    places = self._places(unit.row, unit.columns)
+                    kept[unit.row, places] = False
+                    kept[unit.row, places[index]] = True
+                    dropped[unit.row] += unit.count - len(index)
+                    features = unit.features[index] if values is None or stage.layer else values
+                    unit = replace(
+                        unit, columns=unit.columns[index], ordinal=unit.ordinal[index], features=features
+                    )
+            units.append(unit)
             merged.append(values)
+        self.units = units
         if any(dropped):
             hidden = self._shorten(kept, dropped, hidden)
-            width, lengths = hidden.shape[1], self.sequence.lengths  # type: ignore[union-attr]
-            self.images = [replace(i, start=width - lengths[i.row] + i.offset) for i in images]
-            for image, values in zip(self.images, merged, strict=True):
+            for unit, values in zip(units, merged, strict=True):
                 if values is not None:
-                    hidden[image.row, image.start : image.start + image.count] = values
+                    hidden[unit.row, self._places(unit.row, unit.columns)] = values
         return hidden
 
-    def _choose(self, stage: Stage, image: ImageTokens, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Indices of an image's tokens that stay and their new values; None for all, and for unchanged ones."""
-        pruner, target = stage.pruner, None if stage.keep is None else stage.count(image.total)
+    @property
+    def kept(self) -> list[Tensor]:
+        """For each image, which of its visual tokens are left."""
+        return [
+            torch.cat([unit.offset + unit.ordinal for unit in self.units if unit.image == image])
+            for image in range(len(self.images))
+        ]
+
+    def _targets(self, stage: Stage) -> list[int | None]:
+        """How many tokens of each unit stay: an image's quota is divided by what its units still have."""
+        if stage.keep is None:
+            return [None] * len(self.units)
+        out: list[int | None] = []
+        for number, image in enumerate(self.images):
+            now = [unit.count for unit in self.units if unit.image == number]
+            target = stage.count(image.count)
+            if target > sum(now) and any(now):
+                raise CodebookError(
+                    f"the stage at layer {stage.layer} keeps {target} visual tokens, but only {sum(now)} are left"
+                )
+            out += divided(min(target, sum(now)), now)
+        return out
+
+    def _choose(
+        self, stage: Stage, unit: Unit, target: int | None, hidden: Tensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Indices of a unit's tokens that stay and their new values; None for all, and for unchanged ones."""
+        pruner = stage.pruner
         if target == 0:
-            return image.ordinal[:0], None
-        if target is not None and target > image.count:
-            raise CodebookError(
-                f"the stage at layer {stage.layer} keeps {target} visual tokens, but only {image.count} are left"
-            )
-        if target == image.count:
+            return unit.ordinal[:0], None
+        if target == unit.count:
             return None, None
-        tokens = self._tokens(stage, image, hidden)
+        tokens = self._tokens(stage, unit, hidden)
         index = pruner.choose(tokens) if target is None else pruner.select(tokens, target)
         if index.shape != (target or len(index),) or not len(index):
             wanted = "at least one was" if target is None else f"{target} were"
             raise CodebookError(f"{type(pruner).__name__} chose {tuple(index.shape)} tokens where {wanted} asked for")
-        if len(index) == image.count:
+        if len(index) == unit.count:
             return None, None
         return index, pruner.merge(tokens, index)
 
-    def _tokens(self, stage: Stage, image: ImageTokens, hidden: Tensor) -> VisualTokens:
-        sequence = hidden[image.row, self._row(image)]
-        later = [i.span for i in self.images if i.row == image.row and i.offset >= image.span.stop]
-        gaps = zip([image.span.stop, *(i.stop for i in later)], [*(i.start for i in later), len(sequence)], strict=True)
+    def _tokens(self, stage: Stage, unit: Unit, hidden: Tensor) -> VisualTokens:
+        columns, row = self._row(unit.row)
+        sequence, span = hidden[unit.row, row], torch.searchsorted(columns, unit.columns)
         return VisualTokens(
-            features=image.features,
-            hidden=sequence[image.span],
+            features=unit.features,
+            hidden=sequence[span],
             sequence=sequence,
-            span=image.span,
-            question=torch.cat([torch.arange(start, stop, device=hidden.device) for start, stop in gaps]),
-            ordinal=image.ordinal,
-            grid=image.grid,
-            key=image.key,
-            attention=self._attention(image) if stage.pruner.uses_attention else None,
-            vision=image.vision,
-            encode=None if stage.layer else image.encode,
+            span=span,
+            question=torch.searchsorted(columns, unit.text),
+            ordinal=unit.ordinal,
+            grid=unit.grid,
+            key=unit.key,
+            attention=self._attention(unit, span) if stage.pruner.uses_attention else None,
+            vision=unit.vision,
+            encode=None if stage.layer else unit.encode,
         )
 
-    def _row(self, image: ImageTokens) -> slice:
-        """Where the image's row has its valid tokens in the current sequence."""
-        lengths = self.lengths if self.sequence is None else self.sequence.lengths
-        first = image.start - image.offset
-        return slice(first, first + lengths[image.row])
+    def _row(self, row: int) -> tuple[Tensor, Tensor | slice]:
+        """A row's tokens without padding: their columns in the input, ascending, and their places in the sequence."""
+        if self.sequence is None:
+            return self.columns[row], self.columns[row]
+        own = slice(-self.sequence.lengths[row], None)
+        return self.sequence.source[row, own], own
 
-    def _attention(self, image: ImageTokens) -> Attention:
-        """The layer before's queries and keys, of the image's row without its padding."""
-        assert self.attention is not None and self.rotary is not None
+    def _places(self, row: int, columns: Tensor) -> Tensor:
+        """Where columns of the input, all still there, are in the sequence."""
+        return columns if self.sequence is None else torch.searchsorted(self.sequence.source[row], columns)
+
+    def _attention(self, unit: Unit, span: Tensor) -> Attention:
+        """The layer before's queries and keys, of the unit's row without its padding."""
+        assert self.attention is not None and self.layer_before is not None
         query, key, scaling = self.attention
-        row = self._row(image)
+        layer, rotary = self.layer_before
+        columns, row = self._row(unit.row)
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
-        cos, sin = (x.expand(self.batch, -1, -1)[image.row, row] for x in self.rotary)
-        return Attention(query[image.row, :, row], key[image.row, :, now][:, row], cos, sin, scaling, image.span)
+        cos, sin = (x.expand(self.batch, -1, -1)[unit.row, row] for x in rotary)
+        blocks = None if self.blocks is None else self.blocks[unit.row, columns]
+
+        def sees(places: Tensor) -> Tensor:
+            both = None if blocks is None else (blocks[places], blocks)
+            return visible(columns[places], columns, window(layer), both, self.family.window_last)
+
+        return Attention(query[unit.row, :, row], key[unit.row, :, now][:, row], cos, sin, scaling, span, sees)
 
     def _shorten(self, kept: Tensor, dropped: list[int], hidden: Tensor) -> Tensor:
         now = self.lengths if self.sequence is None else self.sequence.lengths
@@ -228,29 +279,32 @@ class Forward:
         return hidden
 
     def view(
-        self, past: KeptIndex | None, stored: int, compact: bool, kwargs: dict[str, Any]
+        self, layer: Any, past: KeptIndex | None, cached: tuple[int, int], compact: bool, kwargs: dict[str, Any]
     ) -> tuple[KeptIndex, Tensor | None, tuple[Tensor, Tensor]]:
         """What a layer needs: the index of its cache after this forward, its mask, its rotary embeddings.
 
-        Layers of one stage share `past` and the sequence, hence also the result.
+        `cached` is the logical length of its cache so far, and how many keys that stores. Layers of one stage and kind
+        share all this, hence also the result.
         """
-        key = (id(past), id(self.sequence))
+        positions = kwargs["position_embeddings"]
+        key = (id(past), cached, id(self.sequence), window(layer), id(positions))
         if key not in self._views:
             if self.mask is not None and (not isinstance(self.mask, Tensor) or self.mask.dim() != 2):
                 raise CodebookError("pruning needs a 2-D attention mask (batch, length), as processors make it")
-            index = self._extend(past, stored)
-            made = (index, self._mask(index), self._rotary(past, compact, kwargs))
-            self._views[key] = (past, self.sequence, made)  # both referenced, so that their ids stay theirs
-        return self._views[key][2]
+            index = self._extend(past, cached)
+            made = (index, self._mask(index, window(layer)), self._rotary(layer, past, compact, kwargs))
+            self._views[key] = (past, self.sequence, positions, made)  # referenced, so that their ids stay theirs
+        return self._views[key][-1]
 
-    def _extend(self, past: KeptIndex | None, stored: int) -> KeptIndex:
+    def _extend(self, past: KeptIndex | None, cached: tuple[int, int]) -> KeptIndex:
         device = self.embeds.device
         if past is None:  # an unpruned cache, or none
-            columns, padded = torch.arange(stored, device=device).expand(self.batch, -1), False
+            logical, stored = cached
+            columns, padded = torch.arange(logical - stored, logical, device=device).expand(self.batch, -1), False
             if self.mask is not None and stored:
-                on = self.mask[:, :stored].bool()
+                on = self.mask[:, logical - stored : logical].bool()
                 columns, padded = columns.masked_fill(~on, PAD), not bool(on.all())
-            past = KeptIndex(columns, stored, torch.zeros(self.batch, dtype=torch.long, device=device), padded)
+            past = KeptIndex(columns, logical, torch.zeros(self.batch, dtype=torch.long, device=device), padded)
         places = torch.arange(self.length, device=device)
         if self.sequence is not None:
             source, padded, dropped = self.sequence.source, self.sequence.padded, self._dropped()
@@ -272,24 +326,30 @@ class Forward:
         less = [a - b for a, b in zip(self.lengths, self.sequence.lengths, strict=True)]
         return torch.tensor(less, device=self.embeds.device)
 
-    def _mask(self, index: KeptIndex) -> Tensor | None:
-        keys = index.columns
+    def _mask(self, index: KeptIndex, window: int | None) -> Tensor | None:
+        keys, blocks = index.columns, self.blocks
         queries = keys[:, -(self.length if self.sequence is None else self.sequence.source.shape[1]) :]
-        sdpa = self.lm.config._attn_implementation == "sdpa"
+        window = None if window is None or index.logical <= window else window
+        sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"
         whole = keys.shape == queries.shape and sdpa  # sdpa is then causal by itself
-        if not index.padded and (queries.shape[1] == 1 or whole):
+        if not index.padded and window is None and blocks is None and (queries.shape[1] == 1 or whole):
             return None
-        seen = (keys[:, None, None] <= queries[:, None, :, None]) & (keys != PAD)[:, None, None]
+        both = None
+        if blocks is not None:
+            mine = blocks if self.sequence is None else self.sequence.gather(blocks)
+            both = mine, torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
+        seen = visible(queries, keys, window, both, self.family.window_last)[:, None]
         if sdpa:
             return seen
         low = torch.finfo(self.embeds.dtype).min
         return torch.zeros(seen.shape, dtype=self.embeds.dtype, device=seen.device).masked_fill(~seen, low)
 
-    def _rotary(self, past: KeptIndex | None, compact: bool, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    def _rotary(
+        self, layer: Any, past: KeptIndex | None, compact: bool, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         sequence = self.sequence
         if not compact:
-            embeddings = kwargs["position_embeddings"]
-            cos, sin = embeddings
+            cos, sin = kwargs["position_embeddings"]
             return (cos, sin) if sequence is None else (sequence.gather(cos), sequence.gather(sin))
         positions = kwargs["position_ids"].expand(self.batch, -1)
         if past is not None:
@@ -299,7 +359,7 @@ class Forward:
             left = torch.tensor([sequence.source.shape[1] - n for n in sequence.lengths], device=before.device)
             rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
             positions = sequence.gather(positions) - (before - rank)
-        return self.lm.rotary_emb(self.embeds, positions)
+        return self.family.rotary(self.model, self.embeds, positions, layer)
 
     def _valid(self, length: int) -> Tensor:
         """(B, length) of the input's own tokens: 1, or 0 for padding."""
@@ -320,9 +380,11 @@ class Pruning:
 
     Attributes
     ----------
+    images : list[Image]
+        After a forward with images: those that its prompts show, in order of rows, and how their tokens are laid out.
     kept : list[list[Tensor]]
-        After a forward with images: for each image, in order of rows, the raster positions (int64) that survived each
-        stage. For pictures and tests.
+        For each of them the tokens (int64) that survived each stage, by their places among the image's visual tokens:
+        `image.locate` gives grid, row and column; in an image of one grid it is the raster position.
     """
 
     def __init__(self, model: Any, schedule: Schedule) -> None:
@@ -334,9 +396,13 @@ class Pruning:
             raise CodebookError(
                 f"attention {attention!r} is not supported: load the model with attn_implementation='sdpa' or 'eager'"
             )
-        if any(getattr(layer.self_attn, "sliding_window", None) for layer in self.lm.layers):
-            raise CodebookError("decoders with sliding-window attention are not supported yet")
+        if schedule.positions == "compact" and self.family.axes > 1:
+            raise CodebookError(
+                f"positions of {self.family.name} have {self.family.axes} axes and cannot be renumbered: use "
+                "positions='keep'"
+            )
         self.stages = {stage.layer: stage for stage in schedule.stages}
+        self.images: list[models.Image] = []
         self.kept: list[list[Tensor]] = []
         self._signature = inspect.signature(model.base_model.forward)
 
@@ -346,17 +412,20 @@ class Pruning:
         _active.add(self.model)
         self._inputs: dict[str, Any] | None = None
         self._forward: Forward | None = None
-        self._encoded: Encoded | None = None
+        self._encoded: dict[str, Encoded] = {}
+        self._encoding: Encoded | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(_active.discard, self.model)
             for module, hook in (
-                (self.family.tower(self.model), self._on_tower),
                 (self.model.base_model, self._on_base),
                 (self.lm, self._on_decoder),
                 *((layer, partial(self._on_layer, i)) for i, layer in enumerate(self.lm.layers)),
             ):
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             undo.callback(self.lm.register_forward_hook(self._after_decoder).remove)
+            for kind in models.KINDS:
+                self._watch(kind, undo)
+            undo.enter_context(self.family.narrowed(self.model, self._narrow))
             for stage in self.schedule.stages:
                 if stage.pruner.uses_attention:
                     undo.callback(tap(self.lm.layers[stage.layer - 1].self_attn, self._on_attention))
@@ -366,71 +435,111 @@ class Pruning:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._inputs = self._forward = self._encoded = None
+        self._inputs = self._forward = None
+        self._encoded = {}
         self._undo.close()
 
-    def _on_tower(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._encoded = Encoded(args[0] if args else kwargs["pixel_values"])
+    def _watch(self, kind: str, undo: contextlib.ExitStack) -> None:
+        """Note what each call of the model's `get_image_features` or `get_video_features` encodes.
+
+        `generate` calls it before the first forward, and no module's arguments hold as much.
+        """
+        base, name = self.model.base_model, f"get_{kind}_features"
+        if not hasattr(base, name):
+            return
+        stock = getattr(base, name)
+        signature = inspect.signature(stock)
+
+        @functools.wraps(stock)
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            if self._encoding is not None:  # a part of the call that is being noted
+                return stock(*args, **kwargs)
+            self._encoding = call = Encoded(kind, dict(signature.bind_partial(*args, **kwargs).arguments))
+            try:
+                call.output = stock(*args, **kwargs)
+            finally:
+                self._encoding = None
+            self._encoded[kind] = call
+            return call.output
+
+        own = vars(base).get(name)
+        setattr(base, name, encode)
+        undo.callback(partial(delattr, base, name) if own is None else partial(setattr, base, name, own))
 
     def _on_vision_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        if self._encoded is not None:
-            self._encoded.attention = query, key, scaling
+        if self._encoding is not None:
+            self._encoding.attention.append((query, key, scaling))
 
     def _on_base(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
-        encoded = (given.get("mm_encoder_outputs") or {}).values()
-        images = given.get("pixel_values") is not None or any(e is not None for e in encoded)
+        given |= given.pop("kwargs", {})
+        self._inputs = None
+        kinds = [kind for kind, pixels in models.KINDS.items() if _shows(given, kind, pixels)]
         embeds = given.get("inputs_embeds")
-        if given.get("input_ids") is None and (images or (embeds is not None and embeds.shape[1] > 1)):
+        if given.get("input_ids") is None and (kinds or (embeds is not None and embeds.shape[1] > 1)):
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
-        self._inputs = given if images else None  # image tokens among generated ids are no images
+        if kinds:  # image tokens among generated ids are no images
+            self._inputs = {**given, "kinds": kinds, "blocks": self.family.blocks(self.model, given)}
 
     def _on_decoder(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        embeds = kwargs.get("inputs_embeds")
+        embeds, given = kwargs.get("inputs_embeds"), self._inputs
         if embeds is None:  # text alone, straight to the decoder: only shape and device matter
             ids = args[0] if args else kwargs["input_ids"]
             embeds = torch.empty(*ids.shape, 0, device=ids.device, dtype=self.model.dtype)
-        self._forward = Forward(self.lm, embeds, kwargs.get("attention_mask"))
-        if self._inputs is not None:
-            if (isinstance(mask := self._forward.mask, Tensor) and mask.dim() != 2) or isinstance(mask, dict):
+        # Some base models make masks of their own from the one that they were given.
+        mask = kwargs.get("attention_mask") if given is None else given.get("attention_mask")
+        self._forward = forward = Forward(self.family, self.model, embeds, mask)
+        if given is not None:
+            if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
                 raise CodebookError("pruning needs a 2-D attention mask and a DynamicCache: use neither 4-D masks nor "
                                     "a static cache")  # fmt: skip
-            self._forward.find_images(self.family, self.model, self._inputs["input_ids"], self._encoded)
-            self.kept = [[] for _ in self._forward.images]
-            self._inputs = self._encoded = None
+            encoded = {kind: self._call(kind, given) for kind in given["kinds"]}
+            forward.blocks = given["blocks"]
+            forward.find_images(given["input_ids"], encoded, self.schedule.quotas == "shared")
+            self.images, self.kept = forward.images, [[] for _ in forward.images]
+            self._inputs = None
 
-    def _on_layer(self, i: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _call(self, kind: str, given: dict[str, Any]) -> Encoded | None:
+        """The call that encoded a forward's images, if it was made in this context."""
+        call, output = self._encoded.get(kind), (given.get("mm_encoder_outputs") or {}).get(kind)
+        return call if call is not None and (output is None or output is call.output) else None
+
+    def _on_layer(self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = self._forward
         if forward is None:
             return None
         hidden = args[0]
         if i in self.stages and forward.images:
+            encoded = dict(self._encoded)  # a stage may encode an image anew: that call is no prompt's
             hidden = forward.prune(self.stages[i], hidden)
-            forward.attention = None
-            for log, image in zip(self.kept, forward.images, strict=True):
-                log.append(image.ordinal)
+            self._encoded, forward.attention = encoded, None
+            for log, kept in zip(self.kept, forward.kept, strict=True):
+                log.append(kept)
         cache = kwargs.get("past_key_values")
         entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
         past = entry.index if isinstance(entry, PrunedLayer) else None
         if forward.sequence is None and past is None:
-            forward.rotary = kwargs["position_embeddings"]
+            forward.layer_before = layer, kwargs["position_embeddings"]
             return None
         pruned = None if cache is None else pruned_layer(cache, i)
-        stored = 0 if pruned is None else pruned.physical
-        index, mask, rotary = forward.view(past, stored, self.schedule.positions == "compact", kwargs)
+        cached = (0, 0) if pruned is None else (pruned.get_seq_length(), pruned.physical)
+        index, mask, rotary = forward.view(layer, past, cached, self.schedule.positions == "compact", kwargs)
         if pruned is not None:
             pruned.index = index
-        forward.rotary = rotary
+        forward.layer_before = layer, rotary
         changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         return (hidden, *args[1:]), kwargs | changed
+
+    def _narrow(self, x: Tensor) -> Tensor:
+        sequence = None if self._forward is None else self._forward.sequence
+        return x if sequence is None else sequence.gather(x)
 
     def _on_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
         if self._forward is not None and self._forward.images:
             self._forward.attention = query, key, scaling
 
     def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:
-        # A stage may have encoded an image anew: that pass of the tower is no prompt's.
-        forward, self._forward, self._encoded = self._forward, None, None
+        forward, self._forward = self._forward, None
         if forward is None or forward.sequence is None:
             return None
         if isinstance(output, tuple):
@@ -439,13 +548,26 @@ class Pruning:
         return output
 
 
-def _by_row(encoded: int, per_row: list[int]) -> list[list[int]] | None:
-    """Which encoded image each row's are; beams and `num_return_sequences` repeat whole rows after the encoding."""
-    total = sum(per_row)
-    if not encoded or total % encoded:
-        return None
-    repeats, out, start = total // encoded, [], 0
-    for row, count in enumerate(per_row):
-        out.append(list(range(start, start + count)))
-        start += count if row % repeats == repeats - 1 else 0
-    return out
+def window(layer: Any) -> int | None:
+    """How far back a decoder layer looks, if not to the beginning."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    # Where the attention does not know, all layers are alike.
+    return None if getattr(attention.config, "layer_types", None) else getattr(attention.config, "sliding_window", None)
+
+
+def divided(total: int, among: list[int]) -> list[int]:
+    """A number divided in proportion, the largest remainders rounded up: no share is more than what it is a share of."""
+    if not total:
+        return [0] * len(among)
+    whole = sum(among)
+    shares = [total * part // whole for part in among]
+    order = sorted(range(len(among)), key=lambda i: (-(total * among[i] % whole), i))
+    for i in order[: total - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+def _shows(given: dict[str, Any], kind: str, pixels: str) -> bool:
+    return given.get(pixels) is not None or (given.get("mm_encoder_outputs") or {}).get(kind) is not None
