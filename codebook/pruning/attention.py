@@ -213,10 +213,12 @@ def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
 
 
 def _tapped(stock: str) -> Callable[..., Any]:
-    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def forward(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         replay(module, query, key, kwargs["scaling"])
         own = sys.modules[type(module).__module__].eager_attention_forward
         function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
-        return function(module, query, key, value, mask, **kwargs)
+        return function(module, query, key, value, attention_mask, **kwargs)
 
     return forward

@@ -91,6 +91,11 @@ class Forward:
         self.layer_before: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self._views: dict[tuple[Any, ...], tuple[Any, ...]] = {}
 
+    def check_mask(self) -> None:
+        if self.mask is not None and (not isinstance(self.mask, Tensor) or self.mask.dim() != 2):
+            raise CodebookError("pruning needs a 2-D attention mask (batch, length), as processors make it, and a "
+                                "DynamicCache: use neither 4-D masks nor a static cache")  # fmt: skip
+
     def find_images(self, input_ids: Tensor, encoded: dict[str, Encoded | None], shared: bool) -> None:
         """Locate the prompt's images; the one place where the host waits for token ids and padding."""
         ids, on = input_ids.tolist(), self._valid(self.length).tolist()
@@ -289,8 +294,7 @@ class Forward:
         positions = kwargs["position_embeddings"]
         key = (id(past), cached, id(self.sequence), window(layer), id(positions))
         if key not in self._views:
-            if self.mask is not None and (not isinstance(self.mask, Tensor) or self.mask.dim() != 2):
-                raise CodebookError("pruning needs a 2-D attention mask (batch, length), as processors make it")
+            self.check_mask()
             index = self._extend(past, cached)
             made = (index, self._mask(index, window(layer)), self._rotary(layer, past, compact, kwargs))
             self._views[key] = (past, self.sequence, positions, made)  # referenced, so that their ids stay theirs
@@ -473,31 +477,30 @@ class Pruning:
     def _on_base(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
-        self._inputs = None
         kinds = [kind for kind, pixels in models.KINDS.items() if _shows(given, kind, pixels)]
         embeds = given.get("inputs_embeds")
         if given.get("input_ids") is None and (kinds or (embeds is not None and embeds.shape[1] > 1)):
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
-        if kinds:  # image tokens among generated ids are no images
-            self._inputs = {**given, "kinds": kinds, "blocks": self.family.blocks(self.model, given)}
+        # Without kinds, image tokens are text: generated ones, or of an earlier turn.
+        self._inputs = given | {"kinds": kinds, "blocks": self.family.blocks(self.model, given)}
 
     def _on_decoder(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         embeds, given = kwargs.get("inputs_embeds"), self._inputs
+        self._inputs = None
         if embeds is None:  # text alone, straight to the decoder: only shape and device matter
             ids = args[0] if args else kwargs["input_ids"]
             embeds = torch.empty(*ids.shape, 0, device=ids.device, dtype=self.model.dtype)
         # Some base models make masks of their own from the one that they were given.
-        mask = kwargs.get("attention_mask") if given is None else given.get("attention_mask")
+        mask = (kwargs if given is None else given).get("attention_mask")
         self._forward = forward = Forward(self.family, self.model, embeds, mask)
-        if given is not None:
-            if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-                raise CodebookError("pruning needs a 2-D attention mask and a DynamicCache: use neither 4-D masks nor "
-                                    "a static cache")  # fmt: skip
+        if given is None:
+            return
+        forward.blocks = given["blocks"]
+        if given["kinds"]:
+            forward.check_mask()
             encoded = {kind: self._call(kind, given) for kind in given["kinds"]}
-            forward.blocks = given["blocks"]
             forward.find_images(given["input_ids"], encoded, self.schedule.quotas == "shared")
             self.images, self.kept = forward.images, [[] for _ in forward.images]
-            self._inputs = None
 
     def _call(self, kind: str, given: dict[str, Any]) -> Encoded | None:
         """The call that encoded a forward's images, if it was made in this context."""
