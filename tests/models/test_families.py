@@ -42,7 +42,7 @@ def test_generate_equals_masked_reference(tiny, dimensions):
 
 
 @pytest.mark.table
-@pytest.mark.parametrize("cell", cells(), ids=str)
+@pytest.mark.parametrize("cell", list(cells()), ids=str)
 def test_every_cell(cell):
     check(cell)
 
