@@ -1,7 +1,7 @@
 """An independent reference for pruning: no cache, nothing removed, dropped columns masked from a layer on.
 
-Written against stock layers only; it shares no code with `codebook.pruning`. `masked` is for any family: the stock model
-runs with eager attention, and its own masks get the dropped columns added.
+Written against stock layers only; it shares no code with `codebook.pruning`. `masked` is for any family: there the
+stock model runs with eager attention, and its own masks get the dropped columns added.
 """
 
 import contextlib

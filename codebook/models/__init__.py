@@ -111,8 +111,8 @@ def _known(config: Any) -> Family:
     if odd := set(getattr(text, "layer_types", None) or ()) - LAYERS:
         kinds = " and ".join(sorted(odd))
         raise CodebookError(
-            f"models of type {name} have a decoder with {kinds}, whose state cannot lose single tokens; use a model with "
-            "full attention, such as qwen3_vl"
+            f"models of type {name} have a decoder with {kinds}, whose state cannot lose single tokens; use a model "
+            "with full attention, such as qwen3_vl"
         )
     if name not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))

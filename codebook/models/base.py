@@ -203,9 +203,7 @@ class Family(ABC):
         """Rows and columns of the view that a codebook is built from: a whole image, without crops."""
 
     @abstractmethod
-    def layouts(
-        self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None
-    ) -> list[list[Layout]]:
+    def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         """The images, or videos, of each prompt of a batch.
 
         Parameters
@@ -227,9 +225,7 @@ class Family(ABC):
         """The token id that stands in prompts for visual tokens of an `image` or `video`."""
         return int(getattr(model.config, f"{kind}_token_id"))
 
-    def images(
-        self, model: Any, prompts: list[list[int]], encoded: dict[str, Encoded | None]
-    ) -> list[list[Image]]:
+    def images(self, model: Any, prompts: list[list[int]], encoded: dict[str, Encoded | None]) -> list[list[Image]]:
         """The images and videos of each prompt, in order.
 
         Parameters

@@ -34,7 +34,7 @@ class InternVL(Family):
 
     def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         rows, cols = self.grid(model)
-        out = []
+        out: list[list[Layout]] = []
         for ids in prompts:
             out.append([])
             for _, length in runs(ids, self.token(model, kind)):  # the processor puts text between images

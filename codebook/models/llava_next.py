@@ -19,10 +19,7 @@ class LlavaNext(Llava):
             raise self.unseen(kind)
         side = self.grid(model)[0]
         # The model's own packing shows where it puts newlines, tokens of the whole view and of the crops.
-        marks = [
-            torch.full((side * side, 1), 0.0 if number == 0 else 1.0)
-            for number in self._numbers(model, encoded)
-        ]
+        marks = [torch.full((side * side, 1), 0.0 if number == 0 else 1.0) for number in self._numbers(model, encoded)]
         layouts = [_layout(packed[:, 0], side) for packed in self._pack(model, encoded, marks, 2.0)]
         token = self.token(model, kind)
         return dealt(kind, layouts, [ids.count(token) for ids in prompts])

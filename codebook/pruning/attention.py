@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,11 +63,10 @@ class Attention:
         """(n,) int64: places of the image's tokens in the sample."""
         return torch.arange(self.query.shape[1], device=self.query.device)[self.span]
 
-    def row(self, query: int = -1, *, rotated: bool = True, image_only: bool = False) -> Tensor:
-        """(n,) float32: `rows` of one place; -1 is the last text token."""
-        query = query % self.query.shape[1]
-        place = torch.arange(query, query + 1, device=self.query.device)
-        return self.rows(place, rotated=rotated, image_only=image_only)[0]
+    def row(self, *, rotated: bool = True, image_only: bool = False) -> Tensor:
+        """(n,) float32: `rows` of the last text token."""
+        last = torch.arange(self.query.shape[1], device=self.query.device)[-1:]
+        return self.rows(last, rotated=rotated, image_only=image_only)[0]
 
     def rows(self, query: Tensor, *, rotated: bool = True, image_only: bool = False) -> Tensor:
         """How much some tokens attend to each of the image's, averaged over heads.
@@ -100,8 +100,20 @@ class Attention:
         return logits.masked_fill(~seen, -torch.inf).softmax(-1)[..., self.span].mean(0)
 
 
+class TowerAttention(ABC):
+    """How one layer of the vision tower attends to the tokens of an image."""
+
+    @abstractmethod
+    def received(self) -> Tensor:
+        """(n,) float32: the attention that each gets from [CLS], without one from all patches, over all heads."""
+
+    @abstractmethod
+    def descriptors(self) -> Tensor:
+        """(n, d) float32: their keys, averaged over heads."""
+
+
 @dataclass(frozen=True)
-class Vision:
+class Vision(TowerAttention):
     """What one layer of the vision tower attends with, for one image, crop or frame.
 
     Attributes
@@ -120,7 +132,6 @@ class Vision:
     has_cls: bool
 
     def received(self) -> Tensor:
-        """(n,) float32: the attention that each patch gets from [CLS], without one from all patches, over all heads."""
         total = self.query.new_zeros(self.key.shape[1], dtype=torch.float32)
         queries = self.query[:, :1] if self.has_cls else self.query
         for part in queries.split(QUERIES, dim=1):
@@ -128,7 +139,6 @@ class Vision:
         return total[int(self.has_cls) :] / (queries.shape[0] * queries.shape[1])
 
     def descriptors(self) -> Tensor:
-        """(n, d) float32: the patches' keys, averaged over heads."""
         return self.key[:, int(self.has_cls) :].float().mean(0)
 
 
@@ -159,19 +169,17 @@ class Tower:
 
 
 @dataclass(frozen=True)
-class PackedVision:
-    """The same as `Vision`, for visual tokens: tokens `index` (n,) int64 of an image made of `pieces` of a `Tower`."""
+class PackedVision(TowerAttention):
+    """The averages over each token's patches, for tokens `index` (n,) int64 of an image made of `pieces` of a tower."""
 
     tower: Tower
     pieces: tuple[int, ...]
     index: Tensor
 
     def received(self) -> Tensor:
-        """(n,) float32: the attention that each token's patches get, averaged."""
         return torch.cat([self.tower.received[i] for i in self.pieces])[self.index]
 
     def descriptors(self) -> Tensor:
-        """(n, d) float32: the keys of each token's patches, averaged."""
         return torch.cat([self.tower.descriptors[i] for i in self.pieces])[self.index]
 
 

@@ -154,7 +154,7 @@ def pruned_layer(cache: object, layer: int) -> PrunedLayer:
     entry = cache.layers[layer]
     if isinstance(entry, PrunedLayer):
         return entry
-    if type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
+    if not isinstance(entry, DynamicLayer) or type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise CodebookError(f"a {type(entry).__name__} cannot be pruned: use the default DynamicCache")
     cache.layers[layer] = pruned = PrunedLayer(entry)
     return pruned

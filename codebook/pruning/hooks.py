@@ -102,11 +102,13 @@ class Forward:
         device = self.embeds.device
         visual = {self.family.token(self.model, kind) for kind in encoded}
         towers = {kind: self._tower(call) for kind, call in encoded.items()}
-        pixels = {kind: call and self.family.pixels(self.model, call) for kind, call in encoded.items()}
+        pixels = {
+            kind: None if call is None else self.family.pixels(self.model, call) for kind, call in encoded.items()
+        }
         digests = {
             kind: torch.stack([digest_rows(image[None])[0] for image in images]).to(device)
             for kind, images in pixels.items()
-            if images
+            if images is not None
         }
         valid = [[i for i, value in enumerate(row) if value] for row in on]
         self.lengths = [len(columns) for columns in valid]
@@ -141,7 +143,7 @@ class Forward:
                             ordinal=torch.arange(len(index), device=device),
                             key=mix(digest + place) ^ mix(torch.tensor(number, device=device)),
                             features=features[index],
-                            vision=tower and PackedVision(tower, pieces or (), index),
+                            vision=None if tower is None else PackedVision(tower, pieces or (), index),
                             encode=encode,
                         )
                     )
@@ -153,7 +155,9 @@ class Forward:
             return None
         has_cls = self.family.has_cls(self.model)
         parts = [
-            Vision(query[i], key[i], scaling, has_cls) for query, key, scaling in call.attention for i in range(len(key))
+            Vision(query[i], key[i], scaling, has_cls)
+            for query, key, scaling in call.attention
+            for i in range(len(key))
         ]
         return Tower(parts, partial(self.family.pack, self.model, call))
 
@@ -171,9 +175,7 @@ class Forward:
                     kept[unit.row, places[index]] = True
                     dropped[unit.row] += unit.count - len(index)
                     features = unit.features[index] if values is None or stage.layer else values
-                    unit = replace(
-                        unit, columns=unit.columns[index], ordinal=unit.ordinal[index], features=features
-                    )
+                    unit = replace(unit, columns=unit.columns[index], ordinal=unit.ordinal[index], features=features)
             units.append(unit)
             merged.append(values)
         self.units = units
@@ -561,7 +563,7 @@ def window(layer: Any) -> int | None:
 
 
 def divided(total: int, among: list[int]) -> list[int]:
-    """A number divided in proportion, the largest remainders rounded up: no share is more than what it is a share of."""
+    """A number divided in proportion, largest remainders rounded up: no share is more than what it is a share of."""
     if not total:
         return [0] * len(among)
     whole = sum(among)

@@ -12,7 +12,7 @@ from torch import Tensor
 from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
-    from codebook.pruning.attention import Attention, PackedVision, Vision
+    from codebook.pruning.attention import Attention, TowerAttention
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class VisualTokens:
         Digest of the image's pixels and of its place among the prompt's images: the same alone or in any batch.
     attention : Attention or None
         Of the layer before the stage; only for pruners that say `uses_attention`.
-    vision : Vision, PackedVision or None
+    vision : TowerAttention or None
         Attention in the vision tower, over the whole image; only for pruners that say `uses_vision`.
     encode : callable or None
         `encode(r, c)` gives the projector outputs (r * c, d) of the image resized to r x c patches; only before the
@@ -59,7 +59,7 @@ class VisualTokens:
     grid: tuple[int, int]
     key: Tensor
     attention: Attention | None = None
-    vision: Vision | PackedVision | None = None
+    vision: TowerAttention | None = None
     encode: Callable[[int, int], Tensor] | None = None
 
     def __len__(self) -> int:

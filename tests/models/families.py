@@ -74,7 +74,9 @@ class Tiny:
             "input_ids": torch.tensor([[PAD] * (longest - len(row)) + row for row in ids]),
             "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
         }
-        return out | self.collate([[part[1] for part in row if part[1]] for row in parts]) | self.types(out["input_ids"])
+        return (
+            out | self.collate([[part[1] for part in row if part[1]] for row in parts]) | self.types(out["input_ids"])
+        )
 
     def part(self, part, seed):
         if isinstance(part, int):

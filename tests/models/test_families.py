@@ -1,14 +1,13 @@
 """Every family: a part of the compatibility table, keeping everything, leaving the context, maps, quotas."""
 
-import copy
+import sys
 
 import pytest
 import torch
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning import Random, Schedule, Stage, Uniform, hooks
-from codebook.pruning.attention import Vision
+from codebook.pruning import Cls, Random, Schedule, Stage, Uniform
 from tests.models.cells import Cell, cells, check, model
 from tests.models.families import FAMILIES
 
@@ -140,17 +139,14 @@ def _tokens(target, inputs, stages, quotas):
 @torch.no_grad()
 def test_grids_of_different_shapes_cannot_share_a_budget():
     target, tiny = model("llava_next", "sdpa"), FAMILIES["llava_next"]
-    with Schedule([Stage(0, 0.5, Random())], quotas="shared")(target):
-        with pytest.raises(CodebookError, match="quotas='each'"):
-            target(**tiny.inputs([["image", 5]]))
+    schedule = Schedule([Stage(0, 0.5, Random())], quotas="shared")
+    with schedule(target), pytest.raises(CodebookError, match="quotas='each'"):
+        target(**tiny.inputs([["image", 5]]))
 
 
 @torch.no_grad()
 def test_patches_become_tokens_as_in_the_model(tiny):
-    """`pack` on tower features, projected one by one with the model's own weights where those average, or compared.
-
-    A patch is marked, and its mark must arrive at the token whose box holds it.
-    """
+    """Rows and columns of patches, packed, are those of tokens: even steps down and across each grid."""
     target, family = model(tiny.name, "sdpa"), models.family(model(tiny.name, "sdpa"))
     schedule = Schedule([Stage(0, 0.5, Random())])
     for rows in [["large", 5]], *([[["video", 5]]] if tiny.videos else []):
@@ -159,15 +155,28 @@ def test_patches_become_tokens_as_in_the_model(tiny):
             target.generate(**inputs, max_new_tokens=1)
             [call] = pruning._encoded.values()
         [image] = pruning.images
-        sizes = places(tiny, target, call)
-        packed = torch.cat([x for x in family.pack(target, call, [s.float() for s in sizes])])
-        for number, grid in enumerate(image.layout.grids):
+        values = [at.float() for at in places(tiny, target, call)]
+        pieces = family.pack(target, call, values)
+        if (stock := merged(tiny, target, values)) is not None:
+            assert torch.equal(torch.stack(pieces), stock)
+        packed = torch.cat(pieces)
+        for grid in image.layout.grids:
             values = packed[grid.index].view(grid.rows, grid.cols, -1)
-            # rows and columns of patches grow with those of tokens, evenly
-            for axis, count in ((0, grid.rows), (1, grid.cols)):
-                steps = values[..., axis].diff(dim=axis)
-                assert (steps > 0).all() if count > 1 else True
+            assert all((values[..., axis].diff(dim=axis) > 0).all() for axis in (0, 1))
             assert (values[..., 0].diff(dim=1).abs() < 1e-3).all() and (values[..., 1].diff(dim=0).abs() < 1e-3).all()
+
+
+def merged(tiny, target, values):
+    """Where a family shuffles or pools patches by its own function: the average of each token's patches by that."""
+    patches, side = torch.stack(values), int(len(values[0]) ** 0.5)
+    if tiny.name == "internvl":
+        return target.model.pixel_shuffle(patches.unflatten(1, (side, side))).flatten(1, 2).unflatten(2, (4, 2)).mean(2)
+    if tiny.name in ("idefics3", "smolvlm"):
+        return target.model.connector.pixel_shuffle(patches, 2).unflatten(2, (4, 2)).mean(2)
+    if tiny.name == "gemma3":
+        squares = patches.transpose(1, 2).unflatten(2, (side, side))
+        return target.model.multi_modal_projector.avg_pool(squares).flatten(2).transpose(1, 2)
+    return None
 
 
 def places(tiny, target, call):
@@ -193,3 +202,34 @@ def places(tiny, target, call):
     if tiny.name in ("llava_next", "llava_onevision") and call.kind == "image":
         out[2][:, 0] += side  # the second crop is below the first
     return out
+
+
+@torch.no_grad()
+def test_tower_scores_are_the_stock_attention_of_the_patches(tiny, monkeypatch):
+    """Weights as the stock eager function returns them, averaged over heads and queries, or of [CLS], then packed."""
+    target = model(tiny.name, "eager")
+    family, seen, weights = models.family(target), [], []
+    attention = family.vision_attention(target)
+    module = sys.modules[type(attention).__module__]
+    stock = module.eager_attention_forward
+
+    def watched(owner, *args, **kwargs):
+        out = stock(owner, *args, **kwargs)
+        if owner is attention:
+            weights.extend(out[1].mean(1))
+        return out
+
+    class Look(Cls):
+        def score(self, tokens):
+            seen.append(super().score(tokens))
+            return seen[-1]
+
+    monkeypatch.setattr(module, "eager_attention_forward", watched)
+    rows = [["large", 5, 6]] if not tiny.videos else [[3, "video", 7]]
+    with Schedule([Stage(0, 0.5, Look())])(target) as pruning:
+        target(**tiny.inputs(rows))
+        [call] = pruning._encoded.values()
+    scores = [w[0, 1:] if family.has_cls(target) else w.mean(0) for w in weights]
+    packed = torch.cat(family.pack(target, call, [score[:, None] for score in scores]))[:, 0]
+    for score, grid in zip(seen, pruning.images[0].layout.grids, strict=True):
+        assert torch.allclose(score, packed[grid.index], atol=1e-6)
