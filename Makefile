@@ -5,13 +5,30 @@ READY := $(VENV)/.ready
 # Waiting threads sleep instead of spinning: on shared cores small models run many times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint table test-versions clean
 
 demo: $(READY)
 	$(VENV)/bin/codebook demo --out out/demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# The compatibility table in docs/models.md, from its full grid: minutes.
+table: $(READY)
+	$(VENV)/bin/python -m tests.models.cells
+
+# The lowest and the newest supported transformers, each in an environment of its own that is thrown away.
+VERSIONS ?= 5.16.0 5.23.0
+test-versions:
+	set -e; for version in $(VERSIONS); do \
+	  folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; \
+	  $(PYTHON) -m venv $$folder; \
+	  $$folder/bin/pip install --quiet --constraint constraints.txt 'torch' 'faiss-cpu' 'numpy' 'pytest' 'pillow'; \
+	  $$folder/bin/pip install --quiet --editable '.[test]' "transformers==$$version"; \
+	  echo "transformers $$version"; \
+	  $$folder/bin/python -m pytest tests/models tests/pruning tests/test_models.py; \
+	  rm -rf $$folder; \
+	done
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -37,15 +37,16 @@ def _dropping(model, valid, gone_from, compact, edit):
             handle.remove()
 
 
-def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=()):
+def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(), forced=None):
     """Greedy tokens (B, steps) and each step's logits of any family, from a full forward a step.
 
-    `gone_from` (B, L) and `edit` are as in `logits`; tokens of `suppress` are never chosen.
+    `gone_from` (B, L) and `edit` are as in `logits`; tokens of `suppress` are never chosen,
+    and `forced` (B, steps) are taken instead of the greedy ones.
     """
     stock, inputs = model.config._attn_implementation, dict(inputs)
     model.set_attn_implementation("eager")
     tokens, scores = [], []
-    for _ in range(steps):
+    for step in range(steps):
         valid = inputs["attention_mask"]
         positions = {}
         if "mm_token_type_ids" not in inputs:  # as generate() makes them; Qwen's are made from the token types
@@ -55,7 +56,7 @@ def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(
             scores.append(model(**inputs, **positions, use_cache=False).logits[:, -1])
         allowed = scores[-1].clone()
         allowed[:, list(suppress)] = -torch.inf
-        tokens.append(allowed.argmax(-1, keepdim=True))
+        tokens.append(allowed.argmax(-1, keepdim=True) if forced is None else forced[:, step : step + 1])
         more = {"input_ids": tokens[-1], "attention_mask": torch.ones_like(tokens[-1])}
         more["mm_token_type_ids"] = torch.zeros_like(tokens[-1])
         more["token_type_ids"] = torch.full_like(tokens[-1], int(model.config.model_type == "paligemma"))

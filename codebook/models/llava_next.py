@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.models.base import Encoded, Grid, Layout, dealt
+from codebook.models.base import Encoded, Family, Grid, Layout, dealt
 from codebook.models.llava import Llava
 
 
 class LlavaNext(Llava):
     name = "llava_next"
+    encode = Family.encode  # a resized whole view alone is no image that the model knows
 
     def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         if encoded is None:

@@ -1,13 +1,16 @@
 """One cell of the compatibility table: pruned generation on a tiny model of a family against the masked reference.
 
-`python -m tests.models.cells` writes docs/models.md's tables from the full grid; the tests run a part of it.
+`python -m tests.models.cells` (`make table`) runs all and writes the table in docs/models.md; the tests run a part.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
+import re
+from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -124,3 +127,39 @@ def check(cell):
     assert (ours - logits).abs().max() <= 1e-5 * logits.abs().max()
     assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
     return "works"
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "models.md"
+BLOCK = re.compile(r"(?<=<!-- table -->\n).*(?=<!-- end of table -->)", re.DOTALL)
+
+
+def table(results):
+    """Markdown: what works for each family, kind of input and class of methods."""
+    names = {"image": "an image", "several": "several images", "video": "videos"}
+    lines = ["| family | input | " + " | ".join(METHODS) + " |", "|---|---|" + "---|" * len(METHODS)]
+    for family, show in itertools.product(FAMILIES, SHOWS):
+        row = [_entry(results, family, show, method) for method in METHODS]
+        if set(row) != {"-"}:
+            lines.append(f"| `{family}` | {names[show]} | " + " | ".join(row) + " |")
+    count = Counter(results.values())
+    lines += ["", f"{len(results)} combinations: {count['works']} work, {count['refused']} are refused, {count['none']} "
+              "are of inputs that the family does not have."]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _entry(results, family, show, method):
+    works = [
+        positions
+        for positions in POSITIONS
+        if all(
+            results[Cell(family, method, attention, batch, show, positions)] == "works"
+            for attention, batch in itertools.product(ATTENTIONS, BATCHES)
+        )
+    ]
+    return ", ".join(works) or "-"
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    results = {cell: check(cell) for cell in cells()}
+    DOCS.write_text(BLOCK.sub(lambda _: table(results), DOCS.read_text()))

@@ -1,5 +1,6 @@
 """Every family: a part of the compatibility table, keeping everything, leaving the context, maps, quotas."""
 
+import re
 import sys
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning import Cls, Random, Schedule, Stage, Uniform
-from tests.models.cells import Cell, cells, check, model
+from codebook.pruning import Cls, FastV, Random, Schedule, Stage, Uniform
+from tests.models.cells import DOCS, METHODS, Cell, cells, check, model
 from tests.models.families import FAMILIES
 
 SAMPLE = [
@@ -38,6 +39,12 @@ def test_generate_equals_masked_reference(tiny, dimensions):
     if cell.show == "video" and not tiny.videos:
         expected = "none"
     assert check(cell) == expected
+    shows = {"image": "an image", "several": "several images", "video": "videos"}[cell.show]
+    row = re.search(rf"\| `{cell.family}` \| {shows} \|(.*)\|", DOCS.read_text())
+    assert bool(row) == (expected != "none")
+    if row:
+        documented = row[1].split("|")[METHODS.index(cell.method)].split(",")
+        assert (cell.positions in (word.strip() for word in documented)) == (expected == "works")
 
 
 @pytest.mark.table
@@ -233,3 +240,26 @@ def test_tower_scores_are_the_stock_attention_of_the_patches(tiny, monkeypatch):
     packed = torch.cat(family.pack(target, call, [score[:, None] for score in scores]))[:, 0]
     for score, grid in zip(seen, pruning.images[0].layout.grids, strict=True):
         assert torch.allclose(score, packed[grid.index], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("query", ["text", "visual"])
+def test_attention_scores_are_the_stock_maps(tiny, layer, query):
+    target, inputs = model(tiny.name, "eager"), tiny.inputs(ROWS)
+    seen = []
+
+    class Look(FastV):
+        def score(self, tokens):
+            seen.append(super().score(tokens))
+            return seen[-1]
+
+    maps = target(**inputs, output_attentions=True).attentions[layer - 1].mean(1)
+    with Schedule([Stage(layer, 0.5, Look(query=query))])(target) as pruning:
+        target(**inputs)
+    scores = iter(seen)
+    for image, (row, grids, places) in zip(pruning.images, tiny.columns(ROWS), strict=True):
+        assert [(grid.rows, grid.cols) for grid in image.layout.grids] == grids
+        for columns in places.split([rows * cols for rows, cols in grids]):
+            at = -1 if query == "text" else columns[-1]
+            assert torch.allclose(next(scores), maps[row, at, columns], atol=1e-6)
