@@ -138,7 +138,7 @@ def build(
             if name in finished:
                 continue
             try:
-                pixels = _pixels(root / name, processor)
+                pixels = _pixels(root / name, family, processor)
             except Exception as error:  # damaged files make PIL's decoders raise nearly anything
                 reason = f"cannot read image {root / name}: {' '.join(str(error).split())[:200]}"
                 if strict:
@@ -247,10 +247,10 @@ def _survivors(pixels: Tensor, *rest: Any) -> Survivors:
         raise CodebookError("out of GPU memory: lower batch_size and run again, finished images are kept") from None
 
 
-def _pixels(path: Path, processor: Any) -> Tensor:
+def _pixels(path: Path, family: models.Family, processor: Any) -> Tensor:
     with Image.open(path) as image:
         upright = ImageOps.exif_transpose(image).convert("RGB")
-    return processor.image_processor(images=upright, return_tensors="pt")["pixel_values"]
+    return family.view(processor, upright)
 
 
 def _funnel(journal: Journal, names: set[str]) -> dict[str, int]:

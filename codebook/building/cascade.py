@@ -46,6 +46,7 @@ def survivors(pixels: Tensor, model: Any, family: Family, prober: Prober, settin
     probed = candidates(settings.candidates, prober.grid, patches[0], None if cls is None else cls[0])
 
     features = tokens[probed.to(tokens.device)]
+    own = model.config.get_text_config().hidden_size  # after that, what deeper layers add
     confidence = prober.alone(features).tolist()
     left = [i for i in range(len(probed)) if confidence[i] < settings.tau_p]
     funnel = {"probed": len(probed), "P1": len(left)}
@@ -60,7 +61,7 @@ def survivors(pixels: Tensor, model: Any, family: Family, prober: Prober, settin
         left = [i for i in left if near[i] + settings.global_weight * far[i] < settings.tau_j]
     funnel["JSD"] = len(left)
 
-    raw = features.float().cpu()
+    raw = features[:, :own].float().cpu()
     if left:
         labels = dpc_knn(raw, settings.clusters_per_image, settings.neighbours, settings.seed)
         sizes = labels.bincount()[labels].tolist()

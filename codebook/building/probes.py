@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from codebook import models
 from codebook.errors import CodebookError
 
 TOP_P1 = 50
@@ -74,9 +75,9 @@ class Prober:
     ----------
     model
         A stock model, in eval mode.
-    prefix, suffix : (1, a, d), (1, b, d)
+    prefix, suffix : (1, a, width), (1, b, width)
         Embeddings of the prompt before and after the visual tokens.
-    pad : (1, d)
+    pad : (1, width)
         Embedding that takes a removed token's place.
     grid
         Rows and columns of the visual tokens.
@@ -105,37 +106,39 @@ class Prober:
             pad = processor.tokenizer.pad_token_id
         if pad is None:
             raise CodebookError("the model has no pad token to put in a token's place: set config.pad_token_id")
-        embed = model.get_input_embeddings()
+        embed, width = model.get_input_embeddings(), models.family(model).width(model)
 
         def vectors(ids: list[int]) -> Tensor:
-            return embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+            own = embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+            return torch.nn.functional.pad(own, (0, width - own.shape[-1]))
 
         with torch.inference_mode():
             return cls(model, vectors(before)[None], vectors(after)[None], vectors([pad]), grid, batch_size)
 
-    def answer(self, visual: Tensor) -> Tensor:
+    def answer(self, visual: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits of the first generated token.
 
         Parameters
         ----------
-        visual : (b, n, d)
+        visual : (b, n, width)
             One row a sequence: the visual tokens in the place of the image.
+        grid
+            Their rows and columns.
 
         Returns
         -------
         (b, vocabulary)
         """
-        rows = []
+        rows, family = [], models.family(self.model)
         for part in visual.split(self.batch_size):
             b = len(part)
             embeds = torch.cat([self.prefix.expand(b, -1, -1), part, self.suffix.expand(b, -1, -1)], dim=1)
-            out = self.model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1)
-            rows.append(out.logits[:, -1].float())
+            rows.append(family.answer(self.model, embeds, self.prefix.shape[1], grid).float())
         return torch.cat(rows)
 
     def alone(self, tokens: Tensor) -> Tensor:
         """P1 of each token when it is the whole image: tokens (m, d) -> (m,)."""
-        return p1(self.answer(tokens[:, None]))
+        return p1(self.answer(tokens[:, None], (1, 1)))
 
     def in_region(self, tokens: Tensor, chosen: list[int], form: str = "coded") -> Tensor:
         """JSD of removing each chosen token from its 3x3 region: all the image's tokens (n, d) -> (m,)."""
@@ -143,14 +146,21 @@ class Prober:
         intact = tokens[regions]
         removed = regions == torch.tensor(chosen, device=tokens.device)[:, None]
         ablated = torch.where(removed[..., None], self.pad, intact)
-        return jsd(self.answer(intact), self.answer(ablated), form)
+        return jsd(self.answer(intact, (3, 3)), self.answer(ablated, (3, 3)), form)
 
     def in_image(self, tokens: Tensor, chosen: list[int], form: str = "coded") -> Tensor:
         """JSD of removing the 3x3 region of each chosen token from the image: all tokens (n, d) -> (m,).
 
         What comes before a region does not see it: keys and values there are those of the intact pass. Regions are
-        taken in the order of their first tokens, so that those in a batch share as much as they can, about half.
+        taken in the order of their first tokens, so that those in a batch share as much as they can, about half. Families
+        whose prompts cannot share are passed whole.
         """
+        if not models.family(self.model).shares:
+            ablated = tokens.repeat(len(chosen), 1, 1)
+            for row, i in enumerate(chosen):
+                ablated[row, region(i, self.grid)] = self.pad
+            intact = self.answer(tokens[None], self.grid).expand(len(chosen), -1)
+            return jsd(intact, self.answer(ablated, self.grid), form)
         sequence = torch.cat([self.prefix, tokens[None], self.suffix], dim=1)
         out = self.model(inputs_embeds=sequence, use_cache=True, logits_to_keep=1)
         intact, cache, before = out.logits[:, -1].float(), out.past_key_values, self.prefix.shape[1]
@@ -178,7 +188,8 @@ def split_prompt(model: Any, processor: Any, prompt: str) -> tuple[list[int], li
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt")
+    options = models.family(model).one_view
+    inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt", **options)
     ids = inputs["input_ids"][0].tolist()
     image = model.config.image_token_id
     if image not in ids:

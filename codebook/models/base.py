@@ -175,6 +175,13 @@ class Family(ABC):
     axes: ClassVar[int] = 1
     """Axes of position ids; tokens of a family with several cannot be renumbered."""
 
+    shares: ClassVar[bool] = True
+    """Whether what comes first in a prompt is the same whatever follows, also where its positions are: its keys and
+    values can then be shared between prompts."""
+
+    one_view: ClassVar[dict[str, Any]] = {}
+    """Arguments with which the processor shows an image as one view, without crops."""
+
     window_last: ClassVar[bool] = True
     """Whether a sliding window also cuts tokens off that see each other as one block."""
 
@@ -304,20 +311,50 @@ class Family(ABC):
         """
         yield
 
+    def view(self, processor: Any, picture: Any) -> Tensor:
+        """Pixels of the whole view of a PIL picture, as `image_features` takes them."""
+        return processor.image_processor(images=picture, return_tensors="pt", **self.one_view)["pixel_values"]
+
     @abstractmethod
     def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Encode images.
+        """Encode the whole views of images.
 
         Parameters
         ----------
-        pixel_values : (n_images, 3, H, W) float
+        pixel_values
+            (n_images, 3, H, W) float, or as the family's image processor shapes it.
 
         Returns
         -------
-        projected : (n_images, n, d), projector outputs, in the LLM's input space
-        patches : (n_images, n, D), tower features before the projector
+        projected : (n_images, n, width), projector outputs, in the LLM's input space; see `width`
+        patches : (n_images, n, D), tower features before the projector, the average of each token's patches
         cls : (n_images, D) of the same layer, or None for towers without a [CLS] token
         """
+
+    def width(self, model: Any) -> int:
+        """Numbers of a visual token: those that enter the LLM, and after them what its layers add to them."""
+        return int(model.config.get_text_config().hidden_size)
+
+    def answer(self, model: Any, embeds: Tensor, start: int, grid: tuple[int, int]) -> Tensor:
+        """Logits of the first token generated after a prompt.
+
+        Parameters
+        ----------
+        embeds : (b, L, width) float
+            Text, the visual tokens from `start` on, text.
+        grid
+            Rows and columns of the visual tokens.
+
+        Returns
+        -------
+        (b, vocabulary)
+        """
+        arguments = self.probed(embeds, start, grid)
+        return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1, **arguments).logits[:, -1]
+
+    def probed(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+        """What else the model's forward needs to know of such a prompt."""
+        return {}
 
     def encode(self, model: Any, pixels: Tensor, rows: int, cols: int) -> Tensor:
         """Encode an image at another size.

@@ -14,6 +14,7 @@ from codebook.models.llava import fixed
 
 class Gemma3(Family):
     name = "gemma3"
+    shares = False
 
     def vision_attention(self, model: Any) -> nn.Module:
         return model.base_model.vision_tower.encoder.layers[-1].self_attn
@@ -40,6 +41,11 @@ class Gemma3(Family):
     def rotary(self, model: Any, embeds: Tensor, positions: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
         attention: Any = layer.self_attn
         return model.get_decoder().rotary_emb(embeds, positions, attention.layer_type)
+
+    def probed(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+        types = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
+        types[:, start : start + grid[0] * grid[1]] = 1
+        return {"token_type_ids": types}
 
     def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)

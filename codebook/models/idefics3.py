@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from codebook.models.base import Encoded, Family, Grid, Layout, pooled, runs, wh
 class Idefics3(Family):
     name = "idefics3"
     tower_rows = False
+    one_view: ClassVar[dict[str, Any]] = {"do_image_splitting": False}
 
     def tower(self, model: Any) -> nn.Module:
         return model.base_model.vision_model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from codebook.models.base import Encoded, Family, Grid, Layout, pooled, runs, wh
 
 class InternVL(Family):
     name = "internvl"
+    one_view: ClassVar[dict[str, Any]] = {"crop_to_patches": False}
 
     def check(self, config: Any) -> Family:
         if config.vision_feature_select_strategy != "default":

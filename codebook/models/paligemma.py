@@ -13,6 +13,7 @@ from codebook.models.llava import fixed
 
 class PaliGemma(Family):
     name = "paligemma"
+    shares = False
     window_last = False
 
     def vision_attention(self, model: Any) -> nn.Module:
@@ -29,6 +30,9 @@ class PaliGemma(Family):
         types, cache = given.get("token_type_ids"), given.get("past_key_values")
         started = cache is not None and cache.is_initialized and given.get("pixel_values") is None
         return None if types is None or started else torch.where(types == 0, 0, -1)
+
+    def probed(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+        return {"token_type_ids": torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)}
 
     def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)

@@ -10,13 +10,14 @@ from torch import Tensor, nn
 from codebook.models.base import Encoded, Family, Layout, dealt
 
 SIDE = 24
-"""Tokens a side of the images that a codebook is built from: 672 pixels at 14 a patch."""
+"""Tokens a side of the images that a codebook is built from, stretched to a square: 672 pixels at 14 a patch."""
 
 
 class Qwen2VL(Family):
     name = "qwen2_vl"
     tower_rows = False
     axes: ClassVar[int] = 3
+    shares = False
 
     def tower(self, model: Any) -> nn.Module:
         return model.base_model.visual
@@ -62,8 +63,29 @@ class Qwen2VL(Family):
         grids = encoded.given[f"{encoded.kind}_grid_thw"].tolist()
         return [(frames, height // merge, width // merge) for frames, height, width in grids]
 
+    def view(self, processor: Any, picture: Any) -> Tensor:
+        images = processor.image_processor
+        side = SIDE * images.merge_size * images.patch_size
+        return images(images=picture.resize((side, side)), return_tensors="pt")["pixel_values"]
+
     def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        raise NotImplementedError
+        out, call = self._encode(model, pixel_values)
+        values = list(out.last_hidden_state.split(4 * SIDE * SIDE))
+        return torch.stack(list(out.pooler_output)), torch.stack(self.pack(model, call, values)), None
+
+    def probed(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+        rows, cols = grid
+        after = start + max(grid) + torch.arange(embeds.shape[1] - start - rows * cols)
+        down, across = (x.flatten() for x in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))
+        image = start + torch.stack([torch.zeros_like(down), down, across])
+        positions = torch.cat([torch.arange(start).expand(3, -1), image, after.expand(3, -1)], dim=1)
+        return {"position_ids": positions[:, None].expand(-1, len(embeds), -1).to(embeds.device)}
+
+    def _encode(self, model: Any, pixel_values: Tensor) -> tuple[Any, Encoded]:
+        merge = model.config.vision_config.spatial_merge_size
+        size = torch.tensor([[1, merge * SIDE, merge * SIDE]], device=pixel_values.device)
+        given = {"pixel_values": pixel_values, "image_grid_thw": size.repeat(len(pixel_values) // (2 * SIDE) ** 2, 1)}
+        return model.base_model.get_image_features(**given, return_dict=True), Encoded("image", given)
 
 
 class Qwen25VL(Qwen2VL):

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from codebook.models.qwen2_vl import Qwen2VL
@@ -13,6 +14,27 @@ from codebook.models.qwen2_vl import Qwen2VL
 
 class Qwen3VL(Qwen2VL):
     name = "qwen3_vl"
+
+    def width(self, model: Any) -> int:
+        return super().width(model) * (1 + len(model.config.vision_config.deepstack_visual_indexes))
+
+    def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        out, call = self._encode(model, pixel_values)
+        features = [out.pooler_output, *out.deepstack_features]
+        values = list(out.last_hidden_state.split(out.last_hidden_state.shape[0] // len(out.pooler_output)))
+        wide = torch.cat([torch.stack(list(part)) for part in features], dim=-1)
+        return wide, torch.stack(self.pack(model, call, values)), None
+
+    def answer(self, model: Any, embeds: Tensor, start: int, grid: tuple[int, int]) -> Tensor:
+        own, *added = embeds.split(super().width(model), dim=-1)
+        hidden = model.get_decoder()(
+            inputs_embeds=own,
+            use_cache=False,
+            visual_pos_masks=torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),  # zeros to text
+            deepstack_visual_embeds=[part.flatten(0, 1) for part in added],
+            **self.probed(embeds, start, grid),
+        ).last_hidden_state
+        return model.get_output_embeddings()(hidden[:, -1])
 
     @contextlib.contextmanager
     def narrowed(self, model: Any, narrow: Callable[[Tensor], Tensor]) -> Iterator[None]:
