@@ -152,8 +152,8 @@ class Prober:
         """JSD of removing the 3x3 region of each chosen token from the image: all tokens (n, d) -> (m,).
 
         What comes before a region does not see it: keys and values there are those of the intact pass. Regions are
-        taken in the order of their first tokens, so that those in a batch share as much as they can, about half. Families
-        whose prompts cannot share are passed whole.
+        taken in the order of their first tokens, so that those in a batch share as much as they can, about half.
+        Families whose prompts cannot share are passed whole.
         """
         if not models.family(self.model).shares:
             ablated = tokens.repeat(len(chosen), 1, 1)

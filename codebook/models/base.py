@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, ClassVar, Literal
@@ -123,6 +123,14 @@ class Image:
                 return i, *divmod(token, grid.cols)
             token -= grid.count
         raise IndexError(f"the image has no visual token {token + self.count}")
+
+    def view(self, tokens: Iterable[int]) -> tuple[list[int], tuple[int, int]]:
+        """Of some visual tokens those of the whole view, or of the first frame: raster positions, rows and columns."""
+        number, grid = next(
+            ((i, grid) for i, grid in enumerate(self.layout.grids) if grid.kind == "view"), (0, self.layout.grids[0])
+        )
+        places = [self.locate(token) for token in tokens]
+        return [row * grid.cols + col for i, row, col in places if i == number], (grid.rows, grid.cols)
 
     def units(self, shared: bool) -> list[tuple[tuple[int, int], Tensor]]:
         """What is pruned at once: rows and columns, and places (n,) int64 among the image's tokens in the prompt.

@@ -63,10 +63,11 @@ class Attention:
         """(n,) int64: places of the image's tokens in the sample."""
         return torch.arange(self.query.shape[1], device=self.query.device)[self.span]
 
-    def row(self, *, rotated: bool = True, image_only: bool = False) -> Tensor:
-        """(n,) float32: `rows` of the last text token."""
-        last = torch.arange(self.query.shape[1], device=self.query.device)[-1:]
-        return self.rows(last, rotated=rotated, image_only=image_only)[0]
+    def row(self, query: int = -1, *, rotated: bool = True, image_only: bool = False) -> Tensor:
+        """(n,) float32: `rows` of one place; -1 is the last text token."""
+        query = query % self.query.shape[1]
+        place = torch.arange(query, query + 1, device=self.query.device)
+        return self.rows(place, rotated=rotated, image_only=image_only)[0]
 
     def rows(self, query: Tensor, *, rotated: bool = True, image_only: bool = False) -> Tensor:
         """How much some tokens attend to each of the image's, averaged over heads.

@@ -474,6 +474,8 @@ class Pruning:
 
     def _on_vision_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
         if self._encoding is not None:
+            if self.family.tower_rows:  # in one call; `remember` may have let the new images through before
+                self._encoding.attention.clear()
             self._encoding.attention.append((query, key, scaling))
 
     def _on_base(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

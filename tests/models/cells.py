@@ -142,8 +142,8 @@ def table(results):
         if set(row) != {"-"}:
             lines.append(f"| `{family}` | {names[show]} | " + " | ".join(row) + " |")
     count = Counter(results.values())
-    lines += ["", f"{len(results)} combinations: {count['works']} work, {count['refused']} are refused, {count['none']} "
-              "are of inputs that the family does not have."]  # fmt: skip
+    lines += ["", f"{len(results)} combinations: {count['works']} work, {count['refused']} are refused, "
+              f"{count['none']} are of inputs that the family does not have."]  # fmt: skip
     return "\n".join(lines) + "\n"
 
 

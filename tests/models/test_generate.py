@@ -82,7 +82,7 @@ def test_prompt_lookup(tiny):
 
 @torch.no_grad()
 def test_an_assistant():
-    """Where the processor makes token types stock `generate` wants an assistant that takes those: none of these does."""
+    """Where a processor makes token types, stock `generate` wants an assistant that takes them: none of these does."""
     torch.manual_seed(0)
     assistant = LlamaForCausalLM(LlamaConfig(**TEXT)).eval()
     assistant.generation_config.pad_token_id, assistant.generation_config.eos_token_id = 0, None

@@ -39,5 +39,5 @@ class FastV(ScoringPruner):
         attention = needed(tokens.attention, "the attention of the layer before")
         options = {"rotated": self.rotated, "image_only": self.image_only}
         text, visual = self.query == "text", attention.places[-1:]
-        row = attention.row(**options) if text else attention.rows(visual, **options)[0]
+        row = attention.row(-1, **options) if text else attention.rows(visual, **options)[0]
         return -row if self.reverse else row
