@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from codebook.errors import CodebookError
-from codebook.models.base import KINDS, Encoded, Family, Grid, Image, Layout
+from codebook.models.base import KINDS, Encoded, Family, Grid, Image, Layout, whole
 from codebook.models.gemma3 import Gemma3
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
@@ -19,7 +19,7 @@ from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
 from codebook.models.qwen3_vl import Qwen3VL
 
-__all__ = ["FAMILIES", "KINDS", "Encoded", "Family", "Grid", "Image", "Layout", "family", "load"]
+__all__ = ["FAMILIES", "KINDS", "Encoded", "Family", "Grid", "Image", "Layout", "family", "load", "whole"]
 
 FAMILIES: dict[str, Family] = {
     family.name: family

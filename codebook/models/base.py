@@ -164,12 +164,15 @@ class Encoded:
     attention
         What the tower's layer that feeds the projector attended with, if someone asked: queries and keys (B, heads, N,
         d) and their scaling, one entry a call of its attention function.
+    shown
+        Whether a forward has had it.
     """
 
     kind: str
     given: dict[str, Any]
     output: Any = None
     attention: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
+    shown: bool = False
 
 
 class Family(ABC):

@@ -485,6 +485,11 @@ class Pruning:
         embeds = given.get("inputs_embeds")
         if given.get("input_ids") is None and (kinds or (embeds is not None and embeds.shape[1] > 1)):
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
+        ids = given.get("input_ids")
+        for kind, call in self._encoded.items():  # chunked prefill of some versions loses the images without a word
+            missing = not call.shown and kind not in kinds and ids is not None
+            if missing and bool((ids == self.family.token(self.model, kind)).any()):
+                raise models.whole(kind, f"{kind} tokens came without the {kind}s that were encoded for them")
         # Without kinds, image tokens are text: generated ones, or of an earlier turn.
         self._inputs = given | {"kinds": kinds, "blocks": self.family.blocks(self.model, given)}
 
@@ -509,7 +514,10 @@ class Pruning:
     def _call(self, kind: str, given: dict[str, Any]) -> Encoded | None:
         """The call that encoded a forward's images, if it was made in this context."""
         call, output = self._encoded.get(kind), (given.get("mm_encoder_outputs") or {}).get(kind)
-        return call if call is not None and (output is None or output is call.output) else None
+        if call is None or (output is not None and output is not call.output):
+            return None
+        call.shown = True
+        return call
 
     def _on_layer(self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = self._forward
