@@ -38,6 +38,8 @@ class FastV(ScoringPruner):
     def score(self, tokens: VisualTokens) -> Tensor:
         attention = needed(tokens.attention, "the attention of the layer before")
         options = {"rotated": self.rotated, "image_only": self.image_only}
-        text, visual = self.query == "text", attention.places[-1:]
-        row = attention.row(-1, **options) if text else attention.rows(visual, **options)[0]
+        if self.query == "text":
+            row = attention.row(-1, **options)
+        else:
+            row = attention.rows(attention.places[-1:], **options)[0]
         return -row if self.reverse else row
