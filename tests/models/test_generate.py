@@ -1,10 +1,12 @@
 """`generate` in all its forms, on families that differ in positions, masks and caches, against the masked reference."""
 
+import copy
+
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from codebook.pruning import DivPrune, Random, Schedule, Stage
+from codebook.pruning import DivPrune, FastV, Random, Schedule, Stage
 from tests import reference
 from tests.models.cells import gone_from, model
 from tests.models.families import FAMILIES, TEXT, VIDEO
@@ -161,3 +163,33 @@ def test_labels_and_shapes(tiny):
     lengths = [hidden.shape[1] for hidden in out.hidden_states]  # of each layer as it ran: the first is pruned as well
     assert lengths[0] < inputs["input_ids"].shape[1] and sorted(lengths[:4], reverse=True) == lengths[:4]
     assert lengths[3] < lengths[2]
+
+
+def windowed():
+    """A LLaVA-NeXT whose decoder looks back over 20 tokens in every layer."""
+    tiny = copy.copy(FAMILIES["llava_next"])
+    config = tiny.config()
+    config.text_config.sliding_window = 20
+    tiny.config = lambda: config
+    return tiny, tiny.make()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["gemma3", "windowed"])
+def test_sliding_windows_after_a_long_unpruned_turn(name):
+    """The cache has lost what left the window when the image comes, and the pruned one goes on from there."""
+    tiny, target = windowed() if name == "windowed" else (FAMILIES[name], model(name, "sdpa"))
+    schedule, rows = Schedule([Stage(0, 0.5, Random()), Stage(2, 0.2, FastV())]), [[3, "image", 8, 9]]
+    first, second = tiny.inputs([[i % 17 + 1 for i in range(30)]]), tiny.inputs(rows)
+    cache, length = DynamicCache(config=target.config), second["input_ids"].shape[1]
+    target(**first, past_key_values=cache, use_cache=True)
+    more, places = torch.tensor([[33, 34]]), torch.arange(30, 32 + length)[None]
+    with schedule(target) as pruning:
+        mask = {"attention_mask": torch.ones(1, 30 + length, dtype=torch.long)}
+        out = [target(**second | mask, position_ids=places[:, :length], past_key_values=cache).logits[:, -1:]]
+        out.append(target(input_ids=more, position_ids=places[:, length:], past_key_values=cache).logits)
+    whole = second | {name: torch.cat([first[name], second[name]], 1) for name in first}
+    gone = gone_from(second, tiny.columns(rows), pruning.kept, schedule.stages)
+    gone = torch.nn.functional.pad(gone, (30, 0), value=10**6)
+    _, logits = reference.masked(target, whole, gone, 3, forced=torch.cat([more, more], 1))
+    assert_close(torch.cat(out, 1), logits)
