@@ -23,8 +23,9 @@ test-versions:
 	set -e; for version in $(VERSIONS); do \
 	  folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; \
 	  $(PYTHON) -m venv $$folder; \
-	  $$folder/bin/pip install --quiet --constraint constraints.txt 'torch' 'faiss-cpu' 'numpy' 'pytest' 'pillow'; \
-	  $$folder/bin/pip install --quiet --editable '.[test]' "transformers==$$version"; \
+	  grep -v '^transformers==\|^huggingface_hub==' constraints.txt > $$folder/constraints.txt; \
+	  $$folder/bin/pip install --quiet --constraint $$folder/constraints.txt --editable '.[cpu,test]' \
+	    "transformers==$$version"; \
 	  echo "transformers $$version"; \
 	  $$folder/bin/python -m pytest tests/models tests/pruning tests/test_models.py; \
 	  rm -rf $$folder; \

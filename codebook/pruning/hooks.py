@@ -138,8 +138,8 @@ class Pruning:
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
         ids = given.get("input_ids")
         for kind, call in self._encoded.items():  # chunked prefill of some versions loses the images without a word
-            missing = not call.shown and kind not in kinds and ids is not None
-            if missing and bool(torch.isin(ids, self.family.token(self.model, kind)).any()):
+            waits = not call.shown and kind not in kinds
+            if waits and ids is not None and torch.isin(ids, self.family.token(self.model, kind)).any():
                 raise models.whole(kind, f"{kind} tokens came without the {kind}s that were encoded for them")
         # Without kinds, image tokens are text: generated ones, or of an earlier turn.
         self._inputs = given | {"kinds": kinds, "blocks": self.family.blocks(self.model, given)}
