@@ -5,13 +5,31 @@ READY := $(VENV)/.ready
 # Waiting threads sleep instead of spinning: on shared cores small models run many times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint table test-versions clean
 
 demo: $(READY)
 	$(VENV)/bin/codebook demo --out out/demo
 
 test: lint
 	$(VENV)/bin/python -m pytest
+
+# The compatibility table in docs/models.md, from its full grid: minutes.
+table: $(READY)
+	$(VENV)/bin/python -m tests.models.cells
+
+# The lowest and the newest supported transformers, each in an environment of its own that is thrown away.
+VERSIONS ?= 5.18.0 5.23.0
+test-versions:
+	set -e; for version in $(VERSIONS); do \
+	  folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; \
+	  $(PYTHON) -m venv $$folder; \
+	  grep -v '^transformers==\|^huggingface_hub==' constraints.txt > $$folder/constraints.txt; \
+	  $$folder/bin/pip install --quiet --constraint $$folder/constraints.txt --editable '.[cpu,test]' \
+	    "transformers==$$version"; \
+	  echo "transformers $$version"; \
+	  $$folder/bin/python -m pytest tests/models tests/pruning tests/test_models.py; \
+	  rm -rf $$folder; \
+	done
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

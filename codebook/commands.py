@@ -207,11 +207,10 @@ def prune_image(
     [answer] = ask(model, processor, [pictures], [question], schedule, max_new_tokens)
     report = describe(model, schedule) | {"answer": answer.text, "kept": answer.kept}
     if show is not None:
-        grid = models.family(model).grid(model)
-        for i, (picture, kept) in enumerate(zip(pictures, answer.kept, strict=True)):
+        for i, (picture, image, kept) in enumerate(zip(pictures, answer.images, answer.kept, strict=True)):
             path = show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}")
             with replacing(path) as temporary:
-                overlay(picture, kept, grid).save(temporary, format="PNG")
+                overlay(picture, *image.view(kept)).save(temporary, format="PNG")
         report["picture"] = str(show)
     if as_json:
         print(json.dumps(report))

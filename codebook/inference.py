@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,15 +11,17 @@ import torch
 from PIL import Image as Picture
 
 from codebook.errors import CodebookError
+from codebook.models import Image
 from codebook.pruning import Schedule
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and for each of its question's images the raster positions of the visual tokens kept to the end."""
+    """An answer, and for each of its question's images the visual tokens kept to the end, by places in the image."""
 
     text: str
     kept: list[list[int]]
+    images: list[Image]
 
 
 def read_image(path: Path | str) -> Picture.Image:
@@ -72,20 +73,16 @@ def ask(
         )
         for own, question in zip(images, questions, strict=True)
     ]
-    flat = [image for own in images for image in own]
-    inputs = processor(images=flat, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    shown = [list(own) for own in images]
+    inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
-    with torch.inference_mode(), schedule(model) if schedule else nullcontext() as pruning:
+    with torch.inference_mode(), (schedule or Schedule([]))(model) as pruning:
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
     words = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    everything = list(range(_tokens_per_image(model)))
-    stages = pruning.kept if pruning else []
-    final = iter([stage[-1].tolist() if stage else everything for stage in stages] or [everything] * len(flat))
-    return [Answer(text.strip(), [next(final) for _ in own]) for text, own in zip(words, images, strict=True)]
-
-
-def _tokens_per_image(model: Any) -> int:
-    from codebook.models import family
-
-    rows, cols = family(model).grid(model)
-    return rows * cols
+    found = iter(zip(pruning.images, pruning.kept, strict=True))
+    answers = []
+    for text, own in zip(words, images, strict=True):
+        layouts, stages = zip(*(next(found) for _ in own), strict=True)
+        kept = [stage[-1].tolist() if stage else list(range(i.count)) for i, stage in zip(layouts, stages, strict=True)]
+        answers.append(Answer(text.strip(), kept, list(layouts)))
+    return answers

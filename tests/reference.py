@@ -1,9 +1,69 @@
 """An independent reference for pruning: no cache, nothing removed, dropped columns masked from a layer on.
 
-Written against stock layers only; it shares no code with `codebook.pruning`.
+Written against stock layers only; it shares no code with `codebook.pruning`. `masked` is for any family: there the
+stock model runs with eager attention, and its own masks get the dropped columns added.
 """
 
+import contextlib
+
 import torch
+
+
+@contextlib.contextmanager
+def _dropping(model, valid, gone_from, compact, edit):
+    lm = model.get_decoder()
+    low = torch.finfo(model.dtype).min
+
+    def before(i, layer):
+        def hook(_, args, kwargs):
+            hidden, stays = args[0], valid.bool() & (gone_from > i)
+            if edit is not None:
+                hidden = edit(i, hidden)
+            mask = kwargs["attention_mask"] + torch.where(stays, 0.0, low)[:, None, None]
+            changed = {"attention_mask": mask.clamp(min=low)}
+            if compact:
+                positions = (stays.cumsum(1) - 1).clamp(min=0)
+                kind = [layer.self_attn.layer_type] if model.config.model_type == "gemma3" else []
+                changed["position_embeddings"] = lm.rotary_emb(hidden, positions, *kind)
+            return (hidden, *args[1:]), kwargs | changed
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(before(i, layer), with_kwargs=True) for i, layer in enumerate(lm.layers)]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(), forced=None):
+    """Greedy tokens (B, steps) and each step's logits of any family, from a full forward a step.
+
+    `gone_from` (B, L) and `edit` are as in `logits`; tokens of `suppress` are never chosen,
+    and `forced` (B, steps) are taken instead of the greedy ones.
+    """
+    stock, inputs = model.config._attn_implementation, dict(inputs)
+    model.set_attn_implementation("eager")
+    tokens, scores = [], []
+    for step in range(steps):
+        valid = inputs["attention_mask"]
+        positions = {}
+        if "mm_token_type_ids" not in inputs:  # as generate() makes them; Qwen's are made from the token types
+            first = 1 if model.config.model_type == "paligemma" else 0
+            positions["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + first
+        with _dropping(model, valid, gone_from, compact, edit):
+            scores.append(model(**inputs, **positions, use_cache=False).logits[:, -1])
+        allowed = scores[-1].clone()
+        allowed[:, list(suppress)] = -torch.inf
+        tokens.append(allowed.argmax(-1, keepdim=True) if forced is None else forced[:, step : step + 1])
+        more = {"input_ids": tokens[-1], "attention_mask": torch.ones_like(tokens[-1])}
+        more["mm_token_type_ids"] = torch.zeros_like(tokens[-1])
+        more["token_type_ids"] = torch.full_like(tokens[-1], int(model.config.model_type == "paligemma"))
+        inputs |= {name: torch.cat([inputs[name], more[name]], 1) for name in more if name in inputs}
+        gone_from = torch.cat([gone_from, torch.full_like(tokens[-1], 10**6)], 1)
+    model.set_attn_implementation(stock)
+    return torch.cat(tokens, 1), torch.stack(scores, 1)
 
 
 def merged(model, input_ids, pixel_values):

@@ -34,15 +34,16 @@ def test_image_features_are_what_enters_the_llm():
 
 def test_images_are_found_in_prompts():
     model, n = llava(), SIDE * SIDE
-    images = models.family(model).images(model, [5, *[IMAGE] * n, 6, 7, *[IMAGE] * (2 * n), 8])
-    assert [(i.start, i.count) for i in images] == [(1, n), (n + 3, n), (2 * n + 3, n)]
+    prompt = [5, *[IMAGE] * n, 6, 7, *[IMAGE] * (2 * n), 8]
+    [images] = models.family(model).images(model, [prompt], {"image": None})
+    assert [(i.columns[0], i.count) for i in images] == [(1, n), (n + 3, n), (2 * n + 3, n)]
     with pytest.raises(CodebookError, match="whole images"):
-        models.family(model).images(model, [5, *[IMAGE] * (n - 1), 6])
+        models.family(model).images(model, [[5, *[IMAGE] * (n - 1), 6]], {"image": None})
 
 
 def test_unsupported_families_are_refused_before_their_weights_are_read(tmp_path):
     MllamaConfig().save_pretrained(tmp_path)
-    with pytest.raises(CodebookError, match=r"mllama are not supported; use one of: llava"):
+    with pytest.raises(CodebookError, match=r"mllama cross-attend to their images.*; use"):
         models.load(str(tmp_path))
 
 

@@ -76,7 +76,7 @@ def token_information(
     layers
         Whose inputs lose the tokens; 0 is before the LLM. Default: every layer.
     window
-        Side of the square windows that the image's grid is cut into; those at its right and lower edges may be smaller.
+        Side of the square windows that an image's grids are cut into; those at right and lower edges may be smaller.
     target
         The answer's first token (`codebook.analysis.prompts.answer_ids`). None: the unpruned model's own.
     leave_one_out
@@ -117,9 +117,10 @@ def windows(images: Sequence[Image], side: int) -> list[list[int]]:
     """The images' visual tokens, cut into square windows of `side` a side, in raster order of the windows."""
     found, before = [], 0
     for image in images:
-        for top in range(0, image.rows, side):
-            for left in range(0, image.cols, side):
-                rows, cols = range(top, min(top + side, image.rows)), range(left, min(left + side, image.cols))
-                found.append([before + r * image.cols + c for r in rows for c in cols])
-        before += image.count
+        for grid in image.layout.grids:
+            for top in range(0, grid.rows, side):
+                for left in range(0, grid.cols, side):
+                    rows, cols = range(top, min(top + side, grid.rows)), range(left, min(left + side, grid.cols))
+                    found.append([before + r * grid.cols + c for r in rows for c in cols])
+            before += grid.count
     return found

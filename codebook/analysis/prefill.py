@@ -20,6 +20,7 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.pruning import Schedule
+from codebook.pruning.forward import window
 
 BATCH = 64
 """Variants in one forward."""
@@ -83,16 +84,16 @@ class Prefill:
         CodebookError
             If the model or the prompt is not supported.
         """
-        Schedule([])(model)  # refuses what cannot be pruned: family, attention, sliding windows
+        watch = Schedule([])(model)  # drops nothing, refuses what cannot be pruned and finds the images
         ids = inputs["input_ids"]
         if len(ids) != 1 or not bool(inputs["attention_mask"].all()):
             raise CodebookError("a shared prefill is of one sample: pass one row without padding")
-        images = models.family(model).images(model, ids[0].tolist())
-        if not images:
-            raise CodebookError("the prompt shows no image: there is nothing to drop")
-        if images[-1].start + images[-1].count == ids.shape[1]:
-            raise CodebookError("a prompt ends with its visual tokens: put text after the image")
-        layers = model.get_decoder().layers
+        family, layers = models.family(model), model.get_decoder().layers
+        windows = [size for layer in layers if (size := window(layer)) is not None]
+        if family.blocks(model, inputs) is not None or (windows and min(windows) < ids.shape[1]):
+            raise CodebookError(
+                f"in {family.name} not every token sees all before it and none after it: sweep with --metric generated"
+            )
         hidden: dict[int, Tensor] = {}
         given: dict[int, dict[str, Any]] = {}
         left: dict[int, Tensor] = {}
@@ -110,15 +111,21 @@ class Prefill:
         hooks = [layer.register_forward_pre_hook(partial(enter, i), with_kwargs=True) for i, layer in enumerate(layers)]
         hooks += [layer.register_forward_hook(partial(leave, i)) for i, layer in enumerate(layers)]
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), watch:
                 out = model(**inputs, use_cache=True, logits_to_keep=1)
         finally:
             for hook in hooks:
                 hook.remove()
-        columns = [torch.arange(image.start, image.start + image.count, device=ids.device) for image in images]
+        if not watch.images:
+            raise CodebookError("the prompt shows no image: there is nothing to drop")
+        columns = [
+            torch.tensor(image.columns, device=ids.device)[grid.index.to(ids.device)]
+            for image in watch.images
+            for grid in image.layout.grids
+        ]
         order = range(len(layers))
         return cls(
-            model, torch.cat(columns), images, out.logits[0, -1].float(), [hidden[i] for i in order],
+            model, torch.cat(columns), watch.images, out.logits[0, -1].float(), [hidden[i] for i in order],
             [given[i] for i in order], out.past_key_values, Cost(ids.shape[1] * len(layers)),
         )  # fmt: skip
 

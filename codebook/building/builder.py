@@ -104,7 +104,7 @@ class Worker:
 
     def __call__(self, name: str) -> Outcome:
         try:
-            pixels = self.processor.image_processor(images=self.source.read(name), return_tensors="pt")["pixel_values"]
+            pixels = self.family.view(self.processor, self.source.read(name))
         except UnidentifiedImageError:
             return name, "not an image"
         except Exception as error:  # damaged files make PIL's decoders raise nearly anything

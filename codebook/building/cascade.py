@@ -63,7 +63,8 @@ def survivors(
     tokens = projected[0]
     chosen = candidates(settings.candidates, prober.grid, patches[0], None if cls is None else cls[0])
     probed, cols, tau_p, tau_j = chosen.tolist(), prober.grid[1], settings.tau_p, settings.tau_j
-    raw = tokens[chosen.to(tokens.device)].float().cpu()
+    own = model.config.get_text_config().hidden_size  # after that, what deeper layers add
+    raw = tokens[chosen.to(tokens.device), :own].float().cpu()
 
     def p1(prober: Prober, asked: list[int]) -> Tensor:
         return prober.alone(tokens[asked])

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
 
+from codebook import models
 from codebook.errors import CodebookError
 
 TOP_P1 = 50
@@ -83,9 +84,9 @@ class Prober:
     ----------
     model
         A stock model, in eval mode.
-    prefix, suffix : (1, a, d), (1, b, d)
+    prefix, suffix : (1, a, width), (1, b, width)
         Embeddings of the prompt before and after the visual tokens.
-    pad : (1, d)
+    pad : (1, width)
         Embedding that takes a removed token's place.
     grid
         Rows and columns of the visual tokens.
@@ -127,10 +128,11 @@ class Prober:
             pad = processor.tokenizer.pad_token_id
         if pad is None:
             raise CodebookError("the model has no pad token to put in a token's place: set config.pad_token_id")
-        embed = model.get_input_embeddings()
+        embed, width = model.get_input_embeddings(), models.family(model).width(model)
 
         def vectors(ids: list[int]) -> Tensor:
-            return embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+            own = embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+            return torch.nn.functional.pad(own, (0, width - own.shape[-1]))
 
         with torch.inference_mode():
             return cls(model, vectors(before)[None], vectors(after)[None], vectors([pad]), grid, batch_size, whole)
@@ -139,32 +141,34 @@ class Prober:
         """The same probes, each in a forward of its own: values that no batch and no sharing has touched."""
         return replace(self, batch_size=1, whole=True)
 
-    def answer(self, visual: Tensor) -> Tensor:
+    def answer(self, visual: Tensor, grid: tuple[int, int]) -> Tensor:
         """Logits of the first generated token.
 
         Parameters
         ----------
-        visual : (b, n, d)
+        visual : (b, n, width)
             One row a sequence: the visual tokens in the place of the image.
+        grid
+            Their rows and columns.
 
         Returns
         -------
         (b, vocabulary) float32
         """
         shared = self.prefix.shape[1]
-        if self._prompt is None and shared and not self.whole:
+        if self._prompt is None and shared and self.shares:
             self._prompt = self.model(inputs_embeds=self.prefix, use_cache=True, logits_to_keep=1).past_key_values
         prefix = self.prefix if self._prompt is None else self.prefix[:, :0]
 
         def run(start: int, stop: int) -> Tensor:
             parts = (prefix.expand(stop - start, -1, -1), visual[start:stop], self.suffix.expand(stop - start, -1, -1))
-            return self._logits(torch.cat(parts, dim=1), self._prompt, shared)
+            return self._logits(torch.cat(parts, dim=1), grid, self._prompt, shared)
 
         return self._batches(len(visual), shared + visual.shape[1] + self.suffix.shape[1], run)
 
     def alone(self, tokens: Tensor) -> Tensor:
         """P1 of each token when it is the whole image: tokens (m, d) -> (m,)."""
-        return p1(self.answer(tokens[:, None]))
+        return p1(self.answer(tokens[:, None], (1, 1)))
 
     def in_region(self, tokens: Tensor, chosen: list[int], form: str = "coded") -> Tensor:
         """JSD of removing each chosen token from its 3x3 region: all the image's tokens (n, d) -> (m,)."""
@@ -175,7 +179,7 @@ class Prober:
             distinct, which = places.unique(dim=0, return_inverse=True)
         removed = places == torch.tensor(chosen, device=device)[:, None]
         ablated = torch.where(removed[..., None], self.pad, tokens[places])
-        answers = self.answer(torch.cat([tokens[distinct], ablated]))
+        answers = self.answer(torch.cat([tokens[distinct], ablated]), (3, 3))
         return jsd(answers[: len(distinct)][which], answers[len(distinct) :], form)
 
     def in_image(self, tokens: Tensor, chosen: list[int], form: str = "coded") -> Tensor:
@@ -183,6 +187,7 @@ class Prober:
 
         What comes before a region does not see it: keys and values there are those of the intact pass. Regions are
         taken in the order of their first tokens, so that those in a batch share as much as they can, about half.
+        Families whose prompts cannot share are passed whole.
         """
         sequence = torch.cat([self.prefix, tokens[None], self.suffix], dim=1)
         before, length = self.prefix.shape[1], sequence.shape[1]
@@ -192,7 +197,9 @@ class Prober:
 
         def intact(start: int, stop: int) -> Tensor:
             nonlocal cache
-            out = self.model(inputs_embeds=sequence, use_cache=not self.whole, logits_to_keep=1)
+            if not self.shares:
+                return self._logits(sequence, self.grid)
+            out = self.model(inputs_embeds=sequence, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             return out.logits[:, -1].float()
 
@@ -201,19 +208,28 @@ class Prober:
             ablated = sequence[:, shared:].repeat(stop - start, 1, 1)
             for row, place in zip(ablated, places[start:stop], strict=True):
                 row[[before + token - shared for token in place]] = self.pad
-            return self._logits(ablated, cache, shared)
+            return self._logits(ablated, self.grid, cache, shared)
 
         answer = self._batches(1, length, intact)
         divergence = jsd(answer.expand(len(places), -1), self._batches(len(places), length, without), form)
         return divergence if self.whole else divergence[[places.index(place) for place in every]]
 
-    def _logits(self, embeds: Tensor, cache: Any, shared: int) -> Tensor:
-        """Last logits (b, vocabulary) of sequences (b, n, d) that follow the first `shared` positions of a cache."""
-        past = None
-        if cache is not None and shared:
-            held = [(layer.keys[..., :shared, :], layer.values[..., :shared, :]) for layer in cache.layers]
-            past = DynamicCache([tuple(t.expand(len(embeds), -1, -1, -1) for t in pair) for pair in held])
-        out = self.model(inputs_embeds=embeds, past_key_values=past, use_cache=past is not None, logits_to_keep=1)
+    @property
+    def shares(self) -> bool:
+        """Whether sequences share keys and values."""
+        return self.family.shares and not self.whole
+
+    @property
+    def family(self) -> models.Family:
+        return models.family(self.model)
+
+    def _logits(self, embeds: Tensor, grid: tuple[int, int], cache: Any = None, shared: int = 0) -> Tensor:
+        """Last logits (b, vocabulary) of sequences (b, n, width) that follow `shared` positions of a cache."""
+        if cache is None or not shared:
+            return self.family.answer(self.model, embeds, self.prefix.shape[1], grid).float()
+        held = [(layer.keys[..., :shared, :], layer.values[..., :shared, :]) for layer in cache.layers]
+        past = DynamicCache([tuple(t.expand(len(embeds), -1, -1, -1) for t in pair) for pair in held])
+        out = self.model(inputs_embeds=embeds, past_key_values=past, use_cache=True, logits_to_keep=1)
         return out.logits[:, -1].float()
 
     def _batches(self, count: int, length: int, run: Callable[[int, int], Tensor]) -> Tensor:
@@ -256,7 +272,8 @@ def split_prompt(model: Any, processor: Any, prompt: str) -> tuple[list[int], li
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
     content = [{"type": "image"}, {"type": "text", "text": prompt}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt")
+    options = models.family(model).one_view
+    inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt", **options)
     ids = inputs["input_ids"][0].tolist()
     image = model.config.image_token_id
     if image not in ids:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from codebook.errors import CodebookError
-from codebook.models.base import Family, Image
+from codebook.models.base import Encoded, Family, Layout, runs, whole
 
 # The select strategy that leaves exactly the grid of patches, by tower.
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
@@ -19,25 +18,26 @@ STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 class Llava(Family):
     name = "llava"
 
-    def check(self, config: Any) -> Llava:
+    def check(self, config: Any) -> Family:
         tower, strategy = config.vision_config.model_type, config.vision_feature_select_strategy
         if STRATEGY.get(tower) != strategy:
             known = ", ".join(f"{name} with {value!r}" for name, value in STRATEGY.items())
-            raise CodebookError(f"LLaVA with a {tower} tower and {strategy!r} features is not supported; use {known}")
+            raise CodebookError(
+                f"{self.name} with a {tower} tower and {strategy!r} features is not supported; use {known}"
+            )
         return self
-
-    def tower(self, model: Any) -> nn.Module:
-        return model.base_model.vision_tower
-
-    def projector(self, model: Any) -> nn.Module:
-        return model.base_model.multi_modal_projector
 
     def vision_attention(self, model: Any) -> nn.Module:
         layers = model.base_model.vision_tower.encoder.layers
-        source = range(len(layers) + 1)[_layer(model)] - 1  # hidden state 0 is what enters the first layer
+        source = range(len(layers) + 1)[self.layer(model)] - 1  # hidden state 0 is what enters the first layer
         if source < 0:
             raise CodebookError("the projector is fed by the tower's input: there is no attention before it")
         return layers[source].self_attn
+
+    def layer(self, model: Any) -> int:
+        """The tower's hidden state that feeds the projector, the last of them where there are several."""
+        layer = model.config.vision_feature_layer
+        return layer if isinstance(layer, int) else layer[-1]
 
     def has_cls(self, model: Any) -> bool:
         return model.config.vision_feature_select_strategy == "default"
@@ -46,36 +46,27 @@ class Llava(Family):
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         return side, side
 
-    def images(self, model: Any, input_ids: list[int]) -> list[Image]:
-        rows, cols = self.grid(model)
-        found, start = [], 0
-        for token, run in groupby(input_ids):
-            length = len(list(run))
-            if token == model.config.image_token_id:
-                if length % (rows * cols):
-                    raise CodebookError(
-                        f"a run of {length} image tokens is not a multiple of {rows * cols}: pass whole images in one "
-                        "forward (no chunked prefill, no truncated prompt)"
-                    )
-                found += [Image(s, rows, cols) for s in range(start, start + length, rows * cols)]
-            start += length
-        return found
+    def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
+        return fixed(self.grid(model), prompts, model.config.image_token_id)
 
     def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
-        hidden = out.hidden_states[_layer(model)]
+        hidden = out.hidden_states[self.layer(model)]
         patches, cls = (hidden[:, 1:], hidden[:, 0]) if self.has_cls(model) else (hidden, None)
         return torch.stack(list(out.pooler_output)), patches, cls
 
-    def encode(self, model: Any, pixel_values: Tensor, rows: int, cols: int) -> Tensor:
+    def encode(self, model: Any, pixels: Tensor, rows: int, cols: int) -> Tensor:
         patch = model.config.vision_config.patch_size
         size = (rows * patch, cols * patch)
-        resized = interpolate(pixel_values[None].float(), size, mode="bicubic", antialias=True).to(pixel_values.dtype)
+        resized = interpolate(pixels[None].float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
         out = model.base_model.get_image_features(pixel_values=resized, interpolate_pos_encoding=True, return_dict=True)
         return out.pooler_output[0]
 
 
-def _layer(model: Any) -> int:
-    """The tower's hidden state that feeds the projector, the last of them where there are several."""
-    layer = model.config.vision_feature_layer
-    return layer if isinstance(layer, int) else layer[-1]
+def fixed(grid: tuple[int, int], prompts: list[list[int]], token: int) -> list[list[Layout]]:
+    """The images of prompts in which every image is one grid of the same size."""
+    layout = Layout.stacked(1, *grid, "view")
+    for _, length in (run for ids in prompts for run in runs(ids, token)):
+        if length % layout.length:
+            raise whole("image", f"a run of {length} image tokens is not a multiple of {layout.length}")
+    return [[layout] * (ids.count(token) // layout.length) for ids in prompts]

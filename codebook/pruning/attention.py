@@ -10,8 +10,10 @@ from __future__ import annotations
 import copy
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -42,8 +44,10 @@ class Attention:
         The rotary embedding that rotated them.
     scaling : float
         Of the logits.
-    span : slice
+    span : slice or (n,) int64
         The image's tokens.
+    visible : callable
+        `visible(query)` tells which of the P keys some queries (q,) see: (q, P) bool. None: all up to their own.
     """
 
     query: Tensor
@@ -51,7 +55,13 @@ class Attention:
     cos: Tensor
     sin: Tensor
     scaling: float
-    span: slice
+    span: slice | Tensor
+    visible: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def places(self) -> Tensor:
+        """(n,) int64: places of the image's tokens in the sample."""
+        return torch.arange(self.query.shape[1], device=self.query.device)[self.span]
 
     def row(self, query: int = -1, *, rotated: bool = True, image_only: bool = False) -> Tensor:
         """(n,) float32: `rows` of one place; -1 is the last text token."""
@@ -69,7 +79,7 @@ class Attention:
         rotated
             False takes the rotary embedding back off queries and keys (phi_-R of arXiv 2412.13180).
         image_only
-            Softmax over the image's tokens instead of all tokens up to the query.
+            Softmax over the image's tokens instead of all tokens that the query sees.
 
         Returns
         -------
@@ -84,13 +94,28 @@ class Attention:
         logits = (q @ k.transpose(1, 2) * self.scaling).float()
         if image_only:
             return logits.softmax(-1).mean(0)
-        later = torch.arange(k.shape[1], device=k.device) > query[:, None]
-        return logits.masked_fill(later, -torch.inf).softmax(-1)[..., self.span].mean(0)
+        if self.visible is None:
+            seen = torch.arange(k.shape[1], device=k.device) <= query[:, None]
+        else:
+            seen = self.visible(query)
+        return logits.masked_fill(~seen, -torch.inf).softmax(-1)[..., self.span].mean(0)
+
+
+class TowerAttention(ABC):
+    """How one layer of the vision tower attends to the tokens of an image."""
+
+    @abstractmethod
+    def received(self) -> Tensor:
+        """(n,) float32: the attention that each gets from [CLS], without one from all patches, over all heads."""
+
+    @abstractmethod
+    def descriptors(self) -> Tensor:
+        """(n, d) float32: their keys, averaged over heads."""
 
 
 @dataclass(frozen=True)
-class Vision:
-    """What one layer of the vision tower attends with, for one image.
+class Vision(TowerAttention):
+    """What one layer of the vision tower attends with, for one image, crop or frame.
 
     Attributes
     ----------
@@ -108,7 +133,6 @@ class Vision:
     has_cls: bool
 
     def received(self) -> Tensor:
-        """(n,) float32: the attention that each patch gets from [CLS], without one from all patches, over all heads."""
         total = self.query.new_zeros(self.key.shape[1], dtype=torch.float32)
         queries = self.query[:, :1] if self.has_cls else self.query
         for part in queries.split(QUERIES, dim=1):
@@ -116,8 +140,48 @@ class Vision:
         return total[int(self.has_cls) :] / (queries.shape[0] * queries.shape[1])
 
     def descriptors(self) -> Tensor:
-        """(n, d) float32: the patches' keys, averaged over heads."""
         return self.key[:, int(self.has_cls) :].float().mean(0)
+
+
+@dataclass(frozen=True)
+class Tower:
+    """What one layer of the vision tower attends with, for all that one call encoded.
+
+    Attributes
+    ----------
+    parts
+        One an image, crop or frame.
+    pack
+        Brings their patches' values into the order of visual tokens: `Family.pack`.
+    """
+
+    parts: list[Vision]
+    pack: Callable[[list[Tensor]], list[Tensor]]
+
+    @cached_property
+    def received(self) -> list[Tensor]:
+        """For each piece that was encoded, its tokens (n,) float32."""
+        return [x[:, 0] for x in self.pack([part.received()[:, None] for part in self.parts])]
+
+    @cached_property
+    def descriptors(self) -> list[Tensor]:
+        """For each piece that was encoded, its tokens (n, d) float32."""
+        return self.pack([part.descriptors() for part in self.parts])
+
+
+@dataclass(frozen=True)
+class PackedVision(TowerAttention):
+    """The averages over each token's patches, for tokens `index` (n,) int64 of an image made of `pieces` of a tower."""
+
+    tower: Tower
+    pieces: tuple[int, ...]
+    index: Tensor
+
+    def received(self) -> Tensor:
+        return torch.cat([self.tower.received[i] for i in self.pieces])[self.index]
+
+    def descriptors(self) -> Tensor:
+        return torch.cat([self.tower.descriptors[i] for i in self.pieces])[self.index]
 
 
 def _unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -158,10 +222,12 @@ def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
 
 
 def _tapped(stock: str) -> Callable[..., Any]:
-    def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
+    def forward(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
         replay(module, query, key, kwargs["scaling"])
         own = sys.modules[type(module).__module__].eager_attention_forward
         function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
-        return function(module, query, key, value, mask, **kwargs)
+        return function(module, query, key, value, attention_mask, **kwargs)
 
     return forward

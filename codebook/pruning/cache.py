@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from codebook.errors import CodebookError
 
@@ -43,11 +43,48 @@ class KeptIndex:
         return KeptIndex(self.columns[:, :-count], self.logical - count, self.dropped, self.padded)
 
 
+def visible(
+    query: Tensor, key: Tensor, window: int | None, blocks: tuple[Tensor, Tensor] | None, window_last: bool
+) -> Tensor:
+    """Which keys each query sees.
+
+    Parameters
+    ----------
+    query, key : (..., Q), (..., K) int64
+        Their columns; `PAD` is seen by none.
+    window
+        Columns that a query looks back over, its own included; None for all.
+    blocks : (..., Q), (..., K) int64
+        Tokens of the same block, a number not negative, see each other in both directions.
+    window_last
+        Whether the window also cuts through blocks.
+
+    Returns
+    -------
+    (..., Q, K) bool
+    """
+    query, key = query[..., :, None], key[..., None, :]
+    seen = key <= query
+    near = None if window is None else key > query - window
+    if near is not None and not window_last:
+        seen = seen & near
+    if blocks is not None:
+        mine = blocks[0][..., :, None]
+        seen = seen | (mine == blocks[1][..., None, :]) & (mine >= 0)
+    if near is not None and window_last:
+        seen = seen & near
+    return seen & (key != PAD)
+
+
 class PrunedLayer(DynamicLayer):
-    """A `DynamicLayer` that reports its logical length, so positions and slicing in `generate` stay right."""
+    """A `DynamicLayer` that reports its logical length, so positions and slicing in `generate` stay right.
+
+    In place of a `DynamicSlidingWindowLayer` it keeps what has left the window too: masks hide it.
+    """
 
     def __init__(self, source: DynamicLayer) -> None:
         super().__init__()
+        self._unpruned = source.get_seq_length()
         if source.keys is not None and source.values is not None:
             self.lazy_initialization(source.keys, source.values)
             self.keys, self.values = source.keys, source.values
@@ -67,7 +104,7 @@ class PrunedLayer(DynamicLayer):
         return super().get_seq_length()
 
     def get_seq_length(self) -> int:
-        return self.index.logical if self.index is not None else self.physical
+        return self.index.logical if self.index is not None else self._unpruned
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -96,7 +133,7 @@ class PrunedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.index = None
+        self.index, self._unpruned = None, 0
 
 
 def pruned_layer(cache: object, layer: int) -> PrunedLayer:
@@ -117,7 +154,7 @@ def pruned_layer(cache: object, layer: int) -> PrunedLayer:
     entry = cache.layers[layer]
     if isinstance(entry, PrunedLayer):
         return entry
-    if type(entry) is not DynamicLayer:
+    if not isinstance(entry, DynamicLayer) or type(entry) not in (DynamicLayer, DynamicSlidingWindowLayer):
         raise CodebookError(f"a {type(entry).__name__} cannot be pruned: use the default DynamicCache")
     cache.layers[layer] = pruned = PrunedLayer(entry)
     return pruned

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.utils import ModelOutput
 
 from codebook import models
+from codebook.errors import CodebookError
 from codebook.pruning.attention import replay, tap
 from codebook.pruning.tokens import digest_rows
 
@@ -21,8 +22,18 @@ def remember(model: Any) -> Iterator[None]:
 
     Images are known by their pixels. Each question may be under another schedule, inside this context: what is
     remembered is unpruned. Memory grows with the number of images, by the tower's outputs, and is freed on leaving.
+
+    Raises
+    ------
+    CodebookError
+        If the model's tower does not take one row an image.
     """
     family = models.family(model)
+    if not family.tower_rows:
+        raise CodebookError(
+            f"the tower of {family.name} takes all images in one sequence and cannot remember single ones: encode them "
+            "once with get_image_features and pass mm_encoder_outputs"
+        )
     tower, attention = family.tower(model), family.vision_attention(model)
     known: dict[tuple[int, str], tuple[Any, tuple[Tensor, Tensor, float]]] = {}
     latest: list[tuple[Tensor, Tensor, float]] = []

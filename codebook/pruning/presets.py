@@ -40,7 +40,7 @@ def scaled(layer: int, layers: int) -> int:
 
 def expand(
     text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
-) -> tuple[list[Part], str, bool]:
+) -> tuple[list[Part], dict[str, str], bool]:
     """The parts of a schedule's text or of the preset that it names, each with layer and keep.
 
     Parameters
@@ -60,7 +60,7 @@ def expand(
     Returns
     -------
     parts
-    positions
+    settings
     whether the parts only say proportions, and a budget is still to be given
     """
     name, semicolon, rest = text.partition(";")
@@ -69,14 +69,14 @@ def expand(
     if (horizon is not None or deep is not None) and not hybrid:
         raise CodebookError(f"horizon and deep are a hybrid's, as in codebook+random; {name.strip()!r} is none")
     source = text if preset is None else preset + semicolon + rest
-    parts, positions = read(source, make, "+" if hybrid else ",", PRESETS)
+    parts, settings = read(source, make, "+" if hybrid else ",", PRESETS)
     if preset is not None:
-        return _placed(parts, layers), positions, False
+        return _placed(parts, layers), settings, False
     if hybrid:
-        return _hybrid(parts, layers, horizon, deep), positions, True
+        return _hybrid(parts, layers, horizon, deep), settings, True
     if len(parts) == 1 and _open(parts[0]):
-        return [_first(parts[0], layers)], positions, True
-    return parts, positions, False
+        return [_first(parts[0], layers)], settings, True
+    return parts, settings, False
 
 
 def feather(removed: float, n: int) -> str:

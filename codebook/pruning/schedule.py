@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from codebook.errors import CodebookError
 from codebook.pruning import presets
 from codebook.pruning.methods import Pruner
-from codebook.pruning.text import DROP, UNPRUNED, Make, Part, make, read, spell
+from codebook.pruning.text import DROP, SETTINGS, UNPRUNED, Make, Part, make, read, spell
 
 if TYPE_CHECKING:
     from codebook.pruning.hooks import Pruning
@@ -95,6 +95,9 @@ class Schedule:
         In ascending order of layer.
     positions
         `keep`: kept tokens keep their original position ids. `compact`: tokens are renumbered without gaps.
+    quotas
+        Of images with several crops and of videos, whose quota is that of all their visual tokens. `each`: every crop
+        or frame keeps the same share. `shared`: they compete for it, as if they were one tall image.
 
     Notes
     -----
@@ -104,11 +107,14 @@ class Schedule:
 
     stages: Sequence[Stage]
     positions: Literal["keep", "compact"] = "keep"
+    quotas: Literal["each", "shared"] = "each"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
         if self.positions not in ("keep", "compact"):
             raise CodebookError(f"positions must be 'keep' or 'compact', not {self.positions!r}")
+        if self.quotas not in ("each", "shared"):
+            raise CodebookError(f"quotas must be 'each' or 'shared', not {self.quotas!r}")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.layer <= before.layer:
                 raise CodebookError(f"stages must be at ascending layers: {after.layer} follows {before.layer}")
@@ -134,7 +140,8 @@ class Schedule:
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.stages)) or UNPRUNED
-        return text if self.positions == "keep" else f"{text}; positions={self.positions}"
+        changed = [f"{key}={value}" for key in SETTINGS if (value := getattr(self, key)) != SETTINGS[key]]
+        return "; ".join([text, *changed])
 
     @property
     def adaptive(self) -> bool:
@@ -308,11 +315,11 @@ class Schedule:
         cls, text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
     ) -> tuple[Schedule, bool]:
         """What `solve` starts from, and whether its keeps are proportions only, which need a budget."""
-        parts, positions, open_ = presets.expand(text, make, layers, horizon, deep)
-        return cls._of(parts, positions), open_
+        parts, settings, open_ = presets.expand(text, make, layers, horizon, deep)
+        return cls._of(parts, settings), open_
 
     @classmethod
-    def _of(cls, parts: Sequence[Part], positions: Any) -> Schedule:
+    def _of(cls, parts: Sequence[Part], settings: dict[str, Any]) -> Schedule:
         stages = []
         for part in parts:
             if part.method == DROP and (not part.layer or part.keep):
@@ -321,7 +328,7 @@ class Schedule:
                 stages.append(Stage(part.layer or 0, 0 if part.method == DROP else part.keep, part.pruner))
             except CodebookError as error:
                 part.fail(str(error))
-        return cls(stages, positions)
+        return cls(stages, **settings)
 
     def save(self, path: Path | str) -> None:
         """Write the schedule to a small JSON file, which `load` and `codebook prune --schedule` read."""

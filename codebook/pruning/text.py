@@ -1,6 +1,7 @@
 """The text form of schedules: what the command line takes and result files hold.
 
-    schedule := part {"," part} [";" "positions=" ("keep" | "compact")]   |   "unpruned"
+    schedule := (part {"," part} | "unpruned") {";" setting}
+    setting  := "positions=" ("keep" | "compact") | "quotas=" ("each" | "shared")
     part     := method ["(" option "=" value {"," option "=" value} ")"] ["@" layer] [":" keep]
 
 A keep with a decimal point is a fraction of the image's tokens, one without is a count. `drop@21` needs none, nor do
@@ -23,6 +24,8 @@ from codebook.pruning.methods import METHODS, Pruner
 
 DROP = "drop"
 UNPRUNED = "unpruned"
+SETTINGS = {"positions": "keep", "quotas": "each"}
+"""Of a schedule, with their defaults."""
 GRAMMAR = "method[(option=value)][@layer][:keep]"
 
 Make = Callable[[str], Pruner]
@@ -51,8 +54,8 @@ def make(name: str) -> Pruner:
     return METHODS[name]()
 
 
-def read(text: str, make: Make, separator: str = ",", others: Iterable[str] = ()) -> tuple[list[Part], str]:
-    """The parts of a schedule's text and its position policy.
+def read(text: str, make: Make, separator: str = ",", others: Iterable[str] = ()) -> tuple[list[Part], dict[str, str]]:
+    """The parts of a schedule's text and its settings.
 
     Parameters
     ----------
@@ -71,15 +74,16 @@ def read(text: str, make: Make, separator: str = ",", others: Iterable[str] = ()
         Naming the part that cannot be read and the character it begins at.
     """
     (_, body), *tail = split(text, ";")
-    positions = "keep"
+    chosen = {}
     for start, option in tail:
-        key, _, positions = (word.strip() for word in option.partition("="))
-        if key != "positions":
+        key, _, value = (word.strip() for word in option.partition("="))
+        if key not in SETTINGS:
             raise CodebookError(f"cannot read {option.strip()!r} (character {start + 1}) of the schedule: write "
-                                "positions=keep or positions=compact")  # fmt: skip
+                                "positions=keep or positions=compact, quotas=each or quotas=shared")  # fmt: skip
+        chosen[key] = value
     if body.strip() == UNPRUNED:
-        return [], positions
-    return [_part(i, *piece, make, others) for i, piece in enumerate(split(body, separator), 1)], positions
+        return [], chosen
+    return [_part(i, *piece, make, others) for i, piece in enumerate(split(body, separator), 1)], chosen
 
 
 def spell(pruner: Pruner) -> str | None:

@@ -1,4 +1,4 @@
-"""What a pruner is given: the visual tokens of one image, at one stage."""
+"""What a pruner is given: the visual tokens of one image, or of one crop or frame of it, at one stage."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
-    from codebook.pruning.attention import Attention, Vision
+    from codebook.pruning.attention import Attention, TowerAttention
 
 T = TypeVar("T")
 
@@ -21,6 +21,8 @@ T = TypeVar("T")
 @dataclass(frozen=True)
 class VisualTokens:
     """The visual tokens of one image that are still there when a stage begins, in raster order.
+
+    Crops of an image and frames of a video come one by one, unless they share one budget; each is an image here.
 
     Attributes
     ----------
@@ -30,7 +32,7 @@ class VisualTokens:
         Hidden states at the input of the stage's layer; before the LLM the same as `features`.
     sequence : (P, d) float
         Hidden states at that layer of all that the sample's row still holds, text and visual, without padding.
-    span : slice
+    span : slice or (n,) int64
         Where the image is in `sequence`.
     question : (T,) int64
         Where the text after the image is in `sequence`; in a model never empty.
@@ -42,7 +44,7 @@ class VisualTokens:
         Digest of the image's pixels and of its place among the prompt's images: the same alone or in any batch.
     attention : Attention or None
         Of the layer before the stage; only for pruners that say `uses_attention`.
-    vision : Vision or None
+    vision : TowerAttention or None
         Attention in the vision tower, over the whole image; only for pruners that say `uses_vision`.
     encode : callable or None
         `encode(r, c)` gives the projector outputs (r * c, d) of the image resized to r x c patches; only before the
@@ -52,13 +54,13 @@ class VisualTokens:
     features: Tensor
     hidden: Tensor
     sequence: Tensor
-    span: slice
+    span: slice | Tensor
     question: Tensor
     ordinal: Tensor
     grid: tuple[int, int]
     key: Tensor
     attention: Attention | None = None
-    vision: Vision | None = None
+    vision: TowerAttention | None = None
     encode: Callable[[int, int], Tensor] | None = None
 
     def __len__(self) -> int:

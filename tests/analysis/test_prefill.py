@@ -6,7 +6,7 @@ import torch
 from codebook.analysis.information import token_information, windows
 from codebook.analysis.prefill import Prefill
 from codebook.errors import CodebookError
-from codebook.models import Image
+from codebook.models import Grid, Image, Layout
 from tests import reference
 from tests.pruning.test_equivalence import prompt
 from tests.tiny import llava
@@ -104,8 +104,12 @@ def test_cost_is_counted_in_tokens_times_layers():
 
 
 def test_windows_are_squares_of_the_grid_cut_off_at_its_edges():
-    assert windows([Image(7, 2, 3)], 2) == [[0, 1, 3, 4], [2, 5]]
-    assert windows([Image(0, 1, 2), Image(9, 2, 1)], 1) == [[0], [1], [2], [3]]
+    def image(*grids):
+        return Image("image", Layout(99, tuple(Grid(0, rows, cols) for rows, cols in grids)), tuple(range(99)))
+
+    assert windows([image((2, 3))], 2) == [[0, 1, 3, 4], [2, 5]]
+    assert windows([image((1, 2)), image((2, 1))], 1) == [[0], [1], [2], [3]]
+    assert windows([image((1, 2), (2, 2))], 2) == [[0, 1], [2, 3, 4, 5]]
 
 
 def test_hooks_are_gone_and_the_model_unchanged():

@@ -197,18 +197,19 @@ def test_generate_on_a_downsampled_image_equals_the_edited_reference(tower):
 
 
 @torch.no_grad()
-def test_downsampling_leaves_nothing_behind():
-    """The second pass of the tower is not taken for the next prompt's."""
+def test_images_encoded_beforehand():
+    """Inside the context their pixels and attention are known, also after a stage encoded one anew; outside not."""
     model, plan = llava(), Schedule([Stage(0, 12, Downsample())])
     inputs = prompt(model, [["image", 7, 8, 9]])
+    pixels, ids = inputs["pixel_values"], inputs["input_ids"]
     with plan(model):
-        model(**inputs)
-        encoded = {"image": model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)}
-        model(input_ids=inputs["input_ids"], mm_encoder_outputs=encoded)
-        with pytest.raises(CodebookError, match="pixels"):
-            model(input_ids=inputs["input_ids"], mm_encoder_outputs=encoded)
-    with Schedule([Stage(0, 12, VisionZip())])(model), pytest.raises(CodebookError, match="vision tower"):
-        model(input_ids=inputs["input_ids"], mm_encoder_outputs=encoded)
+        expected = model(**inputs).logits
+        encoded = {"image": model.get_image_features(pixel_values=pixels, return_dict=True)}
+        for _ in range(2):
+            assert torch.equal(model(input_ids=ids, mm_encoder_outputs=encoded).logits, expected)
+    for schedule, what in ((plan, "pixels"), (Schedule([Stage(0, 12, VisionZip())]), "vision tower")):
+        with schedule(model), pytest.raises(CodebookError, match=what):
+            model(input_ids=ids, mm_encoder_outputs=encoded)
 
 
 @torch.no_grad()

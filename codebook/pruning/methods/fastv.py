@@ -37,6 +37,9 @@ class FastV(ScoringPruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         attention = needed(tokens.attention, "the attention of the layer before")
-        query = -1 if self.query == "text" else attention.span.stop - 1
-        row = attention.row(query, rotated=self.rotated, image_only=self.image_only)
+        options = {"rotated": self.rotated, "image_only": self.image_only}
+        if self.query == "text":
+            row = attention.row(-1, **options)
+        else:
+            row = attention.rows(attention.places[-1:], **options)[0]
         return -row if self.reverse else row

@@ -1,0 +1,316 @@
+"""A tiny random model of each family and prompts for it: real stock classes, hand-made pixels, nothing downloaded.
+
+Prompts are lists of words (ids less 20), "image", "large" (an image of several crops, or simply of another size) and
+"video".
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import transformers as hf
+
+from tests.tiny import IMAGE, PAD, VOCAB, llava
+
+VIDEO, SEPARATOR, GLOBAL, NEWLINE = 98, 97, 96, 95
+SIGLIP = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4,
+}  # fmt: skip
+TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2, "initializer_range": 0.2,
+}  # fmt: skip
+
+
+@dataclass
+class Tiny:
+    """One family: how to make a model, and what its prompts and pixels look like."""
+
+    name: str
+    config: object
+    cls: str
+    videos: bool = False
+    axes: int = 1
+    seed: int = 0
+
+    def make(self, attention="sdpa"):
+        torch.manual_seed(self.seed)
+        config = self.config()
+        config._attn_implementation = attention
+        model = getattr(hf, self.cls)(config).eval()
+        for name, weight in model.named_parameters():  # stock initialisation leaves these at zero
+            if any(word in name for word in ("mm_input_projection_weight", "cls_token", "position_embeddings")):
+                weight.data.normal_(std=0.5)
+        model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None  # never stops early
+        return model
+
+    def columns(self, rows):
+        """For each image or video the shapes of its grids and the columns of its visual tokens, in order."""
+        ids, out = self.inputs(rows)["input_ids"], []
+        for i, row in enumerate(self.rows(rows)):
+            parts = [self.part(part, 0) for part in row]
+            start = ids.shape[1] - sum(len(part[0]) for part in parts)
+            for tokens, _, *shape in parts:
+                if shape:
+                    grids, structural = shape
+                    visual = [j for j, token in enumerate(tokens) if token in (IMAGE, VIDEO) and j not in structural]
+                    assert len(visual) == sum(a * b for a, b in grids)
+                    out.append((i, grids, torch.tensor([start + j for j in visual])))
+                start += len(tokens)
+        return out
+
+    def rows(self, rows):
+        return rows
+
+    def inputs(self, rows):
+        """Model inputs of prompts, left-padded."""
+        parts = [[self.part(part, i * 10 + j) for j, part in enumerate(row)]
+                 for i, row in enumerate(self.rows(rows))]  # fmt: skip
+        ids = [[token for part in row for token in part[0]] for row in parts]
+        longest = max(map(len, ids))
+        out = {
+            "input_ids": torch.tensor([[PAD] * (longest - len(row)) + row for row in ids]),
+            "attention_mask": torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids]),
+        }
+        return (
+            out | self.collate([[part[1] for part in row if part[1]] for row in parts]) | self.types(out["input_ids"])
+        )
+
+    def part(self, part, seed):
+        if isinstance(part, int):
+            return [part + 20], {}
+        generator = torch.Generator().manual_seed(seed)
+        return getattr(self, part)(lambda *size: 2 * torch.rand(*size, generator=generator) - 1)
+
+    def collate(self, rows):
+        pieces = [piece for row in rows for piece in row]
+        names = {name for piece in pieces for name in piece}
+        return {name: torch.cat([piece[name] for piece in pieces if name in piece]) for name in names}
+
+    def types(self, ids):
+        return {}
+
+
+class Fixed(Tiny):
+    """Every image is the same: sixteen tokens."""
+
+    side, tokens = 16, 16
+
+    def image(self, draw):
+        side = int(self.tokens**0.5)
+        return [IMAGE] * self.tokens, {"pixel_values": draw(1, 3, self.side, self.side)}, [(side, side)], []
+
+    large = image
+
+
+class Llava(Fixed):
+    side, tokens = 24, 36
+
+    def make(self, attention="sdpa"):
+        return llava(attention)
+
+
+class LlavaNext(Tiny):
+    """Base view of 4 x 4 tokens; a large image has two crops, of which padding takes a row away."""
+
+    crops = 2
+
+    def image(self, draw):
+        pixels = torch.cat([draw(1, 1, 3, 16, 16), torch.zeros(1, self.crops, 3, 16, 16)], 1)
+        pixels[:, 1] = draw(1, 3, 16, 16)
+        pixels[:, 2] = draw(1, 3, 16, 16)
+        # 16 x 32 pixels, 4 x 8 tokens and 4 newlines
+        pieces = {"pixel_values": pixels, "image_sizes": torch.tensor([[16, 32]])}
+        return [IMAGE] * (16 + 4 * 9), pieces, [(4, 4), (4, 8)], range(24, 52, 9)
+
+    def large(self, draw):
+        # 32 x 8 pixels in 32 x 16: the crops' grid loses a column on each side
+        pieces = {"pixel_values": draw(1, 3, 3, 16, 16), "image_sizes": torch.tensor([[32, 8]])}
+        return [IMAGE] * (16 + 8 * 3), pieces, [(4, 4), (8, 2)], range(18, 40, 3)
+
+
+class Onevision(LlavaNext):
+    def rows(self, rows):
+        """Of several images in a sample only the whole views are shown."""
+        count = [self.count(row) for row in rows]
+        return [["view" if n > 1 and part in ("image", "large") else part for part in row]
+                for n, row in zip(count, rows, strict=True)]  # fmt: skip
+
+    def count(self, row):
+        return sum(part in ("image", "large") for part in row)
+
+    def inputs(self, rows):
+        counts = [count for row in rows if (count := self.count(row))]
+        return super().inputs(rows) | ({"batch_num_images": torch.tensor(counts)} if counts else {})
+
+    def view(self, draw):
+        pixels = torch.cat([draw(1, 1, 3, 16, 16), torch.zeros(1, 2, 3, 16, 16)], 1)
+        return [IMAGE] * 17, {"pixel_values": pixels, "image_sizes": torch.tensor([[16, 32]])}, [(4, 4)], [16]
+
+    def video(self, draw):
+        return [VIDEO] * (3 * 4 + 1), {"pixel_values_videos": draw(1, 3, 3, 16, 16)}, [(2, 2)] * 3, [12]
+
+
+class Qwen(Tiny):
+    """Patches of 4 x 4 pixels and 2 frames; 4 x 4 tokens an image, 6 x 2 a large one, two frames of 4 x 2 a video."""
+
+    def image(self, draw):
+        return self._grid(draw, "image", 1, 8, 8)
+
+    def large(self, draw):
+        return self._grid(draw, "image", 1, 12, 4)
+
+    def video(self, draw):
+        return self._grid(draw, "video", 2, 8, 4)
+
+    def _grid(self, draw, kind, frames, height, width):
+        name = "pixel_values" if kind == "image" else "pixel_values_videos"
+        ids = [IMAGE if kind == "image" else VIDEO] * (height * width // 4)
+        pixels = draw(frames * height * width, 3 * 2 * 4 * 4)
+        pieces = {name: pixels, f"{kind}_grid_thw": torch.tensor([[frames, height, width]])}
+        return self.joined(ids, frames), pieces, [(height // 2, width // 2)] * frames, []
+
+    def joined(self, ids, frames):
+        return ids * frames
+
+    def types(self, ids):
+        return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
+
+
+class Qwen3(Qwen):
+    def joined(self, ids, frames):
+        return [token for i in range(frames) for token in [SEPARATOR] * (i > 0) + ids]
+
+
+class InternVL(Tiny):
+    def image(self, draw):
+        return [SEPARATOR] + [IMAGE] * 16 + [SEPARATOR], {"pixel_values": draw(1, 3, 32, 32)}, [(4, 4)], []
+
+    def large(self, draw):
+        return [SEPARATOR] + [IMAGE] * 48 + [SEPARATOR], {"pixel_values": draw(3, 3, 32, 32)}, [(4, 4)] * 3, []
+
+
+class Idefics3(Tiny):
+    """2 x 2 crops with their tags (ids 80 to 83), then the whole view."""
+
+    def image(self, draw):
+        return [SEPARATOR, GLOBAL] + [IMAGE] * 16 + [SEPARATOR], {"crops": draw(1, 3, 32, 32)}, [(4, 4)], []
+
+    def large(self, draw):
+        ids = []
+        for row in range(2):
+            for col in range(2):
+                ids += [SEPARATOR, 80 + 2 * row + col] + [IMAGE] * 16
+            ids += [NEWLINE]
+        return [*ids, *self.image(draw)[0]], {"crops": draw(5, 3, 32, 32)}, [(4, 4)] * 5, []
+
+    def collate(self, rows):
+        crops = [torch.cat([piece["crops"] for piece in row]) for row in rows]
+        most = max(map(len, crops))
+        pad = [torch.cat([c, torch.zeros(most - len(c), *c.shape[1:])]) for c in crops]
+        return {"pixel_values": torch.stack(pad)}
+
+
+class Gemma3(Fixed):
+    side = 32
+
+    def types(self, ids):
+        return {"token_type_ids": (ids == IMAGE).long()}
+
+
+class PaliGemma(Fixed):
+    def types(self, ids):
+        return {"token_type_ids": torch.zeros_like(ids)}
+
+
+def _clip(side):
+    return hf.CLIPVisionConfig(**SIGLIP, image_size=side, projection_dim=32)
+
+
+def _siglip(side):
+    return hf.SiglipVisionConfig(**SIGLIP, image_size=side, vision_use_head=False)
+
+
+def _next():
+    return hf.LlavaNextConfig(
+        vision_config=_clip(16), text_config=hf.MistralConfig(**TEXT, sliding_window=None), image_token_index=IMAGE,
+        image_grid_pinpoints=[[16, 32], [32, 16]], vision_feature_layer=-2, vision_feature_select_strategy="default",
+    )  # fmt: skip
+
+
+def _onevision():
+    return hf.LlavaOnevisionConfig(
+        vision_config=_siglip(16), text_config=hf.Qwen2Config(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1,
+        video_token_index=VIDEO, image_grid_pinpoints=[[16, 32], [32, 16]], vision_feature_select_strategy="full",
+    )  # fmt: skip
+
+
+def _qwen(cls, text, vision):
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    extra = {"mrope_interleaved": True} if "Qwen3" in cls.__name__ else {}
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 94, "vision_end_token_id": 93}
+    more = {"head_dim": 16} if extra else {}
+    return cls(text_config={**TEXT, "rope_parameters": rope | extra, **more}, vision_config=vision, **ids)
+
+
+QWEN_VISION = {"depth": 3, "num_heads": 4, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
+
+
+def _internvl():
+    vision = hf.InternVLVisionConfig(
+        **SIGLIP | {"patch_size": (4, 4)}, image_size=(32, 32), layer_scale_init_value=1.0, initializer_range=0.2
+    )
+    return hf.InternVLConfig(
+        vision_config=vision, text_config=hf.Qwen2Config(**TEXT), image_token_id=IMAGE, image_seq_length=16
+    )
+
+
+def _idefics3(cls):
+    text = hf.LlamaConfig(**TEXT)
+    return cls(vision_config=SIGLIP | {"image_size": 32}, text_config=text, image_token_id=IMAGE, scale_factor=2)
+
+
+def _gemma3():
+    text = TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    return hf.Gemma3Config(
+        vision_config=_siglip(32), text_config=hf.Gemma3TextConfig(**text, layer_types=kinds), mm_tokens_per_image=16,
+        image_token_index=IMAGE, boi_token_index=92, eoi_token_index=91,
+    )  # fmt: skip
+
+
+def _paligemma():
+    vision = _siglip(16)
+    vision.projection_dim = 64
+    text = hf.GemmaConfig(**TEXT, head_dim=16)
+    return hf.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=64)
+
+
+FAMILIES = {
+    tiny.name: tiny
+    for tiny in (
+        Llava("llava", None, ""),
+        LlavaNext("llava_next", _next, "LlavaNextForConditionalGeneration"),
+        Onevision("llava_onevision", _onevision, "LlavaOnevisionForConditionalGeneration", videos=True),
+        Qwen("qwen2_vl", functools.partial(
+            _qwen, hf.Qwen2VLConfig, None, QWEN_VISION | {"embed_dim": 32, "hidden_size": 64}
+        ), "Qwen2VLForConditionalGeneration", True, 3),
+        Qwen("qwen2_5_vl", functools.partial(
+            _qwen, hf.Qwen2_5_VLConfig, None,
+            QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "window_size": 16,
+                           "fullatt_block_indexes": [2]}
+        ), "Qwen2_5_VLForConditionalGeneration", True, 3),
+        Qwen3("qwen3_vl", functools.partial(
+            _qwen, hf.Qwen3VLConfig, None,
+            QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
+                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+        ), "Qwen3VLForConditionalGeneration", True, 3),
+        InternVL("internvl", _internvl, "InternVLForConditionalGeneration"),
+        Idefics3("idefics3", functools.partial(_idefics3, hf.Idefics3Config), "Idefics3ForConditionalGeneration"),
+        Idefics3("smolvlm", functools.partial(_idefics3, hf.SmolVLMConfig), "SmolVLMForConditionalGeneration"),
+        Gemma3("gemma3", _gemma3, "Gemma3ForConditionalGeneration"),
+        PaliGemma("paligemma", _paligemma, "PaliGemmaForConditionalGeneration"),
+    )
+}  # fmt: skip

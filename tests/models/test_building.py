@@ -1,0 +1,112 @@
+"""Building in every family: features, what enters the LLM in a probe, and the cascade from end to end."""
+
+import pytest
+import torch
+import transformers as hf
+from PIL import Image
+
+from codebook import models
+from codebook.building import Settings
+from codebook.building.cascade import survivors
+from codebook.building.probes import Prober, jsd, region
+from codebook.models import qwen2_vl
+from tests.models.cells import model
+from tests.models.families import FAMILIES
+from tests.tiny import IMAGE
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny(request, monkeypatch):
+    monkeypatch.setattr(qwen2_vl, "SIDE", 4)
+    return FAMILIES[request.param]
+
+
+def whole_view(tiny):
+    """Pixels of one image as its processor gives them for one view."""
+    pixels = tiny.inputs([["image", 5]])["pixel_values"]
+    return pixels[:, :1] if tiny.name in ("llava_next", "llava_onevision") else pixels
+
+
+@torch.no_grad()
+def test_features_are_what_enters_the_llm(tiny):
+    target, family = model(tiny.name, "sdpa"), models.family(model(tiny.name, "sdpa"))
+    inputs, entered = tiny.inputs([["image", 5]]), []
+    handle = target.get_decoder().register_forward_pre_hook(
+        lambda _, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
+    )
+    target(**inputs)
+    handle.remove()
+    projected, patches, cls = family.image_features(target, inputs["pixel_values"])
+    rows, cols = family.grid(target)
+    assert projected.shape == (1, rows * cols, family.width(target)) and patches.shape[:2] == (1, rows * cols)
+    assert (cls is not None) == family.has_cls(target)
+    first = (inputs["input_ids"][0] == IMAGE).nonzero()[0, 0]
+    own = projected[0, :, : entered[0].shape[-1]]
+    assert torch.allclose(own, entered[0][0, first : first + rows * cols], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_probe_of_the_whole_image_is_the_models_own_answer(tiny):
+    if tiny.name in ("llava_next", "llava_onevision"):
+        pytest.skip("a codebook is built from the whole view alone, which the model never sees without crops")
+    target, family = model(tiny.name, "sdpa"), models.family(model(tiny.name, "sdpa"))
+    inputs = tiny.inputs([[3, 4, "image", 5, 6]])
+    expected = target(**inputs).logits[:, -1]
+    projected = family.image_features(target, inputs["pixel_values"])[0]
+    embeds = target.get_input_embeddings()(inputs["input_ids"])
+    embeds = torch.nn.functional.pad(embeds, (0, family.width(target) - embeds.shape[-1]))
+    start = int((inputs["input_ids"][0] == IMAGE).nonzero()[0, 0])
+    embeds[:, start : start + projected.shape[1]] = projected
+    answer = family.answer(target, embeds, start, family.grid(target))
+    assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_the_cascade(tiny):
+    target, family = model(tiny.name, "sdpa"), models.family(model(tiny.name, "sdpa"))
+    embed, width = target.get_input_embeddings(), family.width(target)
+
+    def vectors(*ids):
+        own = embed(torch.tensor(ids))
+        return torch.nn.functional.pad(own, (0, width - own.shape[-1]))
+
+    grid = family.grid(target)
+    prober = Prober(target, vectors(23, 24)[None], vectors(25, 26)[None], vectors(0), grid, 7)
+    settings = Settings(prompt="", candidates="all", tau_p=1.0, tau_j=9.0, max_cluster_size=99)
+    found = survivors(whole_view(tiny), target, family, prober, settings)
+    assert len(found.features) == grid[0] * grid[1] and found.features.shape[1] == embed.weight.shape[1]
+    tokens = family.image_features(target, whole_view(tiny))[0][0]
+    ablated = tokens.clone()
+    ablated[region(5, grid)] = vectors(0)
+    whole, without = (
+        family.answer(target, torch.cat([vectors(23, 24), x, vectors(25, 26)])[None], 2, grid)
+        for x in (tokens, ablated)
+    )
+    assert found.tokens[5]["jsd_global"] == pytest.approx(jsd(whole, without).item(), rel=1e-3, abs=1e-9)
+
+
+PROCESSORS = {
+    "llava_next": lambda: hf.LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=[[16, 32], [32, 16]]
+    ),
+    "qwen2_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "idefics3": lambda: hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+    "gemma3": lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_a_picture_becomes_one_view(name, monkeypatch):
+    monkeypatch.setattr(qwen2_vl, "SIDE", 4)
+
+    class Both:
+        try:
+            image_processor = PROCESSORS[name]()
+        except ImportError:
+            pytest.skip("this version's processor needs torchvision")
+
+    target, family = model(name, "sdpa"), models.family(model(name, "sdpa"))
+    pixels = family.view(Both(), Image.effect_noise((50, 30), 80).convert("RGB"))
+    rows, cols = family.grid(target)
+    assert family.image_features(target, pixels)[0].shape[:2] == (1, rows * cols)

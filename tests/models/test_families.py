@@ -1,0 +1,265 @@
+"""Every family: a part of the compatibility table, keeping everything, leaving the context, maps, quotas."""
+
+import re
+import sys
+
+import pytest
+import torch
+
+from codebook import models
+from codebook.errors import CodebookError
+from codebook.pruning import Cls, FastV, Random, Schedule, Stage, Uniform
+from tests.models.cells import DOCS, METHODS, Cell, cells, check, model
+from tests.models.families import FAMILIES
+
+SAMPLE = [
+    ("features", "sdpa", "padded", "several", "keep"),
+    ("attention", "eager", "padded", "image", "compact"),
+    ("tower", "eager", "one", "several", "keep"),
+    ("tower", "sdpa", "padded", "video", "keep"),
+    ("attention", "sdpa", "one", "video", "keep"),
+    ("merging", "sdpa", "padded", "several", "keep"),
+    ("drop", "sdpa", "one", "image", "compact"),
+]
+ROWS = [["image", 5, 6, 7], [3, "large", 9, "image", 8, 11, 12]]
+VIDEOS = [name for name, tiny in FAMILIES.items() if tiny.videos]
+
+
+@pytest.fixture(params=FAMILIES)
+def tiny(request):
+    return FAMILIES[request.param]
+
+
+@pytest.mark.parametrize("dimensions", SAMPLE, ids="-".join)
+def test_generate_equals_masked_reference(tiny, dimensions):
+    cell = Cell(tiny.name, *dimensions)
+    expected = "works"
+    if cell.positions == "compact" and tiny.axes > 1:
+        expected = "refused"
+    if cell.show == "video" and not tiny.videos:
+        expected = "none"
+    assert check(cell) == expected
+    shows = {"image": "an image", "several": "several images", "video": "videos"}[cell.show]
+    row = re.search(rf"\| `{cell.family}` \| {shows} \|(.*)\|", DOCS.read_text())
+    assert bool(row) == (expected != "none")
+    if row:
+        documented = row[1].split("|")[METHODS.index(cell.method)].split(",")
+        assert (cell.positions in (word.strip() for word in documented)) == (expected == "works")
+
+
+@pytest.mark.table
+@pytest.mark.parametrize("cell", list(cells()), ids=str)
+def test_every_cell(cell):
+    check(cell)
+
+
+def state(module):
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs")
+    return [
+        (name, type(m), sorted(vars(m)), [list(getattr(m, hook)) for hook in hooks])
+        for name, m in module.named_modules()
+    ]
+
+
+@torch.no_grad()
+def test_keeping_everything_is_the_untouched_model_and_leaving_restores_it(tiny):
+    target, inputs = model(tiny.name, "sdpa"), tiny.inputs(ROWS)
+    plain = target(**inputs).logits  # stock code installs its own capture hooks at the first forward
+    text = target.generate(**inputs, max_new_tokens=4, do_sample=False)
+    before, config = state(target), repr(target.config)
+    with Schedule([Stage(0, 1.0, Random()), Stage(2, 1.0, Uniform())])(target):
+        assert torch.equal(target(**inputs).logits, plain)
+        assert torch.equal(target.generate(**inputs, max_new_tokens=4, do_sample=False), text)
+    with pytest.raises(KeyError), Schedule([Stage(1, 0.5, Random())])(target):
+        pruned = target(**inputs).logits
+        raise KeyError
+    assert (pruned - plain).abs().max() > 0.1  # the control
+    assert state(target) == before and repr(target.config) == config
+    assert torch.equal(target(**inputs).logits, plain)
+
+
+@torch.no_grad()
+def test_a_row_keeps_the_same_tokens_alone_and_in_a_batch(tiny):
+    target, schedule = model(tiny.name, "sdpa"), Schedule([Stage(0, 0.5, Random()), Stage(2, 5, Random())])
+
+    def kept(inputs):
+        with schedule(target) as pruning:
+            target.generate(**inputs, max_new_tokens=1)
+        return pruning.kept
+
+    together = kept(tiny.inputs(ROWS))
+    alone = kept(tiny.inputs(ROWS[:1]))
+    assert all(torch.equal(a, b) for a, b in zip(alone[0], together[0], strict=True))
+    beams = tiny.inputs(ROWS)
+    with schedule(target) as pruning:
+        target.generate(**beams, max_new_tokens=2, num_beams=2)
+    expected = [together[i] for i in (0, 0, 1, 2, 1, 2)]
+    assert [[x.tolist() for x in stages] for stages in pruning.kept] == [[x.tolist() for x in s] for s in expected]
+
+
+@torch.no_grad()
+def test_quotas_are_divided_among_crops_and_frames(tiny):
+    target = model(tiny.name, "sdpa")
+    rows = [["large", 5, 6]] if not tiny.videos else [["video", 5, 6], [3, "large", 7]]
+    with Schedule([Stage(0, 0.5, Random()), Stage(1, 5, Random())])(target) as pruning:
+        target(**tiny.inputs(rows))
+    for image, stages in zip(pruning.images, pruning.kept, strict=True):
+        sizes = [grid.count for grid in image.layout.grids]
+        for index, total in zip(stages, (round(image.count * 0.5), 5), strict=True):
+            found = [image.locate(i)[0] for i in index.tolist()]
+            counts = [found.count(g) for g in range(len(sizes))]
+            assert sum(counts) == total
+            assert all(abs(count - total * size / image.count) < 1 for count, size in zip(counts, sizes, strict=True))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", VIDEOS)
+def test_frames_may_share_one_budget(name):
+    target, inputs = model(name, "sdpa"), FAMILIES[name].inputs([["video", 5, 6]])
+    stages = [Stage(0, 0.5, Random())]
+    with Schedule(stages)(target) as pruning:
+        target(**inputs)
+    each, video = pruning.kept[0][0].tolist(), pruning.images[0]
+    with Schedule(stages, quotas="shared")(target) as pruning:
+        target(**inputs)
+    shared = pruning.kept[0][0].tolist()
+    assert len(each) == len(shared) == round(video.count / 2) and each != shared
+    scores = Random().score(_tokens(target, inputs, stages, "shared"))
+    assert shared == scores.topk(len(shared)).indices.sort().values.tolist()
+
+
+def _tokens(target, inputs, stages, quotas):
+    """What the pruner of the first stage was given."""
+    seen = []
+
+    class Look(Random):
+        def score(self, tokens):
+            seen.append(tokens)
+            return super().score(tokens)
+
+    stage = Stage(stages[0].layer, stages[0].keep, Look())
+    with Schedule([stage], quotas=quotas)(target):
+        target(**inputs)
+    return seen[0]
+
+
+@torch.no_grad()
+def test_grids_of_different_shapes_cannot_share_a_budget():
+    target, tiny = model("llava_next", "sdpa"), FAMILIES["llava_next"]
+    schedule = Schedule([Stage(0, 0.5, Random())], quotas="shared")
+    with schedule(target), pytest.raises(CodebookError, match="quotas='each'"):
+        target(**tiny.inputs([["image", 5]]))
+
+
+@torch.no_grad()
+def test_patches_become_tokens_as_in_the_model(tiny):
+    """Rows and columns of patches, packed, are those of tokens: even steps down and across each grid."""
+    target, family = model(tiny.name, "sdpa"), models.family(model(tiny.name, "sdpa"))
+    schedule = Schedule([Stage(0, 0.5, Random())])
+    for rows in [["large", 5]], *([[["video", 5]]] if tiny.videos else []):
+        inputs = tiny.inputs(rows)
+        with schedule(target) as pruning:
+            target.generate(**inputs, max_new_tokens=1)
+            [call] = pruning._encoded.values()
+        [image] = pruning.images
+        values = [at.float() for at in places(tiny, target, call)]
+        pieces = family.pack(target, call, values)
+        if (stock := merged(tiny, target, values)) is not None:
+            assert torch.equal(torch.stack(pieces), stock)
+        packed = torch.cat(pieces)
+        for grid in image.layout.grids:
+            values = packed[grid.index].view(grid.rows, grid.cols, -1)
+            assert all((values[..., axis].diff(dim=axis) > 0).all() for axis in (0, 1))
+            assert (values[..., 0].diff(dim=1).abs() < 1e-3).all() and (values[..., 1].diff(dim=0).abs() < 1e-3).all()
+
+
+def merged(tiny, target, values):
+    """Where a family shuffles or pools patches by its own function: the average of each token's patches by that."""
+    patches, side = torch.stack(values), int(len(values[0]) ** 0.5)
+    if tiny.name == "internvl":
+        return target.model.pixel_shuffle(patches.unflatten(1, (side, side))).flatten(1, 2).unflatten(2, (4, 2)).mean(2)
+    if tiny.name in ("idefics3", "smolvlm"):
+        return target.model.connector.pixel_shuffle(patches, 2).unflatten(2, (4, 2)).mean(2)
+    if tiny.name == "gemma3":
+        squares = patches.transpose(1, 2).unflatten(2, (side, side))
+        return target.model.multi_modal_projector.avg_pool(squares).flatten(2).transpose(1, 2)
+    return None
+
+
+def places(tiny, target, call):
+    """For each row, frame or image of the tower, row and column (N, 2) of each of its patches, by stock rules.
+
+    Crops are numbered on in the grid that they make together.
+    """
+    if "grid_thw" in " ".join(call.given):
+        from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
+
+        config = target.config.vision_config
+        grid = call.given[f"{call.kind}_grid_thw"]
+        position = get_vision_position_ids(grid, config.spatial_merge_size)
+        if hasattr(config, "window_size"):
+            index, _ = get_vision_window_index(grid, 2, config.window_size, config.patch_size)
+            position = position.view(-1, 4, 2)[index].flatten(0, 1)
+        return list(position.split([int(h * w) for t, h, w in grid for _ in range(t)]))
+    side = {"llava": 6, "llava_next": 4, "llava_onevision": 4, "paligemma": 4}.get(tiny.name, 8)
+    at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1)
+    pixels = call.given.get("pixel_values", call.given.get("pixel_values_videos"))
+    count = pixels.shape[0] if pixels.dim() == 4 else pixels.shape[0] * pixels.shape[1]
+    out = [at.clone() for _ in range(count)]
+    if tiny.name in ("llava_next", "llava_onevision") and call.kind == "image":
+        out[2][:, 0] += side  # the second crop is below the first
+    return out
+
+
+@torch.no_grad()
+def test_tower_scores_are_the_stock_attention_of_the_patches(tiny, monkeypatch):
+    """Weights as the stock eager function returns them, averaged over heads and queries, or of [CLS], then packed."""
+    target = model(tiny.name, "eager")
+    family, seen, weights = models.family(target), [], []
+    attention = family.vision_attention(target)
+    module = sys.modules[type(attention).__module__]
+    stock = module.eager_attention_forward
+
+    def watched(owner, *args, **kwargs):
+        out = stock(owner, *args, **kwargs)
+        if owner is attention:
+            weights.extend(out[1].mean(1))
+        return out
+
+    class Look(Cls):
+        def score(self, tokens):
+            seen.append(super().score(tokens))
+            return seen[-1]
+
+    monkeypatch.setattr(module, "eager_attention_forward", watched)
+    rows = [["large", 5, 6]] if not tiny.videos else [[3, "video", 7]]
+    with Schedule([Stage(0, 0.5, Look())])(target) as pruning:
+        target(**tiny.inputs(rows))
+        [call] = pruning._encoded.values()
+    scores = [w[0, 1:] if family.has_cls(target) else w.mean(0) for w in weights]
+    packed = torch.cat(family.pack(target, call, [score[:, None] for score in scores]))[:, 0]
+    for score, grid in zip(seen, pruning.images[0].layout.grids, strict=True):
+        assert torch.allclose(score, packed[grid.index], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [1, 2])
+@pytest.mark.parametrize("query", ["text", "visual"])
+def test_attention_scores_are_the_stock_maps(tiny, layer, query):
+    target, inputs = model(tiny.name, "eager"), tiny.inputs(ROWS)
+    seen = []
+
+    class Look(FastV):
+        def score(self, tokens):
+            seen.append(super().score(tokens))
+            return seen[-1]
+
+    maps = target(**inputs, output_attentions=True).attentions[layer - 1].mean(1)
+    with Schedule([Stage(layer, 0.5, Look(query=query))])(target) as pruning:
+        target(**inputs)
+    scores = iter(seen)
+    for image, (row, grids, places) in zip(pruning.images, tiny.columns(ROWS), strict=True):
+        assert [(grid.rows, grid.cols) for grid in image.layout.grids] == grids
+        for columns in places.split([rows * cols for rows, cols in grids]):
+            at = -1 if query == "text" else columns[-1]
+            assert torch.allclose(next(scores), maps[row, at, columns], atol=1e-6)

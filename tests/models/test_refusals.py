@@ -1,0 +1,104 @@
+"""What cannot work is refused, by one sentence that says why and what to use instead."""
+
+import re
+
+import pytest
+import torch
+import transformers as hf
+
+from codebook import models
+from codebook.errors import CodebookError
+from codebook.pruning import Downsample, Random, Schedule, Stage, remember
+from tests.models.cells import model
+from tests.models.families import FAMILIES
+from tests.tiny import IMAGE
+
+PRE = Schedule([Stage(0, 0.5, Random())])
+
+
+def refused(match):
+    return pytest.raises(CodebookError, match=re.compile(rf"^(?!.*\n).*{match}", re.DOTALL))
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        (hf.MllamaConfig(), "mllama cross-attend to their images.*use a model that"),
+        (hf.Qwen3_5Config(), "linear_attention, whose state cannot lose single tokens; use"),
+        (hf.BlipConfig(), "blip are not supported; use one of: .*qwen2_5_vl"),
+        (hf.LlavaConfig(vision_config=hf.SiglipVisionConfig()), "'default' features is not supported; use"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_models(config, why, tmp_path):
+    """Before their weights are read."""
+    config.save_pretrained(tmp_path)
+    with refused(why):
+        models.load(str(tmp_path))
+
+
+def test_processors_that_need_torchvision(tmp_path, monkeypatch):
+    def missing(name):
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
+
+    FAMILIES["qwen2_vl"].make().save_pretrained(tmp_path)
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", missing)
+    with refused("needs torchvision, which is not installed: install"):
+        models.load(str(tmp_path))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_forwards(name):
+    target, tiny = model(name, "sdpa"), FAMILIES[name]
+    inputs = tiny.inputs([["image", 5, 6, 7]])
+    with PRE(target):
+        with refused("static cache|DynamicCache"):
+            target.generate(**inputs, max_new_tokens=2, cache_implementation="static")
+        static = hf.StaticCache(config=target.config.get_text_config(), max_cache_len=99)
+        with refused("DynamicCache"):
+            target(**inputs, past_key_values=static)
+        with refused("whole images|inside the pruning context"):
+            target.generate(**inputs, max_new_tokens=2, prefill_chunk_size=5)
+        with refused("input_ids"):
+            target(inputs_embeds=torch.zeros(1, 5, target.get_input_embeddings().weight.shape[1]))
+        with refused("one schedule"), PRE(target):
+            pass
+        inputs = tiny.inputs([[5, "image"]])
+        if inputs["input_ids"][0, -1] == IMAGE:  # others end an image with a word
+            with refused("text after the image"):
+                target(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", sorted({*FAMILIES} - {"llava"}))
+def test_downsampling_and_remembering(name):
+    target, inputs = model(name, "sdpa"), FAMILIES[name].inputs([["image", 5]])
+    with Schedule([Stage(0, 4, Downsample())])(target), refused("at another size: use|no .* image shrinks to"):
+        target(**inputs)
+    if not models.family(target).tower_rows:
+        with refused("encode them once with get_image_features"), remember(target):
+            pass
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_vl"])
+def test_images_of_unknown_size(name):
+    """Encoded outside of the context, neither crops nor grids are known."""
+    target, inputs = model(name, "sdpa"), FAMILIES[name].inputs([["image", 5]])
+    sizes = {key: inputs[key] for key in ("image_sizes", "image_grid_thw") if key in inputs}
+    encoded = {"image": target.model.get_image_features(inputs["pixel_values"], **sizes, return_dict=True)}
+    given = {"input_ids": inputs["input_ids"], "mm_encoder_outputs": encoded}
+    with PRE(target), refused("inside the pruning context"):
+        target(**given)
+    with PRE(target) as pruning:
+        encoded["image"] = target.model.get_image_features(inputs["pixel_values"], **sizes, return_dict=True)
+        target(**given)
+    assert len(pruning.kept) == 1
+
+
+def test_attention_kernels():
+    target = FAMILIES["llava_next"].make()
+    target.get_decoder().config._attn_implementation = "flash_attention_2"
+    with refused("'flash_attention_2' is not supported: load the model with attn_implementation='sdpa' or 'eager'"):
+        PRE(target)
