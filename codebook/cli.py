@@ -209,14 +209,14 @@ def miniature_images(
 @miniature_app.command("train")
 def miniature_train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and weights; run again to resume.")],
-    minutes: Annotated[float, typer.Option(min=0.1, help="Budget of the whole training, by the clock.")] = 76.0,
+    steps: Annotated[int, typer.Option(min=1, help="Of the joint stage; run again to go on.")] = 3000,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Train the embedded model from scratch on procedural scenes; a run that was stopped goes on."""
     from codebook.miniature import train
 
-    print(train.train(out, minutes=minutes, seed=seed, device=device))
+    print(train.train(out, steps=steps, seed=seed, device=device))
 
 
 @miniature_app.command("evaluate")

@@ -48,9 +48,9 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
     grid = models.family(model).grid(model)
     example = next(q for q in questions if q.family == "ocr")
     keep = 0.25
-    [answer] = ask(model, processor, [[example.image]], [example.question], plans["codebook", keep])
+    [answer] = ask(model, processor, [example.images], [example.question], plans["codebook", keep])
     with replacing(picture) as temporary:
-        overlay(example.image, answer.kept[0], grid).save(temporary, format="PNG")
+        overlay(example.images[0], answer.kept[0], grid).save(temporary, format="PNG")
     report = {
         "questions": len(questions),
         "prototypes": len(book.prototypes),

@@ -27,7 +27,7 @@ def score(
     scores: Scores = {question.family: [] for question in questions}
     for start in range(0, len(questions), BATCH):
         group = questions[start : start + BATCH]
-        answers = ask(model, processor, [[q.image] for q in group], [q.question for q in group], schedule)
+        answers = ask(model, processor, [q.images for q in group], [q.question for q in group], schedule)
         for question, answer in zip(group, answers, strict=True):
             scores[question.family].append(miniature.score(question.family, answer.text, question.answer))
         done(start + len(group))

@@ -1,14 +1,15 @@
-"""Training batches: many questions behind one picture, and the forward pass that shares its prefix.
+"""Training batches: many questions behind one scene, album or film, and the forward pass that shares its prefix.
 
-A row holds the visual prefix once and about ten questions after it. Each question sees the prefix and
-itself only, and its positions continue right after the prefix, so every logit equals that of the stock
-model asked this one question.
+A row holds the visual prefix once and its questions after it. Each question sees the prefix and itself only, and its
+positions continue right after the prefix, so every logit equals that of the stock model asked this one question.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +18,36 @@ from transformers import LlavaForConditionalGeneration
 
 from codebook.miniature import model as architecture
 from codebook.miniature.model import ASSISTANT, BOS, EOS, PAD, USER, WORDS
-from codebook.miniature.scenes import GRID, labels, scene
-from codebook.miniature.tasks import FAMILIES, ask
+from codebook.miniature.scenes import FRAMES, GRID, album, film, labels, scene
+from codebook.miniature.tasks import FAMILIES, PLACES, ask, scenes
 
 TOKENS = GRID * GRID
 PREFIX = 2  # <s> <user>, before the visual tokens
 LENGTH = 112  # text tokens of a row
-EXTRA = ("exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr")  # after one of each family
+ABOUT: dict[Any, tuple[str, ...]] = {
+    scene: ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap",
+            "exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr"),
+    album: ("multi",) * 10,
+    film: ("video",) * 24,
+}  # fmt: skip
+SINGLE = len(dict.fromkeys(ABOUT[scene]))  # one question of each of these families comes first
+# Of 100 steps this many are about scenes and about albums; the others are about films.
+SHARES = 66, 80
 # Places are learned last: sixteen answers, each seen once in a hundred questions.
-EMPHASIS = {"loc": 2.0, "rel": 2.0, "box": 1.5, "ocr": 1.5}
+EMPHASIS = {"loc": 2.0, "rel": 2.0, "box": 1.5, "ocr": 1.5, "count": 1.5}
 IDS = {word: i for i, word in enumerate(WORDS)}
 
 
 @dataclass
 class Batch:
-    """A packed batch of B pictures; text arrays are (B, 112).
+    """A packed batch of B rows of N images; text arrays are (B, L), as long as the longest row needs.
 
     Attributes
     ----------
-    pixels : float (B, 3, 96, 96)
-    shape, color, digit : int (B, 144), what a patch shows, -1 for nothing
-    box : float (B, 144, 4)
-    kept : int (B, K), ascending: the visual tokens that the language model is given
+    pixels : float (B * N, 3, 96, 96)
+    shape, color, digit : int (B * N, 144), what a patch shows, -1 for nothing
+    box : float (B * N, 144, 4)
+    kept : int (B * N, K), ascending: the visual tokens that the language model is given
     tokens, segment, position, target : int; segment -1 is padding, target -100 is not learned
     family : int, the row of FAMILIES
     weight : float, of the target in the loss
@@ -71,27 +80,40 @@ def batch(size: int, seed: int, step: int, worker: int, *, dense: float = 0.0, d
 
     Parameters
     ----------
-    size : pictures B
-    dense : fraction of crowded scenes, for the vision stage; no questions are asked about those
+    size : images; steps about albums and films have as many rows as fit into that
+    dense : fraction of crowded scenes, for the vision stage; no questions are asked then
     drop : let most of the batches lose visual tokens
     """
     rng = np.random.Generator(np.random.PCG64([seed, step, worker, 7]))
+    # The same choices on every worker, for they wait for each other.
+    shared = np.random.Generator(np.random.PCG64([seed, step, 8]))
+    draw, count = _subject(shared) if not dense else (scene, 1)
+    more = {} if draw is scene else {"count": count}
     rows: list[dict[str, np.ndarray]] = []
-    for i in range(size):
-        crowded = rng.random() < dense
-        picture = scene("train", 0, seed, step, worker, i, dense=crowded)
-        row = {"pixels": picture.pixels, **labels(picture)}
-        rows.append({**row, **_questions(picture if not dense else None, rng)})
-    stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    stacked["pixels"] = stacked["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
-    busy = (stacked["shape"] >= 0) | (stacked["digit"] >= 0)
-    # The same choice on every worker, for they wait for each other.
-    stacked["kept"] = _kept(busy, np.random.Generator(np.random.PCG64([seed, step, 8])) if drop else None)
-    return Batch(**stacked)
+    marks: list[dict[str, np.ndarray]] = []
+    for i in range(max(1, size // count)):
+        crowded = {"dense": True} if rng.random() < dense else more
+        shown = draw("train", 0, seed, step, worker, i, **crowded)
+        marks += [{"pixels": picture.pixels, **labels(picture)} for picture in scenes(shown)]
+        rows.append(_questions(shown, ABOUT[draw] if not dense else (), rng))
+    used = max(16, *(int((row["segment"] >= 0).sum()) for row in rows))
+    text = {name: torch.from_numpy(np.stack([row[name][:used] for row in rows])) for name in rows[0]}
+    text["position"] += PREFIX + count * (TOKENS + (count > 1))
+    seen = {name: torch.from_numpy(np.stack([mark[name] for mark in marks])) for name in marks[0]}
+    seen["pixels"] = seen["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    busy = (seen["shape"] >= 0) | (seen["digit"] >= 0)
+    return Batch(**seen, **text, kept=_kept(busy, shared if drop else None))
+
+
+def _subject(rng: np.random.Generator) -> tuple[Callable[..., Any], int]:
+    kind, count = int(rng.integers(100)), int(rng.integers(FRAMES[0], FRAMES[1] + 1))
+    if kind < SHARES[0]:
+        return scene, 1
+    return (album, 2 + (kind % 10 >= 7)) if kind < SHARES[1] else (film, count)
 
 
 def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
-    """Choose the visual tokens (B, K) that a batch keeps.
+    """Choose the visual tokens (B * N, K) that a batch keeps.
 
     Of ten batches four keep all, three lose background only, three lose tokens at random: losing
     background alone would teach the model to favour pruners that keep objects.
@@ -106,25 +128,24 @@ def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
     return order.topk(count, dim=1).indices.sort(1).values
 
 
-def _questions(picture, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _questions(shown: Any, families: tuple[str, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
     row = {
         "tokens": np.full(LENGTH, PAD),
         "segment": np.full(LENGTH, -1),
-        "position": np.full(LENGTH, PREFIX + TOKENS),
+        "position": np.zeros(LENGTH, np.int64),
         "target": np.full(LENGTH, -100),
         "family": np.full(LENGTH, -1),
         "weight": np.zeros(LENGTH, np.float32),
     }
-    if picture is None:
-        return row
-    order = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))]
-    if rng.random() < 0.5:
+    first, extra = families[:SINGLE], families[SINGLE:]
+    order = [first[i] for i in rng.permutation(len(first))]
+    if "cap" in order and rng.random() < 0.5:
         order.remove("cap")  # as long as three other questions
-    order += [EXTRA[i] for i in rng.permutation(len(EXTRA))]
+    order += [extra[i] for i in rng.permutation(len(extra))]
     seen: set[str] = set()
     start = 0
     for family in order:
-        parts = ask(picture, family, rng)
+        parts = ask(shown, family, rng)
         if parts is None or parts[0] in seen:
             continue
         seen.add(parts[0])
@@ -135,7 +156,7 @@ def _questions(picture, rng: np.random.Generator) -> dict[str, np.ndarray]:
         spot, reply = slice(start, end), slice(start + len(question), end)
         row["tokens"][spot] = [*question, ASSISTANT, *answer]
         row["segment"][spot] = len(seen)
-        row["position"][spot] += np.arange(end - start)
+        row["position"][spot] = np.arange(end - start)
         row["target"][reply] = [*answer, EOS]
         row["family"][spot] = FAMILIES.index(family)
         # Between "every token counts the same" and "every question does".
@@ -169,22 +190,26 @@ def answer(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: B
 
     Parameters
     ----------
-    visual : float (B, 144, 160), the projected tokens; those not in ``packed.kept`` are left out
+    visual : float (B * N, 144, 160), the projected tokens; those not in ``packed.kept`` are left out
 
     Returns
     -------
-    float (N, vocabulary): logits at the N places that have a target, in row-major order
+    float (T, vocabulary): logits at the T places that have a target, in row-major order
     """
     language = built.model.language_model
-    size, kept = packed.kept.shape
+    size, count = len(packed.tokens), len(visual) // len(packed.tokens)
     visual = visual.gather(1, packed.kept[..., None].expand(-1, -1, visual.shape[-1]))
+    embed, kept = language.embed_tokens, packed.kept
     head = torch.tensor([BOS, USER], device=visual.device).expand(size, -1)
-    embed = language.embed_tokens
-    hidden = torch.cat([embed(head), visual, embed(packed.tokens)], 1)
     start = torch.arange(PREFIX, device=visual.device).expand(size, -1)
-    positions = torch.cat([start, PREFIX + packed.kept, packed.position], 1)
+    if count > 1:  # the template counts them aloud
+        words = torch.tensor([IDS[place] for place in PLACES[:count]], device=visual.device).repeat(size)
+        visual = torch.cat([embed(words)[:, None], visual], 1)
+        kept = F.pad(kept + 1, (1, 0)) + torch.arange(count, device=visual.device).repeat(size)[:, None] * (TOKENS + 1)
+    hidden = torch.cat([embed(head), visual.reshape(size, -1, visual.shape[-1]), embed(packed.tokens)], 1)
+    positions = torch.cat([start, PREFIX + kept.reshape(size, -1), packed.position], 1)
     cos, sin = (part[:, :, None] for part in language.rotary_emb(hidden, positions))
-    prefix = PREFIX + kept
+    prefix = hidden.shape[1] - packed.tokens.shape[1]
     mask = _mask(packed.segment, prefix)
     for layer in language.layers[:-1]:
         hidden = answer_layer(layer, hidden, cos, sin, mask, prefix, 0)
