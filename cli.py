@@ -1,3 +1,6 @@
+"""Run the command line from a checkout: `python cli.py ...`."""
+
 from codebook.cli import main
 
-main()
+if __name__ == "__main__":  # training starts processes that import this file again
+    main()
