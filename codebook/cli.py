@@ -223,13 +223,20 @@ def miniature_train(
 def miniature_evaluate(
     folder: Annotated[Path | None, typer.Argument(help="Weights of a training run; default: those that ship.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out questions a family.")] = 200,
+    look: Annotated[
+        list[str] | None, typer.Option(help="plain (default), photo, noise, scale: repeat for several.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Instead, prune it by baselines, an oracle and layer by layer; its rows' file."),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy of the embedded model on held-out questions, beside its floor without the image."""
     from codebook import commands
 
-    commands.evaluate_miniature(folder, count, device or "cpu", as_json)
+    commands.evaluate_miniature(folder, count, look or ["plain"], check, device or "cpu", as_json)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from codebook import miniature, models
 from codebook.building import build
 from codebook.commands import building_progress, replacing
-from codebook.evaluation import Scores, mean, score, standard_error
+from codebook.evaluation import Scores, family_means, mean, score, standard_error
 from codebook.inference import ask
 from codebook.pictures import overlay
 from codebook.progress import Update, progress
@@ -56,7 +55,7 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
         "prototypes": len(book.prototypes),
         "accuracy": [
             {"method": name, "keep": k, "mean": mean(scores), "standard_error": standard_error(scores),
-             "families": {family: statistics.fmean(values) for family, values in scores.items()}}
+             "families": family_means(scores)}
             for (name, k), scores in results.items()
         ],
         "picture": str(picture),

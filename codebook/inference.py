@@ -48,7 +48,7 @@ def ask(
     Parameters
     ----------
     images
-        For each question its images, at least one, shown before the question in this order.
+        For each question its images, shown before the question in this order.
     questions
         In plain words: the model's own chat template is applied.
     schedule
@@ -73,7 +73,7 @@ def ask(
         for own, question in zip(images, questions, strict=True)
     ]
     flat = [image for own in images for image in own]
-    inputs = processor(images=flat, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    inputs = processor(images=flat or None, text=texts, padding=True, padding_side="left", return_tensors="pt")
     inputs = inputs.to(model.device, model.dtype)
     with torch.inference_mode(), schedule(model) if schedule else nullcontext() as pruning:
         out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)

@@ -27,16 +27,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from codebook.errors import CodebookError
 from codebook.miniature import model as architecture
-from codebook.miniature import packing, prompt
+from codebook.miniature import packing
 from codebook.miniature.optimizer import Muon
 from codebook.miniature.packing import IDS, Batch
 from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, SIDE
-from codebook.miniature.tasks import BINS, CELLS, FAMILIES, score, tasks
+from codebook.miniature.tasks import BINS, CELLS, FAMILIES
 
 NAMES = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789")}
 FINE = 0.005  # half a pixel: errors of a pixel or two must still pull, or boxes stay blunt
@@ -382,40 +381,3 @@ def _by_family(packed: Batch, wrong: torch.Tensor) -> dict[str, tuple[float, flo
         name: (float(((family == i) & (misses == 0)).sum()), float((family == i).sum()))
         for i, name in enumerate(FAMILIES)
     }
-
-
-@torch.inference_mode()
-def evaluate(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    split: str = "test",
-    count: int = 200,
-    visual: bool = True,
-    *,
-    seed: int = 0,
-    families: tuple[str, ...] = FAMILIES,
-    look: str = "plain",
-    batch: int = 32,
-) -> dict[str, float]:
-    """Answer `count` questions of each family greedily and return the mean score of each.
-
-    Parameters
-    ----------
-    visual : False leaves the images out of the prompt: what the questions alone give away
-    look : one of `codebook.miniature.scenes.LOOKS`
-    """
-    out = {}
-    for family in families:
-        asked = list(tasks(family, split, seed, count, look=look))
-        total = 0.0
-        for start in range(0, count, batch):
-            part = asked[start : start + batch]
-            texts = [prompt(processor, q.question, len(q.images) if visual else 0) for q in part]
-            images = [image for q in part for image in q.images] if visual else None
-            inputs = processor(images=images, text=texts, padding=True, return_tensors="pt").to(model.device)
-            answers = model.generate(**inputs, do_sample=False, max_new_tokens=24)  # type: ignore[misc]
-            new = answers[:, inputs["input_ids"].shape[1] :]
-            said = processor.batch_decode(new, skip_special_tokens=True)
-            total += sum(score(family, s, q.answer) for s, q in zip(said, part, strict=True))
-        out[family] = total / count
-    return out

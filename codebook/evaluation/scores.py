@@ -1,4 +1,4 @@
-"""Scoring answers to questions with known answers, with and without pruning."""
+"""Scores of the miniature's task families."""
 
 from __future__ import annotations
 
@@ -22,21 +22,37 @@ def score(
     questions: Sequence[miniature.Question],
     schedule: Schedule | None = None,
     done: Callable[[int], None] = lambda count: None,
+    *,
+    blind: bool = False,
 ) -> Scores:
-    """Answer the questions under a schedule and score them; `done` hears how many are answered."""
+    """Answer the questions under a schedule and score them.
+
+    Parameters
+    ----------
+    done
+        Hears how many are answered.
+    blind
+        Leave the images out of the prompts: what the questions alone give away.
+    """
     scores: Scores = {question.family: [] for question in questions}
     for start in range(0, len(questions), BATCH):
         group = questions[start : start + BATCH]
-        answers = ask(model, processor, [q.images for q in group], [q.question for q in group], schedule)
+        images = [() if blind else q.images for q in group]
+        answers = ask(model, processor, images, [q.question for q in group], schedule)
         for question, answer in zip(group, answers, strict=True):
             scores[question.family].append(miniature.score(question.family, answer.text, question.answer))
         done(start + len(group))
     return scores
 
 
+def family_means(scores: Scores) -> dict[str, float]:
+    """Mean accuracy of each family."""
+    return {family: statistics.fmean(values) for family, values in scores.items()}
+
+
 def mean(scores: Scores) -> float:
     """Mean accuracy over the families."""
-    return statistics.fmean(statistics.fmean(values) for values in scores.values())
+    return statistics.fmean(family_means(scores).values())
 
 
 def standard_error(scores: Scores) -> float:
