@@ -8,8 +8,7 @@ import json
 import shutil
 from pathlib import Path
 
-from codebook.evaluation import score
-from codebook.evaluation.instrument import table
+from codebook.evaluation import score, table
 from codebook.miniature import FAMILIES, FOLDER, model, tasks
 from codebook.miniature.scenes import LOOKS
 

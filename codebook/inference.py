@@ -58,6 +58,19 @@ def ask(
     -------
     list[Answer], one a question
     """
+    return answer(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, ready for `generate`, and how many images each shows."""
+
+    inputs: Any
+    images: list[int]
+
+
+def prepare(model: Any, processor: Any, images: Sequence[Sequence[Picture.Image]], questions: Sequence[str]) -> Prompts:
+    """Process a batch of questions about images, as `ask` takes them, once for many answers."""
     if processor.chat_template is None:
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
     texts = [
@@ -74,14 +87,24 @@ def ask(
     ]
     flat = [image for own in images for image in own]
     inputs = processor(images=flat or None, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
+    return Prompts(inputs.to(model.device, model.dtype), [len(own) for own in images])
+
+
+def answer(
+    model: Any, processor: Any, prompts: Prompts, schedule: Schedule | None = None, max_new_tokens: int = 32
+) -> list[Answer]:
+    """Answer prepared prompts greedily under a schedule; None leaves the model as it is."""
     with torch.inference_mode(), schedule(model) if schedule else nullcontext() as pruning:
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    words = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        out = model.generate(**prompts.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    words = processor.batch_decode(out[:, prompts.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     everything = list(range(_tokens_per_image(model)))
     stages = pruning.kept if pruning else []
-    final = iter([stage[-1].tolist() if stage else everything for stage in stages] or [everything] * len(flat))
-    return [Answer(text.strip(), [next(final) for _ in own]) for text, own in zip(words, images, strict=True)]
+    final = iter(
+        [stage[-1].tolist() if stage else everything for stage in stages] or [everything] * sum(prompts.images)
+    )
+    return [
+        Answer(text.strip(), [next(final) for _ in range(n)]) for text, n in zip(words, prompts.images, strict=True)
+    ]
 
 
 def _tokens_per_image(model: Any) -> int:

@@ -1,5 +1,5 @@
 """Answers to questions with known answers: scoring them, with and without pruning."""
 
-from codebook.evaluation.scores import Scores, family_means, mean, score, standard_error
+from codebook.evaluation.scores import Plan, Scores, compare, family_means, mean, score, standard_error, table
 
-__all__ = ["Scores", "family_means", "mean", "score", "standard_error"]
+__all__ = ["Plan", "Scores", "compare", "family_means", "mean", "score", "standard_error", "table"]
