@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 import sys
 from pathlib import Path
@@ -91,15 +90,23 @@ def prune(
         str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")
     ] = None,
     keep: Annotated[
-        float | None, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default 0.2.")
+        float | None,
+        typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
     question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
-    method: Annotated[str | None, typer.Option(help="codebook (default), divprune, random, uniform, ...")] = None,
     schedule: Annotated[
-        str | None, typer.Option(help="Stages instead of --keep and --method: `codebook:0.25,random@9:0.05`.")
+        str | None,
+        typer.Option(
+            "--schedule",
+            "--method",
+            help="`codebook` (default) or another method or preset (see `codebook list`), `codebook+random`, stages as "
+            "in `codebook:0.25,random@9:0.05`, or a JSON file of them.",
+        ),
     ] = None,
-    positions: Annotated[str, typer.Option(help="Position ids of kept tokens: keep or compact.")] = "keep",
+    positions: Annotated[
+        str | None, typer.Option(help="Position ids of kept tokens: keep or compact; default: the schedule's, or keep.")
+    ] = None,
     codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
     show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
     source: Annotated[
@@ -122,18 +129,14 @@ def prune(
 
     if tokens is not None:
         _only("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source, "--show": show,
-                           "--schedule": schedule, "--method": method})  # fmt: skip
+                           "--schedule": schedule})  # fmt: skip
         if codebook is None or output is None:
             raise CodebookError("--tokens needs --codebook DIR and --output FILE")
-        commands.prune_tokens(tokens, codebook, 0.2 if keep is None else keep, output, as_json)
+        commands.prune_tokens(tokens, codebook, commands.KEEP if keep is None else keep, output, as_json)
         return
     if model is None:
         raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")
-    if schedule is not None:
-        _only("--schedule", {"--keep": keep, "--method": method})
-    else:
-        schedule = commands.single_stage(method or "codebook", 0.2 if keep is None else keep)
-    plan = commands.Plan(schedule, positions, codebook, seed)
+    plan = commands.Plan(schedule or "codebook", keep, positions, codebook, seed)
     if source is not None:
         _only("--input", {"--image": image, "--ask": question, "--show": show})
         if output is None:
@@ -154,18 +157,10 @@ def _only(option: str, others: dict[str, Any]) -> None:
 
 @app.command("list")
 def list_(as_json: Json = False) -> None:
-    """List the codebooks that ship with the package."""
-    from codebook.shipped import folders
+    """List the codebooks that ship with the package, the methods, and the presets."""
+    from codebook import commands
 
-    rows = []
-    for folder in folders():
-        config = json.loads((folder / "config.json").read_text())
-        rows.append({"name": folder.name, "model": config["model"], "prototypes": config["prototypes"],
-                     "dimension": config["dimension"], "folder": str(folder)})  # fmt: skip
-    if as_json:
-        print(json.dumps(rows, indent=1))
-    for row in [] if as_json else rows:
-        print(f"{row['name']}: {row['prototypes']} prototypes of dimension {row['dimension']}, in {row['folder']}")
+    commands.list_all(as_json)
 
 
 @app.command()

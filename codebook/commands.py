@@ -9,7 +9,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,47 +26,65 @@ from codebook.progress import progress
 from codebook.pruning import (
     METHODS,
     Pruner,
-    Random,
     RedundancyCodebook,
     Schedule,
     Stage,
-    Uniform,
     VisualTokens,
+    presets,
 )
-from codebook.pruning.schedule import check_keep
-from codebook.shipped import prebuilt
+from codebook.pruning.schedule import check_keep, load_text
+from codebook.pruning.text import settings
+from codebook.shipped import folders, prebuilt
+
+KEEP = 0.2
+"""Budget where neither the user nor the schedule says one."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How the command line says what to prune; checked before any model is loaded."""
+    """How the command line says what to prune; read before any model is loaded.
+
+    `schedule` is a schedule's text, a preset, or a JSON file that `Schedule.save` wrote; `keep` the budget that it is
+    fitted to, `positions` its position policy if not its own.
+    """
 
     schedule: str
-    positions: str = "keep"
+    keep: float | None = None
+    positions: Any = None
     codebook: Path | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._parse(lambda name: Uniform())
-
-    def _parse(self, make: Callable[[str], Pruner]) -> Schedule:
-        return Schedule.parse(self.schedule, make, positions=self.positions)
+        if self.keep is not None:
+            check_keep(self.keep)
+        if self.schedule.endswith(".json"):
+            object.__setattr__(self, "schedule", load_text(self.schedule))
+        # Errors of the text show now, those that depend on the model in `apply`. One layer: presets' layers are then as
+        # early as in any model, and clash with the text's own only if they always do.
+        draft, needs_budget = Schedule.draft(self.schedule, self._make(lambda: None), layers=1)
+        self._placed(draft)
+        if needs_budget and self.keep is None:
+            object.__setattr__(self, "keep", KEEP)
 
     def apply(self, model: Any) -> Schedule:
         """The schedule for a loaded model; reads its codebook only if a stage needs one."""
+        rows, cols = models.family(model).grid(model)
+        layers = model.config.get_text_config().num_hidden_layers
+        make = self._make(lambda: find_codebook(model, self.codebook))
+        return self._placed(Schedule.solve(self.schedule, make, n=rows * cols, layers=layers, keep=self.keep))
 
+    def _placed(self, schedule: Schedule) -> Schedule:
+        return schedule if self.positions is None else replace(schedule, positions=self.positions)
+
+    def _make(self, codebook: Callable[[], Any]) -> Callable[[str], Pruner]:
         def make(name: str) -> Pruner:
-            if name == "codebook":
-                return RedundancyCodebook(find_codebook(model, self.codebook))
-            return Random(self.seed) if name == "random" else METHODS[name]()
+            factory = METHODS[name]
+            if name == "random":
+                return factory(self.seed)
+            kind, _ = settings(factory)
+            return factory(codebook()) if issubclass(kind, RedundancyCodebook) else factory()
 
-        return self._parse(make)
-
-
-def single_stage(method: str, keep: float) -> str:
-    """The text form of pruning once, before the LLM, where the budget of the stage is that of the schedule."""
-    check_keep(keep)
-    return f"{method}:{keep:.12f}"
+        return make
 
 
 def find_codebook(model: Any, folder: Path | None) -> Codebook:
@@ -145,29 +164,49 @@ def prune_image(
         print(json.dumps(report))
         return
     print(answer.text)
-    note(
-        f"kept {report['counts'][-1]} of {report['tokens']} visual tokens an image; averaged over layers "
-        f"{report['keep']:.1%}, {report['flops']:.1%} of their prefill FLOPs"
-    )
+    note(summary(report, [len(kept) for kept in answer.kept]))
     if show is not None:
         note(f"picture: {show}")
 
 
 def describe(model: Any, schedule: Schedule) -> dict[str, Any]:
-    """A schedule's budget on a model: counts per layer, their average, and FLOPs, for one image."""
+    """A schedule and what it costs on a model, for one image: tokens per layer, their average, FLOPs, KV cache.
+
+    Of a schedule that decides for each image how many tokens stay, only its text.
+    """
     rows, cols = models.family(model).grid(model)
-    text = model.config.get_text_config()
-    shape = {
-        "layers": text.num_hidden_layers,
-        "hidden": text.hidden_size,
-        "intermediate": text.intermediate_size,
+    text, n = model.config.get_text_config(), rows * cols
+    report: dict[str, Any] = {"schedule": str(schedule), "tokens": n}
+    if schedule.adaptive:
+        return report
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    shape = {"layers": layers, "hidden": text.hidden_size, "intermediate": text.intermediate_size}
+    cache = {
+        "layers": layers,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "bytes": model.dtype.itemsize,
     }
-    return {
-        "tokens": rows * cols,
-        "counts": schedule.counts(rows * cols, shape["layers"]),
-        "keep": schedule.budget(rows * cols, shape["layers"]),
-        "flops": schedule.flops(rows * cols, **shape) / Schedule([]).flops(rows * cols, **shape),
+    return report | {
+        "counts": schedule.counts(n, layers),
+        "keep": schedule.budget(n, layers),
+        "flops": 1 - schedule.flops_reduction(n, **shape),
+        "kv_bytes": schedule.kv_bytes(n, **cache),
     }
+
+
+def summary(report: dict[str, Any], kept: list[int]) -> str:
+    """A report of `describe` in one line."""
+    n = report["tokens"]
+    if "counts" not in report:
+        return f"schedule {report['schedule']}: kept {', '.join(map(str, kept))} of {n} visual tokens"
+    runs, start = [], 0
+    for count, group in groupby(report["counts"]):
+        end = start + len(list(group))
+        runs.append(f"{count} of {n} visual tokens in layers {start}-{end - 1}")
+        start = end
+    cost = f"{report['flops']:.1%} of their prefill FLOPs, {report['kv_bytes'] / 1024:.0f} KiB of KV cache an image"
+    return f"schedule {report['schedule']}: {', '.join(runs)}; averaged {report['keep']:.1%}; {cost}"
 
 
 def prune_file(
@@ -226,6 +265,7 @@ def prune_file(
         print(json.dumps(report))
     else:
         print(f"{len(tasks) - len(failed)} answers in {output}, {len(failed)} skipped")
+        note(summary(report, []))
 
 
 def read_questions(source: Path) -> Iterator[dict[str, Any]]:
@@ -273,6 +313,28 @@ def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json:
     with replacing(output) as temporary:
         save_file(kept, temporary)
     print(json.dumps(report) if as_json else "\n".join(f"{n}: {r['kept']} of {r['tokens']}" for n, r in report.items()))
+
+
+def list_all(as_json: bool) -> None:
+    """Print the shipped codebooks, the methods, and the presets."""
+    books = []
+    for folder in folders():
+        config = json.loads((folder / "config.json").read_text())
+        books.append({"name": folder.name, "model": config["model"], "prototypes": config["prototypes"],
+                      "dimension": config["dimension"], "folder": str(folder)})  # fmt: skip
+    methods = sorted(METHODS)
+    if as_json:
+        print(json.dumps({"codebooks": books, "methods": methods, "presets": presets.PRESETS}, indent=1))
+        return
+    print("codebooks:")
+    for book in books:
+        print(
+            f"  {book['name']}: {book['prototypes']} prototypes of dimension {book['dimension']}, in {book['folder']}"
+        )
+    print(f"methods, each also a preset, alone or as method+random, method+drop:\n  {', '.join(methods)}")
+    print("presets, for 32 layers:")
+    for name, text in presets.PRESETS.items():
+        print(f"  {name}: {text}")
 
 
 def inspect(folder: Path, as_json: bool) -> None:

@@ -96,6 +96,11 @@ class Codebook:
         similarity, _ = self.search(tokens.reshape(-1, tokens.shape[-1]))
         return similarity.reshape(tokens.shape[:-1])
 
+    def similarity(self, tokens: Tensor) -> Tensor:
+        """The cosine similarity of each token (n, d) to each prototype: (n, N) float32, on the tokens' device."""
+        self._check_dimension(tokens)
+        return normalize(tokens.float(), dim=1) @ self._unit(tokens.device).T
+
     def search(self, tokens: Tensor, k: int = 1, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
         """The `k` most similar prototypes of each token, by exact cosine similarity in float32.
 
@@ -111,11 +116,7 @@ class Codebook:
         similarity : (n, k) float32, highest first
         index : (n, k) int64, rows of `prototypes`
         """
-        if tokens.dim() != 2 or tokens.shape[1] != self.dimension:
-            raise CodebookError(
-                f"tokens are {tuple(tokens.shape)} but this codebook, built for {self.config['model']}, has dimension "
-                f"{self.dimension}: use projector outputs of that model, or `codebook build` one for yours"
-            )
+        self._check_dimension(tokens)
         if not 1 <= k <= len(self):
             raise CodebookError(f"k is {k}: it must be from 1 to the {len(self)} prototypes of this codebook")
         if backend not in ("auto", "torch", "faiss"):
@@ -148,6 +149,13 @@ class Codebook:
         query = normalize(tokens.detach().float(), dim=1).cpu().numpy()
         similarity, index = self._faiss.search(query, k)
         return torch.from_numpy(similarity).to(tokens.device), torch.from_numpy(index).to(tokens.device)
+
+    def _check_dimension(self, tokens: Tensor) -> None:
+        if tokens.dim() != 2 or tokens.shape[1] != self.dimension:
+            raise CodebookError(
+                f"tokens are {tuple(tokens.shape)} but this codebook, built for {self.config['model']}, has dimension "
+                f"{self.dimension}: use projector outputs of that model, or `codebook build` one for yours"
+            )
 
     def _unit(self, device: torch.device) -> Tensor:
         if device not in self._normalised:

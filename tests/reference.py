@@ -15,10 +15,11 @@ def merged(model, input_ids, pixel_values):
     return embeds
 
 
-def logits(model, embeds, valid, gone_from, positions=None):
+def logits(model, embeds, valid, gone_from, positions=None, edit=None):
     """Last-position logits (B, V) with eager attention.
 
     `gone_from` (B, L) is the first layer that no longer sees a column (a large number for columns never dropped).
+    `edit(layer, hidden)` gives what enters each layer in place of `hidden` (B, L, d).
     """
     lm, (batch, length) = model.get_decoder(), valid.shape
     if positions is None:
@@ -27,6 +28,7 @@ def logits(model, embeds, valid, gone_from, positions=None):
     causal = torch.ones(length, length).tril().bool()
     hidden = embeds
     for i, layer in enumerate(lm.layers):
+        hidden = hidden if edit is None else edit(i, hidden)
         seen = causal & (valid.bool() & (gone_from > i))[:, None]
         seen = seen | torch.eye(length).bool()  # rows without a visible column would be NaN; no one reads them
         mask = torch.zeros(batch, 1, length, length).masked_fill(~seen[:, None], torch.finfo(embeds.dtype).min)
@@ -34,11 +36,11 @@ def logits(model, embeds, valid, gone_from, positions=None):
     return model.lm_head(lm.norm(hidden))[:, -1]
 
 
-def generate(model, input_ids, pixel_values, valid, gone_from, steps):
+def generate(model, input_ids, pixel_values, valid, gone_from, steps, edit=None):
     """Greedy tokens (B, steps) and each step's logits, from a full forward a step."""
     embeds, tokens, scores = merged(model, input_ids, pixel_values), [], []
     for _ in range(steps):
-        scores.append(logits(model, embeds, valid, gone_from))
+        scores.append(logits(model, embeds, valid, gone_from, edit=edit))
         tokens.append(scores[-1].argmax(-1, keepdim=True))
         embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[-1])], 1)
         valid = torch.cat([valid, torch.ones_like(tokens[-1])], 1)

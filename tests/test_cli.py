@@ -83,6 +83,26 @@ def test_schedule_text_and_several_images(run, scenes):
     )  # fmt: skip
     report = json.loads(out)
     assert code == 0 and report["counts"] == [72] * 6 + [10] * 6 and [len(k) for k in report["kept"]] == [10, 10]
+    assert report["schedule"] == "codebook:0.5, random@6:10"
+    assert report["kv_bytes"] == 2 * 160 * 4 * 6 * (72 + 10)  # keys and values, 160 wide, fp32
+
+
+def test_presets_are_fitted_to_the_budget(run, scenes, tmp_path):
+    ask = ["prune", "miniature", "--image", scenes[0], "--ask", "describe.", "--json"]
+    report = json.loads(run(*ask, "--schedule", "uniform+random@6:10; positions=compact", "--keep", 0.25)[1])
+    # 12 layers of 144: 0.25 is 432 tokens in one layer; 6 * (62 + 10) = 432
+    assert report["counts"] == [62] * 6 + [10] * 6 and report["keep"] == 0.25
+    assert report["schedule"] == "uniform:62, random@6:10; positions=compact"
+    (tmp_path / "plan.json").write_text(json.dumps({"format": 1, "schedule": "uniform:62, random@6:10"}))
+    again = json.loads(run(*ask, "--schedule", tmp_path / "plan.json")[1])
+    assert again["counts"] == report["counts"] and again["kept"] == report["kept"]
+    default = json.loads(run(*ask, "--schedule", "uniform")[1])
+    assert default["counts"] == [28] * 12  # 0.2 of 144 is 28.8
+    early = json.loads(run(*ask, "--schedule", "fastv+random@2", "--keep", 0.25)[1])
+    assert (
+        early["schedule"].startswith("fastv@1:") and early["counts"][0] == 144 > early["counts"][1] > early["counts"][2]
+    )
+    assert json.loads(run(*ask, "--schedule", "vtw")[1])["counts"] == [144] * 6 + [0] * 6
 
 
 def test_batch_mode_equals_one_by_one_and_survives_a_broken_image(run, scenes, tmp_path):
@@ -140,7 +160,10 @@ def test_impossible_keep(refused, keep):
     [
         (["--schedule", "uniform@40:0.5"], ["layer 40", "0 to 11"]),
         (["--schedule", "unifrom:0.5"], ["unifrom", "uniform"]),
-        (["--method", "magic"], ["magic", "codebook, divprune"]),
+        (["--method", "magic"], ["magic", "methods: ", "divprune"]),
+        (["--schedule", "fastv", "--keep", "0.01"], ["out of reach", "0.0897"]),
+        (["--schedule", "uniform:9", "--keep", "0.1"], ["no fraction"]),
+        (["--schedule", "nowhere.json"], ["nowhere.json"]),
         (["--positions", "shuffled"], ["shuffled"]),
         (["--codebook", "nowhere"], ["nowhere", "codebook build"]),
         (["--tokens", "x.safetensors"], ["MODEL does not go with --tokens"]),
@@ -186,8 +209,9 @@ def test_unsupported_model(refused, tmp_path):
 
 def test_list_and_inspect(run):
     code, out, _ = run("list", "--json")
-    [shipped] = json.loads(out)
-    assert code == 0 and shipped["model"] == "miniature"
+    [shipped], methods = json.loads(out)["codebooks"], json.loads(out)["methods"]
+    assert code == 0 and shipped["model"] == "miniature" and {"codebook", "drop", "random"} <= set(methods)
+    assert "pyramiddrop" in json.loads(out)["presets"] and "miniature" in run("list")[1]
     code, out, _ = run("inspect", shipped["folder"], "--json")
     report = json.loads(out)
     assert code == 0 and sum(c["prototypes"] for c in report["clusters"]) == report["prototypes"] > 0

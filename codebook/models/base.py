@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codebook.errors import CodebookError
+
 SAMPLED = 32
 """Weights sampled from each of tower and projector for the fingerprint."""
 
@@ -44,6 +46,14 @@ class Family(ABC):
         """The module that maps tower features to the LLM's input space."""
 
     @abstractmethod
+    def vision_attention(self, model: Any) -> nn.Module:
+        """The attention module of the tower's layer whose output feeds the projector."""
+
+    @abstractmethod
+    def has_cls(self, model: Any) -> bool:
+        """Whether the tower puts a [CLS] token before the patches."""
+
+    @abstractmethod
     def grid(self, model: Any) -> tuple[int, int]:
         """Rows and columns of one image's visual tokens."""
 
@@ -65,6 +75,27 @@ class Family(ABC):
         patches : (n_images, n, D), tower features before the projector
         cls : (n_images, D) of the same layer, or None for towers without a [CLS] token
         """
+
+    def encode(self, model: Any, pixel_values: Tensor, rows: int, cols: int) -> Tensor:
+        """Encode an image at another size.
+
+        Parameters
+        ----------
+        pixel_values : (3, H, W) float
+            As the tower gets them.
+        rows, cols
+            Patches to resize it to.
+
+        Returns
+        -------
+        (rows * cols, d), projector outputs
+
+        Raises
+        ------
+        CodebookError
+            If the family's tower has one size only.
+        """
+        raise CodebookError(f"models of type {self.name} cannot encode an image at another size: use another method")
 
     def fingerprint(self, model: Any) -> str:
         """Identify tower and projector by their sizes and sampled weights, whatever dtype they are loaded in."""

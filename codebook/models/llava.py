@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import interpolate
 
 from codebook.errors import CodebookError
 from codebook.models.base import Family, Image
@@ -31,6 +32,16 @@ class Llava(Family):
     def projector(self, model: Any) -> nn.Module:
         return model.base_model.multi_modal_projector
 
+    def vision_attention(self, model: Any) -> nn.Module:
+        layers = model.base_model.vision_tower.encoder.layers
+        source = range(len(layers) + 1)[_layer(model)] - 1  # hidden state 0 is what enters the first layer
+        if source < 0:
+            raise CodebookError("the projector is fed by the tower's input: there is no attention before it")
+        return layers[source].self_attn
+
+    def has_cls(self, model: Any) -> bool:
+        return model.config.vision_feature_select_strategy == "default"
+
     def grid(self, model: Any) -> tuple[int, int]:
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         return side, side
@@ -52,8 +63,19 @@ class Llava(Family):
 
     def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
-        layer = model.config.vision_feature_layer
-        hidden = out.hidden_states[layer if isinstance(layer, int) else layer[-1]]
-        has_cls = model.config.vision_feature_select_strategy == "default"
-        patches, cls = (hidden[:, 1:], hidden[:, 0]) if has_cls else (hidden, None)
+        hidden = out.hidden_states[_layer(model)]
+        patches, cls = (hidden[:, 1:], hidden[:, 0]) if self.has_cls(model) else (hidden, None)
         return torch.stack(list(out.pooler_output)), patches, cls
+
+    def encode(self, model: Any, pixel_values: Tensor, rows: int, cols: int) -> Tensor:
+        patch = model.config.vision_config.patch_size
+        size = (rows * patch, cols * patch)
+        resized = interpolate(pixel_values[None].float(), size, mode="bicubic", antialias=True).to(pixel_values.dtype)
+        out = model.base_model.get_image_features(pixel_values=resized, interpolate_pos_encoding=True, return_dict=True)
+        return out.pooler_output[0]
+
+
+def _layer(model: Any) -> int:
+    """The tower's hidden state that feeds the projector, the last of them where there are several."""
+    layer = model.config.vision_feature_layer
+    return layer if isinstance(layer, int) else layer[-1]

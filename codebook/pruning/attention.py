@@ -1,7 +1,8 @@
 """Attention of a few queries without attention maps: the queries and keys of one layer, kept until the next begins.
 
-The layer before a stage is pointed at an attention function that hands its rotated queries and keys over and then calls
-the stock one. So sdpa stays on, and no projection, norm or rotary embedding is written again.
+The layer before a stage, or the vision tower's that feeds the projector, is pointed at an attention function that hands
+its queries and keys over and then calls the stock one. So sdpa stays on, and no projection, norm or rotary embedding is
+written again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,13 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-_taps: weakref.WeakKeyDictionary[Any, Callable[[Tensor, Tensor, float], None]] = weakref.WeakKeyDictionary()
+QUERIES = 128
+"""Rows of an attention map held at once where there is no [CLS] to give the only one."""
+
+Receive = Callable[[Tensor, Tensor, float], None]
+
+_taps: weakref.WeakKeyDictionary[Any, tuple[Any, list[Receive]]] = weakref.WeakKeyDictionary()
+"""Each tapped module's own config and who listens."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +54,18 @@ class Attention:
     span: slice
 
     def row(self, query: int = -1, *, rotated: bool = True, image_only: bool = False) -> Tensor:
-        """How much one token attends to each of the image's, averaged over heads.
+        """(n,) float32: `rows` of one place; -1 is the last text token."""
+        query = query % self.query.shape[1]
+        place = torch.arange(query, query + 1, device=self.query.device)
+        return self.rows(place, rotated=rotated, image_only=image_only)[0]
+
+    def rows(self, query: Tensor, *, rotated: bool = True, image_only: bool = False) -> Tensor:
+        """How much some tokens attend to each of the image's, averaged over heads.
 
         Parameters
         ----------
-        query
-            Its place in the sample; -1 is the last text token.
+        query : (q,) int64
+            Their places in the sample.
         rotated
             False takes the rotary embedding back off queries and keys (phi_-R of arXiv 2412.13180).
         image_only
@@ -60,17 +73,51 @@ class Attention:
 
         Returns
         -------
-        (n,) float32
+        (q, n) float32
         """
-        query = query % self.query.shape[1]
-        keys = self.span if image_only else slice(0, query + 1)
-        q, k = self.query[:, query : query + 1], self.key[:, keys]
+        keys = self.span if image_only else slice(0, self.key.shape[1])
+        q, k = self.query[:, query], self.key[:, keys]
         if not rotated:
-            q = _unrotate(q, self.cos[query : query + 1], self.sin[query : query + 1])
+            q = _unrotate(q, self.cos[query], self.sin[query])
             k = _unrotate(k, self.cos[keys], self.sin[keys])
         k = k.repeat_interleave(len(q) // len(k), dim=0)
-        weights = (q @ k.transpose(1, 2) * self.scaling)[:, 0].float().softmax(-1).mean(0)
-        return weights if image_only else weights[self.span]
+        logits = (q @ k.transpose(1, 2) * self.scaling).float()
+        if image_only:
+            return logits.softmax(-1).mean(0)
+        later = torch.arange(k.shape[1], device=k.device) > query[:, None]
+        return logits.masked_fill(later, -torch.inf).softmax(-1)[..., self.span].mean(0)
+
+
+@dataclass(frozen=True)
+class Vision:
+    """What one layer of the vision tower attends with, for one image.
+
+    Attributes
+    ----------
+    query, key : (heads, N, d) float
+        Of the [CLS] token, where the tower has one, and the patches in raster order.
+    scaling : float
+        Of the logits.
+    has_cls : bool
+        Whether the first of the N is [CLS].
+    """
+
+    query: Tensor
+    key: Tensor
+    scaling: float
+    has_cls: bool
+
+    def received(self) -> Tensor:
+        """(n,) float32: the attention that each patch gets from [CLS], without one from all patches, over all heads."""
+        total = self.query.new_zeros(self.key.shape[1], dtype=torch.float32)
+        queries = self.query[:, :1] if self.has_cls else self.query
+        for part in queries.split(QUERIES, dim=1):
+            total += (part @ self.key.transpose(1, 2) * self.scaling).float().softmax(-1).sum((0, 1))
+        return total[int(self.has_cls) :] / (queries.shape[0] * queries.shape[1])
+
+    def descriptors(self) -> Tensor:
+        """(n, d) float32: the patches' keys, averaged over heads."""
+        return self.key[:, int(self.has_cls) :].float().mean(0)
 
 
 def _unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -79,29 +126,40 @@ def _unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x * cos - turned * sin) / (cos**2 + sin**2)  # the divisor is 1 but for scaled rotary embeddings
 
 
-def tap(module: Any, receive: Callable[[Tensor, Tensor, float], None]) -> Callable[[], None]:
-    """Hand an attention module's rotated queries (B, heads, Q, d), keys (B, key heads, K, d) and scaling to `receive`.
+def tap(module: Any, receive: Receive) -> Callable[[], None]:
+    """Hand an attention module's queries (B, heads, Q, d), keys (B, key heads, K, d) and scaling to `receive`.
 
-    Returns the function that undoes it.
+    They are as the attention function gets them: rotated in an LLM. Returns the function that undoes it.
     """
-    stock = module.config
-    name = f"codebook|{stock._attn_implementation}"
-    if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _tapped(stock._attn_implementation))
-    module.config = copy.copy(stock)
-    module.config._attn_implementation_internal = name
-    _taps[module] = receive
+    if module not in _taps:
+        stock = module.config
+        name = f"codebook|{stock._attn_implementation}"
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(name, _tapped(stock._attn_implementation))
+        module.config = copy.copy(stock)
+        module.config._attn_implementation_internal = name
+        _taps[module] = stock, []
+    _taps[module][1].append(receive)
 
     def undo() -> None:
-        module.config = stock
-        del _taps[module]
+        stock, receivers = _taps[module]
+        receivers.remove(receive)
+        if not receivers:
+            module.config = stock
+            del _taps[module]
 
     return undo
 
 
+def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
+    """Hand to whoever taps the module what it attended with in an earlier forward."""
+    for receive in _taps[module][1] if module in _taps else ():
+        receive(query, key, scaling)
+
+
 def _tapped(stock: str) -> Callable[..., Any]:
     def forward(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
-        _taps[module](query, key, kwargs["scaling"])
+        replay(module, query, key, kwargs["scaling"])
         own = sys.modules[type(module).__module__].eager_attention_forward
         function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
         return function(module, query, key, value, mask, **kwargs)

@@ -1,9 +1,10 @@
 """The one mechanism that prunes any supported model: plain torch hooks, gone when the context is left.
 
 Every stage works alike, whatever its layer: the input of that decoder layer is gathered down to the text and the kept
-visual tokens, and from there on each layer gets hidden states, rotary embeddings and a mask of that shorter sequence,
-and stores only its keys and values. Before the LLM means layer 0. Which logical columns a cache layer stores
-(`KeptIndex`) is all that is needed to make any later mask: decoding, ragged batches, continuation.
+visual tokens, values that the pruner merged are written over theirs, and from there on each layer gets hidden states,
+rotary embeddings and a mask of that shorter sequence, and stores only its keys and values. Before the LLM means layer
+0. Which logical columns a cache layer stores (`KeptIndex`) is all that is needed to make any later mask: decoding,
+ragged batches, continuation.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning.attention import Attention, tap
+from codebook.pruning.attention import Attention, Vision, tap
 from codebook.pruning.cache import PAD, KeptIndex, PrunedLayer, pruned_layer
 from codebook.pruning.schedule import Schedule, Stage
 from codebook.pruning.tokens import VisualTokens, digest_rows, mix
@@ -34,19 +36,34 @@ _active: weakref.WeakSet[Any] = weakref.WeakSet()
 class ImageTokens:
     """One image's surviving tokens in the current sequence. Its integers are known on the host: no syncs.
 
-    `start` is the first of its tokens in the current sequence, `column` its first in the forward's input, `offset` how
-    many valid tokens of its row stand before it in the current sequence.
+    `start` is the first of its tokens in the current sequence, `offset` how many valid tokens of its row stand before
+    it in the current sequence; the rest is as in `VisualTokens`.
     """
 
     row: int
     start: int
-    column: int
     offset: int
     total: int
     count: int
     grid: tuple[int, int]
     ordinal: Tensor
     key: Tensor
+    features: Tensor
+    vision: Vision | None
+    encode: Callable[[int, int], Tensor] | None
+
+    @property
+    def span(self) -> slice:
+        """Where it is in its row, padding not counted."""
+        return slice(self.offset, self.offset + self.count)
+
+
+@dataclass
+class Encoded:
+    """The vision tower's latest pass: its `pixels` (images, 3, H, W), and what a layer of it attended with."""
+
+    pixels: Tensor
+    attention: tuple[Tensor, Tensor, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -78,12 +95,15 @@ class Forward:
         self.rotary: tuple[Tensor, Tensor] | None = None
         self._views: dict[tuple[int, int], tuple[Any, ...]] = {}
 
-    def find_images(self, family: models.Family, model: Any, input_ids: Tensor, pixels: Tensor | None) -> None:
+    def find_images(self, family: models.Family, model: Any, input_ids: Tensor, encoded: Encoded | None) -> None:
         """Locate the prompt's images; the one place where the host waits for token ids and padding."""
         ids, on = input_ids.tolist(), self._valid(self.length).tolist()
         self.lengths = [sum(row) for row in on]
         rows = [family.images(model, row) for row in ids]
-        digests = _by_row(pixels, [len(images) for images in rows])
+        source = _by_row(0 if encoded is None else len(encoded.pixels), [len(images) for images in rows])
+        if encoded is None or source is None:  # encoded beforehand: pixels and tower were not seen
+            encoded, source = None, [[0] * len(images) for images in rows]
+        digests = None if encoded is None else digest_rows(encoded.pixels).to(self.embeds.device)
         for row, images in enumerate(rows):
             for place, image in enumerate(images):
                 offset, end = sum(on[row][: image.start]), image.start + image.count
@@ -91,55 +111,91 @@ class Forward:
                     raise CodebookError("a prompt ends with its visual tokens: put text after the image")
                 if not all(on[row][image.start : end]):
                     raise CodebookError("the attention mask hides visual tokens: unmask them, or prune them instead")
-                if digests is None:  # encoded beforehand: its pixels were not seen
-                    digest = digest_rows(self.embeds[row : row + 1, image.start : end])[0]
-                else:
-                    digest = digests[row][place].to(self.embeds.device)
-                key = mix(digest + place)
-                ordinal = torch.arange(image.count, device=self.embeds.device)
-                grid = (image.rows, image.cols)
+                features, i = self.embeds[row, image.start : end], source[row][place]
+                digest = digest_rows(features[None])[0] if digests is None else digests[i]
+                vision, encode = None, None
+                if encoded is not None:
+                    encode = partial(family.encode, model, encoded.pixels[i])
+                    if encoded.attention is not None:
+                        query, key, scaling = encoded.attention
+                        vision = Vision(query[i], key[i], scaling, family.has_cls(model))
                 self.images.append(
-                    ImageTokens(row, image.start, image.start, offset, image.count, image.count, grid, ordinal, key)
+                    ImageTokens(
+                        row=row,
+                        start=image.start,
+                        offset=offset,
+                        total=image.count,
+                        count=image.count,
+                        grid=(image.rows, image.cols),
+                        ordinal=torch.arange(image.count, device=self.embeds.device),
+                        key=mix(digest + place),
+                        features=features,
+                        vision=vision,
+                        encode=encode,
+                    )
                 )
 
     def prune(self, stage: Stage, hidden: Tensor) -> Tensor:
         """Apply a stage to the input (B, P, d) of its layer; return what is left of it."""
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        images, dropped = [], [0] * self.batch
+        images, merged, dropped = [], [], [0] * self.batch
         for image in self.images:
-            row, start, before = image.row, image.start, dropped[image.row]
-            target = stage.count(image.total)
-            if target > image.count:
-                raise CodebookError(
-                    f"the stage at layer {stage.layer} keeps {target} visual tokens, but only {image.count} are left"
-                )
-            if target < image.count:
-                span = slice(start, start + image.count)
-                index = stage.pruner.select(self._tokens(image, hidden), target)
-                if index.shape != (target,):
-                    name = type(stage.pruner).__name__
-                    raise CodebookError(f"{name} chose {tuple(index.shape)} tokens where {target} were asked for")
-                kept[row, span] = False
-                kept[row, start + index] = True
-                dropped[row] += image.count - target
-                image = replace(image, count=target, ordinal=image.ordinal[index])
+            before, values = dropped[image.row], None
+            if image.count:
+                index, values = self._choose(stage, image, hidden)
+                if index is not None:
+                    kept[image.row, image.start : image.start + image.count] = False
+                    kept[image.row, image.start + index] = True
+                    dropped[image.row] += image.count - len(index)
+                    features = image.features[index] if values is None or stage.layer else values
+                    image = replace(image, count=len(index), ordinal=image.ordinal[index], features=features)
             images.append(replace(image, offset=image.offset - before))
+            merged.append(values)
         if any(dropped):
             hidden = self._shorten(kept, dropped, hidden)
             width, lengths = hidden.shape[1], self.sequence.lengths  # type: ignore[union-attr]
             self.images = [replace(i, start=width - lengths[i.row] + i.offset) for i in images]
+            for image, values in zip(self.images, merged, strict=True):
+                if values is not None:
+                    hidden[image.row, image.start : image.start + image.count] = values
         return hidden
 
-    def _tokens(self, image: ImageTokens, hidden: Tensor) -> VisualTokens:
-        row, attention = self._row(image), self._attention(image) if self.attention is not None else None
+    def _choose(self, stage: Stage, image: ImageTokens, hidden: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Indices of an image's tokens that stay and their new values; None for all, and for unchanged ones."""
+        pruner, target = stage.pruner, None if stage.keep is None else stage.count(image.total)
+        if target == 0:
+            return image.ordinal[:0], None
+        if target is not None and target > image.count:
+            raise CodebookError(
+                f"the stage at layer {stage.layer} keeps {target} visual tokens, but only {image.count} are left"
+            )
+        if target == image.count:
+            return None, None
+        tokens = self._tokens(stage, image, hidden)
+        index = pruner.choose(tokens) if target is None else pruner.select(tokens, target)
+        if index.shape != (target or len(index),) or not len(index):
+            wanted = "at least one was" if target is None else f"{target} were"
+            raise CodebookError(f"{type(pruner).__name__} chose {tuple(index.shape)} tokens where {wanted} asked for")
+        if len(index) == image.count:
+            return None, None
+        return index, pruner.merge(tokens, index)
+
+    def _tokens(self, stage: Stage, image: ImageTokens, hidden: Tensor) -> VisualTokens:
+        sequence = hidden[image.row, self._row(image)]
+        later = [i.span for i in self.images if i.row == image.row and i.offset >= image.span.stop]
+        gaps = zip([image.span.stop, *(i.stop for i in later)], [*(i.start for i in later), len(sequence)], strict=True)
         return VisualTokens(
-            features=self.embeds[image.row, image.column + image.ordinal],
-            hidden=hidden[image.row, image.start : image.start + image.count],
-            last=hidden[image.row, row.stop - 1],
+            features=image.features,
+            hidden=sequence[image.span],
+            sequence=sequence,
+            span=image.span,
+            question=torch.cat([torch.arange(start, stop, device=hidden.device) for start, stop in gaps]),
             ordinal=image.ordinal,
             grid=image.grid,
             key=image.key,
-            attention=attention,
+            attention=self._attention(image) if stage.pruner.uses_attention else None,
+            vision=image.vision,
+            encode=None if stage.layer else image.encode,
         )
 
     def _row(self, image: ImageTokens) -> slice:
@@ -155,8 +211,7 @@ class Forward:
         row = self._row(image)
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
         cos, sin = (x.expand(self.batch, -1, -1)[image.row, row] for x in self.rotary)
-        span = slice(image.offset, image.offset + image.count)
-        return Attention(query[image.row, :, row], key[image.row, :, now][:, row], cos, sin, scaling, span)
+        return Attention(query[image.row, :, row], key[image.row, :, now][:, row], cos, sin, scaling, image.span)
 
     def _shorten(self, kept: Tensor, dropped: list[int], hidden: Tensor) -> Tensor:
         now = self.lengths if self.sequence is None else self.sequence.lengths
@@ -291,7 +346,7 @@ class Pruning:
         _active.add(self.model)
         self._inputs: dict[str, Any] | None = None
         self._forward: Forward | None = None
-        self._pixels: Tensor | None = None
+        self._encoded: Encoded | None = None
         with contextlib.ExitStack() as undo:
             undo.callback(_active.discard, self.model)
             for module, hook in (
@@ -305,15 +360,21 @@ class Pruning:
             for stage in self.schedule.stages:
                 if stage.pruner.uses_attention:
                     undo.callback(tap(self.lm.layers[stage.layer - 1].self_attn, self._on_attention))
+            if any(stage.pruner.uses_vision for stage in self.schedule.stages):
+                undo.callback(tap(self.family.vision_attention(self.model), self._on_vision_attention))
             self._undo = undo.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._inputs = self._forward = self._pixels = None
+        self._inputs = self._forward = self._encoded = None
         self._undo.close()
 
     def _on_tower(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._pixels = digest_rows(args[0] if args else kwargs["pixel_values"])
+        self._encoded = Encoded(args[0] if args else kwargs["pixel_values"])
+
+    def _on_vision_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        if self._encoded is not None:
+            self._encoded.attention = query, key, scaling
 
     def _on_base(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = self._signature.bind_partial(*args, **kwargs).arguments
@@ -334,9 +395,9 @@ class Pruning:
             if (isinstance(mask := self._forward.mask, Tensor) and mask.dim() != 2) or isinstance(mask, dict):
                 raise CodebookError("pruning needs a 2-D attention mask and a DynamicCache: use neither 4-D masks nor "
                                     "a static cache")  # fmt: skip
-            self._forward.find_images(self.family, self.model, self._inputs["input_ids"], self._pixels)
+            self._forward.find_images(self.family, self.model, self._inputs["input_ids"], self._encoded)
             self.kept = [[] for _ in self._forward.images]
-            self._inputs = self._pixels = None
+            self._inputs = self._encoded = None
 
     def _on_layer(self, i: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = self._forward
@@ -368,7 +429,8 @@ class Pruning:
             self._forward.attention = query, key, scaling
 
     def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:
-        forward, self._forward = self._forward, None
+        # A stage may have encoded an image anew: that pass of the tower is no prompt's.
+        forward, self._forward, self._encoded = self._forward, None, None
         if forward is None or forward.sequence is None:
             return None
         if isinstance(output, tuple):
@@ -377,13 +439,13 @@ class Pruning:
         return output
 
 
-def _by_row(digests: Tensor | None, per_row: list[int]) -> list[list[Tensor]] | None:
-    """The encoded images' digests, by row; beams and `num_return_sequences` repeat whole rows after the encoding."""
+def _by_row(encoded: int, per_row: list[int]) -> list[list[int]] | None:
+    """Which encoded image each row's are; beams and `num_return_sequences` repeat whole rows after the encoding."""
     total = sum(per_row)
-    if digests is None or not total or total % len(digests):
+    if not encoded or total % encoded:
         return None
-    repeats, out, start = total // len(digests), [], 0
+    repeats, out, start = total // encoded, [], 0
     for row, count in enumerate(per_row):
-        out.append(list(digests[start : start + count]))
+        out.append(list(range(start, start + count)))
         start += count if row % repeats == repeats - 1 else 0
     return out

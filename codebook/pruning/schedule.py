@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import bisect
+import json
 import math
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods import METHODS, Pruner
+from codebook.pruning import presets
+from codebook.pruning.methods import Pruner
+from codebook.pruning.text import DROP, UNPRUNED, Make, Part, make, read, spell
 
 if TYPE_CHECKING:
     from codebook.pruning.hooks import Pruning
 
 Keep = int | float
+FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -27,40 +33,61 @@ class Stage:
         Decoder layer, 0-based, whose input loses the tokens; layers before it see them all. 0 prunes before the LLM.
     keep
         A float in (0, 1]: that fraction of each image's unpruned tokens, rounded, at least one. An int: that many
-        tokens of each image.
+        tokens of each image; 0, at layer 1 or later, drops them all (VTW, arXiv 2405.05803). None, the only choice of
+        `adaptive` pruners: as many as the pruner decides for each image.
     pruner
         Chooses the tokens.
     """
 
     layer: int
-    keep: Keep
+    keep: Keep | None
     pruner: Pruner
 
     def __post_init__(self) -> None:
+        name = type(self.pruner).__name__
         if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
             raise CodebookError(
                 f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {self.layer}"
             )
-        check_keep(self.keep)
+        if self.adaptive != (self.keep is None):
+            if self.adaptive:
+                raise CodebookError(f"{name} decides how many tokens stay: leave keep out")
+            raise CodebookError(f"say how many tokens {name} keeps, or fit its schedule to a budget (Schedule.solve)")
+        drops = self.layer and isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep == 0
+        if self.keep is not None and not drops:
+            check_keep(self.keep)
         if self.layer == 0 and self.pruner.uses_attention:
-            raise CodebookError(
-                f"{type(self.pruner).__name__} needs the attention of the layer before: use it at layer 1 or later"
-            )
+            raise CodebookError(f"{name} needs the attention of the layer before: use it at layer 1 or later")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the pruner decides how many tokens stay."""
+        return bool(getattr(self.pruner, "adaptive", False))
 
     def count(self, total: int) -> int:
         """Tokens that stay of an image that had `total` unpruned."""
+        if self.keep is None:
+            name = type(self.pruner).__name__
+            raise CodebookError(f"{name} at layer {self.layer} decides how many tokens stay: known only after running")
         if isinstance(self.keep, float):
             return max(1, round(self.keep * total))
         if self.keep > total:
             raise CodebookError(f"cannot keep {self.keep} tokens of an image that has {total}: lower the count")
         return self.keep
 
+    def __str__(self) -> str:
+        at = f"@{self.layer}" if self.layer else ""
+        if self.keep == 0:
+            return DROP + at
+        method = spell(self.pruner) or repr(self.pruner)
+        return method + at + ("" if self.keep is None else f":{self.keep}")
+
 
 @dataclass(frozen=True)
 class Schedule:
     """Stages of pruning, in the order of their layers.
 
-    Use it as `with schedule(model): model.generate(**inputs)`.
+    Use it as `with schedule(model): model.generate(**inputs)`. `str(schedule)` is its text, which `parse` reads.
 
     Attributes
     ----------
@@ -85,7 +112,9 @@ class Schedule:
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.layer <= before.layer:
                 raise CodebookError(f"stages must be at ascending layers: {after.layer} follows {before.layer}")
-            if type(after.keep) is type(before.keep) and after.keep > before.keep:
+            if before.keep == 0:
+                raise CodebookError(f"nothing is left for the stage at layer {after.layer}: leave it out")
+            if before.keep and type(after.keep) is type(before.keep) and after.keep > before.keep:
                 raise CodebookError(
                     f"the stage at layer {after.layer} keeps more ({after.keep}) than the one before it "
                     f"({before.keep}): dropped tokens do not come back"
@@ -103,6 +132,15 @@ class Schedule:
 
         return Pruning(model, self)
 
+    def __str__(self) -> str:
+        text = ", ".join(map(str, self.stages)) or UNPRUNED
+        return text if self.positions == "keep" else f"{text}; positions={self.positions}"
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether a stage decides for each image how many tokens stay: then costs are known only after running."""
+        return any(stage.adaptive for stage in self.stages)
+
     def counts(self, n: int, layers: int) -> list[int]:
         """Visual tokens of an image of `n` that each of the decoder's `layers` layers sees."""
         self.check_layers(layers)
@@ -110,7 +148,13 @@ class Schedule:
         by_layer = {stage.layer: stage for stage in self.stages}
         for layer in range(layers):
             if layer in by_layer:
-                now = by_layer[layer].count(n)
+                count = by_layer[layer].count(n)
+                if count > now:
+                    raise CodebookError(
+                        f"the stage at layer {layer} keeps {count} visual tokens, but only {now} are left: "
+                        "dropped tokens do not come back"
+                    )
+                now = count
             out.append(now)
         return out
 
@@ -118,11 +162,21 @@ class Schedule:
         """Visual tokens averaged over the decoder layers, as a fraction of the unpruned `n`."""
         return sum(self.counts(n, layers)) / (n * layers)
 
-    def flops(self, n: int, *, layers: int, hidden: int, intermediate: int) -> int:
-        """Prefill FLOPs that an image's visual tokens cost (arXiv 2412.13180: 4nd^2 + 2n^2d + 2ndm a layer)."""
+    def kv_bytes(self, n: int, *, layers: int, kv_heads: int, head_dim: int, bytes: int = 2) -> int:
+        """Bytes of an image's visual tokens in the KV cache, at `bytes` a number (2: half precision)."""
+        return 2 * kv_heads * head_dim * bytes * sum(self.counts(n, layers))
+
+    def flops(self, n: int, *, layers: int, hidden: int, intermediate: int, text: int = 0) -> int:
+        """Prefill FLOPs of an image's tokens and `text` others (arXiv 2412.13180: 4nd^2 + 2n^2d + 2ndm a layer)."""
         return sum(
-            4 * k * hidden**2 + 2 * k**2 * hidden + 2 * k * hidden * intermediate for k in self.counts(n, layers)
+            4 * k * hidden**2 + 2 * k**2 * hidden + 2 * k * hidden * intermediate
+            for k in (visual + text for visual in self.counts(n, layers))
         )
+
+    def flops_reduction(self, n: int, *, layers: int, hidden: int, intermediate: int, text: int = 0) -> float:
+        """The fraction of those FLOPs that pruning saves."""
+        shape = {"layers": layers, "hidden": hidden, "intermediate": intermediate, "text": text}
+        return 1 - self.flops(n, **shape) / Schedule([]).flops(n, **shape)
 
     def check_layers(self, layers: int) -> None:
         for stage in self.stages:
@@ -131,36 +185,191 @@ class Schedule:
                     f"the schedule prunes at layer {stage.layer}, but the model has layers 0 to {layers - 1}"
                 )
 
+    def fit(self, keep: Keep, *, n: int, layers: int) -> Schedule:
+        """The same stages with the counts that meet a budget.
+
+        Keeps that are fractions give the proportions: all are scaled by one factor, but to no more than all tokens and
+        no fewer than one. Keeps that are counts stay. A schedule that only drops all tokens moves its layer instead.
+
+        Parameters
+        ----------
+        keep
+            The budget: visual tokens averaged over the decoder layers, as a fraction of `n` or as a number. The result
+            never exceeds it, and with one token more in each scaled stage it would.
+        n
+            Visual tokens of an image, unpruned.
+        layers
+            Of the decoder.
+
+        Raises
+        ------
+        CodebookError
+            If no factor meets the budget: says which budgets can be met.
+        """
+        check_keep(keep)
+        self.check_layers(layers)
+        if self.adaptive:
+            raise CodebookError(f"'{self}' decides how many tokens stay: it cannot be fitted to a budget")
+        # In units of one token in one layer. What a float lacks of a whole number by its rounding is no shortfall.
+        room = math.floor((keep * n if isinstance(keep, float) else keep) * layers + 1e-6)
+        if len(self.stages) == 1 and self.stages[0].keep == 0:
+            self._check_reach(keep, room, n, n * (layers - 1), n * layers)
+            return replace(self, stages=[replace(self.stages[0], layer=room // n)])
+        fractions = [stage.keep for stage in self.stages if isinstance(stage.keep, float)]
+        if not fractions:
+            raise CodebookError(f"'{self}' has no fraction to scale, and counts stay: write a share, as in method:1.0")
+
+        def scaled(t: int) -> Schedule:
+            return replace(self, stages=_scaled(self.stages, n, t))
+
+        def total(t: int) -> int:
+            return sum(scaled(t).counts(n, layers))
+
+        most = math.ceil(n * fractions[0] / min(fractions)) + 1
+        self._check_reach(keep, room, total(1), total(most), n * layers)
+        return scaled(bisect.bisect_right(range(1, most + 1), room, key=total))
+
+    def _check_reach(self, keep: Keep, room: int, least: int, most: int, whole: int) -> None:
+        if not least <= room <= most:
+            low, high = math.ceil(10**4 * least / whole) / 10**4, math.floor(10**4 * most / whole) / 10**4
+            raise CodebookError(
+                f"keep {keep} is out of reach of '{self}': choose from {low:g} to {high:g}, averaged over the layers"
+            )
+
     @classmethod
-    def parse(cls, text: str, make: Callable[[str], Pruner], **options: Any) -> Schedule:
-        """Read the text form `method[@layer]:keep, ...`, as in `codebook:0.25, random@9:0.05`.
+    def parse(cls, text: str, make: Make = make) -> Schedule:
+        """Read the text form `method[(option=value)][@layer][:keep], ...`, as in `codebook:0.25, random@9:0.05`.
 
         A keep with a decimal point is a fraction of the image's tokens, one without is a count.
 
         Parameters
         ----------
         text
-            The schedule.
+            The schedule, as `codebook.pruning.text` describes it.
         make
-            Makes the pruner of a method's name.
-        **options
-            Further fields of the schedule.
+            Makes the pruner of a method's name; needed for `codebook`, whose prototypes no text holds.
 
         Raises
         ------
         CodebookError
             Naming the part that cannot be read.
         """
+        if text.partition(";")[0].strip() in presets.PRESETS:
+            raise CodebookError(
+                f"preset {text!r} depends on the model: use Schedule.solve, which takes its n and layers"
+            )
+        return cls._of(*read(text, make, others=presets.PRESETS))
+
+    @classmethod
+    def solve(
+        cls,
+        text: str,
+        make: Make = make,
+        *,
+        n: int,
+        layers: int,
+        keep: Keep | None = None,
+        horizon: int | None = None,
+        deep: int | None = None,
+    ) -> Schedule:
+        """A preset, a hybrid or any schedule's text for a model, with the counts that meet a budget.
+
+        Parameters
+        ----------
+        text
+            As in `codebook+random`, `pyramiddrop`, `fastv@3:1.0`; see `codebook.pruning.presets`.
+        make
+            Makes the pruner of a method's name; needed for `codebook`.
+        n
+            Visual tokens of an image, unpruned.
+        layers
+            Of the decoder.
+        keep
+            The budget, as `fit` takes it; None leaves the keeps as the text or the preset's authors have them.
+        horizon
+            Layer of a hybrid's second stage; default: 20 of 32, or 21 of 32 to drop all.
+        deep
+            Tokens of a hybrid's second stage; default: 1/7 of the first's.
+
+        Raises
+        ------
+        CodebookError
+            If the text cannot be read or the budget cannot be met.
+        """
+        schedule, open_ = cls.draft(text, make, layers, horizon, deep)
+        if keep is not None:
+            return schedule.fit(keep, n=n, layers=layers)
+        if open_:
+            raise CodebookError(f"{text!r} needs a budget: say how many visual tokens stay, averaged over the layers")
+        return schedule
+
+    @classmethod
+    def draft(
+        cls, text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
+    ) -> tuple[Schedule, bool]:
+        """What `solve` starts from, and whether its keeps are proportions only, which need a budget."""
+        parts, positions, open_ = presets.expand(text, make, layers, horizon, deep)
+        return cls._of(parts, positions), open_
+
+    @classmethod
+    def _of(cls, parts: Sequence[Part], positions: Any) -> Schedule:
         stages = []
-        for part in text.split(","):
-            match = re.fullmatch(r"\s*([a-z-]+)(?:@(\d+))?:(\d+|\d*\.\d+)\s*", part)
-            if not match:
-                raise CodebookError(f"cannot read schedule part {part.strip()!r}: write method[@layer]:keep")
-            name, layer, keep = match.groups()
-            if name not in METHODS:
-                raise CodebookError(f"no method {name!r} in {part.strip()!r}: choose from {', '.join(METHODS)}")
-            stages.append(Stage(int(layer or 0), float(keep) if "." in keep else int(keep), make(name)))
-        return cls(stages, **options)
+        for part in parts:
+            if part.method == DROP and (not part.layer or part.keep):
+                part.fail("drop needs a layer, 1 or later, and keeps nothing: write drop@21")
+            try:
+                stages.append(Stage(part.layer or 0, 0 if part.method == DROP else part.keep, part.pruner))
+            except CodebookError as error:
+                part.fail(str(error))
+        return cls(stages, positions)
+
+    def save(self, path: Path | str) -> None:
+        """Write the schedule to a small JSON file, which `load` and `codebook prune --schedule` read."""
+        for stage in self.stages:
+            if stage.keep != 0 and spell(stage.pruner) is None:
+                raise CodebookError(f"{stage.pruner!r} has no text form: only methods of METHODS can be saved")
+        Path(path).write_text(json.dumps({"format": FORMAT, "schedule": str(self)}) + "\n")
+
+    @classmethod
+    def load(cls, path: Path | str, make: Make = make) -> Schedule:
+        """Read what `save` wrote."""
+        return cls.parse(load_text(path), make)
+
+
+def _scaled(stages: Sequence[Stage], n: int, t: int) -> list[Stage]:
+    """The stages with the first fraction scaled to `t` of `n` tokens and the others by the same factor.
+
+    Increasing in `t`, and by no more than one token a stage for each: fractions do not increase from stage to stage.
+    """
+    # What an author writes as 1/3 or 0.3333, exactly: nothing depends on the rounding of floats.
+    shares = [Fraction(s.keep).limit_denominator(10**6) if isinstance(s.keep, float) else None for s in stages]
+    first = next(share for share in shares if share)
+    out, most = [], n
+    for i, (stage, share) in enumerate(zip(stages, shares, strict=True)):
+        if share:
+            least = max([1, *(after.keep for after in stages[i:] if isinstance(after.keep, int))])
+            stage = replace(stage, keep=min(most, max(least, math.floor(t * share / first + Fraction(1, 2)))))
+        out.append(stage)
+        most = stage.count(n)
+    return out
+
+
+def load_text(path: Path | str) -> str:
+    """The text of a schedule that `Schedule.save` wrote."""
+    try:
+        record = json.loads(Path(path).read_text())
+        version, text = record["format"], record["schedule"]
+        if not isinstance(text, str):
+            raise ValueError
+    except (OSError, UnicodeDecodeError) as error:
+        raise CodebookError(f"cannot read schedule {path}: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise CodebookError(
+            f'{path} is no schedule: it should hold {{"format": {FORMAT}, "schedule": "..."}}'
+        ) from None
+    if version != FORMAT:
+        raise CodebookError(f"{path} has schedule format {version!r}; this version reads format {FORMAT}")
+    return text
 
 
 def check_keep(keep: Keep) -> None:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from codebook.errors import CodebookError
+
 if TYPE_CHECKING:
-    from codebook.pruning.attention import Attention
+    from codebook.pruning.attention import Attention, Vision
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,39 +24,65 @@ class VisualTokens:
     Attributes
     ----------
     features : (n, d) float
-        Projector outputs: what enters the LLM.
+        What entered the LLM for them: projector outputs, or what a stage before the LLM merged them into.
     hidden : (n, d) float
         Hidden states at the input of the stage's layer; before the LLM the same as `features`.
-    last : (d,) float
-        Hidden state of the prompt's last token at that layer.
+    sequence : (P, d) float
+        Hidden states at that layer of all that the sample's row still holds, text and visual, without padding.
+    span : slice
+        Where the image is in `sequence`.
+    question : (T,) int64
+        Where the text after the image is in `sequence`; in a model never empty.
     ordinal : (n,) int64
         Raster position of each token in its image, from 0 to `rows * cols - 1`.
     grid : (rows, cols)
         Of the whole image.
     key : () int64
         Digest of the image's pixels and of its place among the prompt's images: the same alone or in any batch.
-    attention : Attention
+    attention : Attention or None
         Of the layer before the stage; only for pruners that say `uses_attention`.
+    vision : Vision or None
+        Attention in the vision tower, over the whole image; only for pruners that say `uses_vision`.
+    encode : callable or None
+        `encode(r, c)` gives the projector outputs (r * c, d) of the image resized to r x c patches; only before the
+        LLM. Raises a CodebookError where the family cannot.
     """
 
     features: Tensor
     hidden: Tensor
-    last: Tensor
+    sequence: Tensor
+    span: slice
+    question: Tensor
     ordinal: Tensor
     grid: tuple[int, int]
     key: Tensor
     attention: Attention | None = None
+    vision: Vision | None = None
+    encode: Callable[[int, int], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.ordinal)
+
+    @property
+    def last(self) -> Tensor:
+        """(d,) hidden state of the prompt's last token."""
+        return self.sequence[-1]
 
     @classmethod
     def of(cls, features: Tensor) -> VisualTokens:
         """Tokens of which only the projector outputs (n, d) are known; the grid is taken to be one row."""
         ordinal = torch.arange(len(features), device=features.device)
         return cls(
-            features, features, torch.zeros_like(features[0]), ordinal, (1, len(features)), ordinal.new_zeros(())
-        )
+            features, features, features, slice(0, len(features)), ordinal[:0], ordinal, (1, len(features)),
+            ordinal.new_zeros(()),
+        )  # fmt: skip
+
+
+def needed(value: T | None, what: str) -> T:
+    """The value, or a CodebookError when a pruner runs where it is not known."""
+    if value is None:
+        raise CodebookError(f"this method needs {what}: use it in a schedule, on a model's own forward")
+    return value
 
 
 def mix(x: Tensor) -> Tensor:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from codebook.building import clustering
+from codebook import density
 from codebook.building.builder import recurrent
 from codebook.building.clustering import dpc_knn
 
@@ -45,7 +45,7 @@ def test_twins_do_not_take_a_peak():
 def test_blocks_change_nothing(monkeypatch):
     x = torch.randn(50, 16, generator=torch.Generator().manual_seed(0))
     whole = dpc_knn(x, 6)
-    monkeypatch.setattr(clustering, "ROWS", 7)
+    monkeypatch.setattr(density, "ROWS", 7)
     assert torch.equal(dpc_knn(x, 6), whole)
 
 

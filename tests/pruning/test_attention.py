@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning import FastV, Random, Schedule, Stage
+from codebook.pruning import Cls, FastV, Random, Schedule, Stage
 from tests.pruning.test_equivalence import RAGGED, prompt, size
 from tests.tiny import llava
 
@@ -83,7 +84,7 @@ def test_rows_after_an_earlier_stage_equal_the_masked_map():
 def test_unrotated_rows_are_plain_projections():
     model = llava()
     inputs = prompt(model, [[5, "image", 7, 8]])
-    ours, _ = scores(model, inputs, rotated=False)
+    ours, _ = scores(model, inputs, rotated=False, image_only=True)
     hidden = model.model(**inputs, output_hidden_states=True).hidden_states[LAYER - 1]
     layer = model.get_decoder().layers[LAYER - 1]
     normed = layer.input_layernorm(hidden)[0]
@@ -91,6 +92,63 @@ def test_unrotated_rows_are_plain_projections():
     key = layer.self_attn.k_proj(normed).unflatten(-1, (2, -1)).repeat_interleave(2, 1)[1 : 1 + size(model)]
     weights = (torch.einsum("hd,nhd->hn", query, key) * layer.self_attn.scaling).softmax(-1).mean(0)
     assert torch.allclose(ours[0], weights, atol=1e-6)
+
+
+@torch.no_grad()
+def test_rows_of_several_queries_equal_output_attentions():
+    class Question(Random):
+        uses_attention = True
+
+        def score(self, tokens):
+            seen.append((tokens.question, tokens.attention.rows(tokens.question)))
+            return super().score(tokens)
+
+    seen, model = [], llava()
+    inputs = prompt(model, [[5, "image", 7, "image", 8, 9]])
+    maps = llava("eager")(**inputs, output_attentions=True).attentions[LAYER - 1].mean(1)[0]
+    with Schedule([Stage(LAYER, 3, Question())])(model):
+        model(**inputs)
+    n = size(model)
+    for (places, rows), first, text in zip(seen, (1, 2 + n), ([1 + n, 2 + 2 * n, 3 + 2 * n],) * 2, strict=True):
+        assert places.tolist() == [place for place in text if place > first]
+        assert torch.allclose(rows, maps[places, first : first + n], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_tower_attention_equals_output_attentions(tower, attention, monkeypatch):
+    class Look(Cls):
+        def score(self, tokens):
+            seen.append(tokens.vision)
+            return super().score(tokens)
+
+    monkeypatch.setattr("codebook.pruning.attention.QUERIES", 7)
+    seen, model, eager = [], llava(attention, tower=tower), llava("eager", tower=tower)
+    inputs = prompt(model, RAGGED)
+    maps = eager.model.vision_tower(inputs["pixel_values"], output_attentions=True).attentions[-2].mean(1)
+    with Schedule([Stage(0, 3, Look())])(model):
+        model(**inputs)
+        for beams in (1, 2):  # each row once more, after the encoding
+            model.generate(**inputs, max_new_tokens=1, num_beams=beams, do_sample=False)
+    assert len(seen) == 5 + 5 + 10
+    places = [*range(5), *range(5), 0, 0, 1, 2, 1, 2, 3, 4, 3, 4]
+    for vision, i in zip(seen, places, strict=True):
+        expected = maps[i, 0, 1:] if tower == "clip" else maps[i].mean(0)
+        assert torch.allclose(vision.received(), expected, atol=1e-6)
+        layer = model.model.vision_tower.encoder.layers[1].self_attn
+        assert vision.descriptors().shape == (size(model), layer.head_dim)
+
+
+def test_the_tapped_layer_is_the_one_that_feeds_the_projector():
+    model = llava()
+    layers, family = model.model.vision_tower.encoder.layers, models.family(model)
+    for setting, layer in ((-1, 2), (-2, 1), (2, 1), (3, 2), ([-3, -2], 1)):
+        model.config.vision_feature_layer = setting
+        assert family.vision_attention(model) is layers[layer].self_attn
+    model.config.vision_feature_layer = 0
+    with pytest.raises(CodebookError, match="no attention before"):
+        family.vision_attention(model)
 
 
 def test_reverse_keeps_the_other_end():
@@ -111,6 +169,11 @@ def test_leaving_restores_the_attention_modules():
     model = llava()
     modules = [layer.self_attn for layer in model.get_decoder().layers]
     before = [(m.config, sorted(m.__dict__)) for m in modules]
-    with Schedule([Stage(2, 3, FastV())])(model):
+    tower = model.model.vision_tower.encoder.layers[1].self_attn
+    own = tower.config, sorted(tower.__dict__)
+    with Schedule([Stage(0, 9, Cls()), Stage(2, 3, FastV())])(model):
+        assert tower.config is not own[0]
         assert [m.config is b[0] for m, b in zip(modules, before, strict=True)] == [True, False, True, True]
-    assert all(m.config is c and sorted(m.__dict__) == d for m, (c, d) in zip(modules, before, strict=True))
+    assert all(
+        m.config is c and sorted(m.__dict__) == d for m, (c, d) in zip([*modules, tower], [*before, own], strict=True)
+    )

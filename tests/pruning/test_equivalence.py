@@ -8,7 +8,19 @@ from transformers import StaticCache
 
 from codebook import miniature
 from codebook.errors import CodebookError
-from codebook.pruning import FastV, Random, Schedule, Stage, Uniform
+from codebook.index import Codebook
+from codebook.pruning import (
+    Downsample,
+    Drop,
+    FastV,
+    Pool,
+    Random,
+    RedundancyThreshold,
+    Schedule,
+    Stage,
+    Uniform,
+    VisionZip,
+)
 from tests import reference
 from tests.tiny import llava
 
@@ -18,6 +30,7 @@ SCHEDULES = {
     "layer 2": Schedule([Stage(2, 10, Random())]),
     "layers 1+3": Schedule([Stage(1, 0.5, Random()), Stage(3, 3, Uniform())]),
     "attention at 2": Schedule([Stage(0, 0.5, Random()), Stage(2, 4, FastV())]),
+    "drop at 2": Schedule([Stage(0, 0.5, Random()), Stage(2, 0, Drop())]),
     "pre+1+2": Schedule([Stage(0, 0.5, Uniform()), Stage(1, 0.25, Random()), Stage(2, 1, Random(3))]),
 }
 
@@ -116,6 +129,129 @@ def test_generate_equals_masked_reference(model, name, batch):
         assert physical[layer] == expected
 
 
+def edited(inputs, pruning, layer, values):
+    """For the reference: at `layer`, `values(hidden (n, d), kept)` in place of each image's kept hidden states."""
+    image_id, n = pruning.model.config.image_token_id, size(pruning.model)
+    kept = [stages[0] for stages in pruning.kept]
+
+    def edit(i, hidden):
+        if i != layer:
+            return hidden
+        hidden, images = hidden.clone(), iter(kept)
+        for row, ids in enumerate(inputs["input_ids"]):
+            for columns in (ids == image_id).nonzero().flatten().split(n):
+                index = next(images)
+                hidden[row, columns[index]] = values(hidden[row, columns], index)
+        return hidden
+
+    return edit
+
+
+def compare(model, inputs, schedule, layer, values):
+    """Generated tokens and logits against the reference in which the first stage, at `layer`, merges to `values`."""
+    with schedule(model) as pruning:
+        out = model.generate(
+            **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    gone, edit = gone_from(inputs, pruning, schedule), edited(inputs, pruning, layer, values)
+    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, 6
+    tokens, logits = reference.generate(*given, edit=edit)
+    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert_close(torch.stack(out.logits, 1), logits)
+    assert (logits - reference.generate(*given)[1]).abs().max() > 1e-3 * logits.abs().max()  # it matters
+
+
+def averages(hidden, kept):
+    """2 x 2 averages, in the order of the kept tokens, which is the cells'."""
+    side, cells = int(len(hidden) ** 0.5), len(kept)
+    return torch.nn.functional.avg_pool2d(hidden.T.view(-1, side, side), 2).view(-1, cells).T
+
+
+@torch.no_grad()
+def test_a_stage_skips_images_that_have_nothing_left(model, ragged):
+    dropped, late = Schedule([Stage(2, 0, Drop())]), Schedule([Stage(3, 4, FastV())])
+    with dropped(model):
+        expected = model(**ragged).logits
+    object.__setattr__(late, "stages", dropped.stages + late.stages)  # a schedule refuses this: it is pointless
+    with late(model) as pruning:
+        assert torch.equal(model(**ragged).logits, expected)
+    assert all(not len(index) for stages in pruning.kept for index in stages)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [0, 2])
+def test_generate_with_pooled_values_equals_the_edited_reference(model, ragged, layer):
+    schedule = Schedule([Stage(layer, 0.25, Pool()), Stage(3, 2, Random())])
+    compare(model, ragged, schedule, layer, averages)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_generate_on_a_downsampled_image_equals_the_edited_reference(tower):
+    model = llava(tower=tower)
+    inputs = prompt(model, [["image", 7, 8, 9]])
+    small = torch.nn.functional.interpolate(inputs["pixel_values"], (12, 16), mode="bicubic", antialias=True)
+    features = model.get_image_features(pixel_values=small, interpolate_pos_encoding=True, return_dict=True)
+    schedule = Schedule([Stage(0, 12, Downsample())])
+    compare(model, inputs, schedule, 0, lambda hidden, kept: features.pooler_output[0])
+
+
+@torch.no_grad()
+def test_downsampling_leaves_nothing_behind():
+    """The second pass of the tower is not taken for the next prompt's."""
+    model, plan = llava(), Schedule([Stage(0, 12, Downsample())])
+    inputs = prompt(model, [["image", 7, 8, 9]])
+    with plan(model):
+        model(**inputs)
+        encoded = {"image": model.get_image_features(pixel_values=inputs["pixel_values"], return_dict=True)}
+        model(input_ids=inputs["input_ids"], mm_encoder_outputs=encoded)
+        with pytest.raises(CodebookError, match="pixels"):
+            model(input_ids=inputs["input_ids"], mm_encoder_outputs=encoded)
+    with Schedule([Stage(0, 12, VisionZip())])(model), pytest.raises(CodebookError, match="vision tower"):
+        model(input_ids=inputs["input_ids"], mm_encoder_outputs=encoded)
+
+
+@torch.no_grad()
+def test_later_stages_see_what_was_merged(model, one):
+    """Features of a stage after pooling are the pooled ones."""
+
+    class Look(Random):
+        def score(self, tokens):
+            seen.append((tokens.features, tokens.hidden))
+            return super().score(tokens)
+
+    seen = []
+    with Schedule([Stage(0, 0.25, Pool()), Stage(1, 2, Look())])(model) as pruning:
+        model(**one)
+    columns = (one["input_ids"][0] == model.config.image_token_id).nonzero().flatten()
+    embeds = reference.merged(model, one["input_ids"], one["pixel_values"])[0, columns]
+    assert torch.allclose(seen[0][0], averages(embeds, pruning.kept[0][0]), atol=1e-6)
+    assert seen[0][0].shape == seen[0][1].shape
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("positions", ["keep", "compact"])
+def test_generate_with_counts_the_method_chooses(model, ragged, positions):
+    """As many tokens of each image as are unlike some of the first image's."""
+    features = model.get_image_features(pixel_values=ragged["pixel_values"], return_dict=True).pooler_output
+    book = Codebook(features[0][::9].contiguous())
+    scores = book.redundancy(torch.cat(list(features))).sort().values
+    threshold = float(scores[len(scores) // 2 - 1 : len(scores) // 2 + 1].mean())
+    pruner = RedundancyThreshold(book, threshold=threshold)
+    schedule = Schedule([Stage(0, None, pruner), Stage(2, 1, Random())], positions=positions)
+    with schedule(model) as pruning:
+        out = model.generate(
+            **ragged, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
+        )
+    counts = {len(stages[0]) for stages in pruning.kept}
+    assert len(counts) > 2 and min(counts) >= 1  # a ragged batch indeed
+    if positions == "keep":
+        given = model, ragged["input_ids"], ragged["pixel_values"], ragged["attention_mask"]
+        tokens, logits = reference.generate(*given, gone_from(ragged, pruning, schedule), 6)
+        assert torch.equal(out.sequences[:, ragged["input_ids"].shape[1] :], tokens)
+        assert_close(torch.stack(out.logits, 1), logits)
+
+
 @torch.no_grad()
 def test_difference_from_unpruned_is_large(model, one):
     """The control: without it the tolerances above would prove nothing."""
@@ -177,9 +313,10 @@ def test_compact_positions_equal_a_genuinely_short_prompt(model, one):
 
 
 @torch.no_grad()
-def test_compact_positions_in_deep_stages_and_ragged_batches(model, ragged):
+@pytest.mark.parametrize("keep", [5, 0])
+def test_compact_positions_in_deep_stages_and_ragged_batches(model, ragged, keep):
     """From layer 2 on, keys are rotated by their rank among the survivors."""
-    schedule = Schedule([Stage(0, 0.5, Random()), Stage(2, 5, Random())], positions="compact")
+    schedule = Schedule([Stage(0, 0.5, Random()), Stage(2, keep, Random())], positions="compact")
     with schedule(model) as pruning:
         ours = model(**ragged).logits[:, -1]
     gone, lm = gone_from(ragged, pruning, schedule), model.get_decoder()
@@ -272,6 +409,32 @@ def test_continuation_equals_masked_reference(model, one):
     embeds = reference.merged(model, torch.cat([one["input_ids"], turn], 1), one["pixel_values"])
     theirs = reference.logits(model, embeds, torch.ones_like(gone), gone)
     assert_close(ours, theirs)
+
+
+@torch.no_grad()
+def test_a_second_question_generated_on_the_pruned_cache(model, one):
+    schedule, turn = SCHEDULES["pre+1+2"], torch.tensor([[21, 22, 23]])
+    with schedule(model) as pruning:
+        first = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+        kept = pruning.kept
+        ids = torch.cat([first.sequences, turn], 1)
+        second = model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values,
+            max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True,
+        )  # fmt: skip
+    pruning.kept = kept
+    gone = torch.full_like(ids, 10**6)
+    gone[:, : one["input_ids"].shape[1]] = gone_from(one, pruning, schedule)
+    # generated image tokens are text: their embeddings are the word's
+    embeds = model.get_input_embeddings()(ids)
+    embeds[:, : one["input_ids"].shape[1]] = reference.merged(model, one["input_ids"], one["pixel_values"])
+    for step in range(6):
+        logits = reference.logits(model, embeds, torch.ones_like(gone), gone)
+        assert_close(second.logits[step], logits)
+        token = logits.argmax(-1, keepdim=True)
+        assert second.sequences[0, ids.shape[1] + step] == token
+        embeds = torch.cat([embeds, model.get_input_embeddings()(token)], 1)
+        gone = torch.cat([gone, torch.full((1, 1), 10**6)], 1)
 
 
 @torch.no_grad()

@@ -8,21 +8,39 @@ import torch
 from codebook.errors import CodebookError
 from codebook.pruning import (
     Alpha,
+    CDPruner,
+    Cls,
+    Dart,
+    DensityPeaks,
     DivPrune,
+    Downsample,
+    Drop,
+    FastV,
+    Pool,
     Random,
     RedundancyCodebook,
+    RedundancyThreshold,
     ScoringPruner,
+    SparseVLM,
     Uniform,
     Union,
+    VisionZip,
     VisualTokens,
+    Weighted,
     Window,
 )
+from codebook.pruning.attention import Attention, Vision
 
 
-def tokens(rows, cols, features=None, key=0):
+def tokens(rows, cols, features=None, key=0, text=None, **options):
+    """An image's tokens, and after them in the sequence the text (T, d), by default one word of zeros."""
     n = rows * cols
     features = torch.zeros(n, 2) if features is None else features
-    return VisualTokens(features, features, features[0], torch.arange(n), (rows, cols), torch.tensor(key))
+    text = features.new_zeros(1, features.shape[1]) if text is None else text
+    sequence, question = torch.cat([features, text]), n + torch.arange(len(text))
+    return VisualTokens(
+        features, features, sequence, slice(0, n), question, torch.arange(n), (rows, cols), torch.tensor(key), **options
+    )
 
 
 class Book:
@@ -31,6 +49,9 @@ class Book:
     def redundancy(self, features):
         prototypes = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         return (torch.nn.functional.normalize(features, dim=-1) @ prototypes.T).amax(-1)
+
+    def similarity(self, features):
+        return features.log()
 
 
 def test_codebook_keeps_what_is_least_like_any_prototype():
@@ -42,6 +63,23 @@ def test_codebook_keeps_what_is_least_like_any_prototype():
     assert pruner.select(tokens(2, 3, features), 4).tolist() == [2, 3, 4, 5]
 
 
+def test_threshold_keeps_as_many_as_are_below_it():
+    # the same cosines: 1, 1, 0.707, 0.8, 0, -0.707
+    features = torch.tensor([[3.0, 0.0], [0.0, 0.1], [5.0, 5.0], [3.0, 4.0], [-7.0, 0.0], [-1.0, -1.0]])
+    assert RedundancyThreshold(Book(), threshold=0.75).choose(tokens(2, 3, features)).tolist() == [2, 4, 5]
+    assert RedundancyThreshold(Book(), threshold=0.9).choose(tokens(2, 3, features)).tolist() == [2, 3, 4, 5]
+    assert RedundancyThreshold(Book(), threshold=-0.9).choose(tokens(2, 3, features)).tolist() == [5]  # at least one
+
+
+def test_double_softmax_by_hand():
+    # The stub takes logarithms, so softmax divides each number by its column's sum (6) or its row's (4):
+    # 1/6*1/4 3/6*3/4 | 3/6*3/4 1/6*1/4 | 2/6*2/4 2/6*2/4, the highest of a token 9/24, 9/24, 4/24
+    three = tokens(1, 3, torch.tensor([[1.0, 3.0], [3.0, 1.0], [2.0, 2.0]]))
+    pruner = RedundancyCodebook(Book(), scoring="double_softmax")
+    assert pruner.score(three).tolist() == pytest.approx([-9 / 24, -9 / 24, -4 / 24])
+    assert pruner.select(three, 1).tolist() == [2]
+
+
 def test_uniform_takes_the_centres_of_equal_cells():
     # 6 x 6 in 2 x 2 cells of 3 x 3: centres at rows and columns 1 and 4
     assert Uniform().select(tokens(6, 6), 4).tolist() == [7, 10, 25, 28]
@@ -51,6 +89,9 @@ def test_uniform_takes_the_centres_of_equal_cells():
     # 27 x 27 at 81: the stride-3 grid of FEATHER
     side = range(1, 27, 3)
     assert Uniform().select(tokens(27, 27), 81).tolist() == [27 * r + c for r in side for c in side]
+    # and at 196 its stride-2 grid
+    side = range(0, 27, 2)
+    assert Uniform().select(tokens(27, 27), 196).tolist() == [27 * r + c for r in side for c in side]
 
 
 @pytest.mark.parametrize("rows,cols", [(12, 12), (1, 9), (9, 1), (3, 10), (24, 24)])
@@ -170,15 +211,225 @@ def test_window_keeps_as_many_in_each():
     ]  # 4 beats what the right has left
 
 
+def test_union_is_the_papers_where_size_and_share_are():
+    """FEATHER's ensemble: the top 182 of 27 x 27 and the stride-3 grid."""
+    ranking = Ranking(*torch.randperm(729, generator=torch.Generator().manual_seed(0)).tolist())
+    side = range(1, 27, 3)
+    expected = {27 * r + c for r in side for c in side} | set(ranking.scores.topk(182).indices.tolist())
+    chosen = Union(Uniform(), ranking, share=81 / len(expected)).select(tokens(27, 27), len(expected))
+    assert chosen.tolist() == sorted(expected)
+
+
+def test_weighted_adds_scaled_scores():
+    # scaled: 0 0.5 1 and 1 0 0.5; with weights 1 and 0.4: 0.4 0.5 1.2
+    pruner = Weighted([Ranking(0, 5, 10), Ranking(3, 1, 2)], [1, 0.4])
+    assert pruner.score(tokens(1, 3)).tolist() == pytest.approx([0.4, 0.5, 1.2])
+    assert pruner.select(tokens(1, 3), 2).tolist() == [1, 2]
+    assert Weighted([FastV(), Cls()], [1, 1]).uses_attention and Weighted([FastV(), Cls()], [1, 1]).uses_vision
+    with pytest.raises(CodebookError, match="one for each"):
+        Weighted([Random()], [1, 2])
+
+
 def test_alpha_weighs_importance_against_likeness_to_the_last_token():
     class Attention:
         def row(self, query, **options):
             return torch.tensor([0.1, 0.2, 0.3])  # scaled: 0, 0.5, 1
 
     hidden = torch.tensor([[0.0, 2.0], [1.0, 0.0], [5.0, 0.0]])  # cosine to the last token 0, 1, 1: uniqueness 1, 0, 0
-    three = VisualTokens(
-        hidden, hidden, torch.tensor([3.0, 0.0]), torch.arange(3), (1, 3), torch.tensor(0), Attention()
-    )
+    three = tokens(1, 3, hidden, text=torch.tensor([[3.0, 0.0]]), attention=Attention())
     assert Alpha(1.0).score(three).tolist() == pytest.approx([0, 0.5, 1])
     assert Alpha(0.0).score(three).tolist() == pytest.approx([1, 0, 0])
     assert Alpha(0.25).score(three).tolist() == pytest.approx([0.75, 0.125, 0.25])
+
+
+def weights(*rows):
+    """(heads, P, 2) keys of which a query [1, 0] makes the given attention weights, up to their sum."""
+    return torch.stack([torch.tensor(row).log() for row in rows])[..., None] * torch.tensor([1.0, 0.0])
+
+
+def test_fastv_by_hand():
+    # a word, two visual tokens, a last word; two heads. Over all four: 2/8 1/8 and 1/8 5/8; over the image: 2/3 1/3
+    # and 1/6 5/6; the last visual token sees three: 2/4 1/4 and 1/7 5/7
+    key = weights([1.0, 2.0, 1.0, 4.0], [1.0, 1.0, 5.0, 1.0])
+    query = torch.tensor([1.0, 0.0]).expand(2, 4, 2)
+    attention = Attention(query, key, torch.ones(4, 2), torch.zeros(4, 2), 1.0, slice(1, 3))
+    two = tokens(1, 2, attention=attention)
+    assert FastV().score(two).tolist() == pytest.approx([3 / 16, 6 / 16])
+    assert FastV(image_only=True).score(two).tolist() == pytest.approx([5 / 12, 7 / 12])
+    assert FastV(query="visual").score(two).tolist() == pytest.approx([9 / 28, 27 / 56])
+    assert FastV().select(two, 1).tolist() == [1] and FastV(reverse=True).select(two, 1).tolist() == [0]
+
+
+def test_cls_by_hand():
+    # [CLS] and three patches: 1/8 2/8 4/8 and 3/8 1/8 1/8, over the two heads 4/16 3/16 5/16
+    key, query = weights([1.0, 1.0, 2.0, 4.0], [3.0, 3.0, 1.0, 1.0]), torch.zeros(2, 4, 2)
+    query[:, 0, 0] = 1
+    three = tokens(1, 3, vision=Vision(query, key, 1.0, True))
+    assert Cls().score(three).tolist() == pytest.approx([4 / 16, 3 / 16, 5 / 16])
+    assert Cls().select(three, 2).tolist() == [0, 2]
+    some = replace(three, ordinal=torch.tensor([1, 2]))
+    assert Cls().score(some).tolist() == pytest.approx([3 / 16, 5 / 16])
+
+
+def test_attention_received_by_hand_where_there_is_no_cls():
+    # one patch attends 1/4 3/4, the other, whose query is zero, 1/2 1/2
+    query = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]])
+    two = tokens(1, 2, vision=Vision(query, weights([1.0, 3.0]), 1.0, False))
+    assert Cls().score(two).tolist() == pytest.approx([3 / 8, 5 / 8])
+
+
+def test_pool_by_hand():
+    # 4 x 4 numbered in raster order, 2 x 2 cells: (0+1+4+5)/4 and so on, at the tokens right below their centres
+    grid = tokens(4, 4, torch.arange(16.0)[:, None])
+    index = Pool().select(grid, 4)
+    assert index.tolist() == [5, 7, 13, 15]
+    assert Pool().merge(grid, index).flatten().tolist() == [2.5, 4.5, 10.5, 12.5]
+    # survivors 0, 1 and 8 of a row of nine: 0 and 8 are kept, 1 is nearer to 0
+    some = replace(tokens(1, 3, torch.tensor([[0.0], [1.0], [8.0]])), ordinal=torch.tensor([0, 1, 8]), grid=(1, 9))
+    assert Pool().merge(some, Pool().select(some, 2)).flatten().tolist() == [0.5, 8.0]
+
+
+@pytest.mark.parametrize("rows,cols,down,across", [(6, 6, 2, 2), (6, 6, 3, 3), (24, 24, 12, 12), (24, 24, 8, 8)])
+def test_pool_is_average_pooling_where_the_grid_divides(rows, cols, down, across):
+    features = torch.randn(rows * cols, 5, generator=torch.Generator().manual_seed(0))
+    grid = tokens(rows, cols, features)
+    pooled = torch.nn.functional.avg_pool2d(features.T.view(5, rows, cols), (rows // down, cols // across))
+    values = Pool().merge(grid, Pool().select(grid, down * across))
+    assert torch.allclose(values, pooled.flatten(1).T, atol=1e-6)
+
+
+def test_downsample_takes_the_size_of_nearest_aspect():
+    def encode(rows, cols):
+        asked.append((rows, cols))
+        return torch.full((rows * cols, 2), float(cols))
+
+    asked = []
+    square, wide = tokens(6, 6, encode=encode), tokens(4, 8, encode=encode)
+    assert Downsample().select(square, 4).tolist() == [7, 10, 25, 28]  # the uniform grid's
+    for image, keep in ((square, 4), (square, 6), (wide, 8), (wide, 3), (square, 36)):
+        index = Downsample().select(image, keep)
+        assert len(index) == keep and Downsample().merge(image, index).shape == (keep, 2)
+    # 6 is 2 x 3 as well as 3 x 2; 8 is of the wide grid's aspect as 2 x 4; 3 as 1 x 3 is 1.5 times too wide
+    assert asked == [(2, 2), (2, 3), (2, 4), (1, 3), (6, 6)]
+    with pytest.raises(CodebookError, match="keep 6 or 8 instead"):
+        Downsample().select(square, 7)
+    with pytest.raises(CodebookError, match="keep 30 or 36 instead"):
+        Downsample().select(square, 31)
+    with pytest.raises(CodebookError, match="before the LLM"):
+        Downsample().merge(tokens(6, 6), torch.arange(4))
+    with pytest.raises(CodebookError, match="first stage"):
+        Downsample().select(replace(square, ordinal=torch.arange(4)), 2)
+
+
+def test_visionzip_by_hand():
+    # [CLS] attends by the sum of a key: most to 2 and 5. Of 0 1 3 4 every second is a target: 0 and 3. By direction
+    # 1 joins 0 and 4 joins 3.
+    key = torch.tensor([[[0, 0], [1, 0], [1, 0.2], [3, 3], [0, 1], [0.1, 1], [2, 2]]])
+    vision = Vision(torch.ones(1, 7, 2), key, 1.0, True)
+    six = tokens(1, 6, torch.tensor([[10.0], [20.0], [30.0], [40.0], [60.0], [50.0]]), vision=vision)
+    pruner = VisionZip(dominant=0.5)
+    index = pruner.select(six, 4)
+    assert index.tolist() == [0, 2, 3, 5]
+    assert pruner.merge(six, index).flatten().tolist() == [15.0, 30.0, 50.0, 50.0]
+    assert VisionZip().select(six, 2).tolist() == [2, 5]  # 54/64 of 2 is 2: none is contextual
+    assert VisionZip().merge(six, torch.tensor([2, 5])) is None
+
+
+def directions(*degrees):
+    angles = torch.deg2rad(torch.tensor(degrees, dtype=torch.float32))
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def test_dart_by_hand():
+    # L1 norms over both heads: of the image's 1 2 0 0 0 0 with 5 for token 1, of the words' 3 and 7.
+    norms = torch.tensor([1.0, 5.0, 2.0, 0.5, 0.2, 0.1, 3.0, 7.0])
+    key = torch.stack([-norms / 4, norms / 4])[..., None].expand(2, 8, 2)
+    attention = Attention(key, key, torch.ones(8, 2), torch.zeros(8, 2), 1.0, slice(0, 6))
+    six = tokens(1, 6, directions(0, 90, 100, 190, 270, 45), text=directions(70, 0), attention=attention)
+    pruner = Dart(image_pivots=1, text_pivots=1)
+    assert pruner.select(six, 1).tolist() == [1]
+    # three more: two are the pivot's at 90 degrees, furthest 270 and 190; one is the word's at 0, furthest left is 100
+    assert pruner.select(six, 4).tolist() == [1, 2, 3, 4]
+    # two each: the word's are 100 and 45 degrees
+    assert pruner.select(six, 5).tolist() == [1, 2, 3, 4, 5]
+    # turns matter: were the word's first, it would take 190 degrees
+    assert pruner.select(six, 2).tolist() == [1, 4]
+
+
+def test_sparsevlm_scores_by_raters():
+    class Rows:
+        def rows(self, query):
+            assert query.tolist() == [2, 3, 4]
+            return torch.tensor([[0.1, 0.5], [0.9, 0.0], [0.2, 0.3]])
+
+    # the words' cosines to both visual tokens: 1, 0, 0.71; the first and the last are above their mean
+    two = tokens(1, 2, directions(0, 0), text=directions(0, 90, 45), attention=Rows())
+    assert SparseVLM().score(two).tolist() == pytest.approx([0.3, 0.8])
+    assert SparseVLM().select(two, 1).tolist() == [1]
+
+
+def test_sparsevlm_recycles_by_hand():
+    class Ordered(SparseVLM):
+        def score(self, tokens):
+            return -tokens.ordinal.float()
+
+    # Of 10 tokens 4 stay: 1 + floor(0.5 * 0.4 * 6) = 2 are averages, so 0 and 1 stay as they are, and of the 8 others
+    # the best 4, at 0, 0.1, 1 and 1.3, are clustered. Densities exp(-mean squared distance) .51 .57 .62 .45, distances
+    # to a denser one .1 .9 1.3 .3: the peaks are 3 and 4.
+    line = torch.tensor([7.0, 8.0, 0.0, 0.1, 1.0, 1.3, 50.0, 60.0, 70.0, 80.0])[:, None]
+    ten, pruner = tokens(2, 5, line), Ordered(recycled=0.5, clusters=0.4)
+    index = pruner.select(ten, 4)
+    assert index.tolist() == [0, 1, 3, 4]
+    assert pruner.merge(ten, index).flatten().tolist() == pytest.approx([7.0, 8.0, 0.05, 1.15])
+    assert Ordered(recycled=0.0).select(ten, 4).tolist() == [0, 1, 2, 3]
+    assert Ordered(recycled=0.0).merge(ten, torch.arange(4)) is None
+
+
+def test_density_peaks_by_hand():
+    # densities .51 .57 .62 .45 times distances to a denser one .1 .9 1.3 .3: .05 .51 .81 .13
+    four = tokens(2, 2, torch.tensor([[0.0], [0.1], [1.0], [1.3]]))
+    assert DensityPeaks().score(four).tolist() == pytest.approx([0.0509, 0.5115, 0.8085, 0.1342], abs=1e-4)
+    assert DensityPeaks().select(four, 2).tolist() == [1, 2]
+
+
+def test_cdpruner_by_hand():
+    # cosines to the word at 0 degrees 1, .99, .8, 0 are the relevances. After the first, volume that is left of
+    # r^2 - (r * cosine)^2: .98 - .96 = .02 for its near twin, .64 - .41 = .23 for the third.
+    features = torch.tensor([[1.0, 0.0], [0.99, 0.141067], [0.8, 0.6], [0.0, 1.0]])
+    four = tokens(
+        2, 2, features * torch.tensor([[3.0], [1.0], [2.0], [1.0]]), text=torch.tensor([[2.0, 1.0], [2.0, -1.0]])
+    )
+    assert CDPruner().select(four, 1).tolist() == [0]
+    assert CDPruner().select(four, 2).tolist() == [0, 2]
+    assert CDPruner().select(four, 4).tolist() == [0, 1, 2, 3]  # beyond the rank: each once
+
+
+def test_cdpruner_is_the_greedy_determinant():
+    generator = torch.Generator().manual_seed(0)
+    features, text = torch.randn(30, 40, generator=generator), torch.randn(3, 40, generator=generator)
+    unit = torch.nn.functional.normalize(features.double(), dim=1)
+    relevance = unit @ torch.nn.functional.normalize(text.double().mean(0), dim=0)
+    relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min())
+    kernel, chosen = relevance[:, None] * (unit @ unit.T) * relevance, []
+    for _ in range(10):
+        left = [i for i in range(30) if i not in chosen]
+        chosen.append(max(left, key=lambda i: torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]]).item()))
+    assert CDPruner().select(tokens(5, 6, features, text=text), 10).tolist() == sorted(chosen)
+
+
+@pytest.mark.parametrize(
+    "pruner", [FastV(), Alpha(), Dart(), SparseVLM(), Cls(), VisionZip(), CDPruner(), Window(FastV())], ids=repr
+)
+def test_projector_outputs_alone_are_not_enough(pruner):
+    with pytest.raises(CodebookError, match="in a schedule, on a model"):
+        pruner.select(VisualTokens.of(torch.randn(16, 4)), 4)
+
+
+def test_drop_has_nothing_to_choose():
+    with pytest.raises(CodebookError, match="leave its keep out"):
+        Drop().select(tokens(2, 2), 2)
+
+
+def test_a_fixed_pruner_does_not_choose_the_count():
+    with pytest.raises(CodebookError, match="give its stage a keep"):
+        Random().choose(tokens(2, 2))

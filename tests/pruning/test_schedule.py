@@ -1,13 +1,29 @@
-"""Budgets against the figures that the papers print, and what a schedule refuses."""
+"""Budgets against the figures that the papers print, the text form, and what a schedule refuses."""
 
+import json
 import math
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from codebook.errors import CodebookError
-from codebook.pruning import Random, Schedule, Stage, Uniform
+from codebook.pruning import METHODS, Alpha, FastV, Pruner, Random, RedundancyCodebook, Schedule, Stage, Uniform
 
 VICUNA = {"layers": 32, "hidden": 4096, "intermediate": 11008}
+
+
+@dataclass(frozen=True)
+class Own(Pruner):
+    """A pruner that no name stands for and that decides the number itself."""
+
+    adaptive: ClassVar[bool] = True
+
+    def select(self, tokens, keep):
+        return torch.arange(keep)
 
 
 @pytest.mark.parametrize(
@@ -17,6 +33,9 @@ VICUNA = {"layers": 32, "hidden": 4096, "intermediate": 11008}
         ([(1, 60), (20, 27)], 63.75),
         ([(0, 284), (20, 38)], 191.75),  # DivPrune + Random
         ([(0, 96), (20, 10)], 63.75),
+        ([(2, 260), (21, 0)], 190.375),  # DART + drop all; printed as 190.4
+        ([(0, 98), (21, 0)], 64.3125),  # DivPrune + drop all; printed as 64.3
+        ([(2, 144)], 171.0),  # FastV at K = 2
     ],
 )
 def test_layer_averages_of_the_information_horizon_paper(stages, average):
@@ -32,53 +51,188 @@ def test_layer_averages_of_the_information_horizon_paper(stages, average):
         ([(3, 243)], 61.2),
         ([(8, 182)], 56.8),
         ([(8, 196)], 55.4),
+        ([(8, 275), (16, 24)], 64.2),  # FEATHER
     ],
 )
 def test_flops_reductions_of_the_feather_paper(stages, reduction):
     schedule = Schedule([Stage(layer, keep, Uniform()) for layer, keep in stages])
-    left = schedule.flops(729, **VICUNA) / Schedule([]).flops(729, **VICUNA)
-    assert 100 * (1 - left) == pytest.approx(reduction, abs=0.06)
+    assert 100 * schedule.flops_reduction(729, **VICUNA) == pytest.approx(reduction, abs=0.05)
+
+
+def test_flops_and_cache_by_hand():
+    schedule = Schedule([Stage(1, 2, Uniform())])
+    # d = 2, m = 3: 4 and 2 visual tokens, or 5 and 3 with one of text; 4nd^2 + 2n^2d + 2ndm = 28n + 4n^2
+    assert schedule.flops(4, layers=2, hidden=2, intermediate=3) == (112 + 64) + (56 + 16)
+    assert schedule.flops(4, layers=2, hidden=2, intermediate=3, text=1) == (140 + 100) + (84 + 36)
+    assert schedule.flops_reduction(4, layers=2, hidden=2, intermediate=3) == 1 - 248 / 352
+    # 6 tokens' keys and values of 2 heads of 5 half-precision numbers
+    assert schedule.kv_bytes(4, layers=2, kv_heads=2, head_dim=5) == 6 * 2 * 2 * 5 * 2
+    # LLaVA-1.5-7B: half a megabyte a token
+    assert Schedule([]).kv_bytes(1, layers=32, kv_heads=32, head_dim=128) == 2**19
 
 
 def test_counts_per_layer():
-    schedule = Schedule([Stage(0, 0.25, Uniform()), Stage(2, 3, Random())])
-    assert schedule.counts(144, 4) == [36, 36, 3, 3]
-    assert schedule.budget(144, 4) == (36 + 36 + 3 + 3) / (4 * 144)
+    schedule = Schedule([Stage(0, 0.25, Uniform()), Stage(2, 3, Random()), Stage(3, 0, Random())])
+    assert schedule.counts(144, 5) == [36, 36, 3, 0, 0]
+    assert schedule.budget(144, 4) == (36 + 36 + 3) / (4 * 144)
     assert Schedule([]).budget(144, 4) == 1
-    assert Stage(0, 0.001, Uniform()).count(144) == 1  # never nothing
+    assert Stage(0, 0.001, Uniform()).count(144) == 1  # never nothing, unless asked for
+    with pytest.raises(CodebookError, match="keeps 30 visual tokens, but only 14 are left"):
+        Schedule([Stage(0, 0.1, Uniform()), Stage(2, 30, Random())]).counts(144, 4)
 
 
-def test_text_form():
-    made = []
-    schedule = Schedule.parse("uniform:0.25, random@9:4", lambda name: made.append(name) or Random())
-    assert made == ["uniform", "random"]
-    assert [(s.layer, s.keep) for s in schedule.stages] == [(0, 0.25), (9, 4)]
+def test_adaptive_stages_have_no_count():
+    schedule = Schedule([Stage(0, None, Own()), Stage(2, 3, Random())])
+    assert schedule.adaptive and not Schedule([]).adaptive
+    for ask in (lambda: schedule.counts(9, 4), lambda: schedule.budget(9, 4), lambda: schedule.stages[0].count(9)):
+        with pytest.raises(CodebookError, match="known only after running"):
+            ask()
+    with pytest.raises(CodebookError, match="cannot be fitted"):
+        schedule.fit(0.5, n=9, layers=4)
+    with pytest.raises(CodebookError, match="say how many tokens Uniform keeps"):
+        Stage(0, None, Uniform())
+    with pytest.raises(CodebookError, match="leave keep out"):
+        Stage(0, 0.5, Own())
+
+
+@pytest.mark.parametrize(
+    "text,stages",
+    [
+        ("uniform:0.25, random@9:4", [(0, 0.25, Uniform()), (9, 4, Random())]),
+        ("fastv@2:1.0, drop@21", [(2, 1.0, FastV()), (21, 0, METHODS["drop"]())]),
+        ("fastv(rotated=False)@1:3", [(1, 3, FastV(rotated=False))]),
+        ("alpha(alpha=0.3)@3:1e-05, random(seed=7)@4:1", [(3, 1e-5, Alpha(0.3)), (4, 1, Random(7))]),
+        ("fastv(query='visual', reverse=True)@3:9", [(3, 9, FastV("visual", reverse=True))]),
+    ],
+)
+def test_text_form(text, stages):
+    schedule = Schedule([Stage(*stage) for stage in stages])
+    assert Schedule.parse(text) == schedule
+    assert Schedule.parse(str(schedule)) == schedule
+    compact = Schedule(schedule.stages, positions="compact")
+    assert Schedule.parse(f"{text};positions = compact") == compact == Schedule.parse(str(compact))
+
+
+def test_text_of_what_needs_no_options():
+    for name in ("random", "fastv-reverse", "fastv-norope", "fastv-vis", "feather-ensemble", "fastv-window"):
+        assert str(Schedule([Stage(2, 5, METHODS[name]())])) == f"{name}@2:5"
+    assert str(Schedule([])) == "unpruned" and Schedule.parse("unpruned") == Schedule([])
+    assert str(Schedule([Stage(0, None, Own())])) == "Own()"
+
+
+def test_text_with_a_codebook():
+    def make(name):
+        return RedundancyCodebook("book") if name == "codebook" else METHODS[name]()
+
+    schedule = Schedule.parse("codebook:0.25, random@9:4", make)
+    assert schedule.stages[0].pruner.codebook == "book" and str(schedule) == "codebook:0.25, random@9:4"
+    with pytest.raises(CodebookError, match="'codebook' needs a codebook"):
+        Schedule.parse("codebook:0.25")
+
+
+@pytest.mark.parametrize("factory", METHODS.values(), ids=list(METHODS))
+def test_every_method_round_trips(factory):
+    adaptive = getattr(factory, "adaptive", False)
+    name = next(name for name, value in METHODS.items() if value is factory)
+
+    def make(name):
+        return METHODS[name]("book") if name.startswith("codebook") else METHODS[name]()
+
+    text = name + "@3" if adaptive or name == "drop" else f"{name}@3:0.5"
+    assert str(Schedule.parse(text, make)) == text
 
 
 @pytest.mark.parametrize(
     "text,says",
     [
-        ("codebok:0.2", "codebok"),
-        ("uniform:0.5,random@x:0.1", "random@x:0.1"),
-        ("uniform", "uniform"),
-        ("", "method"),
-        ("uniform:1.5", "1.5"),
-        ("uniform:0", "0"),
+        ("codebok:0.2", r"part 1, 'codebok:0.2' \(character 1\): no method 'codebok'; did you mean codebook"),
+        ("uniform:0.5,random@x:0.1", r"part 2, 'random@x:0.1' \(character 13\): the layer 'x'"),
+        ("uniform:0.5, magic:2", "methods: alpha, .*, uniform"),
+        ("uniform", "say how many tokens Uniform keeps"),
+        ("", "write method"),
+        ("uniform:0.5,", "part 2, '' .character 13.: write method"),
+        ("uniform:1.5", "not 1.5"),
+        ("uniform:0", "not 0"),
+        ("uniform:a", "keep 'a' is not a number"),
+        ("uniform:nan", "keep must be"),
+        ("fastv:0.5", "at layer 1 or later"),
         ("uniform@3:0.5,random@1:0.1", "ascending"),
         ("uniform:0.1,random@1:0.5", "come back"),
+        ("drop@3,random@5:1", "nothing is left for the stage at layer 5"),
+        ("drop", "drop needs a layer"),
+        ("drop@3:5", "keeps nothing"),
+        ("random(sed=3):5", "no option 'sed': its options are seed"),
+        ("random(seed='x'):5", "must be like 0, not 'x'"),
+        ("random(3):5", "cannot read the options"),
+        ("random(seed=f()):5", "cannot read the options"),
+        ("uniform(a=1):5", "no option 'a': it has none"),
+        ("uniform:5; colour=red", r"'colour=red' \(character 11\)"),
+        ("uniform:5; positions=shuffled", "shuffled"),
+        ("pyramiddrop", "Schedule.solve"),
     ],
 )
 def test_text_errors_name_the_part(text, says):
-    with pytest.raises(CodebookError, match=says):
-        Schedule.parse(text, lambda name: Uniform())
+    with pytest.raises(CodebookError, match=says) as caught:
+        Schedule.parse(text)
+    assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5, math.nan, math.inf, True])
+@settings(max_examples=200, deadline=None)
+@given(st.text(alphabet="uniformrad@:(,)=;+.0123 '", max_size=30))
+def test_any_text_is_read_or_refused(text):
+    try:
+        schedule = Schedule.parse(text)
+    except CodebookError:
+        return
+    assert Schedule.parse(str(schedule)) == schedule
+
+
+@pytest.mark.parametrize("keep", [0, 0.0, -1, 1.5, math.nan, math.inf, True, False])
 def test_impossible_budgets(keep):
     with pytest.raises(CodebookError, match="keep must be"):
         Stage(0, keep, Uniform())
+    with pytest.raises(CodebookError, match="keep must be"):
+        Schedule([Stage(0, 1.0, Uniform())]).fit(keep, n=9, layers=4)
+
+
+def test_dropping_all_is_for_later_layers():
+    assert Stage(1, 0, Uniform()).count(9) == 0
+    for keep in (0.0, False, -1):
+        with pytest.raises(CodebookError, match="keep must be"):
+            Stage(1, keep, Uniform())
 
 
 def test_counts_larger_than_the_image():
     with pytest.raises(CodebookError, match="lower the count"):
         Schedule([Stage(0, 200, Uniform())]).counts(144, 4)
+
+
+def test_files(tmp_path):
+    schedule = Schedule([Stage(0, 62, Uniform()), Stage(6, 10, Random(3))], positions="compact")
+    schedule.save(tmp_path / "schedule.json")
+    record = {"format": 1, "schedule": "uniform:62, random(seed=3)@6:10; positions=compact"}
+    assert json.loads((tmp_path / "schedule.json").read_text()) == record
+    assert Schedule.load(tmp_path / "schedule.json") == schedule
+    with pytest.raises(CodebookError, match="no text form"):
+        Schedule([Stage(0, None, Own())]).save(tmp_path / "own.json")
+    assert not (tmp_path / "own.json").exists()
+
+
+@pytest.mark.parametrize(
+    "content,says",
+    [
+        (None, "cannot read schedule"),
+        (b"\xff\xfe", "cannot read schedule"),
+        (b"[]", "is no schedule"),
+        (b'{"format": 1}', "is no schedule"),
+        (b'{"format": 2, "schedule": "uniform:3"}', "format 2; this version reads format 1"),
+        (b'{"format": 1, "schedule": 3}', "is no schedule"),
+        (b'{"format": 1, "schedule": "magic:3"}', "magic"),
+    ],
+)
+def test_unreadable_files(tmp_path, content, says):
+    path = tmp_path / "schedule.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(CodebookError, match=says):
+        Schedule.load(path)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.methods.base import ScoringPruner, unit_range
 from codebook.pruning.methods.fastv import FastV
 from codebook.pruning.tokens import VisualTokens
 
@@ -28,9 +27,4 @@ class Alpha(ScoringPruner):
     def score(self, tokens: VisualTokens) -> Tensor:
         importance = FastV().score(tokens)
         uniqueness = -cosine_similarity(tokens.hidden.float(), tokens.last.float()[None], dim=-1)
-        return self.alpha * _unit_range(importance) + (1 - self.alpha) * _unit_range(uniqueness)
-
-
-def _unit_range(x: Tensor) -> Tensor:
-    low, high = x.aminmax()
-    return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
+        return self.alpha * unit_range(importance) + (1 - self.alpha) * unit_range(uniqueness)

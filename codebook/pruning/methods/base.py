@@ -5,8 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
+from codebook.errors import CodebookError
 from codebook.pruning.tokens import VisualTokens
 
 
@@ -15,6 +17,12 @@ class Pruner(ABC):
 
     uses_attention: ClassVar[bool] = False
     """Whether it needs `tokens.attention`; such a pruner works at layer 1 or later."""
+
+    uses_vision: ClassVar[bool] = False
+    """Whether it needs `tokens.vision`."""
+
+    adaptive: ClassVar[bool] = False
+    """Whether it can say itself how many tokens stay; its stage's `keep` is then None."""
 
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
@@ -32,6 +40,26 @@ class Pruner(ABC):
         (keep,) int64, ascending, without repeats, on the tokens' device
         """
 
+    def choose(self, tokens: VisualTokens) -> Tensor:
+        """The same for adaptive pruners: as many indices as the image deserves, at least one."""
+        raise CodebookError(f"{type(self).__name__} cannot choose how many tokens stay: give its stage a keep")
+
+    def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:
+        """New hidden states for the tokens that stay.
+
+        Parameters
+        ----------
+        tokens
+            The `n` tokens of one image.
+        index : (keep,) int64
+            What `select` or `choose` returned for them.
+
+        Returns
+        -------
+        (keep, d) of the dtype of `tokens.hidden`; None leaves the hidden states as they are
+        """
+        return None
+
 
 class ScoringPruner(Pruner):
     """Keeps the tokens with the highest scores."""
@@ -42,3 +70,26 @@ class ScoringPruner(Pruner):
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         return self.score(tokens).topk(keep).indices.sort().values
+
+
+def unit_range(x: Tensor) -> Tensor:
+    """Scale to [0, 1]; equal values become 0."""
+    low, high = x.aminmax()
+    return (x - low) / (high - low).clamp(min=torch.finfo(x.dtype).tiny)
+
+
+def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
+    """Mean of the members of each of `count` groups.
+
+    Parameters
+    ----------
+    values : (n, d) float
+    group : (n,) int64
+        From 0 to count - 1; every group has a member. A value of `count` is in none.
+
+    Returns
+    -------
+    (count, d) in the dtype of `values`, summed in float32 and, being a product of matrices, in a fixed order
+    """
+    member = (group == torch.arange(count, device=group.device)[:, None]).float()
+    return (member @ values.float() / member.sum(1, keepdim=True)).to(values.dtype)

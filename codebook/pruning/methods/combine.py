@@ -2,21 +2,70 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from codebook.pruning.methods.base import Pruner, ScoringPruner
+from codebook.errors import CodebookError
+from codebook.pruning.methods.base import Pruner, ScoringPruner, unit_range
 from codebook.pruning.tokens import VisualTokens
 
 
+class Combination(Pruner):
+    """A pruner that needs what the pruners it is made of need."""
+
+    @property
+    @abstractmethod
+    def parts(self) -> Sequence[Pruner]:
+        """What it is made of."""
+
+    @property
+    def uses_attention(self) -> bool:  # type: ignore[override]
+        return any(part.uses_attention for part in self.parts)
+
+    @property
+    def uses_vision(self) -> bool:  # type: ignore[override]
+        return any(part.uses_vision for part in self.parts)
+
+
 @dataclass(frozen=True)
-class Union(Pruner):
+class Weighted(Combination, ScoringPruner):
+    """A weighted sum of scores, each scaled to [0, 1] within the image.
+
+    Attributes
+    ----------
+    pruners
+        Whose scores are added.
+    weights
+        One a pruner.
+    """
+
+    pruners: Sequence[ScoringPruner]
+    weights: Sequence[float]
+
+    def __post_init__(self) -> None:
+        if len(self.pruners) != len(self.weights) or not self.pruners:
+            raise CodebookError(f"{len(self.weights)} weights for {len(self.pruners)} pruners: give one for each")
+
+    @property
+    def parts(self) -> Sequence[Pruner]:
+        return self.pruners
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        scores = torch.stack([unit_range(pruner.score(tokens).float()) for pruner in self.pruners])
+        return (scores * scores.new_tensor(self.weights)[:, None]).sum(0)
+
+
+@dataclass(frozen=True)
+class Union(Combination):
     """What one pruner keeps, filled up by the ranking of another (the ensembles of FEATHER, arXiv 2412.13180).
 
-    The paper lets the union of two fixed selections have whatever size it has; here the size is given, and `share` of
-    it, rounded, is `first`'s.
+    The paper joins two fixed selections, a grid and the top of a ranking, to a set of whatever size; here the size is
+    given, and `share` of it, rounded, is `first`'s. That is the paper's set where size and share are: its ensemble of
+    the stride-3 grid and the top 182 of 27 x 27 tokens has 243, a third of them the grid.
 
     Attributes
     ----------
@@ -33,8 +82,8 @@ class Union(Pruner):
     share: float = 1 / 3
 
     @property
-    def uses_attention(self) -> bool:  # type: ignore[override]
-        return self.first.uses_attention or self.second.uses_attention
+    def parts(self) -> Sequence[Pruner]:
+        return self.first, self.second
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         score = self.second.score(tokens).float()
@@ -44,7 +93,7 @@ class Union(Pruner):
 
 
 @dataclass(frozen=True)
-class Window(Pruner):
+class Window(Combination):
     """A ranking applied inside each window of the grid, as in Window FastV (arXiv 2502.11501).
 
     Every window keeps the same number of tokens, or one more where the budget does not divide: then the windows whose
@@ -62,8 +111,8 @@ class Window(Pruner):
     windows: tuple[int, int] = (4, 4)
 
     @property
-    def uses_attention(self) -> bool:  # type: ignore[override]
-        return self.ranking.uses_attention
+    def parts(self) -> Sequence[Pruner]:
+        return (self.ranking,)
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         rows, cols = tokens.grid

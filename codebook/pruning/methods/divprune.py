@@ -26,9 +26,9 @@ class DivPrune(Pruner):
         nearest = similarity.clone().fill_diagonal_(-torch.inf).amax(1)
         chosen = torch.empty(keep, dtype=torch.long, device=unit.device)
         for i in range(keep):
-            pick = nearest.argmin()
-            chosen[i] = pick
+            # One place, not a number: indexing with a number on the device waits for it.
+            chosen[i : i + 1] = pick = nearest.argmin(keepdim=True)
             # From the first pick on, what counts is the similarity to the chosen ones; those, at infinity, stay there.
-            nearest = similarity[pick].clone() if i == 0 else torch.maximum(nearest, similarity[pick])
-            nearest[pick] = torch.inf
+            row = similarity[pick][0]
+            nearest = (row if i == 0 else torch.maximum(nearest, row)).index_fill(0, pick, torch.inf)
         return chosen.sort().values

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from codebook.pruning.methods.base import ScoringPruner
-from codebook.pruning.tokens import VisualTokens
+from codebook.pruning.tokens import VisualTokens, needed
 
 
 @dataclass(frozen=True)
@@ -20,20 +20,23 @@ class FastV(ScoringPruner):
     query
         `text`: the last text token (FastV). `visual`: the image's last visual token (FastV-VIS).
     rotated
-        False scores without rotary embeddings and softmax over the image alone (phi_-R of FEATHER, arXiv 2412.13180),
-        which takes away the preference for the bottom of the image.
+        False scores without rotary embeddings, which takes away the preference for the bottom of the image (phi_-R of
+        FEATHER, arXiv 2412.13180, when also `image_only`).
+    image_only
+        Softmax over the image's tokens alone, so that a head weighs by which of them it prefers and not by how much it
+        attends to the image (phi_original of FEATHER).
     reverse
         Keep the least attended tokens instead (Reverse FastV).
     """
 
     query: Literal["text", "visual"] = "text"
     rotated: bool = True
+    image_only: bool = False
     reverse: bool = False
     uses_attention: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        attention = tokens.attention
-        assert attention is not None
+        attention = needed(tokens.attention, "the attention of the layer before")
         query = -1 if self.query == "text" else attention.span.stop - 1
-        row = attention.row(query, rotated=self.rotated, image_only=not self.rotated)
+        row = attention.row(query, rotated=self.rotated, image_only=self.image_only)
         return -row if self.reverse else row

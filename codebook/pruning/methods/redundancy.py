@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
@@ -16,9 +16,44 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RedundancyCodebook(ScoringPruner):
-    """Keep the tokens whose highest cosine similarity to any prototype is smallest (top-R, section 3.3)."""
+    """Keep the tokens that are least like any prototype (top-R, section 3.3).
+
+    Attributes
+    ----------
+    codebook
+        Of the model that is pruned.
+    scoring
+        How like a token is to the prototypes. `max`: its highest cosine similarity to any. `double_softmax`, the
+        authors' for OneVision: the similarities' softmax over the image's tokens times that over the prototypes, the
+        highest of a token.
+    """
 
     codebook: Codebook
+    scoring: Literal["max", "double_softmax"] = "max"
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return -self.codebook.redundancy(tokens.features)
+        if self.scoring == "max":
+            return -self.codebook.redundancy(tokens.features)
+        similarity = self.codebook.similarity(tokens.features)
+        return -(similarity.softmax(0) * similarity.softmax(1)).amax(1)
+
+
+@dataclass(frozen=True)
+class RedundancyThreshold(RedundancyCodebook):
+    """Keep the tokens whose likeness to the prototypes is below a threshold: as many as the image has, at least one.
+
+    Attributes
+    ----------
+    threshold
+        Of the `scoring`; for `max` a cosine similarity. What it keeps on average depends on codebook and images, and
+        is tuned on some of them.
+    """
+
+    threshold: float = 0.6
+    adaptive: ClassVar[bool] = True
+
+    def choose(self, tokens: VisualTokens) -> Tensor:
+        score = self.score(tokens)
+        kept = score > -self.threshold
+        kept[score.argmax()] = True
+        return kept.nonzero().flatten()

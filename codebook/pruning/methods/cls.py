@@ -1,0 +1,24 @@
+"""[CLS] attention of the vision tower as importance (FasterVLM, later VisPruner, arXiv 2412.01818)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.tokens import VisualTokens, needed
+
+
+@dataclass(frozen=True)
+class Cls(ScoringPruner):
+    """Keep the patches that [CLS] attends to most, averaged over heads, in the tower's layer that feeds the projector.
+
+    In towers without [CLS], as SigLIP: the patches that all patches attend to most, on average.
+    """
+
+    uses_vision: ClassVar[bool] = True
+
+    def score(self, tokens: VisualTokens) -> Tensor:
+        return needed(tokens.vision, "the vision tower's attention").received()[tokens.ordinal]

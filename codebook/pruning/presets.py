@@ -1,0 +1,127 @@
+"""Schedules by name, with their authors' settings."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from codebook.errors import CodebookError
+from codebook.pruning.text import DROP, Make, Part, read, split
+
+DEPTH = 32
+"""Decoder layers of the models that the authors' layers belong to; other depths scale (`scaled`)."""
+
+ATTENTION_LAYER = 2
+"""Of a method that needs attention and stands alone: FastV's and DART's K (arXiv 2403.06764, 2502.11494)."""
+
+HORIZON, DROP_HORIZON = 20, 21
+"""Second stages of LLaVA-1.5-7B: random pruning, dropping all (arXiv 2512.07580)."""
+
+DEEP_SHARE = 1 / 7
+"""Tokens of a hybrid's second stage, as a share of its first's. The paper's rows have 38/284, 38/252, 10/96 and 27/60:
+their median is 0.14."""
+
+PRESETS: dict[str, str] = {
+    "feather": "feather-ensemble@8:0.3772, fastv-norope@16:0.0329",
+    "pyramiddrop": "fastv@8:0.5, fastv@16:0.25, fastv@24:0.125",
+    "sparsevlm": "sparsevlm@2:0.5208, sparsevlm@6:0.3472, sparsevlm@15:0.191",
+    "vtw": "drop@16",
+}
+"""The presets that are more than one method: their text, for decoders of 32 layers, as the authors report them.
+
+FEATHER at R = 0.7: 275 and 24 of 729 tokens (arXiv 2412.13180). PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200
+and 110 of 576 tokens: arXiv 2410.04417. VTW at K = 16: arXiv 2405.05803.
+"""
+
+
+def scaled(layer: int, layers: int) -> int:
+    """Where a layer of a 32-layer decoder is in one of `layers`: round(layer * layers / 32), at least 1 unless 0."""
+    return max(1, (2 * layer * layers + DEPTH) // (2 * DEPTH)) if layer else 0
+
+
+def expand(
+    text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
+) -> tuple[list[Part], str, bool]:
+    """The parts of a schedule's text or of the preset that it names, each with layer and keep.
+
+    Parameters
+    ----------
+    text
+        A schedule's text; a preset of `PRESETS`; one method alone, before the LLM or at layer 2 of 32 if it needs
+        attention, unless it names its layer; or a hybrid `first+second`, two methods that may name their layers.
+    make
+        Makes the pruner of a method's name.
+    layers
+        Of the decoder. A preset's layers scale to it (`scaled`) and stay ascending.
+    horizon
+        Layer of a hybrid's second stage; default: 20 of 32, or 21 to drop all.
+    deep
+        Tokens of a hybrid's second stage; default: 1/7 of the first's.
+
+    Returns
+    -------
+    parts
+    positions
+    whether the parts only say proportions, and a budget is still to be given
+    """
+    name, semicolon, rest = text.partition(";")
+    preset = PRESETS.get(name.strip())
+    hybrid = preset is None and len(split(name, "+")) > 1
+    if (horizon is not None or deep is not None) and not hybrid:
+        raise CodebookError(f"horizon and deep are a hybrid's, as in codebook+random; {name.strip()!r} is none")
+    source = text if preset is None else preset + semicolon + rest
+    parts, positions = read(source, make, "+" if hybrid else ",", PRESETS)
+    if preset is not None:
+        return _placed(parts, layers), positions, False
+    if hybrid:
+        return _hybrid(parts, layers, horizon, deep), positions, True
+    if len(parts) == 1 and _open(parts[0]):
+        return [_first(parts[0], layers)], positions, True
+    return parts, positions, False
+
+
+def feather(removed: float, n: int) -> str:
+    """FEATHER's text from its R, the fraction of tokens removed, for images of `n` tokens (arXiv 2412.13180).
+
+    The first stage is the union of the top (1 - R) n by phi_-R and the stride-3 grid, n / 9, less the (1 - R) / 9 that
+    both are expected to choose: 275 of 729 tokens at R = 0.7, 243 at 0.75. The second keeps (1 - R)^2 of it, cut off.
+    """
+    first = n * (1 - 8 * removed / 9)
+    share = round(1 / (9 - 8 * removed), 4)
+    return f"feather-ensemble(share={share})@8:{round(first)}, fastv-norope@16:{int(first * (1 - removed) ** 2)}"
+
+
+def _open(part: Part) -> bool:
+    return part.keep is None and part.method != DROP and not getattr(part.pruner, "adaptive", False)
+
+
+def _placed(parts: list[Part], layers: int) -> list[Part]:
+    placed, before = [], -1
+    for part in parts:
+        before = max(scaled(part.layer or 0, layers), before + 1)
+        placed.append(replace(part, layer=before))
+    return placed
+
+
+def _first(part: Part, layers: int) -> Part:
+    default = scaled(ATTENTION_LAYER, layers) if part.pruner.uses_attention else 0
+    return replace(part, layer=default if part.layer is None else part.layer, keep=1.0)
+
+
+def _hybrid(parts: list[Part], layers: int, horizon: int | None, deep: int | None) -> list[Part]:
+    if len(parts) != 2:
+        parts[-1].fail("a hybrid is two methods, first+second")
+    first, second = parts
+    if not _open(first):
+        first.fail("the first method of a hybrid must leave its keep to the budget")
+    drop = second.method == DROP
+    if deep is not None and (drop or second.keep is not None):
+        second.fail("how much it keeps is said already: leave deep out")
+    if horizon is not None and second.layer is not None:
+        second.fail("its layer is said already: leave horizon out")
+    first = _first(first, layers)
+    if second.layer is None:
+        default = max(scaled(DROP_HORIZON if drop else HORIZON, layers), (first.layer or 0) + 1)
+        second = replace(second, layer=default if horizon is None else horizon)
+    if second.keep is None and not drop:
+        second = replace(second, keep=DEEP_SHARE if deep is None else deep)
+    return [first, second]

@@ -1,0 +1,105 @@
+"""Every method on every tower: exact counts, and the same tokens alone, in a batch, under sdpa and eager, and again."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from codebook import Codebook
+from codebook.pruning import METHODS, Pruner, Schedule, Stage, hooks
+from tests.pruning.test_equivalence import prompt
+from tests.tiny import SIDE, llava
+
+KEEP = 9
+ROWS = [["image", 7, 8, 9, 10], [5, 6, 11, "image", 12, "image", 13, 4]]
+TOWERS, ATTENTIONS = ("clip", "siglip"), ("sdpa", "eager")
+MODELS = {(tower, attention): llava(attention, tower=tower) for tower in TOWERS for attention in ATTENTIONS}
+BATCH = prompt(MODELS["clip", "sdpa"], ROWS)
+
+
+def features(tower, pixels):
+    with torch.no_grad():
+        out = MODELS[tower, "sdpa"].get_image_features(pixel_values=pixels, return_dict=True)
+    return torch.cat(list(out.pooler_output))
+
+
+def schedule(name: str, tower: str) -> Schedule:
+    """One stage of a method: nine tokens, or as many as it likes, from layer 2 on where it needs attention."""
+    settings = {}
+    if name.startswith("codebook"):
+        pixels = torch.rand(2, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(9))
+        settings["codebook"] = Codebook(features(tower, pixels)[::5].contiguous())
+    if name == "codebook-threshold":  # half-way between two of the tokens' scores, lest rounding decides
+        scores = settings["codebook"].redundancy(features(tower, BATCH["pixel_values"])).sort().values
+        settings["threshold"] = float(scores[40:42].mean())
+    pruner: Pruner = METHODS[name](**settings)
+    layer = 2 if pruner.uses_attention or name == "drop" else 0
+    return Schedule([Stage(layer, None if pruner.adaptive else 0 if name == "drop" else KEEP, pruner)])
+
+
+def kept(tower, attention, plan, inputs):
+    # As generate() numbers them: DART's norms are of rotated keys, and depend on it.
+    positions = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with torch.no_grad(), plan(model := MODELS[tower, attention]) as pruning:
+        model(**inputs, position_ids=positions)
+    return [stages[-1] for stages in pruning.kept]
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("name", METHODS)
+def test_kept_tokens(name, tower):
+    plan = schedule(name, tower)
+    together = kept(tower, "sdpa", plan, BATCH)
+    assert len(together) == 3
+    for index in together:
+        assert (index.diff() > 0).all() and (index >= 0).all() and (index < SIDE**2).all()
+        if plan.stages[0].keep is None:
+            assert 1 <= len(index) < SIDE**2
+        else:
+            assert len(index) == plan.stages[0].keep
+    first = 0
+    for row in ROWS:
+        images = row.count("image")
+        alone = prompt(MODELS[tower, "sdpa"], [row])
+        alone["pixel_values"] = BATCH["pixel_values"][first : first + images]
+        for attention in ATTENTIONS:
+            for _ in range(2):
+                again = kept(tower, attention, plan, alone)
+                assert all(map(torch.equal, again, together[first : first + images]))
+        first += images
+    assert all(map(torch.equal, kept(tower, "eager", plan, BATCH), together))
+
+
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"drop", "downsample"}))
+def test_a_stage_on_what_a_stage_left(name):
+    """The second stage sees 20 scattered survivors."""
+    stage = schedule(name, "clip").stages[0]
+    plan = Schedule([Stage(0, 20, METHODS["random"]()), Stage(max(1, stage.layer), stage.keep, stage.pruner)])
+    with torch.no_grad(), plan(model := MODELS["clip", "sdpa"]) as pruning:
+        model(**BATCH)
+    for first, second in pruning.kept:
+        assert len(first) == 20 and set(second.tolist()) <= set(first.tolist())
+        assert 1 <= len(second) < 20 if stage.keep is None else len(second) == stage.keep
+
+
+class NoSync(TorchDispatchMode):
+    """Fails on what would make the host wait for an accelerator: numbers read from tensors, results of unknown size."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert func.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
+        if func.overloadpacket is aten.index:
+            assert all(index is None or index.dtype != torch.bool for index in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("tower", TOWERS)
+@pytest.mark.parametrize("name", sorted({*METHODS} - {"codebook-threshold"}))
+def test_no_method_waits_for_the_device(name, tower, monkeypatch):
+    choose = hooks.Forward._choose
+
+    def watched(*args):
+        with NoSync():
+            return choose(*args)
+
+    monkeypatch.setattr(hooks.Forward, "_choose", watched)
+    kept(tower, "sdpa", schedule(name, tower), BATCH)
