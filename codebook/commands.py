@@ -200,10 +200,12 @@ def summary(report: dict[str, Any], kept: list[int]) -> str:
     n = report["tokens"]
     if "counts" not in report:
         return f"schedule {report['schedule']}: kept {', '.join(map(str, kept))} of {n} visual tokens"
-    runs, start = [], 0
+    runs: list[str] = []
+    start = 0
     for count, group in groupby(report["counts"]):
         end = start + len(list(group))
-        runs.append(f"{count} of {n} visual tokens in layers {start}-{end - 1}")
+        of = "" if runs else f" of {n} visual tokens"
+        runs.append(f"{count}{of} in layers {start}-{end - 1}")
         start = end
     cost = f"{report['flops']:.1%} of their prefill FLOPs, {report['kv_bytes'] / 1024:.0f} KiB of KV cache an image"
     return f"schedule {report['schedule']}: {', '.join(runs)}; averaged {report['keep']:.1%}; {cost}"

@@ -36,19 +36,17 @@ def density_peaks(x: Tensor, neighbours: int, tie: Tensor) -> tuple[Tensor, Tens
     """
     n = len(x)
     blocks = [range(start, min(start + ROWS, n)) for start in range(0, n, ROWS)]
-    spread, peak = [], x.new_zeros(())
+    spread, peak, distance = [], x.new_zeros(()), x.new_empty(0)
     for rows in blocks:
         distance = _distances(x, rows)
         spread.append((distance.topk(min(neighbours, n), dim=1, largest=False).values ** 2).mean(dim=1))
         peak = torch.maximum(peak, distance.max())
     density = (-torch.cat(spread)).exp() + TIE_BREAK * tie
-    gap = torch.cat(
-        [
-            _distances(x, rows).where(density[None] > density[rows.start : rows.stop, None], peak).amin(dim=1)
-            for rows in blocks
-        ]
-    )
-    return density, gap
+    gaps = []
+    for rows in blocks:
+        distance = distance if len(blocks) == 1 else _distances(x, rows)
+        gaps.append(distance.where(density[None] > density[rows.start : rows.stop, None], peak).amin(dim=1))
+    return density, torch.cat(gaps)
 
 
 def _distances(x: Tensor, rows: range) -> Tensor:

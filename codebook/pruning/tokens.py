@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -96,5 +97,10 @@ def digest_rows(values: Tensor) -> Tensor:
     """One order-sensitive int64 digest for each row of a (rows, ...) tensor, from its exact bits, on its device."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     flat = values.detach().contiguous().flatten(1).view(bits).long()
-    place = mix(torch.arange(1, flat.shape[1] + 1, device=flat.device))
-    return mix((flat * place).sum(1))
+    return mix((flat * _places(flat.shape[1], flat.device)).sum(1))
+
+
+@lru_cache(maxsize=8)  # the same for every image of one size, and dearer than the rest of the digest
+def _places(count: int, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # it outlives the caller's mode
+        return mix(torch.arange(1, count + 1, device=device))
