@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -24,17 +24,35 @@ from codebook.miniature.tasks import FAMILIES, PLACES, ask, scenes
 TOKENS = GRID * GRID
 PREFIX = 2  # <s> <user>, before the visual tokens
 LENGTH = 112  # text tokens of a row
-ABOUT: dict[Any, tuple[str, ...]] = {
-    scene: ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap",
-            "exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr"),
-    album: ("multi",) * 10,
-    film: ("video",) * 24,
-}  # fmt: skip
-SINGLE = len(dict.fromkeys(ABOUT[scene]))  # one question of each of these families comes first
-# Of 100 steps this many are about scenes and about albums; the others are about films.
-SHARES = 66, 80
-# Places are learned last: sixteen answers, each seen once in a hundred questions.
-EMPHASIS = {"loc": 2.0, "rel": 2.0, "box": 1.5, "ocr": 1.5, "count": 1.5}
+ONE = ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap")  # each first asked once about a scene
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the batches of a stage are about.
+
+    Attributes
+    ----------
+    extra : families asked about a scene after one question of each; none: no questions at all
+    emphasis : of families in the loss, where it is not 1
+    crowded : fraction of crowded scenes
+    shares : of 100 steps, how many are about scenes, and about scenes or albums; the others are about films
+    """
+
+    extra: tuple[str, ...] = ()
+    emphasis: dict[str, float] = field(default_factory=dict)
+    crowded: float = 0.0
+    shares: tuple[int, int] = (100, 100)
+
+
+CROWDED = Study(crowded=0.75)
+SCENES = Study(extra=("exist", "exist", "rel", "count", "attr", "ocr"))
+ALL = Study(
+    extra=("exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr"),
+    # Places are learned last: sixteen answers, each seen once in a hundred questions.
+    emphasis={"loc": 2.0, "rel": 2.0, "box": 1.5, "ocr": 1.5, "count": 1.5},
+    shares=(70, 84),
+)
 IDS = {word: i for i, word in enumerate(WORDS)}
 
 
@@ -75,27 +93,26 @@ def encode(text: str) -> list[int]:
     return [IDS[word] for word in re.findall(r"\w+|[^\w\s]+", text.lower())]
 
 
-def batch(size: int, seed: int, step: int, worker: int, *, dense: float = 0.0, drop: bool = True) -> Batch:
+def batch(size: int, seed: int, step: int, worker: int, study: Study = ALL, *, drop: bool = True) -> Batch:
     """Make the batch of a step; it depends on the arguments alone, so a resumed run sees the same ones.
 
     Parameters
     ----------
     size : images; steps about albums and films have as many rows as fit into that
-    dense : fraction of crowded scenes, for the vision stage; no questions are asked then
     drop : let most of the batches lose visual tokens
     """
     rng = np.random.Generator(np.random.PCG64([seed, step, worker, 7]))
     # The same choices on every worker, for they wait for each other.
     shared = np.random.Generator(np.random.PCG64([seed, step, 8]))
-    draw, count = _subject(shared) if not dense else (scene, 1)
+    draw, count = _subject(study, shared)
     more = {} if draw is scene else {"count": count}
     rows: list[dict[str, np.ndarray]] = []
     marks: list[dict[str, np.ndarray]] = []
     for i in range(max(1, size // count)):
-        crowded = {"dense": True} if rng.random() < dense else more
+        crowded = {"dense": True} if rng.random() < study.crowded else more
         shown = draw("train", 0, seed, step, worker, i, **crowded)
         marks += [{"pixels": picture.pixels, **labels(picture)} for picture in scenes(shown)]
-        rows.append(_questions(shown, ABOUT[draw] if not dense else (), rng))
+        rows.append(_questions(shown, _order(study, draw, rng), study.emphasis, rng))
     used = max(16, *(int((row["segment"] >= 0).sum()) for row in rows))
     text = {name: torch.from_numpy(np.stack([row[name][:used] for row in rows])) for name in rows[0]}
     text["position"] += PREFIX + count * (TOKENS + (count > 1))
@@ -105,11 +122,11 @@ def batch(size: int, seed: int, step: int, worker: int, *, dense: float = 0.0, d
     return Batch(**seen, **text, kept=_kept(busy, shared if drop else None))
 
 
-def _subject(rng: np.random.Generator) -> tuple[Callable[..., Any], int]:
+def _subject(study: Study, rng: np.random.Generator) -> tuple[Callable[..., Any], int]:
     kind, count = int(rng.integers(100)), int(rng.integers(FRAMES[0], FRAMES[1] + 1))
-    if kind < SHARES[0]:
+    if kind < study.shares[0]:
         return scene, 1
-    return (album, 2 + (kind % 10 >= 7)) if kind < SHARES[1] else (film, count)
+    return (album, 2 + (kind % 10 >= 7)) if kind < study.shares[1] else (film, count)
 
 
 def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
@@ -128,7 +145,21 @@ def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
     return order.topk(count, dim=1).indices.sort(1).values
 
 
-def _questions(shown: Any, families: tuple[str, ...], rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _order(study: Study, draw: Callable[..., Any], rng: np.random.Generator) -> list[str]:
+    """Families to ask about, in turn; more than fit."""
+    if draw is not scene:
+        return ["multi"] * 10 if draw is album else ["video"] * 24
+    if not study.extra:
+        return []
+    order = [ONE[i] for i in rng.permutation(len(ONE))]
+    if study.emphasis and rng.random() < 0.5:
+        order.remove("cap")  # as long as three other questions
+    return order + [study.extra[i] for i in rng.permutation(len(study.extra))]
+
+
+def _questions(
+    shown: Any, order: list[str], emphasis: dict[str, float], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     row = {
         "tokens": np.full(LENGTH, PAD),
         "segment": np.full(LENGTH, -1),
@@ -137,11 +168,6 @@ def _questions(shown: Any, families: tuple[str, ...], rng: np.random.Generator) 
         "family": np.full(LENGTH, -1),
         "weight": np.zeros(LENGTH, np.float32),
     }
-    first, extra = families[:SINGLE], families[SINGLE:]
-    order = [first[i] for i in rng.permutation(len(first))]
-    if "cap" in order and rng.random() < 0.5:
-        order.remove("cap")  # as long as three other questions
-    order += [extra[i] for i in rng.permutation(len(extra))]
     seen: set[str] = set()
     start = 0
     for family in order:
@@ -160,7 +186,7 @@ def _questions(shown: Any, families: tuple[str, ...], rng: np.random.Generator) 
         row["target"][reply] = [*answer, EOS]
         row["family"][spot] = FAMILIES.index(family)
         # Between "every token counts the same" and "every question does".
-        row["weight"][reply] = EMPHASIS.get(family, 1.0) * (len(answer) + 1) ** -0.5
+        row["weight"][reply] = emphasis.get(family, 1.0) * (len(answer) + 1) ** -0.5
         start = end
     return row
 

@@ -1,12 +1,13 @@
-"""Train the miniature from scratch: first its eyes, then both together.
+"""Train the miniature from scratch: first its eyes, then its words, then places and several images.
 
 1. Vision: crowded scenes, every patch says what it shows, [CLS] what is in the picture, and the projected
    tokens are drawn towards the words for it.
-2. Joint: many questions behind each scene, album or film; the loss is on the answers, plus a fading pull of the
-   projected tokens towards their words.
+2. Words: many questions behind each scene; the loss is on the answers.
+3. Places: where things are, too, and albums and films; projected tokens are drawn towards the words for places,
+   and background away from all words. Begun with this, words are not learned: after 600 steps no colour was.
 
-The rate of learning is warmed up, held, and faded over the last part. Until it fades a step does not depend on how many
-are to come, so a run can be made longer or shorter while it holds.
+The rate of learning is warmed up, held, and in some stages faded over the last part. Until it fades a step does not
+depend on how many are to come, so a run can be made longer or shorter while it holds.
 
 A batch depends on the seed and the step only and the checkpoint holds everything else, so a run that was
 stopped goes on as if it had not been.
@@ -38,10 +39,11 @@ from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, SIDE
 from codebook.miniature.tasks import BINS, CELLS, FAMILIES
 
 NAMES = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789")}
+STUDIES = {"vision": packing.CROWDED, "words": packing.SCENES, "places": packing.ALL}
 FINE = 0.005  # half a pixel: errors of a pixel or two must still pull, or boxes stay blunt
 BIN_IDS = [IDS[f"p{b}"] for b in range(BINS)]
 CELL_NAMES = tuple(f"{row}{column + 1}" for row in "abcd" for column in range(CELLS))
-STAGES = ("vision", "joint")
+STAGES = ("vision", "words", "places")
 
 
 @dataclass(frozen=True)
@@ -50,25 +52,25 @@ class Recipe:
 
     Attributes
     ----------
-    steps : of each stage (vision, joint)
+    steps : of each stage (vision, words, places)
     batch : images a step and worker, for each stage
     muon, adam : peak learning rates of each stage
-    fade : last fraction of a stage, over which the rate fades as a cosine
+    fade : last fraction of each stage, over which the rate fades as a cosine
     warm : steps of a stage until the rate is at its peak
-    slow : factors on muon for vision tower and projector in the joint stage, or they forget digits
-    drop : let batches of the joint stage lose visual tokens
-    align : weight of the pull towards words in the joint stage, until it fades
+    slow : factors on muon for vision tower and projector in the last stage, or they forget digits
+    drop : let batches after the vision stage lose visual tokens
+    align : weight of the pull towards words in each stage; in the last it fades with the rate
     """
 
-    steps: tuple[int, int] = (400, 3000)
-    batch: tuple[int, int] = (24, 16)
-    muon: tuple[float, float] = (0.02, 0.008)
-    adam: tuple[float, float] = (2e-3, 8e-4)
-    fade: float = 0.35
-    warm: int = 40
+    steps: tuple[int, int, int] = (300, 400, 2600)
+    batch: tuple[int, int, int] = (24, 16, 16)
+    muon: tuple[float, float, float] = (0.02, 0.02, 0.008)
+    adam: tuple[float, float, float] = (2e-3, 2e-3, 8e-4)
+    fade: tuple[float, float, float] = (0.5, 0.0, 0.35)
+    warm: int = 25
     slow: tuple[float, float] = (0.3, 0.3)
     drop: bool = True
-    align: float = 0.5
+    align: tuple[float, float, float] = (1.0, 0.3, 0.5)
     seed: int = 0
 
 
@@ -101,7 +103,7 @@ def train(
     Parameters
     ----------
     out : folder for ``checkpoint.pt``, ``recipe.json``, ``log.jsonl`` and ``weights/``
-    steps : of the joint stage
+    steps : of the last stage; of the others no more than that
     resume : go on from ``out/checkpoint.pt`` if there is one
     device : "cpu" or "cuda"; default a GPU if there is one
     workers : processes of one thread each; two of one beat one of two on a CPU; default the cores
@@ -110,7 +112,7 @@ def train(
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     if steps is not None:
-        options["steps"] = (min(steps, Recipe.steps[0]), steps)
+        options["steps"] = (*(min(steps, usual) for usual in Recipe.steps[:2]), steps)
     try:
         recipe = Recipe(seed=seed, **options)
     except TypeError as error:
@@ -215,7 +217,8 @@ class Run:
         which = STAGES.index(stage)
         if self.stage != stage:
             self.stage, self.step, self.elapsed = stage, 0, 0.0
-            self._settle()
+            if stage == "places":
+                self._settle()
         steps = self.recipe.steps[which]
         begin = time.monotonic() - self.elapsed
         saved = told = time.monotonic()
@@ -266,16 +269,17 @@ class Run:
         """Take one step; return sums and counts of what was measured on the way."""
         which = STAGES.index(self.stage)
         size, seed = self.recipe.batch[which], self.recipe.seed
-        joint = self.stage == "joint"
         packed = packing.batch(
-            size, 2 * seed + which, self.step, self.rank, dense=0 if joint else 0.75, drop=self.recipe.drop
+            size, len(STAGES) * seed + which, self.step, self.rank, STUDIES[self.stage], drop=self.recipe.drop
         ).to(self.device)
-        fade = max(0.0, 1 - (1 - self.step / self.recipe.steps[which]) / self.recipe.fade)
+        left, last = 1 - self.step / self.recipe.steps[which], self.recipe.fade[which]
+        fade = max(0.0, 1 - left / last) if last else 0.0
         rate = min(1.0, (self.step + 1) / self.recipe.warm) * (0.02 + 0.98 * math.cos(fade * math.pi / 2) ** 2)
-        loss, seen = self._joint(packed, fade) if joint else self._vision(packed)
+        pull = self.recipe.align[which] * (1 - 0.8 * fade * (self.stage == "places"))
+        loss, seen = self._vision(packed, pull) if self.stage == "vision" else self._answers(packed, pull)
         loss.backward()
         self._reduce()
-        self.muon.step(self.recipe.muon[which] * rate, self.slow if joint else None)
+        self.muon.step(self.recipe.muon[which] * rate, self.slow if self.stage == "places" else None)
         for group in self.adam.param_groups:
             group["lr"] = self.recipe.adam[which] * rate
         self.adam.step()
@@ -295,10 +299,10 @@ class Run:
                 parameter.grad = part.view_as(parameter)
         nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
 
-    def _vision(self, packed: Batch) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def _vision(self, packed: Batch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         features, summary = packing.see(self.model, packed.pixels, summary=True)
         assert summary is not None
-        loss = self._summarise(packed, summary) + self._align(packed, features)
+        loss = self._summarise(packed, summary) + pull * self._align(packed, features)
         seen = {}
         for name in NAMES:
             truth = getattr(packed, name)
@@ -310,7 +314,7 @@ class Run:
             right = (logits.argmax(-1) == truth + 1)[there]
             seen[name] = (float(right.sum()), float(there.sum()))
         busy = (packed.shape >= 0) | (packed.digit >= 0)
-        loss = loss + 10 * F.smooth_l1_loss(self.heads.box(features)[busy], packed.box[busy], beta=FINE)
+        loss = loss + 10 * F.smooth_l1_loss(self.heads.box(features)[busy], packed.box[busy], beta=0.05)
         return loss, seen
 
     def _summarise(self, packed: Batch, summary: torch.Tensor) -> torch.Tensor:
@@ -324,15 +328,19 @@ class Run:
         words = self.model.model.language_model.embed_tokens.weight
         busy = (packed.shape >= 0) | (packed.digit >= 0)
         place = _edges(packed.box)
-        loss = 5 * F.smooth_l1_loss(self.heads.align_box(projected)[busy], place[busy], beta=FINE)
-        # Through one matrix an edge, the bins' own words: what an answering layer has to do.
-        edges = self.heads.edges(projected[busy]).unflatten(-1, (4, -1)) @ self.model.lm_head.weight[BIN_IDS].T
-        pixels = (place[busy] * SIDE).round().long() - torch.tensor([0, 0, 1, 1], device=place.device)
-        loss = loss + 0.5 * F.cross_entropy(edges.flatten(0, 1), (pixels // (SIDE // BINS)).flatten())
+        places = self.stage == "places"
+        error = self.heads.align_box(projected)[busy] - place[busy]
+        loss = 5 * F.smooth_l1_loss(error, torch.zeros_like(error), beta=FINE if places else 0.05)
+        if places:
+            # Through one matrix an edge, the bins' own words: what an answering layer has to do.
+            edges = self.heads.edges(projected[busy]).unflatten(-1, (4, -1)) @ self.model.lm_head.weight[BIN_IDS].T
+            pixels = (place[busy] * SIDE).round().long() - torch.tensor([0, 0, 1, 1], device=place.device)
+            loss = loss + 0.5 * F.cross_entropy(edges.flatten(0, 1), (pixels // (SIDE // BINS)).flatten())
         truths = {name: (getattr(packed, name), values) for name, values in NAMES.items()}
-        # Where it is, too: without this pull, localization stays at chance for a tenth of the training.
-        centre = ((place[..., :2] + place[..., 2:]) * 0.5 * CELLS).long().clamp(0, CELLS - 1)
-        truths["cell"] = torch.where(busy, centre[..., 1] * CELLS + centre[..., 0], -1), CELL_NAMES
+        if places:
+            # Without this pull, localization stays at chance for a tenth of the training.
+            centre = ((place[..., :2] + place[..., 2:]) * 0.5 * CELLS).long().clamp(0, CELLS - 1)
+            truths["cell"] = torch.where(busy, centre[..., 1] * CELLS + centre[..., 0], -1), CELL_NAMES
         unit = F.normalize(projected, dim=-1)
         for truth, values in truths.values():
             chosen = words[torch.tensor([IDS[v] for v in values], device=words.device)]
@@ -340,11 +348,12 @@ class Run:
             there = truth >= 0
             if there.any():
                 loss = loss + F.cross_entropy(16 * cosine[there], truth[there])
-            # Background names nothing, or every place there is would drown those of the objects.
-            loss = loss + cosine[~busy].square().sum(-1).mean()
+            if places:
+                # Background names nothing, or every place there is would drown those of the objects.
+                loss = loss + cosine[~busy].square().sum(-1).mean()
         return loss
 
-    def _joint(self, packed: Batch, fade: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def _answers(self, packed: Batch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         often = self.step % 4 == 0  # keeps [CLS] in step with the layers below it
         features, summary = packing.see(self.model, packed.pixels, summary=often)
         visual = self.model.model.multi_modal_projector(features)
@@ -352,8 +361,8 @@ class Run:
         there = packed.target >= 0
         truth, weight = packed.target[there], packed.weight[there]
         loss = (F.cross_entropy(logits, truth, reduction="none") * weight).sum() / weight.sum()
-        if self.recipe.align:
-            loss = loss + self.recipe.align * (1 - 0.8 * fade) * self._align(packed, features)
+        if pull:
+            loss = loss + pull * self._align(packed, features)
         if summary is not None:
             loss = loss + 0.5 * self._summarise(packed, summary)
         wrong = torch.zeros_like(packed.target)

@@ -108,10 +108,10 @@ def test_the_packed_forward_equals_the_stock_model_on_each_question(fresh, proce
 
 
 def test_training_reduces_the_loss_and_a_resumed_run_ends_in_the_same_state(tmp_path):
-    recipe = Recipe(batch=(2, 2), warm=1)
+    recipe = Recipe(batch=(2, 2, 2), warm=1)
 
     def advance(run, *steps):
-        run.stage = "joint"
+        run.stage = "places"
         losses = []
         for run.step in steps:
             losses.append(run.advance()["loss"][0])
@@ -124,7 +124,7 @@ def test_training_reduces_the_loss_and_a_resumed_run_ends_in_the_same_state(tmp_
     stopped = advance(half, 0)
     half.save()
     half = Run(tmp_path, recipe)
-    assert (half.stage, half.step) == ("joint", 1)
+    assert (half.stage, half.step) == ("places", 1)
     assert stopped + advance(half, 1, 2) == straight
     assert straight[2] < straight[0]
     for one, two in zip(whole.parameters, half.parameters, strict=True):
@@ -140,10 +140,10 @@ def test_a_checkpoint_of_another_seed_and_an_unknown_option_are_refused(tmp_path
 
 
 def test_two_workers_train_and_leave_a_model_that_loads(tmp_path):
-    folder = train(tmp_path, steps=2, workers=2, device="cpu", batch=(2, 2))
+    folder = train(tmp_path, steps=2, workers=2, device="cpu", batch=(2, 2, 2))
     built, _ = model.load(folder)
     assert built.dtype == torch.float32 and not built.training
-    assert (tmp_path / "log.jsonl").read_text().count("\n") == 2
+    assert (tmp_path / "log.jsonl").read_text().count("\n") == 3
 
 
 def test_a_missing_model_says_how_to_get_one(tmp_path):
