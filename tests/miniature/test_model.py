@@ -111,7 +111,7 @@ def test_training_reduces_the_loss_and_a_resumed_run_ends_in_the_same_state(tmp_
     recipe = Recipe(batch=(2, 2, 2), warm=1)
 
     def advance(run, *steps):
-        run.stage = "places"
+        run.stage = "words"
         losses = []
         for run.step in steps:
             losses.append(run.advance()["loss"][0])
@@ -124,7 +124,7 @@ def test_training_reduces_the_loss_and_a_resumed_run_ends_in_the_same_state(tmp_
     stopped = advance(half, 0)
     half.save()
     half = Run(tmp_path, recipe)
-    assert (half.stage, half.step) == ("places", 1)
+    assert (half.stage, half.step) == ("words", 1)
     assert stopped + advance(half, 1, 2) == straight
     assert straight[2] < straight[0]
     for one, two in zip(whole.parameters, half.parameters, strict=True):
