@@ -312,27 +312,34 @@ def miniature_images(
 @miniature_app.command("train")
 def miniature_train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and weights; run again to resume.")],
-    minutes: Annotated[float, typer.Option(min=0.1, help="Budget of the whole training, by the clock.")] = 76.0,
+    steps: Annotated[int, typer.Option(min=1, help="Of the joint stage; run again to go on.")] = 3000,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
     """Train the embedded model from scratch on procedural scenes; a run that was stopped goes on."""
     from codebook.miniature import train
 
-    print(train.train(out, minutes=minutes, seed=seed, device=device))
+    print(train.train(out, steps=steps, seed=seed, device=device))
 
 
 @miniature_app.command("evaluate")
 def miniature_evaluate(
     folder: Annotated[Path | None, typer.Argument(help="Weights of a training run; default: those that ship.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out questions a family.")] = 200,
+    look: Annotated[
+        list[str] | None, typer.Option(help="plain (default), photo, noise, scale: repeat for several.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Instead, prune it by baselines, an oracle and layer by layer; its rows' file."),
+    ] = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Accuracy of the embedded model on held-out questions, beside its floor without the image."""
     from codebook import commands
 
-    commands.evaluate_miniature(folder, count, device or "cpu", as_json)
+    commands.evaluate_miniature(folder, count, look or ["plain"], check, device or "cpu", as_json)
 
 
 if __name__ == "__main__":

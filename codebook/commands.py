@@ -434,26 +434,34 @@ def draw_sheet(book: Codebook, picture: Path, images: list[Path]) -> None:
         drawn.save(temporary, format="PNG")
 
 
-def evaluate_miniature(folder: Path | None, count: int, device: str, as_json: bool) -> None:
-    from codebook.miniature import FAMILIES, FOLDER, model
-    from codebook.miniature.train import evaluate
+def evaluate_miniature(
+    folder: Path | None, count: int, looks: list[str], check: Path | None, device: str, as_json: bool
+) -> None:
+    from codebook.evaluation import Scores, compare, family_means, instrument, score, standard_error, table
+    from codebook.miniature import FAMILIES, FOLDER, model, tasks
 
     loaded, processor = model.load(folder or FOLDER, device)
-    rows: dict[str, dict[str, float]] = {}
-    with progress("evaluate", 2 * len(FAMILIES), "families") as tick:
-        for family in FAMILIES:
-            rows[family] = {
-                name: evaluate(loaded, processor, "test", count, visual, families=(family,))[family]
-                for name, visual in (("accuracy", True), ("without_image", False))
-            }
-            tick(2 * len(rows), family)
-    rows["mean"] = {key: sum(row[key] for row in rows.values()) / len(rows) for key in rows[FAMILIES[0]]}
+    rows: dict[str, Scores] = {}
+    if check is not None:
+        plans = instrument.plans(len(loaded.get_decoder().layers))
+        questions = [q for family in FAMILIES for q in tasks(family, "test", 0, count)]
+        with progress("check", len(plans) * len(questions), "answers") as tick:
+            rows = compare(loaded, processor, questions, plans, check, tick)
+    else:
+        kinds = [(look, look, False) for look in looks] + [("no image", looks[0], True)]
+        with progress("evaluate", len(kinds) * len(FAMILIES), "families") as tick:
+            for name, look, blind in kinds:
+                rows[name] = {}
+                for family in FAMILIES:
+                    asked = list(tasks(family, "test", 0, count, look=look))
+                    rows[name] |= score(loaded, processor, asked, blind=blind)
+                    tick(sum(map(len, rows.values())), f"{name}: {family}")
     if as_json:
-        print(json.dumps({"questions_per_family": count, "families": rows}))
-        return
-    print(f"{'family':<8}{'accuracy':>10}{'no image':>10}   ({count} held-out questions each)")
-    for family, row in rows.items():
-        print(f"{family:<8}{row['accuracy']:>10.3f}{row['without_image']:>10.3f}")
+        means = {name: family_means(scores) for name, scores in rows.items()}
+        errors = {name: standard_error(scores) for name, scores in rows.items()}
+        print(json.dumps({"questions_per_family": count, "accuracy": means, "standard_error_of_mean": errors}))
+    else:
+        print(table(rows))
 
 
 def find_horizon(

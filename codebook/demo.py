@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,7 +11,7 @@ from pathlib import Path
 from codebook import miniature, models
 from codebook.building import build
 from codebook.commands import building_progress, replacing
-from codebook.evaluation import Scores, mean, score, standard_error
+from codebook.evaluation import Scores, family_means, mean, score, standard_error
 from codebook.inference import ask
 from codebook.pictures import overlay
 from codebook.progress import Update, progress
@@ -48,15 +47,15 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
     grid = models.family(model).grid(model)
     example = next(q for q in questions if q.family == "ocr")
     keep = 0.25
-    [answer] = ask(model, processor, [[example.image]], [example.question], plans["codebook", keep])
+    [answer] = ask(model, processor, [example.images], [example.question], plans["codebook", keep])
     with replacing(picture) as temporary:
-        overlay(example.image, answer.kept[0], grid).save(temporary, format="PNG")
+        overlay(example.images[0], answer.kept[0], grid).save(temporary, format="PNG")
     report = {
         "questions": len(questions),
         "prototypes": len(book.prototypes),
         "accuracy": [
             {"method": name, "keep": k, "mean": mean(scores), "standard_error": standard_error(scores),
-             "families": {family: statistics.fmean(values) for family, values in scores.items()}}
+             "families": family_means(scores)}
             for (name, k), scores in results.items()
         ],
         "picture": str(picture),

@@ -49,7 +49,7 @@ def ask(
     Parameters
     ----------
     images
-        For each question its images, at least one, shown before the question in this order.
+        For each question its images, shown before the question in this order.
     questions
         In plain words: the model's own chat template is applied.
     schedule
@@ -59,6 +59,19 @@ def ask(
     -------
     list[Answer], one a question
     """
+    return answer(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, ready for `generate`, and how many images each shows."""
+
+    inputs: Any
+    images: list[int]
+
+
+def prepare(model: Any, processor: Any, images: Sequence[Sequence[Picture.Image]], questions: Sequence[str]) -> Prompts:
+    """Process a batch of questions about images, as `ask` takes them, once for many answers."""
     if processor.chat_template is None:
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
     texts = [
@@ -73,16 +86,22 @@ def ask(
         )
         for own, question in zip(images, questions, strict=True)
     ]
-    shown = [list(own) for own in images]
+    shown = [list(own) for own in images] if any(images) else None
     inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    inputs = inputs.to(model.device, model.dtype)
+    return Prompts(inputs.to(model.device, model.dtype), [len(own) for own in images])
+
+
+def answer(
+    model: Any, processor: Any, prompts: Prompts, schedule: Schedule | None = None, max_new_tokens: int = 32
+) -> list[Answer]:
+    """Answer prepared prompts greedily under a schedule; None leaves the model as it is."""
     with torch.inference_mode(), (schedule or Schedule([]))(model) as pruning:
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    words = processor.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        out = model.generate(**prompts.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+    words = processor.batch_decode(out[:, prompts.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     found = iter(zip(pruning.images, pruning.kept, strict=True))
     answers = []
-    for text, own in zip(words, images, strict=True):
-        layouts, stages = zip(*(next(found) for _ in own), strict=True)
-        kept = [stage[-1].tolist() if stage else list(range(i.count)) for i, stage in zip(layouts, stages, strict=True)]
-        answers.append(Answer(text.strip(), kept, list(layouts)))
+    for text, count in zip(words, prompts.images, strict=True):
+        own = [next(found) for _ in range(count)]
+        kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in own]
+        answers.append(Answer(text.strip(), kept, [image for image, _ in own]))
     return answers

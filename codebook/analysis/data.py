@@ -65,12 +65,7 @@ def of_miniature(split: str = "train", seed: int = 0, count: int = 50) -> list[S
     Scenes of the train split are no training images, but like them; the test split is for final measurements only.
     """
     questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, split, seed, count)]
-    return [Sample(_images(q), q.question, q.answer, q.family, q.family) for q in questions]
-
-
-def _images(question: Any) -> tuple[Picture.Image, ...]:
-    """A miniature question's pictures: one, or as many as it has."""
-    return tuple(question.images) if hasattr(question, "images") else (question.image,)
+    return [Sample(tuple(q.images), q.question, q.answer, q.family, q.family) for q in questions]
 
 
 def read(source: Path) -> list[Sample]:

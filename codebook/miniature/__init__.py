@@ -27,9 +27,9 @@ def load(device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProce
     return model.load(FOLDER, device)
 
 
-def prompt(processor: LlavaProcessor, question: str) -> str:
-    """Wrap a question about one image into the chat template."""
-    content = [{"type": "image"}, {"type": "text", "text": question}]
+def prompt(processor: LlavaProcessor, question: str, images: int = 1) -> str:
+    """Wrap a question about that many images into the chat template."""
+    content = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
     messages: list = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from codebook.errors import CodebookError
 from codebook.miniature.scenes import GRID, PATCH, SIDE
-from codebook.miniature.tasks import vocabulary
+from codebook.miniature.tasks import PLACES, vocabulary
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
@@ -32,12 +32,15 @@ TEXT: dict[str, Any] = {
     "intermediate_size": 432,
 }
 
-# Images come before the text, as in LLaVA, so a prompt never ends with a visual token.
+# Images come before the text, as in LLaVA, so a prompt never ends with a visual token. Several are counted aloud, or
+# nothing would tell where one ends and the next begins.
 TEMPLATE = (
+    "{% set places = " + str(list(PLACES)) + " %}"
     "{{ bos_token }}{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<assistant>{% else %}<user>{% endif %}"
     "{% if message['content'] is string %} {{ message['content'] }}{% else %}"
-    "{% for part in message['content'] if part['type'] == 'image' %}<image>{% endfor %}"
+    "{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{% for part in images %}{% if images | length > 1 %}{{ places[loop.index0] }}{% endif %}<image>{% endfor %}"
     "{% for part in message['content'] if part['type'] == 'text' %} {{ part['text'] }}{% endfor %}"
     "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -61,7 +64,7 @@ def processor() -> LlavaProcessor:
         additional_special_tokens=["<image>", "<user>", "<assistant>"],
         padding_side="left",
         clean_up_tokenization_spaces=False,
-        model_max_length=1024,
+        model_max_length=2048,
     )
     images = CLIPImageProcessor(
         size={"height": SIDE, "width": SIDE},
@@ -92,7 +95,7 @@ def model(seed: int = 0) -> LlavaForConditionalGeneration:
         text_config=LlamaConfig(
             **TEXT,
             vocab_size=len(WORDS),
-            max_position_embeddings=1024,
+            max_position_embeddings=2048,
             pad_token_id=PAD,
             bos_token_id=BOS,
             eos_token_id=EOS,

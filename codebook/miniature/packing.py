@@ -1,14 +1,15 @@
-"""Training batches: many questions behind one picture, and the forward pass that shares its prefix.
+"""Training batches: many questions behind one scene, album or film, and the forward pass that shares its prefix.
 
-A row holds the visual prefix once and about ten questions after it. Each question sees the prefix and
-itself only, and its positions continue right after the prefix, so every logit equals that of the stock
-model asked this one question.
+A row holds the visual prefix once and its questions after it. Each question sees the prefix and itself only, and its
+positions continue right after the prefix, so every logit equals that of the stock model asked this one question.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,28 +18,54 @@ from transformers import LlavaForConditionalGeneration
 
 from codebook.miniature import model as architecture
 from codebook.miniature.model import ASSISTANT, BOS, EOS, PAD, USER, WORDS
-from codebook.miniature.scenes import GRID, labels, scene
-from codebook.miniature.tasks import FAMILIES, ask
+from codebook.miniature.scenes import FRAMES, GRID, album, film, labels, scene
+from codebook.miniature.tasks import FAMILIES, PLACES, ask, scenes
 
 TOKENS = GRID * GRID
 PREFIX = 2  # <s> <user>, before the visual tokens
 LENGTH = 112  # text tokens of a row
-EXTRA = ("exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr")  # after one of each family
-# Places are learned last: sixteen answers, each seen once in a hundred questions.
-EMPHASIS = {"loc": 2.0, "rel": 2.0, "box": 1.5, "ocr": 1.5}
+ONE = ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap")  # each first asked once about a scene
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the batches of a stage are about.
+
+    Attributes
+    ----------
+    extra : families asked about a scene after one question of each; none: no questions at all
+    emphasis : of families in the loss, where it is not 1
+    crowded : fraction of crowded scenes
+    shares : of 100 steps, how many are about scenes, and about scenes or albums; the others are about films
+    """
+
+    extra: tuple[str, ...] = ()
+    emphasis: dict[str, float] = field(default_factory=dict)
+    crowded: float = 0.0
+    shares: tuple[int, int] = (100, 100)
+
+
+CROWDED = Study(crowded=0.75)
+SCENES = Study(extra=("exist", "exist", "rel", "count", "attr", "ocr"))
+ALL = Study(
+    extra=("exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr"),
+    # Places are learned last: sixteen answers, each seen once in a hundred questions.
+    emphasis={"loc": 2.0, "rel": 2.0, "box": 1.5, "ocr": 1.5, "count": 1.5},
+    shares=(70, 84),
+)
 IDS = {word: i for i, word in enumerate(WORDS)}
 
 
 @dataclass
 class Batch:
-    """A packed batch of B pictures; text arrays are (B, 112).
+    """A packed batch of B rows of N images; text arrays are (B, L), as long as the longest row needs.
 
     Attributes
     ----------
-    pixels : float (B, 3, 96, 96)
-    shape, color, digit : int (B, 144), what a patch shows, -1 for nothing
-    box : float (B, 144, 4)
-    kept : int (B, K), ascending: the visual tokens that the language model is given
+    pixels : float (B * N, 3, 96, 96)
+    shape, color, digit : int (B * N, 144), what a patch shows, -1 for nothing
+    box : float (B * N, 144, 4)
+    kept : int (B * N, K), ascending: the visual tokens that the language model is given
     tokens, segment, position, target : int; segment -1 is padding, target -100 is not learned
     family : int, the row of FAMILIES
     weight : float, of the target in the loss
@@ -66,32 +93,44 @@ def encode(text: str) -> list[int]:
     return [IDS[word] for word in re.findall(r"\w+|[^\w\s]+", text.lower())]
 
 
-def batch(size: int, seed: int, step: int, worker: int, *, dense: float = 0.0, drop: bool = True) -> Batch:
+def batch(size: int, seed: int, step: int, worker: int, study: Study = ALL, *, drop: bool = True) -> Batch:
     """Make the batch of a step; it depends on the arguments alone, so a resumed run sees the same ones.
 
     Parameters
     ----------
-    size : pictures B
-    dense : fraction of crowded scenes, for the vision stage; no questions are asked about those
+    size : images; steps about albums and films have as many rows as fit into that
     drop : let most of the batches lose visual tokens
     """
     rng = np.random.Generator(np.random.PCG64([seed, step, worker, 7]))
+    # The same choices on every worker, for they wait for each other.
+    shared = np.random.Generator(np.random.PCG64([seed, step, 8]))
+    draw, count = _subject(study, shared)
+    more = {} if draw is scene else {"count": count}
     rows: list[dict[str, np.ndarray]] = []
-    for i in range(size):
-        crowded = rng.random() < dense
-        picture = scene("train", 0, seed, step, worker, i, dense=crowded)
-        row = {"pixels": picture.pixels, **labels(picture)}
-        rows.append({**row, **_questions(picture if not dense else None, rng)})
-    stacked = {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
-    stacked["pixels"] = stacked["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
-    busy = (stacked["shape"] >= 0) | (stacked["digit"] >= 0)
-    # The same choice on every worker, for they wait for each other.
-    stacked["kept"] = _kept(busy, np.random.Generator(np.random.PCG64([seed, step, 8])) if drop else None)
-    return Batch(**stacked)
+    marks: list[dict[str, np.ndarray]] = []
+    for i in range(max(1, size // count)):
+        crowded = {"dense": True} if rng.random() < study.crowded else more
+        shown = draw("train", 0, seed, step, worker, i, **crowded)
+        marks += [{"pixels": picture.pixels, **labels(picture)} for picture in scenes(shown)]
+        rows.append(_questions(shown, _order(study, draw, rng), study.emphasis, rng))
+    used = max(16, *(int((row["segment"] >= 0).sum()) for row in rows))
+    text = {name: torch.from_numpy(np.stack([row[name][:used] for row in rows])) for name in rows[0]}
+    text["position"] += PREFIX + count * (TOKENS + (count > 1))
+    seen = {name: torch.from_numpy(np.stack([mark[name] for mark in marks])) for name in marks[0]}
+    seen["pixels"] = seen["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
+    busy = (seen["shape"] >= 0) | (seen["digit"] >= 0)
+    return Batch(**seen, **text, kept=_kept(busy, shared if drop else None))
+
+
+def _subject(study: Study, rng: np.random.Generator) -> tuple[Callable[..., Any], int]:
+    kind, count = int(rng.integers(100)), int(rng.integers(FRAMES[0], FRAMES[1] + 1))
+    if kind < study.shares[0]:
+        return scene, 1
+    return (album, 2 + (kind % 10 >= 7)) if kind < study.shares[1] else (film, count)
 
 
 def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
-    """Choose the visual tokens (B, K) that a batch keeps.
+    """Choose the visual tokens (B * N, K) that a batch keeps.
 
     Of ten batches four keep all, three lose background only, three lose tokens at random: losing
     background alone would teach the model to favour pruners that keep objects.
@@ -106,25 +145,33 @@ def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
     return order.topk(count, dim=1).indices.sort(1).values
 
 
-def _questions(picture, rng: np.random.Generator) -> dict[str, np.ndarray]:
+def _order(study: Study, draw: Callable[..., Any], rng: np.random.Generator) -> list[str]:
+    """Families to ask about, in turn; more than fit."""
+    if draw is not scene:
+        return ["multi"] * 10 if draw is album else ["video"] * 24
+    if not study.extra:
+        return []
+    order = [ONE[i] for i in rng.permutation(len(ONE))]
+    if study.emphasis and rng.random() < 0.5:
+        order.remove("cap")  # as long as three other questions
+    return order + [study.extra[i] for i in rng.permutation(len(study.extra))]
+
+
+def _questions(
+    shown: Any, order: list[str], emphasis: dict[str, float], rng: np.random.Generator
+) -> dict[str, np.ndarray]:
     row = {
         "tokens": np.full(LENGTH, PAD),
         "segment": np.full(LENGTH, -1),
-        "position": np.full(LENGTH, PREFIX + TOKENS),
+        "position": np.zeros(LENGTH, np.int64),
         "target": np.full(LENGTH, -100),
         "family": np.full(LENGTH, -1),
         "weight": np.zeros(LENGTH, np.float32),
     }
-    if picture is None:
-        return row
-    order = [FAMILIES[i] for i in rng.permutation(len(FAMILIES))]
-    if rng.random() < 0.5:
-        order.remove("cap")  # as long as three other questions
-    order += [EXTRA[i] for i in rng.permutation(len(EXTRA))]
     seen: set[str] = set()
     start = 0
     for family in order:
-        parts = ask(picture, family, rng)
+        parts = ask(shown, family, rng)
         if parts is None or parts[0] in seen:
             continue
         seen.add(parts[0])
@@ -135,11 +182,11 @@ def _questions(picture, rng: np.random.Generator) -> dict[str, np.ndarray]:
         spot, reply = slice(start, end), slice(start + len(question), end)
         row["tokens"][spot] = [*question, ASSISTANT, *answer]
         row["segment"][spot] = len(seen)
-        row["position"][spot] += np.arange(end - start)
+        row["position"][spot] = np.arange(end - start)
         row["target"][reply] = [*answer, EOS]
         row["family"][spot] = FAMILIES.index(family)
         # Between "every token counts the same" and "every question does".
-        row["weight"][reply] = EMPHASIS.get(family, 1.0) * (len(answer) + 1) ** -0.5
+        row["weight"][reply] = emphasis.get(family, 1.0) * (len(answer) + 1) ** -0.5
         start = end
     return row
 
@@ -169,22 +216,26 @@ def answer(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: B
 
     Parameters
     ----------
-    visual : float (B, 144, 160), the projected tokens; those not in ``packed.kept`` are left out
+    visual : float (B * N, 144, 160), the projected tokens; those not in ``packed.kept`` are left out
 
     Returns
     -------
-    float (N, vocabulary): logits at the N places that have a target, in row-major order
+    float (T, vocabulary): logits at the T places that have a target, in row-major order
     """
     language = built.model.language_model
-    size, kept = packed.kept.shape
+    size, count = len(packed.tokens), len(visual) // len(packed.tokens)
     visual = visual.gather(1, packed.kept[..., None].expand(-1, -1, visual.shape[-1]))
+    embed, kept = language.embed_tokens, packed.kept
     head = torch.tensor([BOS, USER], device=visual.device).expand(size, -1)
-    embed = language.embed_tokens
-    hidden = torch.cat([embed(head), visual, embed(packed.tokens)], 1)
     start = torch.arange(PREFIX, device=visual.device).expand(size, -1)
-    positions = torch.cat([start, PREFIX + packed.kept, packed.position], 1)
+    if count > 1:  # the template counts them aloud
+        words = torch.tensor([IDS[place] for place in PLACES[:count]], device=visual.device).repeat(size)
+        visual = torch.cat([embed(words)[:, None], visual], 1)
+        kept = F.pad(kept + 1, (1, 0)) + torch.arange(count, device=visual.device).repeat(size)[:, None] * (TOKENS + 1)
+    hidden = torch.cat([embed(head), visual.reshape(size, -1, visual.shape[-1]), embed(packed.tokens)], 1)
+    positions = torch.cat([start, PREFIX + kept.reshape(size, -1), packed.position], 1)
     cos, sin = (part[:, :, None] for part in language.rotary_emb(hidden, positions))
-    prefix = PREFIX + kept
+    prefix = hidden.shape[1] - packed.tokens.shape[1]
     mask = _mask(packed.segment, prefix)
     for layer in language.layers[:-1]:
         hidden = answer_layer(layer, hidden, cos, sin, mask, prefix, 0)

@@ -1,4 +1,4 @@
-"""The questions that are asked about a scene, their answers, and the visual tokens each answer needs."""
+"""The questions asked about scenes, albums and films, their answers, and the visual tokens each answer needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,11 +15,15 @@ from codebook.errors import CodebookError
 from codebook.miniature.scenes import (
     COLOR_NAMES,
     GRID,
+    MOVES,
     SHAPES,
     SIDE,
+    Film,
     Number,
     Scene,
     Thing,
+    album,
+    film,
     scene,
 )
 
@@ -27,30 +32,30 @@ CELLS = 4  # localization names a cell of a 4 x 4 board: a1 (top left) .. d4
 BINS = 24  # box edges are named by bins of 4 pixels: p0 .. p23
 SIDES = ("left", "right", "above", "below")
 RATHER = 8  # pixels by which one axis must win before "left" beats "above"
+PLACES = COUNTS[1:9]  # images of an album and frames of a film are counted from one
 
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one image.
+    """One question about one or more images.
 
     Attributes
     ----------
-    image : the picture, 96 x 96 RGB
+    images : pictures, 96 x 96 RGB: one, an album's two or three, or a film's four to eight frames
     question, answer : plain text, without the chat template
     family : one of FAMILIES
-    patches : the visual tokens that the answer needs, raster order in the 12 x 12 grid; empty where
+    patches : of each image the visual tokens that the answer needs, raster order in the 12 x 12 grid; empty where
         the answer rests on something being absent
     """
 
-    image: Image.Image = field(repr=False)
+    images: tuple[Image.Image, ...] = field(repr=False)
     question: str
     answer: str
     family: str
-    patches: list[int] = field(repr=False)
+    patches: tuple[list[int], ...] = field(repr=False)
 
 
-Parts = tuple[str, str, list[int]]  # question, answer, patches
-Asker = Callable[[Scene, np.random.Generator], Parts | None]
+Parts = tuple[str, str, tuple[list[int], ...]]  # question, answer, patches of each image
 
 
 def _pick(rng: np.random.Generator, options: list | tuple):
@@ -59,6 +64,10 @@ def _pick(rng: np.random.Generator, options: list | tuple):
 
 def _patches(*items: Thing | Number) -> list[int]:
     return sorted({place for item in items for place in item.patches})
+
+
+def _one(question: str, answer: str, *items: Thing | Number) -> Parts:
+    return question, answer, (_patches(*items),)
 
 
 def _names(picture: Scene, thing: Thing) -> list[str]:
@@ -115,7 +124,7 @@ def _exist(picture: Scene, rng: np.random.Generator) -> Parts | None:
         proof = [t for t in picture.things if color in (t.color, None) and shape in (t.shape, None)]
     else:
         proof = [t for t in picture.things if t.color == color or t.shape == shape]
-    return f"is there a {what}?", "yes" if yes else "no", _patches(*proof)
+    return _one(f"is there a {what}?", "yes" if yes else "no", *proof)
 
 
 def _attr(picture: Scene, rng: np.random.Generator) -> Parts | None:
@@ -123,27 +132,27 @@ def _attr(picture: Scene, rng: np.random.Generator) -> Parts | None:
     for name, thing in _referents(picture, rng, number=False):
         assert isinstance(thing, Thing)
         if kind < 10:
-            return f"what size is the {name}?", thing.size, thing.patches
+            return _one(f"what size is the {name}?", thing.size, thing)
         known = "shape" if kind < 55 else "color"
         wanted = "color" if known == "shape" else "shape"
         value = getattr(thing, known)
         if sum(getattr(other, known) == value for other in picture.things) == 1:
             name = value if known == "shape" else f"{value} object"
-            return f"what {wanted} is the {name}?", getattr(thing, wanted), thing.patches
+            return _one(f"what {wanted} is the {name}?", getattr(thing, wanted), thing)
     return None
 
 
 def _count(picture: Scene, rng: np.random.Generator) -> Parts | None:
     kind = int(rng.integers(100))
     if kind < 34:
-        return "how many objects are there?", COUNTS[len(picture.things)], _patches(*picture.things)
+        return _one("how many objects are there?", COUNTS[len(picture.things)], *picture.things)
     key, names = ("color", COLOR_NAMES) if kind < 67 else ("shape", SHAPES)
     # Ask mostly about what is there, or "zero" would be the answer most of the time.
     there = rng.integers(100) < 80
     value = getattr(_pick(rng, picture.things), key) if there else _pick(rng, names)
     found = [t for t in picture.things if getattr(t, key) == value]
     what = value if key == "color" else f"a {value}"
-    return f"how many objects are {what}?", COUNTS[len(found)], _patches(*found)
+    return _one(f"how many objects are {what}?", COUNTS[len(found)], *found)
 
 
 def _loc(picture: Scene, rng: np.random.Generator) -> Parts | None:
@@ -152,7 +161,7 @@ def _loc(picture: Scene, rng: np.random.Generator) -> Parts | None:
         x, y = _centre(item)
         # A centre on the border of two cells has no right answer.
         if all(2 <= z % cell < cell - 2 for z in (x, y)):
-            return f"where is the {name}?", f"{'abcd'[y // cell]}{x // cell + 1}", item.patches
+            return _one(f"where is the {name}?", f"{'abcd'[y // cell]}{x // cell + 1}", item)
     return None
 
 
@@ -161,14 +170,14 @@ def _box(picture: Scene, rng: np.random.Generator) -> Parts | None:
         left, top, right, bottom = item.box
         size = SIDE // BINS
         bins = (left // size, top // size, (right - 1) // size, (bottom - 1) // size)
-        return f"locate the {name}.", " ".join(f"p{b}" for b in bins), item.patches
+        return _one(f"locate the {name}.", " ".join(f"p{b}" for b in bins), item)
     return None
 
 
 def _ocr(picture: Scene, rng: np.random.Generator) -> Parts | None:
     if picture.number is None:
         return None
-    return "read the number.", " ".join(picture.number.digits), picture.number.patches
+    return _one("read the number.", " ".join(picture.number.digits), picture.number)
 
 
 def _rel(picture: Scene, rng: np.random.Generator) -> Parts | None:
@@ -179,7 +188,7 @@ def _rel(picture: Scene, rng: np.random.Generator) -> Parts | None:
         if abs(abs(dx) - abs(dy)) >= RATHER:
             far, near = ("right", "left") if abs(dx) > abs(dy) else ("below", "above")
             side = far if (dx if abs(dx) > abs(dy) else dy) > 0 else near
-            return f"where is the {name} relative to the {other_name}?", side, _patches(item, other)
+            return _one(f"where is the {name} relative to the {other_name}?", side, item, other)
     return None
 
 
@@ -189,14 +198,60 @@ def _word(picture: Scene, rng: np.random.Generator) -> Parts | None:
     main = [t for t in picture.things if t.size == size]
     if len({t.shape for t in main}) != 1:
         return None
-    return "describe in one word.", main[0].shape, _patches(*main)
+    return _one("describe in one word.", main[0].shape, *main)
 
 
 def _cap(picture: Scene, rng: np.random.Generator) -> Parts | None:
     """Caption: every object in the fixed order of the colours, then whether there is a number."""
     order = sorted(picture.things, key=lambda t: (COLOR_NAMES.index(t.color), SHAPES.index(t.shape)))
     names = [f"{t.color} {t.shape}" for t in order] + ["number"] * len(picture.numbers)
-    return "describe.", ", ".join(names), _patches(*picture.things, *picture.numbers)
+    return _one("describe.", ", ".join(names), *picture.things, *picture.numbers)
+
+
+def _multi(scenes: tuple[Scene, ...], rng: np.random.Generator) -> Parts | None:
+    """Which image holds something that one image alone holds, or whether a shape has one colour in both."""
+    alone = [{t.shape: t for t in s.things if sum(o.shape == t.shape for o in s.things) == 1} for s in scenes]
+    both = [shape for shape in SHAPES if all(shape in own for own in alone)]
+    if len(scenes) == 2 and both and rng.integers(100) < 80:
+        same = bool(rng.integers(2))
+        fit = [shape for shape in both if (alone[0][shape].color == alone[1][shape].color) == same]
+        shape = _pick(rng, fit or both)
+        one, two = (own[shape] for own in alone)
+        answer = "same" if one.color == two.color else "different"
+        return f"is the color of the {shape} the same or different?", answer, (one.patches, two.patches)
+    kind = int(rng.integers(100))
+    names = [
+        {(t.color if kind < 80 else "", t.shape if kind < 60 or kind >= 80 else "") for t in s.things} for s in scenes
+    ]
+    held = [(i, name) for i, own in enumerate(names) for name in sorted(own) if sum(name in o for o in names) == 1]
+    if not held:
+        return None
+    i, (color, shape) = _pick(rng, held)
+    proof = [t for t in scenes[i].things if color in (t.color, "") and shape in (t.shape, "")]
+    patches = tuple(_patches(*proof) if i == j else [] for j in range(len(scenes)))
+    return f"which image has a {' '.join(filter(None, (color, shape or 'object')))}?", PLACES[i], patches
+
+
+def _video(shot: Film, rng: np.random.Generator) -> Parts | None:
+    """Which way something moved, what moved, what appeared; and whether this or that did."""
+    last, kind = shot.frames[-1], int(rng.integers(100))
+    movers = tuple(frame.things[0].patches for frame in shot.frames)
+    new = shot.newcomer
+    shown = tuple(new.patches if new in frame.things else [] for frame in shot.frames)
+    if kind < 20:
+        return "what moved?", f"{shot.mover.color} {shot.mover.shape}", movers
+    if kind < 40:
+        return "what appeared?", f"{new.color} {new.shape}", shown
+    if kind < 80:
+        names = _names(last, last.things[0])
+        return (f"which way did the {_pick(rng, names)} move?", shot.move, movers) if names else None
+    verb, actor = ("move", last.things[0]) if kind < 90 else ("appear", new)
+    yes = bool(rng.integers(2))
+    thing = actor if yes else _pick(rng, [t for t in last.things if t != actor])
+    still = tuple(thing.patches for _ in shot.frames)
+    proof = movers if thing is last.things[0] else shown if thing is new else still
+    names = _names(last, thing)
+    return (f"did the {_pick(rng, names)} {verb}?", "yes" if yes else "no", proof) if names else None
 
 
 def _centre(item: Thing | Number) -> tuple[int, int]:
@@ -239,51 +294,72 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[a-z0-9]+", text.lower())
 
 
-# One row a family: how to ask, how to score.
-TABLE: dict[str, tuple[Asker, Callable[[str, str], float]]] = {
-    "exist": (_exist, _exact),
-    "attr": (_attr, _exact),
-    "count": (_count, _exact),
-    "loc": (_loc, _exact),
-    "box": (_box, _overlap),
-    "ocr": (_ocr, _exact),
-    "rel": (_rel, _exact),
-    "word": (_word, _exact),
-    "cap": (_cap, _phrases),
+@dataclass(frozen=True)
+class Family:
+    """What questions of a family are about (a scene, an album, a film), how they are asked and scored."""
+
+    draw: Callable[..., Any]
+    ask: Callable[[Any, np.random.Generator], Parts | None]
+    score: Callable[[str, str], float] = _exact
+
+
+TABLE = {
+    "exist": Family(scene, _exist),
+    "attr": Family(scene, _attr),
+    "count": Family(scene, _count),
+    "loc": Family(scene, _loc),
+    "box": Family(scene, _box, _overlap),
+    "ocr": Family(scene, _ocr),
+    "rel": Family(scene, _rel),
+    "word": Family(scene, _word),
+    "cap": Family(scene, _cap, _phrases),
+    "multi": Family(album, _multi),
+    "video": Family(film, _video),
 }
 FAMILIES = tuple(TABLE)
 
 
-def ask(picture: Scene, family: str, rng: np.random.Generator) -> Parts | None:
-    """Ask one question of a family about a scene, or None where the scene does not allow one.
+def ask(shown: Any, family: str, rng: np.random.Generator) -> Parts | None:
+    """Ask one question of a family about a scene, an album or a film, or None where it does not allow one.
 
     Returns
     -------
-    question, answer, and the indices of the patches that the answer needs
+    question, answer, and for each image the indices of the patches that the answer needs
     """
-    return TABLE[_known(family)][0](picture, rng)
+    return TABLE[_known(family)].ask(shown, rng)
 
 
-def tasks(family: str, split: str = "test", seed: int = 0, count: int = 200) -> Iterator[Question]:
-    """Yield `count` questions of one family, each about a scene of its own.
+def scenes(shown: Scene | tuple[Scene, ...] | Film) -> tuple[Scene, ...]:
+    """The images of a scene, an album or a film."""
+    if isinstance(shown, Scene):
+        return (shown,)
+    return shown.frames if isinstance(shown, Film) else shown
+
+
+def tasks(
+    family: str, split: str = "test", seed: int = 0, count: int = 200, *, look: str = "plain"
+) -> Iterator[Question]:
+    """Yield `count` questions of one family, each about a scene, an album or a film of its own.
 
     Parameters
     ----------
     family : one of FAMILIES
     split : "test" is disjoint from what the miniature was trained on
     seed : same seed, same questions, on every machine
+    look : one of `codebook.miniature.scenes.LOOKS`
     """
-    _known(family)
+    draw = TABLE[_known(family)].draw
     index = found = 0
     while found < count:
         # Streams of seed 0.. with a leading 1 are for questions; training leads with 0.
-        picture = scene(split, 1, seed, index)
+        shown = draw(split, 1, seed, index, look=look)
         rng = np.random.Generator(np.random.PCG64([FAMILIES.index(family), seed, index]))
-        parts = ask(picture, family, rng)
+        parts = ask(shown, family, rng)
         index += 1
         if parts is not None:
             found += 1
-            yield Question(Image.fromarray(picture.pixels), parts[0], parts[1], family, parts[2])
+            images = tuple(Image.fromarray(picture.pixels) for picture in scenes(shown))
+            yield Question(images, parts[0], parts[1], family, parts[2])
 
 
 def score(family: str, prediction: str, answer: str) -> float:
@@ -292,7 +368,7 @@ def score(family: str, prediction: str, answer: str) -> float:
     Exact words, except box (1 if the intersection over union is at least 0.5) and cap (F1 over the
     comma-separated phrases, in any order).
     """
-    return TABLE[_known(family)][1](prediction, answer)
+    return TABLE[_known(family)].score(prediction, answer)
 
 
 def _known(family: str) -> str:
@@ -302,20 +378,15 @@ def _known(family: str) -> str:
 
 
 def vocabulary() -> list[str]:
-    """Every word of the questions and answers, and some that later families will need."""
-    grammar = "is there a an the what which where who how many are do does in one word of to relative"
-    asked = "describe read locate find object objects number color shape size small big yes no"
-    later = (
-        "first second third last image images picture left right above below up down appeared moved same "
-        "different frame frames video both only between and or not it that this has more less than other "
-        "before after still gone new nothing background empty top bottom middle center row column letter "
-        "text says say write list every all any none between inside outside near far next answer question "
-        "i you can see with on at as by for from was were will did change changed turn most least"
+    """Every word of the questions and answers."""
+    text = (
+        "is there a an the what which where who how many are do does did in one word of to relative same or different "
+        "describe read locate find object objects number color shape size small big yes no image images picture frame "
+        "has way move moved appear appeared first last"
     )
-    words = [*grammar.split(), *asked.split(), *COLOR_NAMES, *SHAPES, *COUNTS, *SIDES]
-    words += [f"{s}s" for s in SHAPES[:4]] + ["crosses", "rings", "gradient", "noise", "stripe", "check"]
+    words = [*text.split(), *COLOR_NAMES, *SHAPES, *COUNTS, *SIDES, *MOVES]
     words += [str(d) for d in range(10)] + [f"{r}{c + 1}" for r in "abcd" for c in range(CELLS)]
-    words += [f"p{b}" for b in range(BINS)] + ["?", ".", ",", ":", "!", *later.split()]
+    words += [f"p{b}" for b in range(BINS)] + ["?", ".", ",", ":", "!"]
     return list(dict.fromkeys(words))
 
 

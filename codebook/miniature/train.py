@@ -1,9 +1,13 @@
-"""Train the miniature from scratch: first its eyes, then both together.
+"""Train the miniature from scratch: first its eyes, then its words, then places and several images.
 
 1. Vision: crowded scenes, every patch says what it shows, [CLS] what is in the picture, and the projected
    tokens are drawn towards the words for it.
-2. Joint: about eleven questions behind each picture; the loss is on the answers, plus a fading pull of
-   the projected tokens towards their words.
+2. Words: many questions behind each scene; the loss is on the answers.
+3. Places: where things are, too, and albums and films; projected tokens are drawn towards the words for places,
+   and background away from all words. Begun with this, words are not learned: after 600 steps no colour was.
+
+The rate of learning is warmed up, held, and in some stages faded over the last part. Until it fades a step does not
+depend on how many are to come, so a run can be made longer or shorter while it holds.
 
 A batch depends on the seed and the step only and the checkpoint holds everything else, so a run that was
 stopped goes on as if it had not been.
@@ -24,20 +28,22 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
-from transformers import LlavaForConditionalGeneration, LlavaProcessor
 from transformers.utils import logging
 
 from codebook.errors import CodebookError
 from codebook.miniature import model as architecture
-from codebook.miniature import packing, prompt
+from codebook.miniature import packing
 from codebook.miniature.optimizer import Muon
 from codebook.miniature.packing import IDS, Batch
-from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES
-from codebook.miniature.tasks import CELLS, FAMILIES, score, tasks
+from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, SIDE
+from codebook.miniature.tasks import BINS, CELLS, FAMILIES
 
 NAMES = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789")}
+STUDIES = {"vision": packing.CROWDED, "words": packing.SCENES, "places": packing.ALL}
+FINE = 0.005  # half a pixel: errors of a pixel or two must still pull, or boxes stay blunt
+BIN_IDS = [IDS[f"p{b}"] for b in range(BINS)]
 CELL_NAMES = tuple(f"{row}{column + 1}" for row in "abcd" for column in range(CELLS))
-STAGES = ("vision", "joint")
+STAGES = ("vision", "words", "places")
 
 
 @dataclass(frozen=True)
@@ -46,24 +52,25 @@ class Recipe:
 
     Attributes
     ----------
-    minutes, steps : the budget of each stage (vision, joint), by the clock or in steps; steps win
-    batch : pictures a step and worker, for each stage
+    steps : of each stage (vision, words, places)
+    batch : images a step and worker, for each stage
     muon, adam : peak learning rates of each stage
-    hold : fraction of a stage at the peak rate, before it fades as a cosine
-    slow : factors on muon for vision tower and projector in the joint stage, or they forget digits
-    drop : let batches of the joint stage lose visual tokens
-    align : weight of the pull towards words at the start of the joint stage
+    fade : last fraction of each stage, over which the rate fades as a cosine
+    warm : steps of a stage until the rate is at its peak
+    slow : factors on muon for vision tower and projector in the last stage, or they forget digits
+    drop : let batches after the vision stage lose visual tokens
+    align : weight of the pull towards words in each stage; in the last it fades with the rate
     """
 
-    minutes: tuple[float, float] = (6.0, 70.0)
-    steps: tuple[int, int] | None = None
-    batch: tuple[int, int] = (24, 16)
-    muon: tuple[float, float] = (0.02, 0.008)
-    adam: tuple[float, float] = (2e-3, 8e-4)
-    hold: float = 0.5
+    steps: tuple[int, int, int] = (300, 400, 2600)
+    batch: tuple[int, int, int] = (24, 16, 16)
+    muon: tuple[float, float, float] = (0.02, 0.02, 0.008)
+    adam: tuple[float, float, float] = (2e-3, 2e-3, 8e-4)
+    fade: tuple[float, float, float] = (0.5, 0.0, 0.35)
+    warm: int = 25
     slow: tuple[float, float] = (0.3, 0.3)
     drop: bool = True
-    align: float = 0.5
+    align: tuple[float, float, float] = (1.0, 0.3, 0.5)
     seed: int = 0
 
 
@@ -75,14 +82,15 @@ class Heads(nn.Module):
         width = architecture.VISION["hidden_size"]
         self.patch = nn.ModuleDict({name: nn.Linear(width, len(v) + 1) for name, v in NAMES.items()})
         self.box = nn.Linear(width, 4)
-        self.align_box = nn.Linear(architecture.TEXT["hidden_size"], 4)
+        text = architecture.TEXT["hidden_size"]
+        self.align_box = nn.Linear(text, 4)
+        self.edges = nn.Linear(text, 4 * text, bias=False)
         self.summary = nn.Linear(width, sum(len(v) for v in NAMES.values()))
 
 
 def train(
     out: str | Path,
     *,
-    minutes: float | None = None,
     steps: int | None = None,
     seed: int = 0,
     resume: bool = True,
@@ -95,7 +103,7 @@ def train(
     Parameters
     ----------
     out : folder for ``checkpoint.pt``, ``recipe.json``, ``log.jsonl`` and ``weights/``
-    minutes, steps : budget of both stages together, a tenth of it for vision; default 76 minutes
+    steps : of the last stage; of the others no more than that
     resume : go on from ``out/checkpoint.pt`` if there is one
     device : "cpu" or "cuda"; default a GPU if there is one
     workers : processes of one thread each; two of one beat one of two on a CPU; default the cores
@@ -103,10 +111,8 @@ def train(
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    if minutes is not None:
-        options["minutes"] = (0.1 * minutes, 0.9 * minutes)
     if steps is not None:
-        options["steps"] = (max(1, steps // 10), steps - max(1, steps // 10))
+        options["steps"] = (*(min(steps, usual) for usual in Recipe.steps[:2]), steps)
     try:
         recipe = Recipe(seed=seed, **options)
     except TypeError as error:
@@ -211,30 +217,24 @@ class Run:
         which = STAGES.index(stage)
         if self.stage != stage:
             self.stage, self.step, self.elapsed = stage, 0, 0.0
-            self._settle()
-        recipe = self.recipe
+            if stage == "places":
+                self._settle()
+        steps = self.recipe.steps[which]
         begin = time.monotonic() - self.elapsed
         saved = told = time.monotonic()
         tally: dict[str, list[float]] = {}
-        if self.device == "cpu" and recipe.steps is None and shutil.which("g++"):
+        if self.device == "cpu" and steps > 100 and shutil.which("g++"):
             # A quarter less time a step; not worth the minute of compilation in a run of a few steps.
             packing.answer_layer = torch.compile(packing.plain_layer, dynamic=True)
-        while True:
-            now = time.monotonic()
+        while self.step < steps:
+            progress, now = self.step / steps, time.monotonic()
             self.elapsed = now - begin
-            if recipe.steps is not None:
-                progress = self.step / recipe.steps[which]
-            else:
-                progress = self.elapsed / 60 / recipe.minutes[which]
-            progress = self._agree(progress)
-            if progress >= 1:
-                break
-            for name, (total, count) in self.advance(progress).items():
+            for name, (total, count) in self.advance().items():
                 entry = tally.setdefault(name, [0.0, 0.0])
                 entry[0] += total
                 entry[1] += count
             self.step += 1
-            if now - told > 30 or recipe.steps is not None:
+            if now - told > 30 or self.step == steps:
                 self._tell(progress, tally)
                 told, tally = now, {}
             if now - saved > every:
@@ -255,36 +255,31 @@ class Run:
         projector.linear_2.weight.mul_(factor)
         projector.linear_2.bias.mul_(factor)
 
-    def _agree(self, progress: float) -> float:
-        """Take the first worker's clock for all, or they would stop at different steps."""
-        if self.workers == 1:
-            return progress
-        shared = torch.tensor([progress if self.rank == 0 else 0.0], dtype=torch.float64)
-        return float(self._sum(shared))
-
     def _tell(self, progress: float, tally: dict[str, list[float]]) -> None:
         if self.rank:
             return
         means = {name: round(total / max(count, 1), 3) for name, (total, count) in tally.items()}
+        left = self.elapsed / 60 * (1 / max(progress, 1e-9) - 1)
         line = {"stage": self.stage, "step": self.step, "minutes": round(self.elapsed / 60, 1), **means}
         with (self.out / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
-        print(f"{progress:5.1%}", line, flush=True)
+        print(f"{progress:5.1%}, {left:.0f} min left", line, flush=True)
 
-    def advance(self, progress: float) -> dict[str, tuple[float, float]]:
+    def advance(self) -> dict[str, tuple[float, float]]:
         """Take one step; return sums and counts of what was measured on the way."""
         which = STAGES.index(self.stage)
         size, seed = self.recipe.batch[which], self.recipe.seed
-        joint = self.stage == "joint"
         packed = packing.batch(
-            size, 2 * seed + which, self.step, self.rank, dense=0 if joint else 0.75, drop=self.recipe.drop
+            size, len(STAGES) * seed + which, self.step, self.rank, STUDIES[self.stage], drop=self.recipe.drop
         ).to(self.device)
-        loss, seen = self._joint(packed, progress) if joint else self._vision(packed)
+        left, last = 1 - self.step / self.recipe.steps[which], self.recipe.fade[which]
+        fade = max(0.0, 1 - left / last) if last else 0.0
+        rate = min(1.0, (self.step + 1) / self.recipe.warm) * (0.02 + 0.98 * math.cos(fade * math.pi / 2) ** 2)
+        pull = self.recipe.align[which] * (1 - 0.8 * fade * (self.stage == "places"))
+        loss, seen = self._vision(packed, pull) if self.stage == "vision" else self._answers(packed, pull)
         loss.backward()
         self._reduce()
-        fade = max(0.0, progress - self.recipe.hold) / (1 - self.recipe.hold)
-        rate = min(1.0, (progress + 0.002) / 0.03) * (0.02 + 0.98 * math.cos(fade * math.pi / 2) ** 2)
-        self.muon.step(self.recipe.muon[which] * rate, self.slow if joint else None)
+        self.muon.step(self.recipe.muon[which] * rate, self.slow if self.stage == "places" else None)
         for group in self.adam.param_groups:
             group["lr"] = self.recipe.adam[which] * rate
         self.adam.step()
@@ -304,10 +299,10 @@ class Run:
                 parameter.grad = part.view_as(parameter)
         nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
 
-    def _vision(self, packed: Batch) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def _vision(self, packed: Batch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         features, summary = packing.see(self.model, packed.pixels, summary=True)
         assert summary is not None
-        loss = self._summarise(packed, summary) + self._align(packed, features)
+        loss = self._summarise(packed, summary) + pull * self._align(packed, features)
         seen = {}
         for name in NAMES:
             truth = getattr(packed, name)
@@ -333,11 +328,19 @@ class Run:
         words = self.model.model.language_model.embed_tokens.weight
         busy = (packed.shape >= 0) | (packed.digit >= 0)
         place = _edges(packed.box)
-        loss = 5 * F.smooth_l1_loss(self.heads.align_box(projected)[busy], place[busy], beta=0.05)
+        places = self.stage == "places"
+        error = self.heads.align_box(projected)[busy] - place[busy]
+        loss = 5 * F.smooth_l1_loss(error, torch.zeros_like(error), beta=FINE if places else 0.05)
+        if places:
+            # Through one matrix an edge, the bins' own words: what an answering layer has to do.
+            edges = self.heads.edges(projected[busy]).unflatten(-1, (4, -1)) @ self.model.lm_head.weight[BIN_IDS].T
+            pixels = (place[busy] * SIDE).round().long() - torch.tensor([0, 0, 1, 1], device=place.device)
+            loss = loss + 0.5 * F.cross_entropy(edges.flatten(0, 1), (pixels // (SIDE // BINS)).flatten())
         truths = {name: (getattr(packed, name), values) for name, values in NAMES.items()}
-        # Where it is, too: without this pull, localization stays at chance for a tenth of the training.
-        centre = ((place[..., :2] + place[..., 2:]) * 0.5 * CELLS).long().clamp(0, CELLS - 1)
-        truths["cell"] = torch.where(busy, centre[..., 1] * CELLS + centre[..., 0], -1), CELL_NAMES
+        if places:
+            # Without this pull, localization stays at chance for a tenth of the training.
+            centre = ((place[..., :2] + place[..., 2:]) * 0.5 * CELLS).long().clamp(0, CELLS - 1)
+            truths["cell"] = torch.where(busy, centre[..., 1] * CELLS + centre[..., 0], -1), CELL_NAMES
         unit = F.normalize(projected, dim=-1)
         for truth, values in truths.values():
             chosen = words[torch.tensor([IDS[v] for v in values], device=words.device)]
@@ -345,11 +348,12 @@ class Run:
             there = truth >= 0
             if there.any():
                 loss = loss + F.cross_entropy(16 * cosine[there], truth[there])
-            # Background names nothing, or every place there is would drown those of the objects.
-            loss = loss + cosine[~busy].square().sum(-1).mean()
+            if places:
+                # Background names nothing, or every place there is would drown those of the objects.
+                loss = loss + cosine[~busy].square().sum(-1).mean()
         return loss
 
-    def _joint(self, packed: Batch, progress: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def _answers(self, packed: Batch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         often = self.step % 4 == 0  # keeps [CLS] in step with the layers below it
         features, summary = packing.see(self.model, packed.pixels, summary=often)
         visual = self.model.model.multi_modal_projector(features)
@@ -357,8 +361,8 @@ class Run:
         there = packed.target >= 0
         truth, weight = packed.target[there], packed.weight[there]
         loss = (F.cross_entropy(logits, truth, reduction="none") * weight).sum() / weight.sum()
-        if self.recipe.align:
-            loss = loss + self.recipe.align * (1 - 0.8 * progress) * self._align(packed, features)
+        if pull:
+            loss = loss + pull * self._align(packed, features)
         if summary is not None:
             loss = loss + 0.5 * self._summarise(packed, summary)
         wrong = torch.zeros_like(packed.target)
@@ -386,42 +390,3 @@ def _by_family(packed: Batch, wrong: torch.Tensor) -> dict[str, tuple[float, flo
         name: (float(((family == i) & (misses == 0)).sum()), float((family == i).sum()))
         for i, name in enumerate(FAMILIES)
     }
-
-
-@torch.inference_mode()
-def evaluate(
-    model: LlavaForConditionalGeneration,
-    processor: LlavaProcessor,
-    split: str = "test",
-    count: int = 200,
-    visual: bool = True,
-    *,
-    seed: int = 0,
-    families: tuple[str, ...] = FAMILIES,
-    batch: int = 50,
-) -> dict[str, float]:
-    """Answer `count` questions of each family greedily and return the mean score of each.
-
-    Parameters
-    ----------
-    visual : False leaves the image out of the prompt: what the questions alone give away
-    """
-    out = {}
-    for family in families:
-        asked = list(tasks(family, split, seed, count))
-        total = 0.0
-        for start in range(0, count, batch):
-            part = asked[start : start + batch]
-            texts = [prompt(processor, q.question) for q in part]
-            if visual:
-                inputs = processor(images=[q.image for q in part], text=texts, padding=True, return_tensors="pt")
-            else:
-                texts = [text.replace("<image>", "") for text in texts]
-                inputs = processor(text=texts, padding=True, return_tensors="pt")
-            inputs = inputs.to(model.device)
-            answers = model.generate(**inputs, do_sample=False, max_new_tokens=24)  # type: ignore[misc]
-            new = answers[:, inputs["input_ids"].shape[1] :]
-            said = processor.batch_decode(new, skip_special_tokens=True)
-            total += sum(score(family, s, q.answer) for s, q in zip(said, part, strict=True))
-        out[family] = total / count
-    return out

@@ -7,24 +7,32 @@ import pytest
 
 from codebook.errors import CodebookError
 from codebook.miniature import FAMILIES, tasks, write_images
-from codebook.miniature.scenes import GRID, PERIODS, TRAIN_DIGITS, digits, labels, scene
+from codebook.miniature.scenes import GRID, PERIODS, TRAIN_DIGITS, album, digits, film, labels, scene
+from codebook.miniature.tasks import scenes
 
 
-def digest(split, dense=False):
-    pixels = [scene(split, 0, i, dense=dense).pixels.tobytes() for i in range(40)]
+def digest(split, draw, **options):
+    pixels = []
+    for i in range(20):
+        shown = draw(split, 0, i, **options)
+        pixels += [picture.pixels.tobytes() for picture in scenes(shown)]
     return hashlib.sha256(b"".join(pixels)).hexdigest()[:16]
 
 
 @pytest.mark.parametrize(
-    ("split", "dense", "expected"),
+    ("split", "draw", "options", "expected"),
     [
-        ("train", False, "6e42838c39ddd2ec"),
-        ("test", False, "d3af379f8f0cf7a1"),
-        ("train", True, "a3be8067ba143094"),
+        ("train", scene, {}, "e0935550175bfcee"),
+        ("test", scene, {}, "97422daa7b1592c8"),
+        ("train", scene, {"dense": True}, "d83f0312d8d23c86"),
+        ("test", scene, {"look": "noise"}, "dc07899107c4df51"),
+        ("test", scene, {"look": "scale"}, "04cf05608e3eb54b"),
+        ("test", album, {}, "b94a16cab38443ee"),
+        ("test", film, {}, "cf72cbf07632a3a3"),
     ],
 )
-def test_scenes_are_the_same_bytes_on_every_machine(split, dense, expected):
-    assert digest(split, dense) == expected
+def test_scenes_are_the_same_bytes_on_every_machine(split, draw, options, expected):
+    assert digest(split, draw, **options) == expected
 
 
 def test_splits_share_no_scene_no_digit_image_and_no_stripe_width():
@@ -40,9 +48,22 @@ def test_splits_share_no_scene_no_digit_image_and_no_stripe_width():
     assert not set(PERIODS["train"]) & set(PERIODS["test"])
 
 
-def test_an_unknown_split_names_the_known_ones():
+def test_an_unknown_split_or_look_names_the_known_ones():
     with pytest.raises(CodebookError, match="train, test"):
         scene("validation", 0)
+    with pytest.raises(CodebookError, match="plain, photo"):
+        scene("test", 0, look="painting")
+
+
+def test_looks_change_the_picture_and_not_what_is_in_it():
+    pytest.importorskip("skimage")
+    for i in range(20):
+        plain, photo, noise = (scene("test", 1, i, look=look) for look in ("plain", "photo", "noise"))
+        assert (plain.things, plain.numbers) == (noise.things, noise.numbers)
+        assert not (plain.pixels == noise.pixels).all()
+        assert len({tuple(p) for p in photo.pixels.reshape(-1, 3).tolist()}) > 50
+    sizes = {t.side for i in range(20) for t in scene("test", 1, i, look="scale").things}
+    assert sizes == {12, 19}
 
 
 def test_digits_are_those_of_scikit_learn():
@@ -93,5 +114,5 @@ def test_questions_repeat_by_seed(family):
     other = list(tasks(family, "test", 2, 5))
     for one, two in zip(first, again, strict=True):
         assert (one.question, one.answer, one.patches) == (two.question, two.answer, two.patches)
-        assert one.image.tobytes() == two.image.tobytes()
-    assert [q.image.tobytes() for q in first] != [q.image.tobytes() for q in other]
+        assert [i.tobytes() for i in one.images] == [i.tobytes() for i in two.images]
+    assert [q.images[0].tobytes() for q in first] != [q.images[0].tobytes() for q in other]

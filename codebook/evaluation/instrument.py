@@ -1,0 +1,59 @@
+"""Does the miniature rank pruners, and how deep does it read the image? The rows of the instrument's own check."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from codebook.evaluation.scores import Plan
+from codebook.miniature import Question
+from codebook.pruning import DivPrune, Drop, Pruner, Random, Schedule, Stage, Uniform, VisualTokens
+
+KEEPS = (0.5, 0.25, 0.11)
+
+
+class Oracle(Pruner):
+    """Keeps the visual tokens that the answer needs and fills up with random ones; of too many, it keeps random ones.
+
+    Parameters
+    ----------
+    patches
+        Those of each image, in the order in which the images will be pruned.
+    """
+
+    def __init__(self, patches: Iterator[list[int]]) -> None:
+        self.patches, self.random = patches, Random()
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        needed = torch.zeros(tokens.grid[0] * tokens.grid[1], dtype=torch.bool, device=tokens.ordinal.device)
+        needed[next(self.patches)] = True
+        order = self.random.score(tokens).argsort()
+        first = (~needed[tokens.ordinal[order]]).long().argsort(stable=True)
+        return order[first[:keep]].sort().values
+
+
+def plans(layers: int) -> dict[str, Plan]:
+    """The check's rows: baselines and an oracle at three budgets, and no visual token from layer l on.
+
+    Parameters
+    ----------
+    layers
+        Of the model's decoder.
+    """
+    rows: dict[str, Plan] = {"unpruned": lambda asked: None}
+    for keep in KEEPS:
+        rows[f"oracle {keep}"] = partial(_oracle, keep)
+        for name, pruner in (("divprune", DivPrune()), ("uniform", Uniform()), ("random", Random())):
+            rows[f"{name} {keep}"] = partial(_fixed, Stage(0, keep, pruner))
+    return rows | {f"none from layer {i}": partial(_fixed, Stage(i, 0, Drop())) for i in range(1, layers)}
+
+
+def _oracle(keep: float, asked: Sequence[Question]) -> Schedule:
+    return Schedule([Stage(0, keep, Oracle(p for q in asked for p in q.patches))])
+
+
+def _fixed(stage: Stage, asked: Sequence[Question]) -> Schedule:
+    return Schedule([stage])
