@@ -1,7 +1,9 @@
-"""Probing images on a Ray cluster: actors that hold the model, while the driver keeps the journal."""
+"""Probing images with Ray Data: actors that hold the model, while the driver keeps the journal."""
 
 from __future__ import annotations
 
+import math
+import pickle
 import socket
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,11 +14,13 @@ from codebook.errors import CodebookError
 PATIENCE = 5.0
 """Seconds to wait for a cluster's address to answer."""
 RETRIES = 3
-"""Times that an image goes to another actor when the one that had it dies."""
+"""Times that images go to another actor when the one that had them dies."""
+BLOCK = 4
+"""Images that go to an actor, and come back, together."""
 
 
 def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = None, gpus: float = 0) -> Engine:
-    """An engine for `build` that probes images on Ray actors.
+    """An engine for `build` that probes images on Ray actors, fed by Ray Data.
 
     The driver writes the journal as outcomes come in, so a run that was killed continues, on Ray or not, and ends with
     the codebook that one process makes. A dead actor is started again, and the images that it had are probed again.
@@ -39,6 +43,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
     """
     try:
         import ray
+        import ray.data
     except ImportError:
         raise CodebookError("ray is not installed: `pip install codebook[ray]`, or leave --engine out") from None
 
@@ -49,15 +54,15 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
         except (OSError, ValueError) as error:
             raise CodebookError(f"no Ray cluster at {address}: {error}; check --address") from None
 
-    class Actor:
+    class Probe:
         def __init__(self) -> None:
             self.worker = make()
 
-        def probe(self, name: str) -> Outcome | str:
+        def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
             try:
-                return self.worker(name)
+                return {"outcome": pickle.dumps(self.worker(row["item"]))}
             except CodebookError as error:
-                return str(error)
+                return {"outcome": pickle.dumps(str(error))}
 
     def run(local: Worker, names: list[str]) -> Iterator[Outcome]:
         if not names:
@@ -69,32 +74,23 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
             except (ConnectionError, ValueError, RuntimeError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise CodebookError(f"cannot reach Ray: {reason}; check --address") from None
-        actors: list[Any] = []
         try:
-            remote: Any = ray.remote(Actor)
-            count = min(workers, len(names))
-            held = remote.options(num_gpus=gpus, max_restarts=RETRIES, max_task_retries=RETRIES)
-            actors += [held.remote() for _ in range(count)]
-            waiting = iter(names)
-            running = {actor.probe.remote(name): actor for actor, name in zip(actors, waiting, strict=False)}
-            while running:
-                [ready], _ = ray.wait(list(running))
-                actor = running.pop(ready)
-                if (name := next(waiting, None)) is not None:
-                    running[actor.probe.remote(name)] = actor
-                try:
-                    outcome = ray.get(ready)
-                except ray.exceptions.RayError as error:
-                    reason = " ".join(str(error).split())[:200]
-                    raise CodebookError(
-                        f"a worker on Ray failed: {reason}; run again, finished images are kept"
-                    ) from None
+            ray.data.DataContext.get_current().enable_progress_bars = False
+            images = ray.data.from_items(names, override_num_blocks=math.ceil(len(names) / BLOCK))
+            probe: Any = Probe
+            outcomes = images.map(
+                probe, compute=ray.data.ActorPoolStrategy(size=min(workers, images.num_blocks())), num_gpus=gpus,
+                max_restarts=RETRIES, max_task_retries=RETRIES,
+            )  # fmt: skip
+            for row in outcomes.iter_rows():
+                outcome = pickle.loads(row["outcome"])  # of our own actors; Ray's messages are pickled as well
                 if isinstance(outcome, str):
                     raise CodebookError(outcome)
                 yield outcome
+        except ray.exceptions.RayError as error:
+            reason = " ".join(str(error).split())[:200]
+            raise CodebookError(f"a worker on Ray failed: {reason}; run again, finished images are kept") from None
         finally:
-            for actor in actors:
-                ray.kill(actor)
             if ours:
                 ray.shutdown()
 
