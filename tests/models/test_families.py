@@ -20,6 +20,8 @@ SAMPLE = [
     ("attention", "sdpa", "one", "video", "keep"),
     ("merging", "sdpa", "padded", "several", "keep"),
     ("drop", "sdpa", "one", "image", "compact"),
+    ("mass", "sdpa", "padded", "several", "keep"),
+    ("mass", "eager", "padded", "image", "compact"),
 ]
 ROWS = [["image", 5, 6, 7], [3, "large", 9, "image", 8, 11, 12]]
 VIDEOS = [name for name, tiny in FAMILIES.items() if tiny.videos]

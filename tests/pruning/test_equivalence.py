@@ -31,6 +31,7 @@ SCHEDULES = {
     "layers 1+3": Schedule([Stage(1, 0.5, Random()), Stage(3, 3, Uniform())]),
     "attention at 2": Schedule([Stage(0, 0.5, Random()), Stage(2, 4, FastV())]),
     "drop at 2": Schedule([Stage(0, 0.5, Random()), Stage(2, 0, Drop())]),
+    "mass": Schedule([Stage(0, 0.3, Random(), mass=True), Stage(1, 0.2, Random()), Stage(3, 3, FastV(), mass=True)]),
     "pre+1+2": Schedule([Stage(0, 0.5, Uniform()), Stage(1, 0.25, Random()), Stage(2, 1, Random(3))]),
 }
 
@@ -80,6 +81,16 @@ def gone_from(inputs, pruning, schedule):
     return gone
 
 
+def mass(inputs, pruning, schedule):
+    """For the reference: what each column stands for, from the kept sets; None where no stage counts."""
+    image_id, n = pruning.model.config.image_token_id, size(pruning.model)
+    columns = [(row, part) for row, ids in enumerate(inputs["input_ids"])
+               for part in (ids == image_id).nonzero().flatten().split(n)]  # fmt: skip
+    units = [(*place, kept) for place, kept in zip(columns, pruning.kept, strict=True)]
+    counts = [(stage.layer, stage.mass) for stage in schedule.stages]
+    return reference.Mass(units, counts) if any(stage.mass for stage in schedule.stages) else None
+
+
 @pytest.fixture(scope="module", params=["tiny, sdpa", "tiny, eager", "miniature, sdpa", "miniature, eager"])
 def model(request):
     name, attention = request.param.split(", ")
@@ -113,9 +124,8 @@ def test_generate_equals_masked_reference(model, name, batch):
         )
     gone = gone_from(inputs, pruning, schedule)
     assert (gone < 100).any()
-    tokens, logits = reference.generate(
-        model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, STEPS
-    )
+    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, STEPS
+    tokens, logits = reference.generate(*given, mass=mass(inputs, pruning, schedule))
     assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
     assert_close(torch.stack(out.logits, 1), logits)
     physical = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
@@ -401,14 +411,15 @@ def test_cache_continuation_and_manual_loops(model, positions, one):
 
 
 @torch.no_grad()
-def test_continuation_equals_masked_reference(model, one):
-    schedule, turn = SCHEDULES["layers 1+3"], torch.tensor([[21, 22, 23]])
+@pytest.mark.parametrize("name", ["layers 1+3", "mass"])
+def test_continuation_equals_masked_reference(model, one, name):
+    schedule, turn = SCHEDULES[name], torch.tensor([[21, 22, 23]])
     with schedule(model) as pruning:
         cache = model(**one, use_cache=True).past_key_values
         ours = model(input_ids=turn, past_key_values=cache).logits[:, -1]
     gone = torch.cat([gone_from(one, pruning, schedule), torch.full_like(turn, 10**6)], 1)
     embeds = reference.merged(model, torch.cat([one["input_ids"], turn], 1), one["pixel_values"])
-    theirs = reference.logits(model, embeds, torch.ones_like(gone), gone)
+    theirs = reference.logits(model, embeds, torch.ones_like(gone), gone, mass=mass(one, pruning, schedule))
     assert_close(ours, theirs)
 
 
