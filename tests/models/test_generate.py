@@ -70,7 +70,9 @@ def test_greedy(name):
 @torch.no_grad()
 def test_sampling_several_sequences(tiny):
     torch.manual_seed(3)
-    out, given, tokens = generate(tiny, ROWS[:1], max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=0)
+    out, given, tokens = generate(
+        tiny, ROWS[:1], max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=0, temperature=3.0
+    )
     assert not torch.equal(tokens[0], tokens[1])
     _, logits = masked(repeated(given, 2), 4, forced=tokens)
     assert_close(torch.stack(out.logits, 1), logits)

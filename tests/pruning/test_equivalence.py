@@ -21,6 +21,7 @@ from codebook.pruning import (
     Uniform,
     VisionZip,
 )
+from codebook.pruning.forward import Forward
 from tests import reference
 from tests.tiny import llava
 
@@ -269,11 +270,13 @@ def test_difference_from_unpruned_is_large(model, one):
     with SCHEDULES["pre"](model):
         pruned = model(**one).logits[:, -1]
     assert (pruned - model(**one).logits[:, -1]).abs().max() > 0.1
+    with Schedule([Stage(0, 0.3, Random(), mass=True)])(model):
+        assert (pruned - model(**one).logits[:, -1]).abs().max() > 0.1
 
 
 @torch.no_grad()
 def test_keeping_everything_is_the_untouched_model_bit_for_bit(model, one, ragged):
-    schedule = Schedule([Stage(0, 1.0, Random()), Stage(2, size(model), Uniform())])
+    schedule = Schedule([Stage(0, 1.0, Random(), mass=True), Stage(2, size(model), Uniform())])
     for inputs in (one, ragged):
         plain = model(**inputs).logits
         text = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
@@ -371,6 +374,22 @@ def test_a_row_is_the_same_alone_and_in_a_batch(model, positions):
 
 
 @torch.no_grad()
+def test_what_tokens_stand_for_adds_up(model, ragged, monkeypatch):
+    """The kept tokens of an image stand for all of it, stage after stage, but for what a stage without mass forgets."""
+    seen, weigh = [], Forward._weigh
+
+    def watched(self):
+        weigh(self)
+        seen.append([int(unit.mass.sum()) for unit in self.units])
+
+    monkeypatch.setattr(Forward, "_weigh", watched)
+    with Schedule([Stage(0, 0.5, Random(), mass=True), Stage(1, 5, Random(), mass=True), Stage(2, 2, Random())])(model):
+        model(**ragged)
+    assert seen[:2] == [[size(model)] * 5] * 2
+    assert all(2 <= total < size(model) for total in seen[2])
+
+
+@torch.no_grad()
 def test_right_padding_and_loss(model):
     left, right = (
         prompt(model, [["image", 7, 8, 9], [5, "image", 6]]),
@@ -450,20 +469,25 @@ def test_a_second_question_generated_on_the_pruned_cache(model, one):
 
 
 @torch.no_grad()
-def test_a_second_image_in_a_second_turn(model):
+@pytest.mark.parametrize("name", ["pre+1+2", "mass"])
+def test_a_second_image_in_a_second_turn(model, name):
     """It is pruned on top of a cache that is pruned already."""
-    schedule, turns = SCHEDULES["pre+1+2"], [prompt(model, [[5, "image", 7]]), prompt(model, [[8, "image", 9, 11]])]
+    schedule, turns = SCHEDULES[name], [prompt(model, [[5, "image", 7]]), prompt(model, [[8, "image", 9, 11]])]
     turns[1]["pixel_values"] = turns[1]["pixel_values"].flip(-1)
     with schedule(model) as pruning:
         cache = model(**turns[0], use_cache=True).past_key_values
-        gone = [gone_from(turns[0], pruning, schedule)]
+        gone, first = [gone_from(turns[0], pruning, schedule)], mass(turns[0], pruning, schedule)
         whole = torch.ones(1, sum(turn["input_ids"].shape[1] for turn in turns), dtype=torch.long)
         ours = model(**turns[1] | {"attention_mask": whole}, past_key_values=cache).logits[:, -1]
         gone.append(gone_from(turns[1], pruning, schedule))
     ids, pixels = (
         torch.cat([turn[name] for turn in turns], axis) for name, axis in (("input_ids", 1), ("pixel_values", 0))
     )
-    theirs = reference.logits(model, reference.merged(model, ids, pixels), whole, torch.cat(gone, 1))
+    if weight := mass(turns[1], pruning, schedule):
+        length = gone[0].shape[1]
+        weight.units = [*first.units, *((row, columns + length, kept) for row, columns, kept in weight.units)]
+    embeds = reference.merged(model, ids, pixels)
+    theirs = reference.logits(model, embeds, whole, torch.cat(gone, 1), mass=weight)
     assert_close(ours, theirs)
 
 
