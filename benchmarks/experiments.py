@@ -34,15 +34,22 @@ GROUPS = {
     "selection": SELECTORS,
     "mass": tuple(f"{row}+mass" for row in SELECTORS),
     "representatives": (
-        *(f"codebook-farthest(representatives={r})+mass" for r in (1, 2, 4, 8)),
-        *("codebook-farthest", "farthest(representatives=4)", "farthest(representatives=4)+mass"),
+        *(f"codebook-farthest(representatives={r})+mass" for r in (1, 2, 8)),
+        *(
+            "codebook-farthest+mass",
+            "codebook-farthest",
+            "farthest(representatives=4)",
+            "farthest(representatives=4)+mass",
+        ),
     ),
     "deep": tuple(
         first + deep
-        for first in ("divprune", "divprune+mass", "seeded")
+        for first in ("divprune", "divprune+mass", "codebook-farthest+mass")
         for deep in ("", "+random@{h}", "+random@{h}+mass")
     ),
-    "merging": tuple(row + merged for row in ("divprune", "divprune+mass", "seeded") for merged in ("", ", merged")),
+    "merging": tuple(
+        row + merged for row in ("divprune", "divprune+mass", "codebook-farthest+mass") for merged in ("", ", merged")
+    ),
 }
 MERGED = ", merged"
 """After a row whose kept tokens become the averages of what they stand for."""

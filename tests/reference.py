@@ -39,8 +39,8 @@ class Mass:
         left = [int(i) for i in kept[number]]
         after = Counter({i: mass[i] for i in left})
         for i in sorted(set(mass) - set(left)) if counts and left else ():
-            likeness = [torch.cosine_similarity(hidden[row, columns[i]], hidden[row, columns[j]], 0) for j in left]
-            after[left[int(torch.stack(likeness).argmax())]] += mass[i]
+            likeness = torch.cosine_similarity(hidden[row, columns[i]][None], hidden[row, columns[left]])
+            after[left[int(likeness.argmax())]] += mass[i]
         return after
 
 
