@@ -31,8 +31,7 @@ class Mass:
                              for unit, mass in zip(self.units, self.mass, strict=True)]  # fmt: skip
         bias = torch.zeros(hidden.shape[:2])
         for (row, columns, _), mass in zip(self.units, self.mass, strict=True):
-            for i, count in mass.items():
-                bias[row, columns[i]] = math.log(count)
+            bias[row, columns[list(mass)]] = torch.tensor([math.log(count) for count in mass.values()])
         return bias
 
     def _left(self, row, columns, kept, number, counts, mass, hidden):
