@@ -15,21 +15,21 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from codebook import Codebook, Random, RedundancyCodebook, Schedule, Stage, load, miniature, models, prebuilt
+from codebook import Codebook, Random, Schedule, Stage, load, miniature, models, prebuilt
 from codebook.errors import CodebookError
 from codebook.evaluation import Plan, Scores, compare, mean, standard_error, table
 from codebook.miniature.scenes import scene
 from codebook.progress import progress
 from codebook.pruning import METHODS
 from codebook.pruning.methods.redundancy import RedundancyThreshold
-from codebook.pruning.text import make
+from codebook.pruning.text import make, needs
 
 KEEPS = (0.5, 0.25, 0.11)
 SEEDS = range(5)
 OWN = ("random", "drop", "codebook-threshold")  # rows of their own making
 ROWS = (
     *(name for name in METHODS if name not in OWN),
-    "codebook(scoring='double_softmax')", "feather", "pyramiddrop", "vtw",
+    "codebook(scoring='double_softmax')", "feather", "pyramiddrop", "vtw", "seeded",
     "codebook+random", "divprune+random", "dart+random", "codebook+drop", "divprune+drop",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def plans(book: Codebook, n: int, layers: int, thresholds: dict[float, float]) -
     """The rows by name, `unpruned` first."""
 
     def named(name: str):
-        return RedundancyCodebook(book) if name == "codebook" else make(name)
+        return METHODS[name](book) if needs(name) else make(name)
 
     schedules: dict[str, Schedule | None] = {"unpruned": None}
     for keep in KEEPS:

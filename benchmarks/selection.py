@@ -6,7 +6,8 @@
 At width 512 the prefill is that of a 12-layer random Llama (8 heads, feed-forward 1376), at width 4096 one measured
 layer of LLaVA-1.5-7B's size (32 heads, feed-forward 11008) times 32. The prompt is the visual tokens and 32 of text,
 one image, fp32. Tokens are random: how long a selection takes does not depend on what they hold. DivPrune is compared
-with its textbook form, which goes over all chosen tokens at every step. Re-encoding by `downsample` is not timed.
+with its textbook form, which goes over all chosen tokens at every step. What `+mass` adds to any method, counting the
+dropped tokens to the kept ones, has a row of its own. Re-encoding by `downsample` is not timed.
 """
 
 import argparse
@@ -22,9 +23,11 @@ from transformers import LlamaConfig, LlamaModel
 from codebook import Codebook, Pruner, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision
+from codebook.pruning.methods.base import nearest_kept
+from codebook.pruning.text import needs
 
 TEXT = 32
-SIMILARITIES, TEXTBOOK = "similarities, n x n", "divprune, textbook"
+SIMILARITIES, TEXTBOOK, MASS = "similarities, n x n", "divprune, textbook", "+mass"
 PROTOTYPES = 454
 """Of LLaVA-1.5-7B's released codebook."""
 SHAPES = {512: (12, 12, 8, 1376), 4096: (32, 1, 32, 11008)}
@@ -78,6 +81,11 @@ def choose(pruner: Pruner, tokens: VisualTokens, keep: int) -> None:
     pruner.merge(tokens, index)
 
 
+def mass(tokens: VisualTokens, kept: torch.Tensor) -> torch.Tensor:
+    ones = torch.ones_like(tokens.ordinal)
+    return ones.new_zeros(len(kept)).index_add(0, nearest_kept(tokens.hidden, kept), ones).log()
+
+
 def similarities(tokens: VisualTokens) -> torch.Tensor:
     unit = normalize(tokens.features.float(), dim=-1)
     return unit @ unit.T
@@ -91,9 +99,10 @@ def compare(width: int, n: int, keeps: list[float], seconds: float, device: str)
     tasks = {("prefill", n): lambda: decoder(inputs_embeds=inputs), (SIMILARITIES, n): lambda: similarities(tokens)}
     for name, factory in METHODS.items():
         if name != "drop":
-            pruner = factory(book) if name.startswith("codebook") else factory()
+            pruner = factory(book) if needs(name) else factory()
             tasks |= {(name, c): lambda pruner=pruner, c=c: choose(pruner, tokens, c) for c in counts}
     tasks |= {(TEXTBOOK, c): lambda c=c: textbook(tokens, c) for c in counts}
+    tasks |= {(MASS, c): lambda c=c: mass(tokens, tokens.ordinal[:c]) for c in counts}
     with torch.inference_mode():
         for c in counts:
             assert torch.equal(METHODS["divprune"]().select(tokens, c).cpu(), textbook(tokens, c))

@@ -34,7 +34,7 @@ from codebook.pruning import (
     presets,
 )
 from codebook.pruning.schedule import check_keep, load_text
-from codebook.pruning.text import settings
+from codebook.pruning.text import WITH_MASS, needs
 from codebook.shipped import folders, prebuilt
 
 KEEP = 0.2
@@ -84,8 +84,7 @@ class Plan:
             factory = METHODS[name]
             if name == "random":
                 return factory(self.seed)
-            kind, _ = settings(factory)
-            return factory(codebook()) if issubclass(kind, RedundancyCodebook) else factory()
+            return factory(codebook()) if needs(name) else factory()
 
         return make
 
@@ -377,8 +376,9 @@ def list_all(as_json: bool) -> None:
         books.append({"name": folder.name, "model": config["model"], "prototypes": config["prototypes"],
                       "dimension": config["dimension"], "folder": str(folder)})  # fmt: skip
     methods = sorted(METHODS)
+    named = {name: f"{method}+mass" for name, method in WITH_MASS.items()} | presets.PRESETS
     if as_json:
-        print(json.dumps({"codebooks": books, "methods": methods, "presets": presets.PRESETS}, indent=1))
+        print(json.dumps({"codebooks": books, "methods": methods, "presets": named}, indent=1))
         return
     print("codebooks:")
     for book in books:
@@ -387,7 +387,7 @@ def list_all(as_json: bool) -> None:
         )
     print(f"methods, each also a preset, alone or as method+random, method+drop:\n  {', '.join(methods)}")
     print("presets, for 32 layers:")
-    for name, text in presets.PRESETS.items():
+    for name, text in named.items():
         print(f"  {name}: {text}")
 
 

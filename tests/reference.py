@@ -5,21 +5,56 @@ stock model runs with eager attention, and its own masks get the dropped columns
 """
 
 import contextlib
+import math
+from collections import Counter
 
 import torch
 
 
+class Mass:
+    """How many tokens each column stands for at each layer, counted one by one from the kept sets.
+
+    `units` has for each image, crop or frame its row, its columns (n,), and for each stage which of its tokens are
+    left, as places in it; `stages` has the layer of each stage and whether it counts.
+    """
+
+    def __init__(self, units, stages):
+        self.units, self.stages = units, stages
+
+    def __call__(self, layer, hidden):
+        """What is added to the logits towards each column (B, L) from this layer on; asked in order of layers."""
+        if layer == 0:
+            self.mass = [Counter({i: 1 for i in range(len(columns))}) for _, columns, _ in self.units]
+        for number, (at, counts) in enumerate(self.stages):
+            if at == layer:
+                self.mass = [self._left(*unit, number, counts, mass, hidden)
+                             for unit, mass in zip(self.units, self.mass, strict=True)]  # fmt: skip
+        bias = torch.zeros(hidden.shape[:2])
+        for (row, columns, _), mass in zip(self.units, self.mass, strict=True):
+            bias[row, columns[list(mass)]] = torch.tensor([math.log(count) for count in mass.values()])
+        return bias
+
+    def _left(self, row, columns, kept, number, counts, mass, hidden):
+        left = [int(i) for i in kept[number]]
+        after = Counter({i: mass[i] for i in left})
+        for i in sorted(set(mass) - set(left)) if counts and left else ():
+            likeness = torch.cosine_similarity(hidden[row, columns[i]][None], hidden[row, columns[left]])
+            after[left[int(likeness.argmax())]] += mass[i]
+        return after
+
+
 @contextlib.contextmanager
-def _dropping(model, valid, gone_from, compact, edit):
+def _dropping(model, valid, gone_from, compact, edit, mass):
     lm = model.get_decoder()
     low = torch.finfo(model.dtype).min
 
     def before(i, layer):
         def hook(_, args, kwargs):
             hidden, stays = args[0], valid.bool() & (gone_from > i)
+            bias = 0.0 if mass is None else mass(i, hidden)
             if edit is not None:
                 hidden = edit(i, hidden)
-            mask = kwargs["attention_mask"] + torch.where(stays, 0.0, low)[:, None, None]
+            mask = kwargs["attention_mask"] + torch.where(stays, bias, low)[:, None, None]
             changed = {"attention_mask": mask.clamp(min=low)}
             if compact:
                 positions = (stays.cumsum(1) - 1).clamp(min=0)
@@ -37,10 +72,10 @@ def _dropping(model, valid, gone_from, compact, edit):
             handle.remove()
 
 
-def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(), forced=None):
+def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(), forced=None, mass=None):
     """Greedy tokens (B, steps) and each step's logits of any family, from a full forward a step.
 
-    `gone_from` (B, L) and `edit` are as in `logits`; tokens of `suppress` are never chosen,
+    `gone_from` (B, L), `edit` and `mass` are as in `logits`; tokens of `suppress` are never chosen,
     and `forced` (B, steps) are taken instead of the greedy ones.
     """
     stock, inputs = model.config._attn_implementation, dict(inputs)
@@ -52,7 +87,7 @@ def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(
         if "mm_token_type_ids" not in inputs:  # as generate() makes them; Qwen's are made from the token types
             first = 1 if model.config.model_type == "paligemma" else 0
             positions["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + first
-        with _dropping(model, valid, gone_from, compact, edit):
+        with _dropping(model, valid, gone_from, compact, edit, mass):
             scores.append(model(**inputs, **positions, use_cache=False).logits[:, -1])
         allowed = scores[-1].clone()
         allowed[:, list(suppress)] = -torch.inf
@@ -75,11 +110,12 @@ def merged(model, input_ids, pixel_values):
     return embeds
 
 
-def logits(model, embeds, valid, gone_from, positions=None, edit=None):
+def logits(model, embeds, valid, gone_from, positions=None, edit=None, mass=None):
     """Last-position logits (B, V) with eager attention.
 
     `gone_from` (B, L) is the first layer that no longer sees a column (a large number for columns never dropped).
-    `edit(layer, hidden)` gives what enters each layer in place of `hidden` (B, L, d).
+    `edit(layer, hidden)` gives what enters each layer in place of `hidden` (B, L, d), `mass(layer, hidden)` what is
+    added to the logits towards each column (B, L).
     """
     lm, (batch, length) = model.get_decoder(), valid.shape
     if positions is None:
@@ -88,19 +124,21 @@ def logits(model, embeds, valid, gone_from, positions=None, edit=None):
     causal = torch.ones(length, length).tril().bool()
     hidden = embeds
     for i, layer in enumerate(lm.layers):
+        bias = 0.0 if mass is None else mass(i, hidden)[:, None, None]
         hidden = hidden if edit is None else edit(i, hidden)
         seen = causal & (valid.bool() & (gone_from > i))[:, None]
         seen = seen | torch.eye(length).bool()  # rows without a visible column would be NaN; no one reads them
-        mask = torch.zeros(batch, 1, length, length).masked_fill(~seen[:, None], torch.finfo(embeds.dtype).min)
+        mask = torch.zeros(batch, 1, length, length).add(bias)
+        mask = mask.masked_fill(~seen[:, None], torch.finfo(embeds.dtype).min)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
     return model.lm_head(lm.norm(hidden))[:, -1]
 
 
-def generate(model, input_ids, pixel_values, valid, gone_from, steps, edit=None):
+def generate(model, input_ids, pixel_values, valid, gone_from, steps, edit=None, mass=None):
     """Greedy tokens (B, steps) and each step's logits, from a full forward a step."""
     embeds, tokens, scores = merged(model, input_ids, pixel_values), [], []
     for _ in range(steps):
-        scores.append(logits(model, embeds, valid, gone_from, edit=edit))
+        scores.append(logits(model, embeds, valid, gone_from, edit=edit, mass=mass))
         tokens.append(scores[-1].argmax(-1, keepdim=True))
         embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[-1])], 1)
         valid = torch.cat([valid, torch.ones_like(tokens[-1])], 1)

@@ -103,6 +103,8 @@ def test_presets_are_fitted_to_the_budget(run, scenes, tmp_path):
         early["schedule"].startswith("fastv@1:") and early["counts"][0] == 144 > early["counts"][1] > early["counts"][2]
     )
     assert json.loads(run(*ask, "--schedule", "vtw")[1])["counts"] == [144] * 6 + [0] * 6
+    seeded = json.loads(run(*ask, "--schedule", "seeded", "--keep", 0.25)[1])
+    assert seeded["schedule"] == "codebook-farthest:36+mass" and len(seeded["kept"][0]) == 36
 
 
 def test_batch_mode_equals_one_by_one_and_survives_a_broken_image(run, scenes, tmp_path):
@@ -212,6 +214,7 @@ def test_list_and_inspect(run):
     [shipped], methods = json.loads(out)["codebooks"], json.loads(out)["methods"]
     assert code == 0 and shipped["model"] == "miniature" and {"codebook", "drop", "random"} <= set(methods)
     assert "pyramiddrop" in json.loads(out)["presets"] and "miniature" in run("list")[1]
+    assert json.loads(out)["presets"]["seeded"] == "codebook-farthest+mass"
     code, out, _ = run("inspect", shipped["folder"], "--json")
     report = json.loads(out)
     assert code == 0 and sum(c["prototypes"] for c in report["clusters"]) == report["prototypes"] > 0

@@ -48,6 +48,8 @@ class Attention:
         The image's tokens.
     visible : callable
         `visible(query)` tells which of the P keys some queries (q,) see: (q, P) bool. None: all up to their own.
+    bias : (P,) float32 or None
+        What is added to the logits towards each of the P: tokens that stand for several get more attention.
     """
 
     query: Tensor
@@ -57,6 +59,7 @@ class Attention:
     scaling: float
     span: slice | Tensor
     visible: Callable[[Tensor], Tensor] | None = None
+    bias: Tensor | None = None
 
     @property
     def places(self) -> Tensor:
@@ -92,6 +95,8 @@ class Attention:
             k = _unrotate(k, self.cos[keys], self.sin[keys])
         k = k.repeat_interleave(len(q) // len(k), dim=0)
         logits = (q @ k.transpose(1, 2) * self.scaling).float()
+        if self.bias is not None:
+            logits = logits + self.bias[keys]
         if image_only:
             return logits.softmax(-1).mean(0)
         if self.visible is None:

@@ -28,19 +28,25 @@ class KeptIndex:
         Visual tokens dropped from each row so far: what `positions="compact"` subtracts.
     padded : bool
         Whether any column is `PAD`.
+    bias : (B, P) float32 or None
+        What is added to every attention logit towards a stored key: the logarithm of how many tokens it stands for.
+        None where each stands for itself.
     """
 
     columns: Tensor
     logical: int
     dropped: Tensor
     padded: bool
+    bias: Tensor | None = None
 
     def rows(self, index: Tensor) -> KeptIndex:
         index = index.to(self.columns.device)
-        return KeptIndex(self.columns[index], self.logical, self.dropped[index], self.padded)
+        bias = None if self.bias is None else self.bias[index]
+        return KeptIndex(self.columns[index], self.logical, self.dropped[index], self.padded, bias)
 
     def cropped(self, count: int) -> KeptIndex:
-        return KeptIndex(self.columns[:, :-count], self.logical - count, self.dropped, self.padded)
+        bias = None if self.bias is None else self.bias[:, :-count]
+        return KeptIndex(self.columns[:, :-count], self.logical - count, self.dropped, self.padded, bias)
 
 
 def visible(

@@ -15,6 +15,7 @@ from codebook.errors import CodebookError
 from codebook.models import Encoded
 from codebook.pruning.attention import Attention, PackedVision, Tower, Vision
 from codebook.pruning.cache import PAD, KeptIndex, visible
+from codebook.pruning.methods.base import nearest_kept
 from codebook.pruning.schedule import Stage
 from codebook.pruning.tokens import VisualTokens, digest_rows, mix
 
@@ -25,7 +26,8 @@ class Unit:
 
     `image` counts the forward's images; `columns` (n,) int64 are its tokens' places in the forward's input, in `row`,
     and `text` (T,) int64 those of the text after the image; its tokens begin at `offset` among the image's visual
-    tokens. The rest is as in `VisualTokens`.
+    tokens. `mass` (n,) int64 is how many tokens each stands for, None where each stands for itself. The rest is as in
+    `VisualTokens`.
     """
 
     image: int
@@ -39,6 +41,7 @@ class Unit:
     features: Tensor
     vision: PackedVision | None
     encode: Callable[[int, int], Tensor] | None
+    mass: Tensor | None = None
 
     @property
     def count(self) -> int:
@@ -47,10 +50,14 @@ class Unit:
 
 @dataclass(frozen=True)
 class Sequence:
-    """What is left of a forward's input: `source` (B, P) int64 are places in it, -1 for padding, always on the left."""
+    """What is left of a forward's input.
+
+    `source` (B, P) int64 are places in it, -1 for padding, always on the left. `bias` (B, P) is as in `KeptIndex`.
+    """
 
     source: Tensor
     lengths: list[int]
+    bias: Tensor | None = None
 
     @property
     def padded(self) -> bool:
@@ -160,7 +167,13 @@ class Forward:
                     kept[unit.row, places[index]] = True
                     dropped[unit.row] += unit.count - len(index)
                     features = unit.features[index] if values is None or stage.layer else values
-                    unit = replace(unit, columns=unit.columns[index], ordinal=unit.ordinal[index], features=features)
+                    unit = replace(
+                        unit,
+                        columns=unit.columns[index],
+                        ordinal=unit.ordinal[index],
+                        features=features,
+                        mass=_mass(stage, unit, index, hidden[unit.row, places]),
+                    )
             units.append(unit)
             merged.append(values)
         self.units = units
@@ -169,7 +182,18 @@ class Forward:
             for unit, values in zip(units, merged, strict=True):
                 if values is not None:
                     hidden[unit.row, self._places(unit.row, unit.columns)] = values
+            self._weigh()
         return hidden
+
+    def _weigh(self) -> None:
+        """Note in the sequence what its tokens stand for."""
+        assert self.sequence is not None
+        units = [(unit, unit.mass) for unit in self.units if unit.mass is not None and unit.count]
+        if units:
+            bias = torch.zeros(self.sequence.source.shape, device=self.embeds.device)
+            for unit, mass in units:
+                bias[unit.row, self._places(unit.row, unit.columns)] = mass.log()
+            self.sequence = replace(self.sequence, bias=bias)
 
     @property
     def kept(self) -> list[Tensor]:
@@ -249,12 +273,13 @@ class Forward:
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
         cos, sin = (x.expand(self.batch, -1, -1)[unit.row, row] for x in rotary)
         blocks = None if self.blocks is None else self.blocks[unit.row, columns]
+        bias = None if self.sequence is None or self.sequence.bias is None else self.sequence.bias[unit.row, row]
 
         def sees(places: Tensor) -> Tensor:
             both = None if blocks is None else (blocks[places], blocks)
             return visible(columns[places], columns, window(layer), both, self.family.window_last)
 
-        return Attention(query[unit.row, :, row], key[unit.row, :, now][:, row], cos, sin, scaling, span, sees)
+        return Attention(query[unit.row, :, row], key[unit.row, :, now][:, row], cos, sin, scaling, span, sees, bias)
 
     def _shorten(self, kept: Tensor, dropped: list[int], hidden: Tensor) -> Tensor:
         now = self.lengths if self.sequence is None else self.sequence.lengths
@@ -299,17 +324,21 @@ class Forward:
         places = torch.arange(self.length, device=device)
         if self.sequence is not None:
             source, padded, dropped = self.sequence.source, self.sequence.padded, self._dropped()
+            bias = self.sequence.bias
         else:
             on = self._valid(self.length).bool()
             # Decoding one token: it is valid, and asking the device would cost a sync at every step.
             padded = self.length > 1 and self.mask is not None and not bool(on.all())
-            source, dropped = torch.where(on, places, -1), torch.zeros_like(past.dropped)
+            source, dropped, bias = torch.where(on, places, -1), torch.zeros_like(past.dropped), None
         own = torch.where(source < 0, PAD, past.logical + source)
+        if bias is not None or past.bias is not None:
+            bias = torch.cat([_or_zeros(past.bias, past.columns), _or_zeros(bias, own)], dim=1)
         return KeptIndex(
             torch.cat([past.columns, own], dim=1),
             past.logical + self.length,
             past.dropped + dropped,
             past.padded or padded,
+            bias,
         )
 
     def _dropped(self) -> Tensor:
@@ -323,17 +352,18 @@ class Forward:
         window = None if window is None or index.logical <= window else window
         sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"
         whole = keys.shape == queries.shape and sdpa  # sdpa is then causal by itself
-        if not index.padded and window is None and blocks is None and (queries.shape[1] == 1 or whole):
+        plain = not index.padded and window is None and blocks is None and index.bias is None
+        if plain and (queries.shape[1] == 1 or whole):
             return None
         both = None
         if blocks is not None:
             mine = blocks if self.sequence is None else self.sequence.gather(blocks)
             both = mine, torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
         seen = visible(queries, keys, window, both, self.family.window_last)[:, None]
-        if sdpa:
+        if sdpa and index.bias is None:
             return seen
-        low = torch.finfo(self.embeds.dtype).min
-        return torch.zeros(seen.shape, dtype=self.embeds.dtype, device=seen.device).masked_fill(~seen, low)
+        bias = _or_zeros(index.bias, keys).to(self.embeds.dtype)[:, None, None]
+        return torch.where(seen, bias, torch.finfo(bias.dtype).min)
 
     def _rotary(
         self, layer: Any, past: KeptIndex | None, compact: bool, kwargs: dict[str, Any]
@@ -364,6 +394,18 @@ class Forward:
         places = self.sequence.source.where(self.sequence.source >= 0, self.length)[..., None].expand_as(hidden)
         full = hidden.new_zeros(self.batch, self.length + 1, hidden.shape[-1])
         return full.scatter(1, places, hidden)[:, :-1]
+
+
+def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, device=like.device) if bias is None else bias
+
+
+def _mass(stage: Stage, unit: Unit, index: Tensor, hidden: Tensor) -> Tensor | None:
+    """How many tokens each of those that stay of a unit stands for, from the hidden states (n, d) of all."""
+    if not stage.mass or not len(index):  # of a crop or frame that loses everything, none stays to stand for it
+        return None if unit.mass is None else unit.mass[index]
+    mass = torch.ones_like(unit.ordinal) if unit.mass is None else unit.mass
+    return mass.new_zeros(len(index)).index_add(0, nearest_kept(hidden, index), mass)
 
 
 def window(layer: Any) -> int | None:

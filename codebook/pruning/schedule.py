@@ -37,11 +37,21 @@ class Stage:
         `adaptive` pruners: as many as the pruner decides for each image.
     pruner
         Chooses the tokens.
+    mass
+        Whether each kept token also stands for the dropped ones that are most like it: from this layer on, the
+        logarithm of how many tokens it stands for is added to every attention logit towards it.
+
+    Notes
+    -----
+    With `mass` attention is proportional to size, as in ToMe (arXiv 2210.09461), without merging. Most like is the
+    highest cosine similarity of hidden states at the layer's input, before any merging, in the same image, crop or
+    frame. A later stage passes on what its dropped tokens stood for, if it has `mass`, and forgets it otherwise.
     """
 
     layer: int
     keep: Keep | None
     pruner: Pruner
+    mass: bool = False
 
     def __post_init__(self) -> None:
         name = type(self.pruner).__name__
@@ -56,6 +66,8 @@ class Stage:
         drops = self.layer and isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep == 0
         if self.keep is not None and not drops:
             check_keep(self.keep)
+        if self.mass and drops:
+            raise CodebookError("a stage that drops all tokens leaves none to stand for them: leave mass out")
         if self.layer == 0 and self.pruner.uses_attention:
             raise CodebookError(f"{name} needs the attention of the layer before: use it at layer 1 or later")
 
@@ -80,7 +92,7 @@ class Stage:
         if self.keep == 0:
             return DROP + at
         method = spell(self.pruner) or repr(self.pruner)
-        return method + at + ("" if self.keep is None else f":{self.keep}")
+        return method + at + ("" if self.keep is None else f":{self.keep}") + ("+mass" if self.mass else "")
 
 
 @dataclass(frozen=True)
@@ -245,7 +257,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, make: Make = make) -> Schedule:
-        """Read the text form `method[(option=value)][@layer][:keep], ...`, as in `codebook:0.25, random@9:0.05`.
+        """Read the text form `method[(option=value)][@layer][:keep][+mass], ...`, as in `codebook:0.25, random@9:0.05`.
 
         A keep with a decimal point is a fraction of the image's tokens, one without is a count.
 
@@ -325,7 +337,8 @@ class Schedule:
             if part.method == DROP and (not part.layer or part.keep):
                 part.fail("drop needs a layer, 1 or later, and keeps nothing: write drop@21")
             try:
-                stages.append(Stage(part.layer or 0, 0 if part.method == DROP else part.keep, part.pruner))
+                keep = 0 if part.method == DROP else part.keep
+                stages.append(Stage(part.layer or 0, keep, part.pruner, part.mass))
             except CodebookError as error:
                 part.fail(str(error))
         return cls(stages, **settings)

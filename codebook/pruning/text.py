@@ -2,10 +2,10 @@
 
     schedule := (part {"," part} | "unpruned") {";" setting}
     setting  := "positions=" ("keep" | "compact") | "quotas=" ("each" | "shared")
-    part     := method ["(" option "=" value {"," option "=" value} ")"] ["@" layer] [":" keep]
+    part     := method ["(" option "=" value {"," option "=" value} ")"] ["@" layer] [":" keep] ["+mass"]
 
 A keep with a decimal point is a fraction of the image's tokens, one without is a count. `drop@21` needs none, nor do
-methods that decide the number themselves.
+methods that decide the number themselves. `+mass` is the stage's mass-preserving attention.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ DROP = "drop"
 UNPRUNED = "unpruned"
 SETTINGS = {"positions": "keep", "quotas": "each"}
 """Of a schedule, with their defaults."""
-GRAMMAR = "method[(option=value)][@layer][:keep]"
+GRAMMAR = "method[(option=value)][@layer][:keep][+mass]"
+WITH_MASS = {"seeded": "codebook-farthest"}
+"""Names for methods with mass-preserving attention: `seeded` is `codebook-farthest+mass`, options, layer, keep and all.
+"""
 
 Make = Callable[[str], Pruner]
 
@@ -40,17 +43,22 @@ class Part:
     pruner: Pruner
     layer: int | None
     keep: int | float | None
+    mass: bool
 
     def fail(self, problem: str) -> NoReturn:
         raise CodebookError(f"{self.where}: {problem}")
 
 
+def needs(name: str) -> list[str]:
+    """What a method cannot be made without: nothing, or `codebook`."""
+    return [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.default is p.empty]
+
+
 def make(name: str) -> Pruner:
     """A method's pruner with its default settings."""
-    needs = [p.name for p in inspect.signature(METHODS[name]).parameters.values() if p.default is p.empty]
-    if needs:
-        raise CodebookError(f"method {name!r} needs a {' and a '.join(needs)}, which no text holds: pass make=, which "
-                            "makes the pruner of a method's name")  # fmt: skip
+    if missing := needs(name):
+        raise CodebookError(f"method {name!r} needs a {' and a '.join(missing)}, which no text holds: pass make=, "
+                            "which makes the pruner of a method's name")  # fmt: skip
     return METHODS[name]()
 
 
@@ -113,17 +121,21 @@ def settings(factory: Callable[..., Pruner]) -> tuple[Any, dict[str, Any]]:
 
 
 def split(text: str, separator: str) -> list[tuple[int, str]]:
-    """Cut a text at separators outside parentheses; each piece with the place it begins at."""
+    """Cut a text at separators outside parentheses; each piece with the place it begins at. `+mass` is not cut off."""
     pieces, start, depth = [], 0, 0
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")
-        if character == separator and depth == 0:
+        if character == separator and depth == 0 and not _MASS.match(text, i):
             pieces.append((start, text[start:i]))
             start = i + 1
     return [*pieces, (start, text[start:])]
 
 
-_PART = re.compile(r"(?P<method>[^@:()]+)(?P<options>\(.*\))?\s*(@(?P<layer>[^:]*))?(:(?P<keep>.*))?", re.DOTALL)
+_MASS = re.compile(r"\+\s*mass(?![\w-])")
+_PART = re.compile(
+    r"(?P<method>[^@:()]+?)(?P<options>\(.*\))?\s*(@(?P<layer>[^:]*?))?(:(?P<keep>.*?))?(?P<mass>\s*\+\s*mass)?",
+    re.DOTALL,
+)
 
 
 def _part(number: int, start: int, text: str, make: Make, others: Iterable[str]) -> Part:
@@ -134,10 +146,12 @@ def _part(number: int, start: int, text: str, make: Make, others: Iterable[str])
         if not match:
             raise CodebookError(f"write {GRAMMAR}")
         method, layer, keep = match["method"].strip(), match["layer"], match["keep"]
+        mass = match["mass"] is not None or method in WITH_MASS
         if layer is not None and not _WHOLE.fullmatch(layer):
             raise CodebookError(f"the layer {layer.strip()!r} is not a whole number: write {GRAMMAR}")
+        method = WITH_MASS.get(method, method)
         pruner = _pruner(method, match["options"] or "()", make, others)
-        return Part(where, method, pruner, int(layer) if layer else None, None if keep is None else _number(keep))
+        return Part(where, method, pruner, int(layer) if layer else None, None if keep is None else _number(keep), mass)
     except CodebookError as error:
         raise CodebookError(f"{where}: {error}") from None
 
@@ -156,10 +170,10 @@ def _pruner(method: str, options: str, make: Make, others: Iterable[str]) -> Pru
     if method in others and method not in METHODS:
         raise CodebookError(f"{method} is a preset and stands alone: no options, layer, keep or further stage")
     if method not in METHODS:
-        near = difflib.get_close_matches(method, [*METHODS, *others], n=2)
+        near = difflib.get_close_matches(method, [*METHODS, *WITH_MASS, *others], n=2)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         also = f"; presets: {', '.join(sorted(others))}" if others else ""
-        raise CodebookError(f"no method {method!r}; {hint}methods: {', '.join(sorted(METHODS))}{also}")
+        raise CodebookError(f"no method {method!r}; {hint}methods: {', '.join(sorted({*METHODS, *WITH_MASS}))}{also}")
     try:
         call = ast.parse(f"f{options}", mode="eval").body
         assert isinstance(call, ast.Call) and not call.args

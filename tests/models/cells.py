@@ -16,13 +16,23 @@ import torch
 
 from codebook.errors import CodebookError
 from codebook.index import Codebook
-from codebook.pruning import Cls, Drop, FastV, Pool, Random, RedundancyCodebook, Schedule, Stage
+from codebook.pruning import (
+    Cls,
+    Drop,
+    FastV,
+    Pool,
+    Random,
+    RedundancyCodebook,
+    Schedule,
+    SeededFarthestPoint,
+    Stage,
+)
 from tests import reference
 from tests.models.families import FAMILIES, VIDEO
 from tests.tiny import IMAGE
 
 STEPS = 2
-METHODS = ("features", "attention", "tower", "merging", "drop")
+METHODS = ("features", "attention", "tower", "merging", "drop", "mass")
 ATTENTIONS = ("sdpa", "eager")
 BATCHES = ("one", "padded")
 SHOWS = ("image", "several", "video")
@@ -59,12 +69,18 @@ def model(family, attention):
 def schedule(cell):
     width = model(cell.family, "sdpa").get_input_embeddings().weight.shape[1]
     prototypes = torch.randn(7, width, generator=torch.Generator().manual_seed(5))
+    book = Codebook(prototypes)
     stages = {
-        "features": [Stage(0, 0.5, RedundancyCodebook(Codebook(prototypes))), Stage(2, 0.25, Random())],
+        "features": [Stage(0, 0.5, RedundancyCodebook(book)), Stage(2, 0.25, Random())],
         "attention": [Stage(1, 0.5, FastV()), Stage(3, 3, FastV())],
         "tower": [Stage(0, 0.5, Cls())],
         "merging": [Stage(2, 0.25, Pool())],
         "drop": [Stage(2, 0, Drop())],
+        "mass": [
+            Stage(0, 0.5, SeededFarthestPoint(book), mass=True),
+            Stage(1, 0.25, Random()),
+            Stage(2, 0.125, Random(), mass=True),
+        ],
     }
     return Schedule(stages[cell.method], positions=cell.positions)
 
@@ -78,6 +94,19 @@ def gone_from(inputs, columns, kept, stages):
             dropped[index] = False
             gone[row, places[dropped]] = stage.layer
     return gone
+
+
+def mass(columns, kept, stages):
+    """For the reference, from each grid's own tokens; None where no stage counts."""
+    units = []
+    for (row, grids, places), survivors in zip(columns, kept, strict=True):
+        start = 0
+        for count in (rows * cols for rows, cols in grids):
+            own = [index[(start <= index) & (index < start + count)] - start for index in survivors]
+            units.append((row, places[start : start + count], own))
+            start += count
+    counts = [(stage.layer, stage.mass) for stage in stages]
+    return reference.Mass(units, counts) if any(stage.mass for stage in stages) else None
 
 
 def averaged(columns, kept, layer):
@@ -122,7 +151,10 @@ def check(cell):
         assert [len(index) for index in kept] == [stage.count(len(places)) for stage in plan.stages]
     gone = gone_from(inputs, columns, pruning.kept, plan.stages)
     edit = averaged(columns, pruning.kept, plan.stages[0].layer) if cell.method == "merging" else None
-    tokens, logits = reference.masked(target, inputs, gone, STEPS, cell.positions == "compact", edit, [IMAGE, VIDEO])
+    tokens, logits = reference.masked(
+        target, inputs, gone, STEPS, cell.positions == "compact", edit, [IMAGE, VIDEO],
+        mass=mass(columns, pruning.kept, plan.stages),
+    )  # fmt: skip
     ours = torch.stack(out.logits, 1)
     assert (ours - logits).abs().max() <= 1e-5 * logits.abs().max()
     assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)

@@ -20,6 +20,8 @@ SAMPLE = [
     ("attention", "sdpa", "one", "video", "keep"),
     ("merging", "sdpa", "padded", "several", "keep"),
     ("drop", "sdpa", "one", "image", "compact"),
+    ("mass", "sdpa", "padded", "several", "keep"),
+    ("mass", "eager", "padded", "image", "compact"),
 ]
 ROWS = [["image", 5, 6, 7], [3, "large", 9, "image", 8, 11, 12]]
 VIDEOS = [name for name, tiny in FAMILIES.items() if tiny.videos]
@@ -67,7 +69,7 @@ def test_keeping_everything_is_the_untouched_model_and_leaving_restores_it(tiny)
     plain = target(**inputs).logits  # stock code installs its own capture hooks at the first forward
     text = target.generate(**inputs, max_new_tokens=4, do_sample=False)
     before, config = state(target), repr(target.config)
-    with Schedule([Stage(0, 1.0, Random()), Stage(2, 1.0, Uniform())])(target):
+    with Schedule([Stage(0, 1.0, Random(), mass=True), Stage(2, 1.0, Uniform())])(target):
         assert torch.equal(target(**inputs).logits, plain)
         assert torch.equal(target.generate(**inputs, max_new_tokens=4, do_sample=False), text)
     with pytest.raises(KeyError), Schedule([Stage(1, 0.5, Random())])(target):

@@ -8,13 +8,13 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from codebook.pruning import DivPrune, FastV, Random, Schedule, Stage
 from tests import reference
-from tests.models.cells import gone_from, model
+from tests.models.cells import gone_from, mass, model
 from tests.models.families import FAMILIES, TEXT, VIDEO
 from tests.tiny import IMAGE
 
 FORMS = ["llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3"]
 ROWS = [["image", 5, 6, 7, 5, 6], [3, "large", 9, "image", 8, 11, 12]]
-SCHEDULE = Schedule([Stage(0, 0.5, DivPrune()), Stage(2, 0.2, Random()), Stage(3, 1, Random())])
+SCHEDULE = Schedule([Stage(0, 0.5, DivPrune()), Stage(2, 0.2, Random(), mass=True), Stage(3, 1, Random())])
 PLAIN = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
 
 
@@ -24,22 +24,34 @@ def tiny(request):
 
 
 def generate(tiny, rows=ROWS, **options):
-    """Outputs with each step's logits (B, steps, V), what the reference needs, and the new tokens."""
+    """Outputs with each step's logits (B, steps, V), what the reference needs, and the new tokens.
+
+    What it needs: the model, its inputs, when columns are gone, and what they stand for.
+    """
     target, inputs = model(tiny.name, "sdpa"), tiny.inputs(rows)
     with SCHEDULE(target) as pruning:
         out = target.generate(**inputs, **PLAIN | options, return_dict_in_generate=True, output_logits=True)
     columns = tiny.columns(rows)  # copies of a row keep the same
-    gone = gone_from(inputs, columns, pruning.kept[: len(columns)], SCHEDULE.stages)
-    return out, (target, inputs, gone), out.sequences[:, inputs["input_ids"].shape[1] :]
+    given = columns, pruning.kept[: len(columns)], SCHEDULE.stages
+    return (
+        out,
+        (target, inputs, gone_from(inputs, *given), mass(*given)),
+        out.sequences[:, inputs["input_ids"].shape[1] :],
+    )
+
+
+def masked(given, steps, **options):
+    return reference.masked(*given[:3], steps, **options, mass=given[3])
 
 
 def repeated(given, times):
     """What the reference needs of `times` copies of a prompt with one image, or of one image after the other."""
-    target, inputs, gone = given
+    target, inputs, gone, weight = given
     pixels = [name for name in inputs if name in ("pixel_values", "image_sizes", "image_grid_thw")]
     repeats = {name: torch.cat([x] * times) if name in pixels else x.repeat_interleave(times, 0)
                for name, x in inputs.items()}  # fmt: skip
-    return target, repeats, gone[:1].repeat_interleave(times, 0)
+    weight = reference.Mass([(i, *unit[1:]) for i in range(times) for unit in weight.units], weight.stages)
+    return target, repeats, gone[:1].repeat_interleave(times, 0), weight
 
 
 def assert_close(ours, theirs):
@@ -50,7 +62,7 @@ def assert_close(ours, theirs):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy(name):
     out, given, tokens = generate(FAMILIES[name], max_new_tokens=8)
-    expected, logits = reference.masked(*given, 8, suppress=[IMAGE, VIDEO])
+    expected, logits = masked(given, 8, suppress=[IMAGE, VIDEO])
     assert_close(torch.stack(out.logits, 1), logits)
     assert torch.equal(tokens, expected)
 
@@ -58,9 +70,11 @@ def test_greedy(name):
 @torch.no_grad()
 def test_sampling_several_sequences(tiny):
     torch.manual_seed(3)
-    out, given, tokens = generate(tiny, ROWS[:1], max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=0)
+    out, given, tokens = generate(
+        tiny, ROWS[:1], max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=0, temperature=3.0
+    )
     assert not torch.equal(tokens[0], tokens[1])
-    _, logits = reference.masked(*repeated(given, 2), 4, forced=tokens)
+    _, logits = masked(repeated(given, 2), 4, forced=tokens)
     assert_close(torch.stack(out.logits, 1), logits)
 
 
@@ -69,7 +83,7 @@ def test_beams(tiny):
     out, given, tokens = generate(
         tiny, ROWS[:1], max_new_tokens=4, num_beams=3, num_return_sequences=3, output_scores=True, length_penalty=0.0
     )
-    _, logits = reference.masked(*repeated(given, 3), 4, forced=tokens)
+    _, logits = masked(repeated(given, 3), 4, forced=tokens)
     total = logits.log_softmax(-1).gather(2, tokens[..., None])[..., 0].sum(1)
     # suppressed tokens leave their probability unused
     assert torch.allclose(out.sequences_scores, total, atol=1e-4)
@@ -114,7 +128,7 @@ def test_streaming(tiny):
 @torch.no_grad()
 def test_without_a_cache(tiny):
     out, given, tokens = generate(tiny, max_new_tokens=4, use_cache=False)
-    expected, logits = reference.masked(*given, 4, suppress=[IMAGE, VIDEO])
+    expected, logits = masked(given, 4, suppress=[IMAGE, VIDEO])
     assert_close(torch.stack(out.logits, 1), logits)
     assert torch.equal(tokens, expected)
 
@@ -122,7 +136,7 @@ def test_without_a_cache(tiny):
 @torch.no_grad()
 def test_manual_loop(tiny):
     """One row: stock models need explicit positions for padded ones, pruned or not."""
-    out, (target, inputs, _), tokens = generate(tiny, ROWS[:1], max_new_tokens=4)
+    out, (target, inputs, *_), tokens = generate(tiny, ROWS[:1], max_new_tokens=4)
     with SCHEDULE(target):
         step = target(**inputs, use_cache=True)
         for i in range(3):
@@ -133,7 +147,7 @@ def test_manual_loop(tiny):
 
 @torch.no_grad()
 def test_a_second_turn_on_the_pruned_cache(tiny):
-    first, (target, inputs, gone), _ = generate(tiny, ROWS[:1], max_new_tokens=3)
+    first, (target, inputs, gone, weight), _ = generate(tiny, ROWS[:1], max_new_tokens=3)
     more = torch.cat([first.sequences, torch.tensor([[31, 32, 33]])], 1)
     with SCHEDULE(target):
         second = target.generate(
@@ -145,7 +159,7 @@ def test_a_second_turn_on_the_pruned_cache(tiny):
     for name in {"mm_token_type_ids", "token_type_ids"} & set(inputs):
         whole[name] = torch.nn.functional.pad(inputs[name], (0, added))
     gone = torch.nn.functional.pad(gone, (0, added), value=10**6)
-    tokens, logits = reference.masked(target, whole, gone, 4, suppress=[IMAGE, VIDEO])
+    tokens, logits = masked((target, whole, gone, weight), 4, suppress=[IMAGE, VIDEO])
     assert_close(torch.stack(second.logits, 1), logits)
     assert torch.equal(second.sequences[:, more.shape[1] :], tokens)
 
@@ -179,7 +193,8 @@ def windowed():
 def test_sliding_windows_after_a_long_unpruned_turn(name):
     """The cache has lost what left the window when the image comes, and the pruned one goes on from there."""
     tiny, target = windowed() if name == "windowed" else (FAMILIES[name], model(name, "sdpa"))
-    schedule, rows = Schedule([Stage(0, 0.5, Random()), Stage(2, 0.2, FastV())]), [[3, "image", 8, 9]]
+    schedule = Schedule([Stage(0, 0.5, Random(), mass=True), Stage(2, 0.2, FastV(), mass=True)])
+    rows = [[3, "image", 8, 9]]
     first, second = tiny.inputs([[i % 17 + 1 for i in range(30)]]), tiny.inputs(rows)
     cache, length = DynamicCache(config=target.config), second["input_ids"].shape[1]
     target(**first, past_key_values=cache, use_cache=True)
@@ -189,7 +204,10 @@ def test_sliding_windows_after_a_long_unpruned_turn(name):
         out = [target(**second | mask, position_ids=places[:, :length], past_key_values=cache).logits[:, -1:]]
         out.append(target(input_ids=more, position_ids=places[:, length:], past_key_values=cache).logits)
     whole = second | {name: torch.cat([first[name], second[name]], 1) for name in first}
-    gone = gone_from(second, tiny.columns(rows), pruning.kept, schedule.stages)
+    columns = tiny.columns(rows)
+    gone = gone_from(second, columns, pruning.kept, schedule.stages)
     gone = torch.nn.functional.pad(gone, (30, 0), value=10**6)
-    _, logits = reference.masked(target, whole, gone, 3, forced=torch.cat([more, more], 1))
+    columns = [(row, grids, places + 30) for row, grids, places in columns]
+    weight = mass(columns, pruning.kept, schedule.stages)
+    _, logits = masked((target, whole, gone, weight), 3, forced=torch.cat([more, more], 1))
     assert_close(torch.cat(out, 1), logits)

@@ -81,6 +81,29 @@ def test_rows_after_an_earlier_stage_equal_the_masked_map():
 
 
 @torch.no_grad()
+def test_tokens_that_stand_for_several_get_more_attention():
+    """Rows equal the stock maps of the layer as it ran, with the bias in them."""
+    model = llava("eager")
+    inputs, rows = prompt(model, RAGGED), {}
+    for mass in (True, False):
+        spy, first = Spy(), Stage(1, 12, Random(), mass)
+        object.__setattr__(spy, "seen", [])
+        with Schedule([first, Stage(LAYER, 3, spy)])(model):
+            maps = model(**inputs, output_attentions=True).attentions[LAYER - 1].mean(1)
+        lengths = inputs["attention_mask"].sum(1)
+        rows[mass] = spy.seen
+        scores = iter(spy.seen)
+        for ids, length, last in zip(inputs["input_ids"], lengths, maps[:, -1], strict=True):
+            visual, shorter = (ids == model.config.image_token_id)[-length:], []
+            for columns in visual.nonzero().flatten().split(size(model)):
+                shorter.append((int(columns[0]) - 24 * len(shorter), next(scores)))
+            left = len(last) - (int(length) - 24 * len(shorter))
+            for start, score in shorter:
+                assert torch.allclose(score, last[left + start : left + start + 12], atol=1e-6)
+    assert not any(torch.allclose(a, b, atol=1e-3) for a, b in zip(rows[True], rows[False], strict=True))
+
+
+@torch.no_grad()
 def test_unrotated_rows_are_plain_projections():
     model = llava()
     inputs = prompt(model, [[5, "image", 7, 8]])

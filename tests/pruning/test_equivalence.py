@@ -21,6 +21,7 @@ from codebook.pruning import (
     Uniform,
     VisionZip,
 )
+from codebook.pruning.forward import Forward
 from tests import reference
 from tests.tiny import llava
 
@@ -31,6 +32,7 @@ SCHEDULES = {
     "layers 1+3": Schedule([Stage(1, 0.5, Random()), Stage(3, 3, Uniform())]),
     "attention at 2": Schedule([Stage(0, 0.5, Random()), Stage(2, 4, FastV())]),
     "drop at 2": Schedule([Stage(0, 0.5, Random()), Stage(2, 0, Drop())]),
+    "mass": Schedule([Stage(0, 0.3, Random(), mass=True), Stage(1, 0.2, Random()), Stage(3, 3, FastV(), mass=True)]),
     "pre+1+2": Schedule([Stage(0, 0.5, Uniform()), Stage(1, 0.25, Random()), Stage(2, 1, Random(3))]),
 }
 
@@ -80,6 +82,16 @@ def gone_from(inputs, pruning, schedule):
     return gone
 
 
+def mass(inputs, pruning, schedule):
+    """For the reference: what each column stands for, from the kept sets; None where no stage counts."""
+    image_id, n = pruning.model.config.image_token_id, size(pruning.model)
+    columns = [(row, part) for row, ids in enumerate(inputs["input_ids"])
+               for part in (ids == image_id).nonzero().flatten().split(n)]  # fmt: skip
+    units = [(*place, kept) for place, kept in zip(columns, pruning.kept, strict=True)]
+    counts = [(stage.layer, stage.mass) for stage in schedule.stages]
+    return reference.Mass(units, counts) if any(stage.mass for stage in schedule.stages) else None
+
+
 @pytest.fixture(scope="module", params=["tiny, sdpa", "tiny, eager", "miniature, sdpa", "miniature, eager"])
 def model(request):
     name, attention = request.param.split(", ")
@@ -113,9 +125,8 @@ def test_generate_equals_masked_reference(model, name, batch):
         )
     gone = gone_from(inputs, pruning, schedule)
     assert (gone < 100).any()
-    tokens, logits = reference.generate(
-        model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, STEPS
-    )
+    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, STEPS
+    tokens, logits = reference.generate(*given, mass=mass(inputs, pruning, schedule))
     assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
     assert_close(torch.stack(out.logits, 1), logits)
     physical = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
@@ -155,10 +166,11 @@ def compare(model, inputs, schedule, layer, values):
         )
     gone, edit = gone_from(inputs, pruning, schedule), edited(inputs, pruning, layer, values)
     given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, 6
-    tokens, logits = reference.generate(*given, edit=edit)
+    weight = mass(inputs, pruning, schedule)
+    tokens, logits = reference.generate(*given, edit=edit, mass=weight)
     assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
     assert_close(torch.stack(out.logits, 1), logits)
-    assert (logits - reference.generate(*given)[1]).abs().max() > 1e-3 * logits.abs().max()  # it matters
+    assert (logits - reference.generate(*given, mass=weight)[1]).abs().max() > 1e-3 * logits.abs().max()  # it matters
 
 
 def averages(hidden, kept):
@@ -181,7 +193,7 @@ def test_a_stage_skips_images_that_have_nothing_left(model, ragged):
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [0, 2])
 def test_generate_with_pooled_values_equals_the_edited_reference(model, ragged, layer):
-    schedule = Schedule([Stage(layer, 0.25, Pool()), Stage(3, 2, Random())])
+    schedule = Schedule([Stage(layer, 0.25, Pool(), mass=layer > 0), Stage(3, 2, Random())])
     compare(model, ragged, schedule, layer, averages)
 
 
@@ -259,11 +271,13 @@ def test_difference_from_unpruned_is_large(model, one):
     with SCHEDULES["pre"](model):
         pruned = model(**one).logits[:, -1]
     assert (pruned - model(**one).logits[:, -1]).abs().max() > 0.1
+    with Schedule([Stage(0, 0.3, Random(), mass=True)])(model):
+        assert (pruned - model(**one).logits[:, -1]).abs().max() > 0.1
 
 
 @torch.no_grad()
 def test_keeping_everything_is_the_untouched_model_bit_for_bit(model, one, ragged):
-    schedule = Schedule([Stage(0, 1.0, Random()), Stage(2, size(model), Uniform())])
+    schedule = Schedule([Stage(0, 1.0, Random(), mass=True), Stage(2, size(model), Uniform())])
     for inputs in (one, ragged):
         plain = model(**inputs).logits
         text = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False)
@@ -361,6 +375,22 @@ def test_a_row_is_the_same_alone_and_in_a_batch(model, positions):
 
 
 @torch.no_grad()
+def test_what_tokens_stand_for_adds_up(model, ragged, monkeypatch):
+    """The kept tokens of an image stand for all of it, stage after stage, but for what a stage without mass forgets."""
+    seen, weigh = [], Forward._weigh
+
+    def watched(self):
+        weigh(self)
+        seen.append([int(unit.mass.sum()) for unit in self.units])
+
+    monkeypatch.setattr(Forward, "_weigh", watched)
+    with Schedule([Stage(0, 0.5, Random(), mass=True), Stage(1, 5, Random(), mass=True), Stage(2, 2, Random())])(model):
+        model(**ragged)
+    assert seen[:2] == [[size(model)] * 5] * 2
+    assert all(2 <= total < size(model) for total in seen[2])
+
+
+@torch.no_grad()
 def test_right_padding_and_loss(model):
     left, right = (
         prompt(model, [["image", 7, 8, 9], [5, "image", 6]]),
@@ -401,14 +431,15 @@ def test_cache_continuation_and_manual_loops(model, positions, one):
 
 
 @torch.no_grad()
-def test_continuation_equals_masked_reference(model, one):
-    schedule, turn = SCHEDULES["layers 1+3"], torch.tensor([[21, 22, 23]])
+@pytest.mark.parametrize("name", ["layers 1+3", "mass"])
+def test_continuation_equals_masked_reference(model, one, name):
+    schedule, turn = SCHEDULES[name], torch.tensor([[21, 22, 23]])
     with schedule(model) as pruning:
         cache = model(**one, use_cache=True).past_key_values
         ours = model(input_ids=turn, past_key_values=cache).logits[:, -1]
     gone = torch.cat([gone_from(one, pruning, schedule), torch.full_like(turn, 10**6)], 1)
     embeds = reference.merged(model, torch.cat([one["input_ids"], turn], 1), one["pixel_values"])
-    theirs = reference.logits(model, embeds, torch.ones_like(gone), gone)
+    theirs = reference.logits(model, embeds, torch.ones_like(gone), gone, mass=mass(one, pruning, schedule))
     assert_close(ours, theirs)
 
 
@@ -439,20 +470,25 @@ def test_a_second_question_generated_on_the_pruned_cache(model, one):
 
 
 @torch.no_grad()
-def test_a_second_image_in_a_second_turn(model):
+@pytest.mark.parametrize("name", ["pre+1+2", "mass"])
+def test_a_second_image_in_a_second_turn(model, name):
     """It is pruned on top of a cache that is pruned already."""
-    schedule, turns = SCHEDULES["pre+1+2"], [prompt(model, [[5, "image", 7]]), prompt(model, [[8, "image", 9, 11]])]
+    schedule, turns = SCHEDULES[name], [prompt(model, [[5, "image", 7]]), prompt(model, [[8, "image", 9, 11]])]
     turns[1]["pixel_values"] = turns[1]["pixel_values"].flip(-1)
     with schedule(model) as pruning:
         cache = model(**turns[0], use_cache=True).past_key_values
-        gone = [gone_from(turns[0], pruning, schedule)]
+        gone, first = [gone_from(turns[0], pruning, schedule)], mass(turns[0], pruning, schedule)
         whole = torch.ones(1, sum(turn["input_ids"].shape[1] for turn in turns), dtype=torch.long)
         ours = model(**turns[1] | {"attention_mask": whole}, past_key_values=cache).logits[:, -1]
         gone.append(gone_from(turns[1], pruning, schedule))
     ids, pixels = (
         torch.cat([turn[name] for turn in turns], axis) for name, axis in (("input_ids", 1), ("pixel_values", 0))
     )
-    theirs = reference.logits(model, reference.merged(model, ids, pixels), whole, torch.cat(gone, 1))
+    if weight := mass(turns[1], pruning, schedule):
+        length = gone[0].shape[1]
+        weight.units = [*first.units, *((row, columns + length, kept) for row, columns, kept in weight.units)]
+    embeds = reference.merged(model, ids, pixels)
+    theirs = reference.logits(model, embeds, whole, torch.cat(gone, 1), mass=weight)
     assert_close(ours, theirs)
 
 

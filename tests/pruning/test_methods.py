@@ -15,12 +15,14 @@ from codebook.pruning import (
     DivPrune,
     Downsample,
     Drop,
+    FarthestPoint,
     FastV,
     Pool,
     Random,
     RedundancyCodebook,
     RedundancyThreshold,
     ScoringPruner,
+    SeededFarthestPoint,
     SparseVLM,
     Uniform,
     Union,
@@ -30,6 +32,7 @@ from codebook.pruning import (
     Window,
 )
 from codebook.pruning.attention import Attention, Vision
+from codebook.pruning.methods.base import nearest_kept
 
 
 def tokens(rows, cols, features=None, key=0, text=None, **options):
@@ -161,6 +164,68 @@ def test_divprune_by_hand():
     assert DivPrune().select(four, 1).tolist() == [3]
     assert DivPrune().select(four, 2).tolist() == [0, 3]  # then the one furthest from 180 degrees
     assert DivPrune().select(four, 3).tolist() == [0, 2, 3]
+
+
+def at(*degrees, lengths=None):
+    """An image of one row whose features point in these directions."""
+    angles = torch.deg2rad(torch.tensor(degrees))
+    features = torch.stack([angles.cos(), angles.sin()], 1)
+    return tokens(1, len(degrees), features if lengths is None else features * torch.tensor(lengths)[:, None])
+
+
+def test_farthest_points_by_hand():
+    # The mean points at 35.7 degrees: 0 is 36 from it, 10 is 26, 90 is 54 and is first; then 0, 90 from it; then 10.
+    assert FarthestPoint().select(at(0.0, 10.0, 90.0), 1).tolist() == [2]
+    assert FarthestPoint().select(at(0.0, 10.0, 90.0), 2).tolist() == [0, 2]
+    # Lengths do not matter between tokens: after 180, furthest from the mean, come 60 degrees and not its twin.
+    image = at(0.0, 62.0, 60.0, 2.0, 180.0, lengths=[9.0, 1.0, 1.0, 9.0, 1.0])
+    assert FarthestPoint().select(image, 1).tolist() == [4]
+    assert FarthestPoint().select(image, 2).tolist() == [0, 4]
+    assert FarthestPoint().select(image, 3).tolist() == [0, 1, 4]  # 62: 62 from 0; 60 is nearer
+
+
+def test_prototypes_count_as_chosen():
+    # Prototypes at 0 and 90 degrees. To the nearest one: 5, 45, 40, 75, 90 degrees.
+    image = at(-5.0, 45.0, 50.0, 165.0, 180.0, lengths=[1.0, 2.0, 3.0, 4.0, 5.0])
+    pruner = SeededFarthestPoint(Book(), representatives=0)
+    assert pruner.select(image, 1).tolist() == [4]
+    assert pruner.select(image, 2).tolist() == [1, 4]  # 165 is now 15 from a chosen one
+    assert pruner.select(image, 3).tolist() == [1, 3, 4]
+
+
+def test_representatives_stand_for_the_others():
+    # Prototypes at 0 and 90 degrees: 270 is furthest, then 150, then 112, which is 22 from a prototype.
+    image = at(100.0, 105.0, 112.0, 150.0, 270.0)
+    assert SeededFarthestPoint(Book(), representatives=0).select(image, 3).tolist() == [2, 3, 4]
+    # 150 has cosines .643, .707, .788 to the first three; 105 raises them by .353 + .293 + .205 = .851, 100 by
+    # .357 + .289 + .190 = .836 and 112 by .335 + .285 + .212 = .832.
+    assert SeededFarthestPoint(Book(), representatives=1).select(image, 3).tolist() == [1, 3, 4]
+    # At most half of what stays are representatives; after 105 another for 112, which is further from it than 100.
+    assert SeededFarthestPoint(Book(), representatives=9).select(image, 3).tolist() == [1, 3, 4]
+    assert SeededFarthestPoint(Book(), representatives=9).select(image, 4).tolist() == [1, 2, 3, 4]
+    assert SeededFarthestPoint(Book(), representatives=9).select(image, 1).tolist() == [4]
+    # Without a codebook: the mean points at 122 degrees; 270 is furthest, then 100, 170 from it, then 150.
+    assert FarthestPoint().select(image, 3).tolist() == [0, 3, 4]
+
+
+def test_equal_tokens_are_chosen_once():
+    image = tokens(2, 3, torch.ones(6, 2))
+    for pruner in (FarthestPoint(), FarthestPoint(3), SeededFarthestPoint(Book())):
+        for keep in range(1, 7):
+            assert len(set(pruner.select(image, keep).tolist())) == keep
+
+
+def test_representatives_are_not_negative():
+    for make in (FarthestPoint, lambda count: SeededFarthestPoint(Book(), count)):
+        with pytest.raises(CodebookError, match="give 0 or more"):
+            make(-1)
+
+
+def test_the_kept_one_most_like_each():
+    # 30 and 170 degrees are kept; a kept token has itself, also where another is its twin
+    image = at(0.0, 30.0, 99.0, 101.0, 170.0, 30.0, lengths=[5.0, 1.0, 2.0, 2.0, 3.0, 1.0])
+    assert nearest_kept(image.hidden, torch.tensor([1, 4])).tolist() == [0, 0, 0, 1, 1, 0]
+    assert nearest_kept(image.hidden, torch.tensor([1, 5]))[[1, 5]].tolist() == [0, 1]
 
 
 def test_divprune_equals_the_textbook_loop():

@@ -40,6 +40,10 @@ def solve(text, keep=None, n=576, layers=32, **options):
         ("fastv", 192, None, "fastv@2:166", 191.625),  # 6144 - 2 * 576 = 30 * 166 + 12
         ("fastv@3", 192, None, "fastv@3:152", 191.75),  # 6144 - 3 * 576 = 29 * 152 + 8
         ("codebook", 0.11, None, "codebook:63", 63.0),  # 63.36
+        ("codebook+mass", 0.11, None, "codebook:63+mass", 63.0),
+        ("seeded", 0.11, None, "codebook-farthest:63+mass", 63.0),
+        ("seeded+random", 0.11, None, "codebook-farthest:93+mass, random@20:13", 63.0),
+        ("dart@1+mass+random+mass", 64, 27, "dart@1:60+mass, random@20:27+mass", 63.75),
         ("vtw", 0.5, None, "drop@16", 288.0),
         ("vtw", 0.33, None, "drop@10", 180.0),
         # In proportion 4 : 2 : 1, by halves up: 8 * 576 + 8 * (8 + 4 + 2) = 4720 <= 0.26 * 18432 = 4792 < 4608 + 8 * 23
@@ -128,6 +132,8 @@ def test_layers_and_counts_of_the_text_stay():
         ("uniform+randm", 0.5, {}, r"part 2, 'randm' \(character 9\).*random"),
         ("pyramidrop", 0.5, {}, "did you mean pyramiddrop"),
         ("pyramiddrop+drop", 0.5, {}, "stands alone"),
+        ("pyramiddrop+mass", 0.5, {}, "stands alone"),
+        ("uniform+drop+mass", 0.5, {}, "leave mass out"),
     ],
 )
 def test_refusals(text, keep, options, says):

@@ -11,7 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codebook.errors import CodebookError
-from codebook.pruning import METHODS, Alpha, FastV, Pruner, Random, RedundancyCodebook, Schedule, Stage, Uniform
+from codebook.pruning import (
+    METHODS,
+    Alpha,
+    FarthestPoint,
+    FastV,
+    Pruner,
+    Random,
+    RedundancyCodebook,
+    Schedule,
+    SeededFarthestPoint,
+    Stage,
+    Uniform,
+)
 
 VICUNA = {"layers": 32, "hidden": 4096, "intermediate": 11008}
 
@@ -103,6 +115,11 @@ def test_adaptive_stages_have_no_count():
         ("fastv(rotated=False)@1:3", [(1, 3, FastV(rotated=False))]),
         ("alpha(alpha=0.3)@3:1e-05, random(seed=7)@4:1", [(3, 1e-5, Alpha(0.3)), (4, 1, Random(7))]),
         ("fastv(query='visual', reverse=True)@3:9", [(3, 9, FastV("visual", reverse=True))]),
+        ("uniform:0.25+mass, random@9:4 + mass", [(0, 0.25, Uniform(), True), (9, 4, Random(), True)]),
+        (
+            "farthest(representatives=2):9, random(seed=7)@2:0.1+mass",
+            [(0, 9, FarthestPoint(2)), (2, 0.1, Random(7), True)],
+        ),
     ],
 )
 def test_text_form(text, stages):
@@ -130,6 +147,17 @@ def test_text_with_a_codebook():
         Schedule.parse("codebook:0.25")
 
 
+def test_a_name_for_a_method_with_mass():
+    def make(name):
+        return METHODS[name]("book") if name.startswith("codebook") else METHODS[name]()
+
+    schedule = Schedule.parse("seeded(representatives=2):0.25, random@9:4", make)
+    assert schedule.stages[0] == Stage(0, 0.25, SeededFarthestPoint("book", 2), mass=True)
+    assert not schedule.stages[1].mass
+    assert str(schedule) == "codebook-farthest(representatives=2):0.25+mass, random@9:4"
+    assert Schedule.parse("seeded@3:9+mass", make) == Schedule.parse("codebook-farthest@3:9+mass", make)
+
+
 @pytest.mark.parametrize("factory", METHODS.values(), ids=list(METHODS))
 def test_every_method_round_trips(factory):
     adaptive = getattr(factory, "adaptive", False)
@@ -140,6 +168,8 @@ def test_every_method_round_trips(factory):
 
     text = name + "@3" if adaptive or name == "drop" else f"{name}@3:0.5"
     assert str(Schedule.parse(text, make)) == text
+    if name != "drop":
+        assert str(Schedule.parse(text + "+mass", make)) == text + "+mass"
 
 
 @pytest.mark.parametrize(
@@ -161,6 +191,10 @@ def test_every_method_round_trips(factory):
         ("drop@3,random@5:1", "nothing is left for the stage at layer 5"),
         ("drop", "drop needs a layer"),
         ("drop@3:5", "keeps nothing"),
+        ("drop@3+mass", "leave mass out"),
+        ("uniform+mass:5", "no method 'uniform[+]mass'"),
+        ("uniform:5+mas", "keep '5[+]mas' is not a number"),
+        ("seded:5", "did you mean seeded"),
         ("random(sed=3):5", "no option 'sed': its options are seed"),
         ("random(seed='x'):5", "must be like 0, not 'x'"),
         ("random(3):5", "cannot read the options"),
@@ -178,7 +212,7 @@ def test_text_errors_name_the_part(text, says):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.text(alphabet="uniformrad@:(,)=;+.0123 '", max_size=30))
+@given(st.text(alphabet="uniformrads@:(,)=;+.0123 '", max_size=30))
 def test_any_text_is_read_or_refused(text):
     try:
         schedule = Schedule.parse(text)
@@ -208,9 +242,9 @@ def test_counts_larger_than_the_image():
 
 
 def test_files(tmp_path):
-    schedule = Schedule([Stage(0, 62, Uniform()), Stage(6, 10, Random(3))], positions="compact")
+    schedule = Schedule([Stage(0, 62, Uniform(), mass=True), Stage(6, 10, Random(3))], positions="compact")
     schedule.save(tmp_path / "schedule.json")
-    record = {"format": 1, "schedule": "uniform:62, random(seed=3)@6:10; positions=compact"}
+    record = {"format": 1, "schedule": "uniform:62+mass, random(seed=3)@6:10; positions=compact"}
     assert json.loads((tmp_path / "schedule.json").read_text()) == record
     assert Schedule.load(tmp_path / "schedule.json") == schedule
     with pytest.raises(CodebookError, match="no text form"):

@@ -95,11 +95,22 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("name", sorted({*METHODS} - {"codebook-threshold"}))
 def test_no_method_waits_for_the_device(name, tower, monkeypatch):
-    choose = hooks.Forward._choose
+    watch(monkeypatch, "_choose")
+    kept(tower, "sdpa", schedule(name, tower), BATCH)
+
+
+def test_mass_does_not_wait_for_the_device(monkeypatch):
+    for name in ("prune", "_weigh", "_mask"):
+        watch(monkeypatch, name)
+    stages = [Stage(0, KEEP, METHODS["divprune"](), mass=True), Stage(2, 3, METHODS["random"](), mass=True)]
+    kept("clip", "sdpa", Schedule(stages), BATCH)
+
+
+def watch(monkeypatch, name):
+    method = getattr(hooks.Forward, name)
 
     def watched(*args):
         with NoSync():
-            return choose(*args)
+            return method(*args)
 
-    monkeypatch.setattr(hooks.Forward, "_choose", watched)
-    kept(tower, "sdpa", schedule(name, tower), BATCH)
+    monkeypatch.setattr(hooks.Forward, name, watched)

@@ -12,6 +12,7 @@ from codebook.pruning.methods.dart import Dart
 from codebook.pruning.methods.divprune import DivPrune
 from codebook.pruning.methods.downsample import Downsample
 from codebook.pruning.methods.drop import Drop
+from codebook.pruning.methods.farthest import FarthestPoint, SeededFarthestPoint
 from codebook.pruning.methods.fastv import FastV
 from codebook.pruning.methods.phi_knn import DensityPeaks
 from codebook.pruning.methods.pool import Pool
@@ -31,6 +32,7 @@ __all__ = [
     "DivPrune",
     "Downsample",
     "Drop",
+    "FarthestPoint",
     "FastV",
     "Pool",
     "Pruner",
@@ -38,6 +40,7 @@ __all__ = [
     "RedundancyCodebook",
     "RedundancyThreshold",
     "ScoringPruner",
+    "SeededFarthestPoint",
     "SparseVLM",
     "Uniform",
     "Union",
@@ -51,11 +54,13 @@ METHODS: dict[str, Callable[..., Pruner]] = {
     "cdpruner": CDPruner,
     "cls": Cls,
     "codebook": RedundancyCodebook,
+    "codebook-farthest": SeededFarthestPoint,
     "codebook-threshold": RedundancyThreshold,
     "dart": Dart,
     "divprune": DivPrune,
     "downsample": Downsample,
     "drop": Drop,
+    "farthest": FarthestPoint,
     "fastv": FastV,
     "fastv-image": partial(FastV, image_only=True),
     "fastv-norope": partial(FastV, rotated=False, image_only=True),

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError
 from codebook.pruning.tokens import VisualTokens
@@ -93,3 +94,23 @@ def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
     """
     member = (group == torch.arange(count, device=group.device)[:, None]).float()
     return (member @ values.float() / member.sum(1, keepdim=True)).to(values.dtype)
+
+
+def nearest_kept(values: Tensor, index: Tensor) -> Tensor:
+    """For each token the kept one most like it, by cosine similarity; a kept token has itself.
+
+    Parameters
+    ----------
+    values : (n, d) float
+        What is compared, in float32.
+    index : (keep,) int64
+        The tokens that are kept, at least one.
+
+    Returns
+    -------
+    (n,) int64, places in `index`
+    """
+    unit = normalize(values.float(), dim=-1)
+    nearest = (unit @ unit[index].T).argmax(1)
+    nearest[index] = torch.arange(len(index), device=index.device)
+    return nearest
