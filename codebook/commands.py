@@ -437,27 +437,28 @@ def draw_sheet(book: Codebook, picture: Path, images: list[Path]) -> None:
 def evaluate_miniature(
     folder: Path | None, count: int, looks: list[str], check: Path | None, device: str, as_json: bool
 ) -> None:
-    from codebook.evaluation import Scores, compare, family_means, instrument, score, standard_error, table
+    from codebook.analysis.data import of_miniature, of_questions
+    from codebook.evaluation import Scores, compare, instrument, score, standard_error, table, task_means
     from codebook.miniature import FAMILIES, FOLDER, model, tasks
 
     loaded, processor = model.load(folder or FOLDER, device)
     rows: dict[str, Scores] = {}
     if check is not None:
         plans = instrument.plans(len(loaded.get_decoder().layers))
-        questions = [q for family in FAMILIES for q in tasks(family, "test", 0, count)]
-        with progress("check", len(plans) * len(questions), "answers") as tick:
-            rows = compare(loaded, processor, questions, plans, check, tick)
+        samples = of_miniature("test", 0, count)
+        with progress("check", len(plans) * len(samples), "answers") as tick:
+            rows = compare(loaded, processor, samples, plans, check, tick)
     else:
         kinds = [(look, look, False) for look in looks] + [("no image", looks[0], True)]
         with progress("evaluate", len(kinds) * len(FAMILIES), "families") as tick:
             for name, look, blind in kinds:
                 rows[name] = {}
                 for family in FAMILIES:
-                    asked = list(tasks(family, "test", 0, count, look=look))
+                    asked = of_questions(tasks(family, "test", 0, count, look=look))
                     rows[name] |= score(loaded, processor, asked, blind=blind)
                     tick(sum(map(len, rows.values())), f"{name}: {family}")
     if as_json:
-        means = {name: family_means(scores) for name, scores in rows.items()}
+        means = {name: task_means(scores) for name, scores in rows.items()}
         errors = {name: standard_error(scores) for name, scores in rows.items()}
         print(json.dumps({"questions_per_family": count, "accuracy": means, "standard_error_of_mean": errors}))
     else:
