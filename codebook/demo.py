@@ -12,7 +12,7 @@ from codebook import miniature, models
 from codebook.analysis.data import of_miniature
 from codebook.building import build
 from codebook.commands import building_progress, replacing
-from codebook.evaluation import Scores, task_means, mean, score, standard_error
+from codebook.evaluation import Scores, mean, score, standard_error, task_means
 from codebook.inference import ask
 from codebook.pictures import overlay
 from codebook.progress import Update, progress

@@ -15,7 +15,6 @@ from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.pruning import Schedule
 
-
 FRAMES = 8
 """Of a video that are shown."""
 

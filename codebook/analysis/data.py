@@ -90,9 +90,7 @@ def of_miniature(split: str = "train", seed: int = 0, count: int = 50) -> list[S
 
 def of_questions(questions: Iterable[miniature.Question]) -> list[Sample]:
     """The same questions as samples."""
-    return [
-        Sample(q.images, q.question, q.answer, q.family, SCORERS[q.family], patches=q.patches) for q in questions
-    ]
+    return [Sample(q.images, q.question, q.answer, q.family, SCORERS[q.family], patches=q.patches) for q in questions]
 
 
 def read(source: Path) -> list[Sample]:
@@ -128,7 +126,9 @@ FORMAT = (
 def _sample(source: Path, number: int, line: str) -> Sample:
     try:
         record = json.loads(line)
-        shown = [record["video"]] if "video" in record else record["images"] if "images" in record else [record["image"]]
+        shown = (
+            [record["video"]] if "video" in record else record["images"] if "images" in record else [record["image"]]
+        )
         answers = record["answers"] if "answers" in record else [record["answer"]] if record.get("answer") else []
         texts = [record["question"], record.get("task") or ""]
         lists = isinstance(shown, list) and shown and isinstance(answers, list)

@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
 import codebook
 from codebook import models
 from codebook.analysis.data import Sample, digest
 from codebook.analysis.journal import Journal, identity
 from codebook.errors import CodebookError
 from codebook.evaluation.latency import Bench
-from codebook.evaluation.metrics import Z, Estimate, Task, estimate, mean_of
+from codebook.evaluation.metrics import Estimate, Task, Z, estimate, mean_of
 from codebook.evaluation.scores import Said, remembering, respond
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference import ask, prepare
@@ -96,17 +97,27 @@ def plan(
     seeds
         Of methods that draw at random.
     """
-    (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     found, skipped = [Row(UNPRUNED, 1.0, (None,))], []
     for keep in keeps:
         for method in dict.fromkeys((*methods, *BASELINES)):
             try:
-                schedule = Schedule.solve(method, make, n=rows * cols, layers=layers, keep=keep)
+                found.append(row(model, method, keep, make, seeds))
             except CodebookError as error:
                 skipped.append({"method": method, "keep": keep, "reason": str(error)})
-            else:
-                found.append(Row(method, keep, tuple(_seeded(_shrunk(schedule, rows, cols), seeds))))
     return found, skipped
+
+
+def row(model: Any, method: str, keep: float, make: Make, seeds: Sequence[int]) -> Row:
+    """One method at a budget, as `plan` takes them.
+
+    Raises
+    ------
+    CodebookError
+        If the budget cannot be met.
+    """
+    (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
+    schedule = Schedule.solve(method, make, n=rows * cols, layers=layers, keep=keep)
+    return Row(method, keep, tuple(_seeded(_shrunk(schedule, rows, cols), seeds)))
 
 
 def _seeded(schedule: Schedule, seeds: Sequence[int]) -> Iterator[Schedule]:

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from codebook.evaluation.scores import Plan
 from codebook.analysis.data import Sample
+from codebook.evaluation.scores import Plan
 from codebook.pruning import DivPrune, Drop, Pruner, Random, Schedule, Stage, Uniform, VisualTokens
 
 KEEPS = (0.5, 0.25, 0.11)

@@ -116,7 +116,7 @@ class Bench:
             return self.model.generate(**self.inputs, **length, **options), pruning
 
     def seconds(self, schedule: Schedule | None) -> dict[str, float]:
-        """From pixels to the first token, for each token after it, and the first token's phases (in a run of their own).
+        """From pixels to the first token, for each token after it, and the first token's phases (in another run).
 
         Returns
         -------

@@ -93,7 +93,8 @@ def respond(
     return {name: [found[row] for row in range(len(samples))] for name, found in said.items()}
 
 
-def _remembering(model: Any) -> contextlib.AbstractContextManager[None]:
+def remembering(model: Any) -> contextlib.AbstractContextManager[None]:
+    """`codebook.remember`, or nothing where the family's tower takes all images in one row."""
     return remember(model) if models.family(model).tower_rows else contextlib.nullcontext()
 
 

@@ -7,8 +7,8 @@ import warnings
 import pytest
 import torch
 
-from codebook.errors import CodebookError
 from codebook.analysis.data import of_miniature
+from codebook.errors import CodebookError
 from codebook.evaluation import mean, score
 from codebook.miniature import FAMILIES, FOLDER, load, model, packing, prompt, tasks
 from codebook.miniature.train import Recipe, Run, train
