@@ -13,12 +13,13 @@ from typing import Any
 
 from codebook import models
 from codebook.analysis.data import Sample
-from codebook.commands import Plan, find_codebook, note, replacing
+from codebook.commands import note, replacing
 from codebook.errors import CodebookError
 from codebook.evaluation import bench, datasets, report
 from codebook.evaluation.explain import explain, words
 from codebook.inference import read_image
 from codebook.pictures import comparison, maps
+from codebook.plan import Plan, find_codebook
 from codebook.progress import progress
 from codebook.pruning.schedule import check_keep
 from codebook.pruning.text import split
@@ -46,7 +47,7 @@ def keeps_of(text: str) -> list[float]:
 
 def maker(model: Any, codebook: Path | None, seed: int) -> Any:
     """Makes pruners by their names; reads the codebook once, and only if one needs it."""
-    return Plan("codebook", None, None, codebook, seed)._make(functools.cache(lambda: find_codebook(model, codebook)))
+    return Plan("codebook", None, None, codebook, seed).maker(functools.cache(lambda: find_codebook(model, codebook)))
 
 
 def run_bench(

@@ -70,12 +70,12 @@ def mark(shape: str, x: float, y: float, colour: str, text: str = "") -> str:
     style = {"fill": colour, "stroke": "var(--card)"}
     if shape == "circle":
         return tag("circle", title, cx=float(x), cy=float(y), r=5, **style)
-    corners = {
+    shapes: dict[str, list[tuple[float, float]]] = {
         "square": [(-4.5, -4.5), (4.5, -4.5), (4.5, 4.5), (-4.5, 4.5)],
         "triangle": [(0, -6), (6, 5), (-6, 5)],
         "diamond": [(0, -6.3), (6.3, 0), (0, 6.3), (-6.3, 0)],
-    }[shape]
-    return tag("polygon", title, points=path([(x + a, y + b) for a, b in corners]), **style)
+    }
+    return tag("polygon", title, points=path([(x + a, y + b) for a, b in shapes[shape]]), **style)
 
 
 def frame(x: Axis, y: Axis, percent: bool, counts: tuple[int, int]) -> list[str]:

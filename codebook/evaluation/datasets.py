@@ -13,7 +13,7 @@ from typing import Any
 from codebook.analysis import data
 from codebook.analysis.data import Sample
 from codebook.errors import CodebookError
-from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, yes_or_no
+from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
 
 SHORT = "\nAnswer the question using a single word or phrase."
@@ -84,8 +84,9 @@ def _drawn(task: Task, count: int | None, seed: int) -> Task:
     """At most `count` samples, all of those that show an image or none."""
     if count is None or count >= len(task.samples):
         return task
-    groups, rows = task.groups(), []
+    groups = task.groups()
     random.Random(seed).shuffle(groups)
+    rows: list[int] = []
     for group in groups:
         if len(rows) + len(group) <= count or not rows:
             rows += group
@@ -165,8 +166,6 @@ def _pope(folder: Path) -> Iterator[Sample]:
 
 
 def _pope_score(prediction: str, answers: Sequence[str]) -> float:
-    from codebook.evaluation.metrics import says_yes
-
     return float(says_yes(prediction) == (answers[0] == "yes"))
 
 
@@ -183,8 +182,7 @@ def _mme(folder: Path) -> Iterator[Sample]:
                 if line.strip():
                     question, answer = line.rstrip().split("\t")
                     label = {"yes": "yes", "no": "no"}[answer.strip().lower()]
-                    question = question.replace(" Please answer yes or no.", "") + SHORT
-                    yield Sample((shown[file.stem],), question, label, f"mme {category}", yes_or_no)
+                    yield Sample((shown[file.stem],), question + SHORT, label, f"mme {category}", yes_or_no)
 
 
 def _refcoco(folder: Path) -> Iterator[Sample]:
@@ -210,6 +208,7 @@ def _ai2d(folder: Path) -> Iterator[Sample]:
     except OSError:
         raise CodebookError(f"no file {listed}: see docs/bench.md for the files") from None
     for name in names:
+        name = name.removesuffix(".png")
         for question, record in _json(folder / "questions" / f"{name}.png.json")["questions"].items():
             texts = record["answerTexts"]
             letters = "ABCD"[: len(texts)]

@@ -78,8 +78,16 @@ class Estimate:
 
     @property
     def interval(self) -> list[float]:
-        """95%, cut off where no value can be."""
-        return [max(0.0, self.value - Z * self.error), min(1.0, self.value + Z * self.error)]
+        """95%, by Wilson's formula with the number of independent samples that would have this error.
+
+        So it stays between 0 and 1, and where all answers are right, or none, it is not empty.
+        """
+        value, n = min(max(self.value, 0.0), 1.0), float(len(self.influence))
+        if self.error and 0 < value < 1:
+            n = value * (1 - value) / self.error**2
+        centre, scale = (value + Z**2 / (2 * n)) / (1 + Z**2 / n), Z / (1 + Z**2 / n)
+        half = scale * (value * (1 - value) / n + Z**2 / (4 * n**2)) ** 0.5
+        return [max(0.0, centre - half), min(1.0, centre + half)]
 
     def __sub__(self, other: Estimate) -> Estimate:
         """Of the same groups: the difference."""
