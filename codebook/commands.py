@@ -36,8 +36,6 @@ from codebook.pruning import (
 from codebook.pruning.schedule import check_keep
 from codebook.shipped import folders
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Probing:

@@ -17,6 +17,8 @@ from codebook.shipped import prebuilt
 KEEP = 0.2
 """Budget where neither the user nor the schedule says one."""
 
+DTYPES = ("float32", "bfloat16", "float16")
+
 
 @dataclass(frozen=True)
 class Plan:

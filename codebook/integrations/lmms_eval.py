@@ -19,7 +19,7 @@ from PIL import Image
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.inference import answer, prepare, read_video
-from codebook.plan import Plan
+from codebook.plan import DTYPES, Plan
 from codebook.progress import progress
 
 
@@ -61,10 +61,9 @@ class PrunedModel(lmms):
     ) -> None:
         super().__init__()
         plan = Plan(schedule, keep, positions, None if codebook is None else Path(codebook), int(seed))
-        kind = None if dtype is None else getattr(torch, dtype, None)
-        if dtype is not None and not isinstance(kind, torch.dtype):
-            raise CodebookError(f"no dtype {dtype!r}: use float32, bfloat16 or float16")
-        self.model, self.processor = models.load(pretrained, device, kind)
+        if dtype not in (None, *DTYPES):
+            raise CodebookError(f"no dtype {dtype!r}: use {', '.join(DTYPES)}")
+        self.model, self.processor = models.load(pretrained, device, None if dtype is None else getattr(torch, dtype))
         self.schedule = plan.apply(self.model)
         self.batch_size = int(batch_size)
 

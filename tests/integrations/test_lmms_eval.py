@@ -1,5 +1,6 @@
 """The lmms-eval plug-in: against a stand-in of its base class, and with `make test-lmms` in lmms-eval itself."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -49,10 +50,9 @@ def plugin(monkeypatch):
         module = types.ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
-    from codebook.integrations import lmms_eval
-
-    yield lmms_eval
-    sys.modules.pop("codebook.integrations.lmms_eval")
+    name = "codebook.integrations.lmms_eval"
+    yield importlib.import_module(name)
+    del sys.modules[name]
 
 
 def request(doc_id, question, **generation):
