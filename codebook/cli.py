@@ -183,13 +183,14 @@ def prune(
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
     from codebook import commands
+    from codebook.plan import KEEP
 
     if tokens is not None:
         _only("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source, "--show": show,
                            "--schedule": schedule})  # fmt: skip
         if codebook is None or output is None:
             raise CodebookError("--tokens needs --codebook DIR and --output FILE")
-        commands.prune_tokens(tokens, codebook, commands.KEEP if keep is None else keep, output, as_json)
+        commands.prune_tokens(tokens, codebook, KEEP if keep is None else keep, output, as_json)
         return
     if model is None:
         raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")

@@ -23,7 +23,7 @@ from codebook.errors import CodebookError
 from codebook.index import Codebook
 from codebook.inference import Answer, ask, read_image
 from codebook.pictures import overlay
-from codebook.plan import Plan, find_codebook
+from codebook.plan import DTYPES, Plan, find_codebook
 from codebook.progress import progress
 from codebook.pruning import (
     METHODS,
