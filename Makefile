@@ -21,7 +21,8 @@ table: $(READY)
 results: $(READY)
 	$(VENV)/bin/python benchmarks/results.py benchmarks/miniature.json > docs/results.md
 
-# The plug-in in lmms-eval itself, in an environment of its own that is thrown away (about 2.5 GB).
+# The plug-in in lmms-eval itself, in an environment of its own that is thrown away (about 2.5 GB). A torchvision
+# built for CUDA does not load beside a torch for CPUs; nothing here needs it.
 LMMS_EVAL ?= 0.7.3
 test-lmms:
 	set -e; folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; \
@@ -29,6 +30,7 @@ test-lmms:
 	grep '^torch==\|^transformers==\|^numpy==' constraints.txt > $$folder/constraints.txt; \
 	$$folder/bin/pip install --quiet --constraint $$folder/constraints.txt "$$(grep '^torch==' constraints.txt)"; \
 	$$folder/bin/pip install --quiet --constraint $$folder/constraints.txt --editable . pytest lmms-eval==$(LMMS_EVAL); \
+	$$folder/bin/python -c 'import torchvision' 2>/dev/null || $$folder/bin/pip uninstall --quiet --yes torchvision; \
 	$$folder/bin/python -m pytest tests/integrations
 
 # The lowest and the newest supported transformers, each in an environment of its own that is thrown away.

@@ -282,7 +282,7 @@ def bench(
     count: Annotated[
         int | None, typer.Option(min=1, help="Samples of each task; default: all, or 100 of the miniature's.")
     ] = None,
-    show: Annotated[int, typer.Option(min=0, help="Samples whose kept tokens the report shows.")] = 8,
+    show: Annotated[int, typer.Option(min=0, help="Samples whose kept tokens the report shows.")] = 12,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of methods that draw at random.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="Of timing, after three rounds.")] = 120,
     batch: Annotated[int, typer.Option(min=1, help="Questions a batch.")] = 32,

@@ -117,7 +117,20 @@ def row(model: Any, method: str, keep: float, make: Make, seeds: Sequence[int]) 
     """
     (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     schedule = Schedule.solve(method, make, n=rows * cols, layers=layers, keep=keep)
-    return Row(method, keep, tuple(_seeded(_shrunk(schedule, rows, cols), seeds)))
+    schedule = _shares(_shrunk(schedule, rows, cols), rows * cols)
+    return Row(method, keep, tuple(_seeded(schedule, seeds)))
+
+
+def _shares(schedule: Schedule, n: int) -> Schedule:
+    """The same counts of an image of `n` tokens, as the shortest fractions: images of other sizes keep their share."""
+    stages = [replace(stage, keep=_share(stage.keep, n)) if stage.keep else stage for stage in schedule.stages]
+    return replace(schedule, stages=stages)
+
+
+def _share(keep: int | float, n: int) -> float:
+    if isinstance(keep, float):
+        return keep
+    return next(share for digits in range(3, 17) if round((share := round(keep / n, digits)) * n) == keep)
 
 
 def _seeded(schedule: Schedule, seeds: Sequence[int]) -> Iterator[Schedule]:

@@ -19,6 +19,14 @@ KEEPS = [0.25, 0.05]
 METHODS = ["codebook", "fastv", "uniform"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def hurry():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latency, "TOKENS", 2)
+        patch.setattr(bench, "ROUNDS", (2, 2))
+        yield
+
+
 @pytest.fixture(scope="module")
 def loaded():
     model, processor = miniature.load()
@@ -66,8 +74,16 @@ def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
     [one] = skipped
     assert (one["method"], one["keep"]) == ("fastv", 0.05) and "out of reach" in one["reason"]
     assert [s.stages[0].pruner for s in rows[4].schedules] == [Random(3), Random(4)]
-    assert rows[-1].schedules[0].stages[0].keep == 7  # 0.05 of 144
-    assert bench.row(loaded[0], "downsample", 0.12, make, [0]).schedules[0].stages[0].keep == 16  # not 17
+    assert rows[-1].schedules[0].counts(144, 12) == [7] * 12  # 0.05 of 144
+    assert bench.row(loaded[0], "downsample", 0.12, make, [0]).schedules[0].counts(144, 12) == [16] * 12  # not 17
+
+
+def test_counts_become_shares_that_give_them():
+    for n in (144, 576, 729):
+        for count in range(1, n + 1):
+            share = bench._share(count, n)
+            assert Stage(0, share, Uniform()).count(n) == count and len(str(share)) <= 6
+    assert bench._share(24, 576) == 0.042  # the shortest: 24.19 rounds to 24
 
 
 def test_a_run_that_was_stopped_has_the_numbers_of_one_that_was_not(loaded, measured, tmp_path):
