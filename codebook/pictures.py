@@ -62,12 +62,12 @@ def maps(ways: Sequence[Way], grid: tuple[int, int], width: int, marks: str = "â
         Of a kept token and of a dropped one.
     """
     rows, cols = grid
-    column = max(cols + 3, 18)
+    column = max(cols, *(len(heading) for heading, _, _ in ways)) + 3
     across, lines = max(1, width // column), []
     for start in range(0, len(ways), across):
         own = ways[start : start + across]
         for words in zip(*(way[:2] for way in own), strict=True):
-            lines.append("".join(text[: column - 2].ljust(column) for text in words).rstrip())
+            lines.append("".join(text[: column - 3].ljust(column) for text in words).rstrip())
         stays = [set(kept) for _, _, kept in own]
         for row in range(rows):
             drawn = ["".join(marks[row * cols + col not in kept] for col in range(cols)) for kept in stays]
