@@ -70,10 +70,10 @@ class PrunedModel(lmms):
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, in the order of the requests."""
         tasks = [_Task(*request.args, self.task_dict) for request in requests]
-        order = sorted(range(len(tasks)), key=lambda i: (tasks[i].options, tasks[i].visuals))
+        order = sorted(range(len(tasks)), key=lambda i: tasks[i].kind)
         said: dict[int, str] = {}
         with progress("lmms-eval", len(tasks), "answers") as tick:
-            for _, rows in groupby(order, key=lambda i: (tasks[i].options, tasks[i].visuals)):
+            for _, rows in groupby(order, key=lambda i: tasks[i].kind):
                 own = list(rows)
                 for start in range(0, len(own), self.batch_size):
                     batch = own[start : start + self.batch_size]
@@ -103,9 +103,9 @@ class _Task:
         self, context: str, generation: dict[str, Any], show: Any, doc_id: int, task: str, split: str, docs: Any
     ) -> None:
         self.question = context.replace("<image>", "").strip()
-        self.generation, self.options = generation, json.dumps(generation, sort_keys=True)
+        self.generation = generation
+        self.kind = task, json.dumps(generation, sort_keys=True)  # what can be in one batch
         self._show = lambda: show(docs[task][split][doc_id])
-        self.visuals = len(self.pictures())
 
     def pictures(self) -> list[Image.Image]:
         found: list[Image.Image] = []
