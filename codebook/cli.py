@@ -339,6 +339,10 @@ def explain(
     patch: Annotated[str, typer.Option(help="ROW,COL of the token, counted from 0.")],
     keep: Annotated[float, typer.Option(help="Say whether it is kept where this share of the tokens is.")] = 0.25,
     neighbours: Annotated[int, typer.Option(min=1, help="Prototypes to name.")] = 5,
+    sheet: Annotated[Path | None, typer.Option(help="Write a picture of the tokens behind those prototypes.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Where the codebook's images are, for --sheet; repeat for several.")
+    ] = None,
     codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
     device: Device = None,
     as_json: Json = False,
@@ -346,7 +350,7 @@ def explain(
     """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
     from codebook import commands_evaluation as commands
 
-    commands.explain_patch(model, image, patch, keep, neighbours, codebook, device, as_json)
+    commands.explain_patch(model, image, patch, keep, neighbours, sheet, images or [], codebook, device, as_json)
 
 
 @app.command("list")

@@ -13,6 +13,8 @@ from typing import Any
 
 from codebook import models
 from codebook.analysis.data import Sample
+from codebook.building import open_images
+from codebook.building.sheet import sheet
 from codebook.commands import note, replacing
 from codebook.errors import CodebookError
 from codebook.evaluation import bench, datasets, report
@@ -140,6 +142,8 @@ def explain_patch(
     patch: str,
     keep: float,
     neighbours: int,
+    picture: Path | None,
+    images: list[Path],
     codebook: Path | None,
     device: str | None,
     as_json: bool,
@@ -149,11 +153,20 @@ def explain_patch(
     except ValueError:
         raise CodebookError(f"cannot read the patch {patch!r}: write ROW,COL, counted from 0") from None
     check_keep(keep)
-    picture = read_image(image)
+    if picture is not None and not images:
+        raise CodebookError("--sheet needs --images: the images that the codebook came from")
+    shown = read_image(image)
     model, processor = models.load(name, device)
     book = find_codebook(model, codebook)
-    found = explain(model, processor, book, picture, (row, col), neighbours)
+    found = explain(model, processor, book, shown, (row, col), neighbours)
     kept = max(1, round(keep * found.tokens))
+    if picture is not None:
+        if not all("row" in one for one in found.neighbours):
+            raise CodebookError("this codebook does not say which patches its prototypes are: leave --sheet out")
+        title = f"prototypes nearest to patch {row},{col} of {image.name}"
+        drawn = sheet(found.neighbours, found.grid, [open_images(folder) for folder in images], title)
+        with replacing(picture) as temporary:
+            drawn.save(temporary, format="PNG")
     if as_json:
         print(json.dumps(asdict(found) | {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}))
     else:

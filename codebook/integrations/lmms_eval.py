@@ -69,7 +69,7 @@ class PrunedModel(lmms):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, in the order of the requests."""
-        tasks = [_Task(*request.args, self.task_dict) for request in requests]
+        tasks = [_Task(*request.args, docs=self.task_dict) for request in requests]
         order = sorted(range(len(tasks)), key=lambda i: tasks[i].kind)
         said: dict[int, str] = {}
         with progress("lmms-eval", len(tasks), "answers") as tick:

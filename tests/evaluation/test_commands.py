@@ -94,7 +94,7 @@ def test_show(run, refused, scene, tmp_path):
     assert not (tmp_path / "show.png").exists()
 
 
-def test_explain_agrees_with_what_is_pruned(run, refused, scene):
+def test_explain_agrees_with_what_is_pruned(run, refused, scene, tmp_path):
     """A token is explained as kept exactly where the codebook keeps it."""
     ask = ["prune", "miniature", "--image", scene, "--ask", "describe.", "--method", "codebook", "--json"]
     kept = set(json.loads(run(*ask, "--keep", 0.25)[1])["kept"][0])
@@ -109,5 +109,13 @@ def test_explain_agrees_with_what_is_pruned(run, refused, scene):
         assert known in book.provenance
     code, out, _ = run(*words, "--keep", 0.25)
     assert code == 0 and nearest["image"] in out and f"number {found['rank']} of 144" in out
+    picture = tmp_path / "sheet.png"
+    refused(*words, "--sheet", picture, words=["--sheet needs --images"])
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    refused(*words, "--sheet", picture, "--images", scenes, words=["no image"])
+    for one in found["neighbours"]:
+        Image.open(scene).save(scenes / one["image"])
+    assert run(*words, "--sheet", picture, "--images", scenes)[0] == 0 and Image.open(picture).width > 1000
     refused(*words[:5], "12,0", words=["rows are 0 to 11"])
     refused(*words[:5], "a", words=["ROW,COL"])
