@@ -120,8 +120,9 @@ def _tables(rows: Sequence[Mapping[str, Any]], keeps: Sequence[float], tasks: Se
     tables = []
     for keep in keeps:
         own = _ranked(rows, keep)
-        top = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
-        quality = [_row(row, _quality(row, tasks, top, row in own[:1])) for row in [rows[0], *own]]
+        ranges = {task: _range([row["tasks"][task]["score"] for row in [rows[0], *own]]) for task in tasks}
+        best = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
+        quality = [_row(row, _quality(row, ranges, best, row in own[:1])) for row in [rows[0], *own]]
         cost = [_row(row, _spent(row)) for row in [rows[0], *own]]
         columns = ["mean", "against full", *tasks]
         tables.append({"title": f"keep {keep:g}: accuracy, %", "columns": columns, "rows": quality})
@@ -129,12 +130,17 @@ def _tables(rows: Sequence[Mapping[str, Any]], keeps: Sequence[float], tasks: Se
     return tables
 
 
+def _range(scores: Sequence[float]) -> tuple[float, float]:
+    """What is shaded from nothing to full: at least ten points, or noise would look like a difference."""
+    return min(min(scores), max(scores) - 0.1), max(scores)
+
+
 def _row(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {"method": row["method"], "schedule": row["schedule"], "base": row["method"] in BASELINES, "cells": cells}
 
 
 def _quality(
-    row: Mapping[str, Any], tasks: Sequence[str], top: Mapping[str, float], best: bool
+    row: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], top: Mapping[str, float], best: bool
 ) -> list[dict[str, Any]]:
     mean = row["mean"]
     half = _half(mean["interval"])
@@ -142,11 +148,13 @@ def _quality(
     change = _half(mean["change_interval"])
     cells = [_cell(f"{100 * mean['score']:.1f}", f"± {half:.1f}{spread}", best=best)]
     cells.append(_cell("") if row["method"] == UNPRUNED else _cell(f"{100 * mean['change']:+.1f}", f"± {change:.1f}"))
-    for task in tasks:
+    for task, (low, high) in ranges.items():
         own = row["tasks"][task]
         wide = _half(own["interval"])
         is_top = row["method"] != UNPRUNED and own["score"] == top[task]
-        cells.append(_cell(f"{100 * own['score']:.1f}", f"± {wide:.1f}", best=is_top, shade=own["score"]))
+        cells.append(
+            _cell(f"{100 * own['score']:.1f}", f"± {wide:.1f}", best=is_top, shade=(own["score"] - low) / (high - low))
+        )
     return cells
 
 

@@ -19,14 +19,6 @@ KEEPS = [0.25, 0.05]
 METHODS = ["codebook", "fastv", "uniform"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def hurry():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "TOKENS", 2)
-        patch.setattr(bench, "ROUNDS", (2, 2))
-        yield
-
-
 @pytest.fixture(scope="module")
 def loaded():
     model, processor = miniature.load()
