@@ -69,7 +69,7 @@ class PrunedModel(lmms):
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
         """Answers, in the order of the requests."""
-        tasks = [_Task(*request.args, docs=self.task_dict) for request in requests]
+        tasks = [_Task(self.task_dict, *request.args) for request in requests]
         order = sorted(range(len(tasks)), key=lambda i: tasks[i].kind)
         said: dict[int, str] = {}
         with progress("lmms-eval", len(tasks), "answers") as tick:
@@ -100,7 +100,7 @@ class _Task:
     """One request: its question, its generation settings and, read when needed, its pictures."""
 
     def __init__(
-        self, context: str, generation: dict[str, Any], show: Any, doc_id: int, task: str, split: str, docs: Any
+        self, docs: Any, context: str, generation: dict[str, Any], show: Any, doc_id: int, task: str, split: str
     ) -> None:
         self.question = context.replace("<image>", "").strip()
         self.generation = generation
