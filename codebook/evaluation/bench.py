@@ -36,6 +36,9 @@ BASELINES = ("random", "uniform", "downsample")
 """Always among the rows, with the unpruned model: what a method must beat to be worth its while."""
 
 UNPRUNED = "unpruned"
+NEAR = 0.01
+"""How far from a budget a schedule of counts may be that is measured at it."""
+
 ROUNDS = 3, 25
 """Of timing, at least and at most."""
 
@@ -116,9 +119,19 @@ def row(model: Any, method: str, keep: float, make: Make, seeds: Sequence[int]) 
         If the budget cannot be met.
     """
     (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
-    schedule = Schedule.solve(method, make, n=rows * cols, layers=layers, keep=keep)
+    schedule = _fitted(method, make, rows * cols, layers, keep)
     schedule = _shares(_shrunk(schedule, rows, cols), rows * cols)
     return Row(method, keep, tuple(_seeded(schedule, seeds)))
+
+
+def _fitted(method: str, make: Make, n: int, layers: int, keep: float) -> Schedule:
+    schedule, _ = Schedule.draft(method, make, layers)
+    counts = [stage.keep for stage in schedule.stages if isinstance(stage.keep, int)]
+    if len(counts) < len(schedule.stages) or counts == [0]:  # a single drop moves its layer
+        return schedule.fit(keep, n=n, layers=layers)
+    if abs((own := schedule.budget(n, layers)) - keep) > NEAR:
+        raise CodebookError(f"'{schedule}' says its counts, and they are a budget of {own:.3f}: give that to --keep")
+    return schedule
 
 
 def _shares(schedule: Schedule, n: int) -> Schedule:
@@ -188,11 +201,13 @@ def run(
         batch=settings.batch, max_new_tokens=settings.max_new_tokens,
     )  # fmt: skip
     costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
-    results = [
-        _result(model, bench, row, tasks, [said[_key(schedule)] for schedule in row.schedules], cost)
-        for row, cost in zip(rows, costs, strict=True)
-    ]
-    _relate(results, tasks, rows, said)
+    sums = {key: _sums(tasks, found) for key, found in said.items()}
+    results = []
+    for row, cost in zip(rows, costs, strict=True):
+        keys = [_key(schedule) for schedule in row.schedules]
+        averaged = [np.mean(own, axis=0) for own in zip(*(sums[key] for key in keys), strict=True)]
+        results.append(_result(model, bench, row, tasks, averaged, [one for key in keys for one in said[key]], cost))
+    _relate(results, tasks, rows, sums)
     text = model.config.get_text_config()
     return {
         "format": FORMAT,
@@ -287,21 +302,34 @@ def _cost(rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str, refere
     return found
 
 
-def _result(
-    model: Any, bench: Bench, row: Row, tasks: Sequence[Task], runs: Sequence[Sequence[Said]], cost: dict[str, Any]
-) -> dict[str, Any]:
-    schedule = row.schedules[0]
-    per_layer, keep = _kept(model, schedule, [one for said in runs for one in said])
-    scores, start = {}, 0
+def _sums(tasks: Sequence[Task], said: Sequence[Said]) -> list[np.ndarray]:
+    """Of each task what `Task.sums` says of one run."""
+    found, start = [], 0
     for task in tasks:
         stop = start + len(task.samples)
-        sums = task.sums([[one.text for one in said[start:stop]] for said in runs])
-        own, values = estimate(task.metric, sums), task.metric.values(sums.mean(0))
+        found.append(task.sums([one.text for one in said[start:stop]]))
+        start = stop
+    return found
+
+
+def _result(
+    model: Any,
+    bench: Bench,
+    row: Row,
+    tasks: Sequence[Task],
+    sums: Sequence[np.ndarray],
+    said: Sequence[Said],
+    cost: dict[str, Any],
+) -> dict[str, Any]:
+    schedule = row.schedules[0]
+    per_layer, keep = _kept(model, schedule, said)
+    scores = {}
+    for task, counted in zip(tasks, sums, strict=True):
+        own, values = estimate(task.metric, counted), task.metric.values(counted.mean(0))
         scores[task.name] = {
             "score": own.value, "interval": own.interval,
             "metrics": dict(zip(task.metric.names, map(float, values), strict=True)),
         }  # fmt: skip
-        start = stop
     return {
         "method": row.method, "keep": row.keep, "schedule": str(schedule or Schedule([])), "seeds": len(row.schedules),
         "kept": {"average": keep, "layers": per_layer}, "tasks": scores,
@@ -335,32 +363,28 @@ def _flops(model: Any, bench: Bench, schedule: Schedule | None) -> int:
 
 
 def _relate(
-    results: list[dict[str, Any]], tasks: Sequence[Task], rows: Sequence[Row], said: Mapping[str, Sequence[Said]]
+    results: list[dict[str, Any]], tasks: Sequence[Task], rows: Sequence[Row], sums: Mapping[str, Sequence[np.ndarray]]
 ) -> None:
     """Add each row's mean over tasks, and its difference from the unpruned model's on the same questions."""
-    own = [_estimates(tasks, [said[_key(schedule)] for schedule in row.schedules]) for row in rows]
-    full = mean_of(own[0])[0]
-    for result, estimates in zip(results, own, strict=True):
-        value, error = mean_of(estimates)
-        change, spread = mean_of([a - b for a, b in zip(estimates, own[0], strict=True)])
+
+    def estimates(schedules: Sequence[Schedule | None]) -> list[Estimate]:
+        runs = zip(*(sums[_key(schedule)] for schedule in schedules), strict=True)
+        return [estimate(task.metric, np.mean(own, axis=0)) for task, own in zip(tasks, runs, strict=True)]
+
+    unpruned = estimates(rows[0].schedules)
+    full = mean_of(unpruned)[0]
+    for result, row in zip(results, rows, strict=True):
+        own = estimates(row.schedules)
+        value, error = mean_of(own)
+        change, spread = mean_of([a - b for a, b in zip(own, unpruned, strict=True)])
         result["mean"] = {
             "score": value, "interval": [max(0.0, value - Z * error), min(1.0, value + Z * error)],
             "change": change, "change_interval": [change - Z * spread, change + Z * spread],
             "relative": value / full if full else None,
         }  # fmt: skip
-    for result, row in zip(results, rows, strict=True):
         if len(row.schedules) > 1:
-            means = [mean_of(_estimates(tasks, [said[_key(schedule)]]))[0] for schedule in row.schedules]
+            means = [mean_of(estimates([schedule]))[0] for schedule in row.schedules]
             result["mean"]["spread"] = statistics.stdev(means)
-
-
-def _estimates(tasks: Sequence[Task], runs: Sequence[Sequence[Said]]) -> list[Estimate]:
-    found, start = [], 0
-    for task in tasks:
-        stop = start + len(task.samples)
-        found.append(estimate(task.metric, task.sums([[one.text for one in said[start:stop]] for said in runs])))
-        start = stop
-    return found
 
 
 def shown(tasks: Sequence[Task], count: int) -> list[Sample]:

@@ -54,13 +54,10 @@ class Task:
             found.setdefault(first if isinstance(first, Path) else row, []).append(row)
         return list(found.values())
 
-    def sums(self, runs: Sequence[Sequence[str]]) -> np.ndarray:
-        """(groups, sums) of the predictions, a mean over several runs: seeds of one method."""
-        groups, counted = self.groups(), []
-        for texts in runs:
-            own = [([self.samples[row] for row in rows], [texts[row] for row in rows]) for rows in groups]
-            counted.append([self.metric.count(*group) for group in own])
-        return np.mean(np.array(counted, dtype=float), axis=0)
+    def sums(self, texts: Sequence[str]) -> np.ndarray:
+        """(groups, sums) of the predictions; those of several runs, as of seeds, may be averaged."""
+        groups = [([self.samples[row] for row in rows], [texts[row] for row in rows]) for rows in self.groups()]
+        return np.array([self.metric.count(*group) for group in groups], dtype=float)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 
 NUMBERS = {"none": "0", "zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "six": "6",
            "seven": "7", "eight": "8", "nine": "9", "ten": "10"}  # fmt: skip
@@ -20,6 +21,7 @@ CONTRACTIONS = {word.replace("'", ""): word for word in _SHORTENED.split()}
 """Of the official evaluation, less those of two apostrophes; words such as "were" and "its" are words of their own."""
 
 
+@lru_cache(maxsize=2**16)  # people agree
 def normalised(text: str) -> str:
     """An answer as the official VQA evaluation compares it: no articles, punctuation, or digits in words.
 

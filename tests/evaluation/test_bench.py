@@ -70,6 +70,15 @@ def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
     assert bench.row(loaded[0], "downsample", 0.12, make, [0]).schedules[0].counts(144, 12) == [16] * 12  # not 17
 
 
+def test_a_schedule_of_counts_is_measured_at_its_own_budget(loaded):
+    text = "uniform:36, random@6:10"  # 6 * (36 + 10) of 12 * 144: 0.16
+    found = bench.row(loaded[0], text, 0.16, make, [0])
+    assert found.schedules[0].counts(144, 12) == [36] * 6 + [10] * 6
+    with pytest.raises(CodebookError, match=r"a budget of 0\.160: give that"):
+        bench.row(loaded[0], text, 0.25, make, [0])
+    assert bench.row(loaded[0], "vtw", 0.25, make, [0]).schedules[0].counts(144, 12) == [144] * 3 + [0] * 9
+
+
 def test_counts_become_shares_that_give_them():
     for n in (144, 576, 729):
         for count in range(1, n + 1):

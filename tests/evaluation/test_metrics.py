@@ -11,18 +11,18 @@ def samples(*answers, images=None):
     return [Sample((), str(i), answer, "t", yes_or_no) for i, answer in enumerate(answers)]
 
 
-def values(metric, task, *runs):
-    return dict(zip(metric.names, metric.values(task.sums(runs).mean(0)), strict=True))
+def values(metric, task, texts):
+    return dict(zip(metric.names, metric.values(task.sums(texts).mean(0)), strict=True))
 
 
 def test_accuracy_is_the_mean_of_the_scores_and_its_error_that_of_a_mean():
     task = Task("t", samples("yes", "yes", "no", "no", "yes"), ACCURACY)
-    found = estimate(ACCURACY, task.sums([["yes", "no", "no", "yes", "yes"]]))
+    found = estimate(ACCURACY, task.sums(["yes", "no", "no", "yes", "yes"]))
     assert found.value == pytest.approx(3 / 5)
     assert found.error == pytest.approx(np.std([1, 0, 1, 0, 1], ddof=1) / 5**0.5, rel=1e-5)
     wilson = estimate(ACCURACY, np.array([[1.0, 1]] * 60 + [[0.0, 1]] * 40))
     assert wilson.interval == pytest.approx([0.5020, 0.6906], abs=1e-3)  # of 60 in 100
-    sure = estimate(ACCURACY, task.sums([["yes", "yes", "no", "no", "yes"]]))
+    sure = estimate(ACCURACY, task.sums(["yes", "yes", "no", "no", "yes"]))
     assert sure.error == pytest.approx(0) and sure.interval == pytest.approx([5 / (5 + 1.96**2), 1])
 
 
@@ -65,19 +65,19 @@ def test_intervals_are_those_of_a_bootstrap_over_images(tmp_path):
         s.answer if rng.random() < (0.3 if hard[i // 3] else 0.95) else {"yes": "no", "no": "yes"}[s.answer]
         for i, s in enumerate(own)
     ]
-    sums = Task("t", own, POPE).sums([texts])
+    sums = Task("t", own, POPE).sums(texts)
     found = estimate(POPE, sums)
     drawn = rng.multinomial(200, np.full(200, 1 / 200), 4000) @ sums
     assert found.error == pytest.approx(POPE.values(drawn)[:, 0].std(), rel=0.06)
     alone = [Sample((), "q", s.answer, "t", yes_or_no) for s in own]
-    assert estimate(POPE, Task("t", alone, POPE).sums([texts])).error < 0.85 * found.error
+    assert estimate(POPE, Task("t", alone, POPE).sums(texts)).error < 0.85 * found.error
 
 
 def test_differences_are_paired_and_tasks_weigh_the_same():
     task = Task("t", samples(*["yes", "no"] * 50), ACCURACY)
     some = ["yes"] * 100
     better = ["no" if i == 1 else text for i, text in enumerate(some)]
-    a, b = (estimate(ACCURACY, task.sums([texts])) for texts in (better, some))
+    a, b = (estimate(ACCURACY, task.sums(texts)) for texts in (better, some))
     assert (a - b).value == pytest.approx(0.01) and (a - b).error == pytest.approx(0.01, rel=0.02)
     assert a.error == pytest.approx(0.05, rel=0.02)
     assert mean_of([a, b]) == pytest.approx((0.505, np.hypot(a.error, b.error) / 2))
@@ -85,5 +85,6 @@ def test_differences_are_paired_and_tasks_weigh_the_same():
 
 def test_seeds_are_averaged():
     task = Task("t", samples("yes", "yes"), ACCURACY)
-    found = estimate(ACCURACY, task.sums([["yes", "no"], ["no", "yes"]]))
+    runs = [task.sums(["yes", "no"]), task.sums(["no", "yes"])]
+    found = estimate(ACCURACY, np.mean(runs, axis=0))
     assert found.value == pytest.approx(0.5) and found.error == pytest.approx(0)
