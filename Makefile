@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Waiting threads sleep instead of spinning: on shared cores small models run many times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint table test-versions clean
+.PHONY: demo test lint table results test-versions test-lmms clean
 
 demo: $(READY)
 	$(VENV)/bin/codebook demo --out out/demo
@@ -16,6 +16,22 @@ test: lint
 # The compatibility table in docs/models.md, from its full grid: minutes.
 table: $(READY)
 	$(VENV)/bin/python -m tests.models.cells
+
+# docs/results.md, from what `codebook bench` measured.
+results: $(READY)
+	$(VENV)/bin/python benchmarks/results.py benchmarks/miniature.json > docs/results.md
+
+# The plug-in in lmms-eval itself, in an environment of its own that is thrown away (about 2.5 GB). A torchvision
+# built for CUDA does not load beside a torch for CPUs; nothing here needs it.
+LMMS_EVAL ?= 0.7.3
+test-lmms:
+	set -e; folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; \
+	$(PYTHON) -m venv $$folder; \
+	grep '^torch==\|^transformers==\|^numpy==' constraints.txt > $$folder/constraints.txt; \
+	$$folder/bin/pip install --quiet --constraint $$folder/constraints.txt "$$(grep '^torch==' constraints.txt)"; \
+	$$folder/bin/pip install --quiet --constraint $$folder/constraints.txt --editable . pytest lmms-eval==$(LMMS_EVAL); \
+	$$folder/bin/python -c 'import torchvision' 2>/dev/null || $$folder/bin/pip uninstall --quiet --yes torchvision; \
+	$$folder/bin/python -m pytest tests/integrations
 
 # The lowest and the newest supported transformers, each in an environment of its own that is thrown away.
 VERSIONS ?= 5.18.0 5.23.0

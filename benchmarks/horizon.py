@@ -17,8 +17,9 @@ from benchmarks.timing import machine
 from codebook import miniature, models
 from codebook.analysis import calibration, data, horizon
 from codebook.analysis.journal import Journal, identity
-from codebook.commands import Plan, find_codebook, replacing
+from codebook.commands import replacing
 from codebook.evaluation import score
+from codebook.plan import Plan, find_codebook
 from codebook.progress import progress
 from codebook.pruning import Schedule, remember
 
@@ -53,7 +54,7 @@ def schedules(model, processor, options: argparse.Namespace, seed: int) -> dict[
     found = {}
     samples = data.of_miniature("train", seed, options.calibration)
     for method in METHODS:
-        make = Plan(method, 0.5, None, options.codebook, seed)._make(partial(find_codebook, model, options.codebook))
+        make = Plan(method, 0.5, None, options.codebook, seed).maker(partial(find_codebook, model, options.codebook))
         for keep in KEEPS:
             plain, candidates = calibration.candidates(model, method, keep, make)
             with progress(f"calibrate {method} at {keep}, seed {seed}", calibration.work(len(candidates), samples),
@@ -87,10 +88,10 @@ def answers(model, processor, options: argparse.Namespace, seed: int, plans: lis
     return {plan: np.array(scores) for plan, scores in values.items()}
 
 
-def questions(count: int, seed: int) -> Iterator[list[miniature.Question]]:
+def questions(count: int, seed: int) -> Iterator[list[data.Sample]]:
     """Held-out questions, in batches of one family."""
     for family in miniature.FAMILIES:
-        own = list(miniature.tasks(family, "test", seed, count))
+        own = data.of_questions(miniature.tasks(family, "test", seed, count))
         yield from (own[start : start + BATCH] for start in range(0, count, BATCH))
 
 

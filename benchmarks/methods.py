@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from codebook import Codebook, Random, Schedule, Stage, load, miniature, models, prebuilt
+from codebook import Codebook, Random, Schedule, Stage, load, models, prebuilt
+from codebook.analysis.data import of_miniature
 from codebook.errors import CodebookError
 from codebook.evaluation import Plan, Scores, compare, mean, standard_error, table
 from codebook.miniature.scenes import scene
@@ -78,7 +79,7 @@ def main() -> None:
     book = prebuilt(model)
     (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     ways = plans(book, rows * cols, layers, thresholds(model, processor, book))
-    questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, "test", 0, options.count)]
+    questions = of_miniature("test", 0, options.count)
     with progress("answer", len(ways) * len(questions), "answers") as tick:
         results = compare(model, processor, questions, ways, options.out, tick)
     show(results)

@@ -1,47 +1,5 @@
-"""Timing side by side: every task once a round, so that whatever else the machine does falls on all of them."""
+"""Timing side by side, as `codebook bench` does it."""
 
-import platform
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any
+from codebook.evaluation.timing import interleaved, machine, quartiles
 
-import torch
-
-
-def interleaved(tasks: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, list[float]]:
-    """Seconds of each task in each round, after a warm-up: from 3 to 25 rounds, as many as start in `seconds`."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for task in tasks.values():
-        _time(task, device)
-    start = time.perf_counter()
-    for done in range(25):
-        if done >= 3 and time.perf_counter() - start > seconds:
-            break
-        for name, task in tasks.items():
-            times[name].append(_time(task, device))
-    return times
-
-
-def _time(task: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
-    task()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def quartiles(values: list[float]) -> dict[str, float]:
-    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
-    return {"q1": first, "median": median, "q3": third, "rounds": len(values)}
-
-
-def machine(device: str) -> dict[str, Any]:
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-        name = models[0] if models else platform.processor()
-    return {"machine": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
+__all__ = ["interleaved", "machine", "quartiles"]

@@ -183,13 +183,14 @@ def prune(
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
     from codebook import commands
+    from codebook.plan import KEEP
 
     if tokens is not None:
         _only("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source, "--show": show,
                            "--schedule": schedule})  # fmt: skip
         if codebook is None or output is None:
             raise CodebookError("--tokens needs --codebook DIR and --output FILE")
-        commands.prune_tokens(tokens, codebook, commands.KEEP if keep is None else keep, output, as_json)
+        commands.prune_tokens(tokens, codebook, KEEP if keep is None else keep, output, as_json)
         return
     if model is None:
         raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")
@@ -257,6 +258,99 @@ def calibrate(
 
     plan = commands.Plan(method, keep, None, codebook, seed)
     commands.calibrate_schedule(model, plan, data, out, drop, count, device, as_json)
+
+
+@app.command()
+def bench(
+    model: Model,
+    methods: Annotated[
+        str, typer.Option(help="With commas between: methods, presets, hybrids or schedule files (`codebook list`).")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.html and journals; run again to resume.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`miniature` (default), JSONL as for horizon, with answers, or NAME:FOLDER for the public files of "
+            "ai2d, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
+        ),
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Budgets: visual tokens kept, averaged over the layers.")] = "0.5,0.25,0.11",
+    codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
+    horizon: Annotated[
+        Path | None, typer.Option(help="A horizon.json for the report; default: the one in --out, if there is one.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Samples of each task; default: all, or 100 of the miniature's.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Samples whose kept tokens the report shows.")] = 12,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of methods that draw at random.")] = 3,
+    seconds: Annotated[float, typer.Option(min=0, help="Of timing, after three rounds.")] = 120,
+    batch: Annotated[int, typer.Option(min=1, help="Questions a batch.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
+    from codebook import commands_evaluation as commands
+    from codebook.evaluation.bench import Settings
+
+    settings = Settings(seed, batch, max_new_tokens, seconds)
+    commands.run_bench(
+        model,
+        methods,
+        keep,
+        data or ["miniature"],
+        out,
+        codebook,
+        horizon,
+        count,
+        show,
+        seeds,
+        settings,
+        device,
+        as_json,
+    )
+
+
+@app.command()
+def show(
+    model: Model,
+    image: Annotated[Path, typer.Option(help="Picture to ask about.")],
+    question: Annotated[str, typer.Option("--ask", help="The question.")],
+    methods: Annotated[str, typer.Option(help="With commas between, as `codebook list` names them.")],
+    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.25,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("show.png"),
+    codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
+    seed: Seed = 0,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Draw what each of several methods keeps of a picture, and what the model then answers."""
+    from codebook import commands_evaluation as commands
+
+    commands.show_image(model, image, question, methods, keep, out, codebook, seed, device, as_json)
+
+
+@app.command()
+def explain(
+    model: Model,
+    image: Annotated[Path, typer.Option(help="Picture that the token is of.")],
+    patch: Annotated[str, typer.Option(help="ROW,COL of the token, counted from 0.")],
+    keep: Annotated[float, typer.Option(help="Say whether it is kept where this share of the tokens is.")] = 0.25,
+    neighbours: Annotated[int, typer.Option(min=1, help="Prototypes to name.")] = 5,
+    sheet: Annotated[Path | None, typer.Option(help="Write a picture of the tokens behind those prototypes.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Where the codebook's images are, for --sheet; repeat for several.")
+    ] = None,
+    codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
+    from codebook import commands_evaluation as commands
+
+    commands.explain_patch(model, image, patch, keep, neighbours, sheet, images or [], codebook, device, as_json)
 
 
 @app.command("list")

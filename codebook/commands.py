@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, get_args
@@ -23,79 +23,19 @@ from codebook.errors import CodebookError
 from codebook.index import Codebook
 from codebook.inference import Answer, ask, read_image
 from codebook.pictures import overlay
+from codebook.plan import DTYPES, Plan, find_codebook
 from codebook.progress import progress
 from codebook.pruning import (
     METHODS,
-    Pruner,
     RedundancyCodebook,
     Schedule,
     Stage,
     VisualTokens,
     presets,
 )
-from codebook.pruning.schedule import check_keep, load_text
-from codebook.pruning.text import WITH_MASS, needs
-from codebook.shipped import folders, prebuilt
-
-KEEP = 0.2
-"""Budget where neither the user nor the schedule says one."""
-
-DTYPES = ("float32", "bfloat16", "float16")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How the command line says what to prune; read before any model is loaded.
-
-    `schedule` is a schedule's text, a preset, or a JSON file that `Schedule.save` wrote; `keep` the budget that it is
-    fitted to, `positions` its position policy if not its own.
-    """
-
-    schedule: str
-    keep: float | None = None
-    positions: Any = None
-    codebook: Path | None = None
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.keep is not None:
-            check_keep(self.keep)
-        if self.schedule.endswith(".json"):
-            object.__setattr__(self, "schedule", load_text(self.schedule))
-        # Errors of the text show now, those that depend on the model in `apply`. One layer: presets' layers are then as
-        # early as in any model, and clash with the text's own only if they always do.
-        draft, needs_budget = Schedule.draft(self.schedule, self._make(lambda: None), layers=1)
-        self._placed(draft)
-        if needs_budget and self.keep is None:
-            object.__setattr__(self, "keep", KEEP)
-
-    def apply(self, model: Any) -> Schedule:
-        """The schedule for a loaded model; reads its codebook only if a stage needs one."""
-        rows, cols = models.family(model).grid(model)
-        layers = model.config.get_text_config().num_hidden_layers
-        make = self._make(lambda: find_codebook(model, self.codebook))
-        return self._placed(Schedule.solve(self.schedule, make, n=rows * cols, layers=layers, keep=self.keep))
-
-    def _placed(self, schedule: Schedule) -> Schedule:
-        return schedule if self.positions is None else replace(schedule, positions=self.positions)
-
-    def _make(self, codebook: Callable[[], Any]) -> Callable[[str], Pruner]:
-        def make(name: str) -> Pruner:
-            factory = METHODS[name]
-            if name == "random":
-                return factory(self.seed)
-            return factory(codebook()) if needs(name) else factory()
-
-        return make
-
-
-def find_codebook(model: Any, folder: Path | None) -> Codebook:
-    """The codebook in a folder, checked to be this model's, or the one that ships for it."""
-    if folder is None:
-        return prebuilt(model)
-    book, family = Codebook.load(folder), models.family(model)
-    book.check(family, family.fingerprint(model))
-    return book
+from codebook.pruning.schedule import check_keep
+from codebook.pruning.text import WITH_MASS
+from codebook.shipped import folders
 
 
 @dataclass(frozen=True)
@@ -437,27 +377,28 @@ def draw_sheet(book: Codebook, picture: Path, images: list[Path]) -> None:
 def evaluate_miniature(
     folder: Path | None, count: int, looks: list[str], check: Path | None, device: str, as_json: bool
 ) -> None:
-    from codebook.evaluation import Scores, compare, family_means, instrument, score, standard_error, table
+    from codebook.analysis.data import of_miniature, of_questions
+    from codebook.evaluation import Scores, compare, instrument, score, standard_error, table, task_means
     from codebook.miniature import FAMILIES, FOLDER, model, tasks
 
     loaded, processor = model.load(folder or FOLDER, device)
     rows: dict[str, Scores] = {}
     if check is not None:
         plans = instrument.plans(len(loaded.get_decoder().layers))
-        questions = [q for family in FAMILIES for q in tasks(family, "test", 0, count)]
-        with progress("check", len(plans) * len(questions), "answers") as tick:
-            rows = compare(loaded, processor, questions, plans, check, tick)
+        samples = of_miniature("test", 0, count)
+        with progress("check", len(plans) * len(samples), "answers") as tick:
+            rows = compare(loaded, processor, samples, plans, check, tick)
     else:
         kinds = [(look, look, False) for look in looks] + [("no image", looks[0], True)]
         with progress("evaluate", len(kinds) * len(FAMILIES), "families") as tick:
             for name, look, blind in kinds:
                 rows[name] = {}
                 for family in FAMILIES:
-                    asked = list(tasks(family, "test", 0, count, look=look))
+                    asked = of_questions(tasks(family, "test", 0, count, look=look))
                     rows[name] |= score(loaded, processor, asked, blind=blind)
                     tick(sum(map(len, rows.values())), f"{name}: {family}")
     if as_json:
-        means = {name: family_means(scores) for name, scores in rows.items()}
+        means = {name: task_means(scores) for name, scores in rows.items()}
         errors = {name: standard_error(scores) for name, scores in rows.items()}
         print(json.dumps({"questions_per_family": count, "accuracy": means, "standard_error_of_mean": errors}))
     else:
@@ -520,7 +461,7 @@ def calibrate_schedule(
         raise CodebookError(f"no folder {out.parent}: create it first")
     samples = data.load(source, "train", plan.seed, count)
     model, processor = models.load(name, device)
-    make = plan._make(lambda: find_codebook(model, plan.codebook))
+    make = plan.maker(lambda: find_codebook(model, plan.codebook))
     assert plan.keep is not None
     plain, found = calibration.candidates(model, plan.schedule, plan.keep, make, drop=drop)
     journal = out.with_suffix(".journal.jsonl")

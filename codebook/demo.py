@@ -9,9 +9,10 @@ from functools import partial
 from pathlib import Path
 
 from codebook import miniature, models
+from codebook.analysis.data import of_miniature
 from codebook.building import build
 from codebook.commands import building_progress, replacing
-from codebook.evaluation import Scores, family_means, mean, score, standard_error
+from codebook.evaluation import Scores, mean, score, standard_error, task_means
 from codebook.inference import ask
 from codebook.pictures import overlay
 from codebook.progress import Update, progress
@@ -34,7 +35,7 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
         "random": Random(seed),
         "uniform": Uniform(),
     }
-    questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, "test", seed=seed, count=count)]
+    questions = of_miniature("test", seed, count)
     plans: dict[tuple[str, float], Schedule | None] = {("unpruned", 1.0): None}
     plans |= {(name, k): Schedule([Stage(0, k, pruner)]) for k in KEEPS for name, pruner in pruners.items()}
     results: dict[tuple[str, float], Scores] = {}
@@ -45,17 +46,17 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
 
     picture = out / "kept.png"
     grid = models.family(model).grid(model)
-    example = next(q for q in questions if q.family == "ocr")
+    example = next(q for q in questions if q.task == "ocr")
     keep = 0.25
-    [answer] = ask(model, processor, [example.images], [example.question], plans["codebook", keep])
+    [answer] = ask(model, processor, [example.pictures()], [example.question], plans["codebook", keep])
     with replacing(picture) as temporary:
-        overlay(example.images[0], answer.kept[0], grid).save(temporary, format="PNG")
+        overlay(example.pictures()[0], answer.kept[0], grid).save(temporary, format="PNG")
     report = {
         "questions": len(questions),
         "prototypes": len(book.prototypes),
         "accuracy": [
             {"method": name, "keep": k, "mean": mean(scores), "standard_error": standard_error(scores),
-             "families": family_means(scores)}
+             "families": task_means(scores)}
             for (name, k), scores in results.items()
         ],
         "picture": str(picture),

@@ -9,19 +9,32 @@ from typing import Any
 
 import torch
 from PIL import Image as Picture
+from PIL import ImageSequence
 
 from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.pruning import Schedule
 
+FRAMES = 8
+"""Of a video that are shown."""
+
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and for each of its question's images the visual tokens kept to the end, by places in the image."""
+    """An answer, and for each of its question's images what was kept.
+
+    Attributes
+    ----------
+    kept
+        The visual tokens kept to the end, by places in the image.
+    counts
+        How many there were, and were left after each stage.
+    """
 
     text: str
     kept: list[list[int]]
     images: list[Image]
+    counts: list[list[int]]
 
 
 def read_image(path: Path | str) -> Picture.Image:
@@ -34,6 +47,24 @@ def read_image(path: Path | str) -> Picture.Image:
     except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError) as error:
         reason = str(error).replace(str(path), "").strip(" '") or type(error).__name__
         raise CodebookError(f"cannot read image {path}: {reason}; use a whole PNG, JPEG or WebP file") from None
+
+
+def read_video(path: Path, frames: int = FRAMES) -> tuple[Path | Picture.Image, ...]:
+    """Up to `frames` frames, evenly spaced, of a folder of them (in order of their names) or an animated picture."""
+    if path.is_dir():
+        found: list[Path | Picture.Image] = [*sorted(file for file in path.iterdir() if not file.name.startswith("."))]
+    else:
+        try:
+            with Picture.open(path) as picture:
+                found = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
+        except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError):
+            raise CodebookError(
+                f"cannot read video {path}: give a folder of frames, or an animated GIF, PNG or WebP file"
+            ) from None
+    if not found:
+        raise CodebookError(f"{path} holds no frames: give a folder of pictures")
+    count = min(frames, len(found))
+    return tuple(found[(2 * i + 1) * len(found) // (2 * count)] for i in range(count))
 
 
 def ask(
@@ -103,5 +134,6 @@ def answer(
     for text, count in zip(words, prompts.images, strict=True):
         own = [next(found) for _ in range(count)]
         kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in own]
-        answers.append(Answer(text.strip(), kept, [image for image, _ in own]))
+        counts = [[image.count, *map(len, stages)] for image, stages in own]
+        answers.append(Answer(text.strip(), kept, [image for image, _ in own], counts))
     return answers

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 576
 """Least side of an overlay in pixels: small images are enlarged so that single tokens can be seen."""
@@ -22,6 +22,62 @@ def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> I
     grid
         Rows and columns of visual tokens.
     """
+    plain, shown = _drawn(image, kept, grid)
+    width, height = plain.size
+    both = Image.new("RGB", (2 * width + 16, height), "white")
+    both.paste(plain, (0, 0))
+    both.paste(shown, (width + 16, 0))
+    return both
+
+
+Way = tuple[str, str, Iterable[int]]
+"""A heading, words, and the raster positions of the kept tokens."""
+
+
+def comparison(image: Image.Image, ways: Sequence[Way], grid: tuple[int, int]) -> Image.Image:
+    """What each of several ways kept of the image, with two lines of words below each."""
+    drawn = [(heading, words, _drawn(image, kept, grid)) for heading, words, kept in ways]
+    width, height = drawn[0][2][0].size
+    columns = min(len(drawn), max(2, round((len(drawn) * 1.6) ** 0.5)))
+    lines, gap, font = 56, 16, ImageFont.load_default(20)
+    size = (columns * (width + gap) + gap, -(-len(drawn) // columns) * (height + lines + gap) + gap)
+    page = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(page)
+    for i, (heading, words, (_, shown)) in enumerate(drawn):
+        left, top = gap + i % columns * (width + gap), gap + i // columns * (height + lines + gap)
+        page.paste(shown, (left, top))
+        for line, (text, colour) in enumerate(((heading, (30, 30, 30)), (words, (110, 110, 110)))):
+            while text and draw.textlength(text, font) > width:
+                text = text[:-2].rstrip() + "…"
+            draw.text((left, top + height + 4 + 25 * line), text, colour, font)
+    return page
+
+
+def maps(ways: Sequence[Way], grid: tuple[int, int], width: int, marks: str = "■·") -> str:
+    """The same as characters, one a token, as many side by side as `width` columns hold.
+
+    Parameters
+    ----------
+    marks
+        Of a kept token and of a dropped one.
+    """
+    rows, cols = grid
+    column = max(cols, *(len(heading) for heading, _, _ in ways)) + 3
+    across, lines = max(1, width // column), []
+    for start in range(0, len(ways), across):
+        own = ways[start : start + across]
+        for words in zip(*(way[:2] for way in own), strict=True):
+            lines.append("".join(text[: column - 3].ljust(column) for text in words).rstrip())
+        stays = [set(kept) for _, _, kept in own]
+        for row in range(rows):
+            drawn = ["".join(marks[row * cols + col not in kept] for col in range(cols)) for kept in stays]
+            lines.append("".join(text.ljust(column) for text in drawn).rstrip())
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def _drawn(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+    """The image enlarged, plain and with what was dropped darkened."""
     scale = max(1, -(-SIZE // min(image.size)))
     # Whole patches in whole pixels, so that frames line up.
     width, height = (max(1, round(side * scale / n)) * n for side, n in zip(image.size, grid[::-1], strict=True))
@@ -36,7 +92,4 @@ def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> I
         box = (left * patch_w, top * patch_h, (left + 1) * patch_w, (top + 1) * patch_h)
         shown.paste(plain.crop(box), box)
         draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 196, 0), width=line)
-    both = Image.new("RGB", (2 * width + 16, height), "white")
-    both.paste(plain, (0, 0))
-    both.paste(shown, (width + 16, 0))
-    return both
+    return plain, shown

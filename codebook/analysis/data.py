@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,25 @@ from PIL import Image as Picture
 
 from codebook import miniature
 from codebook.errors import CodebookError
-from codebook.inference import read_image
+from codebook.inference import read_image, read_video
 
 MINIATURE = "miniature"
+
+Scorer = Callable[[str, Sequence[str]], float]
+"""How right a prediction is, 0 to 1, given the right answers."""
+
+
+def same_words(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction has the words of one of the answers, whatever their case."""
+    return float(any(prediction.lower().split() == answer.lower().split() for answer in answers))
+
+
+def _of_family(family: str, prediction: str, answers: Sequence[str]) -> float:
+    return max(miniature.score(family, prediction, answer) for answer in answers)
+
+
+SCORERS: dict[str, Scorer] = {family: partial(_of_family, family) for family in miniature.FAMILIES}
+"""Of the miniature's task families."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +48,21 @@ class Sample:
         In plain words; an answer of None means that the unpruned model's own one stands for it.
     task
         What results are grouped by.
-    family
-        Of `codebook.miniature`, for its way of scoring; None scores by the same words.
+    scorer
+        Scores a generated answer.
+    answers
+        All right answers where there are several; annotators may repeat each other.
+    patches
+        Of each image the visual tokens that the answer needs, where that is known.
     """
 
     images: tuple[Picture.Image | Path, ...] = field(repr=False)
     question: str
     answer: str | None = None
     task: str = "all"
-    family: str | None = None
+    scorer: Scorer = field(default=same_words, repr=False)
+    answers: tuple[str, ...] = field(default=(), repr=False)
+    patches: tuple[list[int], ...] = field(default=(), repr=False)
 
     def pictures(self) -> list[Picture.Image]:
         return [read_image(image) if isinstance(image, Path) else image for image in self.images]
@@ -47,12 +70,10 @@ class Sample:
     def score(self, prediction: str) -> float:
         """How right a generated answer is, 0 to 1."""
         assert self.answer is not None
-        if self.family is not None:
-            return miniature.score(self.family, prediction, self.answer)
-        return float(prediction.lower().split() == self.answer.lower().split())
+        return self.scorer(prediction, self.answers or (self.answer,))
 
     def answered(self, answer: str) -> Sample:
-        return replace(self, answer=answer)
+        return replace(self, answer=answer, answers=())
 
     def messages(self) -> list[dict[str, Any]]:
         content = [*[{"type": "image"}] * len(self.images), {"type": "text", "text": self.question}]
@@ -64,14 +85,19 @@ def of_miniature(split: str = "train", seed: int = 0, count: int = 50) -> list[S
 
     Scenes of the train split are no training images, but like them; the test split is for final measurements only.
     """
-    questions = [q for family in miniature.FAMILIES for q in miniature.tasks(family, split, seed, count)]
-    return [Sample(tuple(q.images), q.question, q.answer, q.family, q.family) for q in questions]
+    return of_questions(q for family in miniature.FAMILIES for q in miniature.tasks(family, split, seed, count))
+
+
+def of_questions(questions: Iterable[miniature.Question]) -> list[Sample]:
+    """The same questions as samples."""
+    return [Sample(q.images, q.question, q.answer, q.family, SCORERS[q.family], patches=q.patches) for q in questions]
 
 
 def read(source: Path) -> list[Sample]:
-    """The samples of a JSONL file of {"image": path or "images": [...], "question", "answer", "task"}.
+    """The samples of a JSONL file of {"image" or "images" or "video", "question", "answer" or "answers", "task"}.
 
-    Paths are relative to the file; `answer` and `task` may be missing. Every line and every picture is checked first.
+    Paths are relative to the file; answers and `task` may be missing. Every line and every picture is checked first.
+    Frames of a video are images of the sample, as `codebook.inference.read_video` gives them.
 
     Raises
     ------
@@ -92,22 +118,31 @@ def read(source: Path) -> list[Sample]:
 
 
 FORMAT = (
-    'write lines of {"image": "file.png", "question": "...", "answer": "...", "task": "..."}, the last two optional'
+    'write lines of {"image": "file.png", "question": "...", "answer": "...", "task": "..."}, the last two optional; '
+    '"images" and "answers" are lists, "video" is a folder of frames or an animated picture'
 )
 
 
 def _sample(source: Path, number: int, line: str) -> Sample:
     try:
         record = json.loads(line)
-        images = record["images"] if "images" in record else [record["image"]]
-        texts = [record["question"], record.get("answer") or "", record.get("task") or ""]
-        good = isinstance(images, list) and images and all(isinstance(text, str) for text in [*images, *texts])
+        shown = (
+            [record["video"]] if "video" in record else record["images"] if "images" in record else [record["image"]]
+        )
+        answers = record["answers"] if "answers" in record else [record["answer"]] if record.get("answer") else []
+        texts = [record["question"], record.get("task") or ""]
+        lists = isinstance(shown, list) and shown and isinstance(answers, list)
+        good = lists and all(isinstance(text, str) for text in [*shown, *answers, *texts])
     except (ValueError, KeyError, TypeError, AttributeError):
         good = False
     if not good:
         raise CodebookError(f"{source}, line {number}: {FORMAT}")
-    question, answer, task = texts
-    return Sample(tuple(source.parent / image for image in images), question, answer or None, task or "all")
+    question, task = texts
+    paths = tuple(source.parent / name for name in shown)
+    images = read_video(paths[0]) if "video" in record else paths
+    # The answer that most annotators gave stands for all where one is asked for.
+    answer = max(answers, key=answers.count) if answers else None
+    return Sample(images, question, answer, task or "all", answers=tuple(answers) if len(answers) > 1 else ())
 
 
 def load(name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:

@@ -1,5 +1,27 @@
-"""Answers to questions with known answers: scoring them, with and without pruning."""
+"""Answers to questions with known answers: scoring them, and what they cost, with and without pruning."""
 
-from codebook.evaluation.scores import Plan, Scores, compare, family_means, mean, score, standard_error, table
+from codebook.evaluation.scores import (
+    Plan,
+    Said,
+    Scores,
+    compare,
+    mean,
+    respond,
+    score,
+    standard_error,
+    table,
+    task_means,
+)
 
-__all__ = ["Plan", "Scores", "compare", "family_means", "mean", "score", "standard_error", "table"]
+__all__ = [
+    "Plan",
+    "Said",
+    "Scores",
+    "compare",
+    "mean",
+    "respond",
+    "score",
+    "standard_error",
+    "table",
+    "task_means",
+]

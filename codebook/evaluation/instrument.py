@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from codebook.analysis.data import Sample
 from codebook.evaluation.scores import Plan
-from codebook.miniature import Question
 from codebook.pruning import DivPrune, Drop, Pruner, Random, Schedule, Stage, Uniform, VisualTokens
 
 KEEPS = (0.5, 0.25, 0.11)
@@ -51,9 +51,9 @@ def plans(layers: int) -> dict[str, Plan]:
     return rows | {f"none from layer {i}": partial(_fixed, Stage(i, 0, Drop())) for i in range(1, layers)}
 
 
-def _oracle(keep: float, asked: Sequence[Question]) -> Schedule:
+def _oracle(keep: float, asked: Sequence[Sample]) -> Schedule:
     return Schedule([Stage(0, keep, Oracle(p for q in asked for p in q.patches))])
 
 
-def _fixed(stage: Stage, asked: Sequence[Question]) -> Schedule:
+def _fixed(stage: Stage, asked: Sequence[Sample]) -> Schedule:
     return Schedule([stage])

@@ -1,157 +1,167 @@
-"""Scores of the miniature's task families."""
+"""Answers to questions with known answers, in several ways side by side, and their scores."""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import groupby
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codebook import miniature, models
-from codebook.errors import CodebookError
+from codebook import models
+from codebook.analysis.data import Sample, digest
+from codebook.analysis.journal import Journal, identity
 from codebook.inference import answer, prepare
 from codebook.pruning import Schedule, remember
 
 BATCH = 32
 
 Scores = dict[str, list[float]]
-"""For each task family the scores of its questions, 0 to 1."""
+"""For each task the scores of its samples, 0 to 1."""
 
-Plan = Callable[[Sequence[miniature.Question]], Schedule | None]
-"""The schedule for a batch of questions; None leaves the model as it is."""
+Plan = Callable[[Sequence[Sample]], Schedule | None]
+"""The schedule for a batch of samples; None leaves the model as it is."""
 
 
-def score(
+@dataclass(frozen=True)
+class Said:
+    """What a model answered to one sample.
+
+    Attributes
+    ----------
+    text
+    counts
+        Visual tokens of all its images, unpruned and after each stage.
+    """
+
+    text: str
+    counts: list[int]
+
+
+def respond(
     model: Any,
     processor: Any,
-    questions: Sequence[miniature.Question],
-    schedule: Schedule | None = None,
+    samples: Sequence[Sample],
+    plans: Mapping[str, Plan],
+    file: Path | None = None,
     done: Callable[[int], None] = lambda count: None,
     *,
     blind: bool = False,
-) -> Scores:
-    """Answer the questions under a schedule and score them.
+    batch: int = BATCH,
+    max_new_tokens: int = 32,
+) -> dict[str, list[Said]]:
+    """Answer the same questions in several ways, encoding each image once where the family's tower allows it.
 
     Parameters
     ----------
+    plans
+        The ways. In a file they are known by their names: another way needs another name.
+    file
+        Where every finished batch is kept; called again, the work goes on, with further plans if there are some. A
+        file of another model or other samples is refused.
     done
-        Hears how many are answered.
+        Hears how many answers there are, of all plans.
     blind
         Leave the images out of the prompts: what the questions alone give away.
+    batch, max_new_tokens
+        Samples of a batch; the longest answer.
+
+    Returns
+    -------
+    For each plan what was said to each sample, in the samples' order
     """
-    [scores] = compare(model, processor, questions, {"": lambda asked: schedule}, done=done, blind=blind).values()
-    return scores
+    about = {"model": identity(model), "samples": digest(samples), "batch": batch, "max_new_tokens": max_new_tokens}
+    journal = Journal(file, about | {"blind": blind})
+    said: dict[str, dict[int, Said]] = {name: {} for name in plans}
+    answered = 0
+    for i, rows in enumerate(_batches(samples, batch)):
+        group = [samples[row] for row in rows]
+        todo = {name: plan for name, plan in plans.items() if f"{name} #{i}" not in journal}
+        done(answered := answered + len(group) * (len(plans) - len(todo)))
+        if todo:
+            images = [() if blind else sample.pictures() for sample in group]
+            prompts = prepare(model, processor, images, [sample.question for sample in group])
+            with remembering(model):
+                for name, plan in todo.items():
+                    found = answer(model, processor, prompts, plan(group), max_new_tokens)
+                    journal.add(f"{name} #{i}", [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in found])
+                    done(answered := answered + len(group))
+        for name in plans:
+            values = journal[f"{name} #{i}"]
+            said[name] |= {row: Said(*value) for row, value in zip(rows, values, strict=True)}
+    return {name: [found[row] for row in range(len(samples))] for name, found in said.items()}
+
+
+def remembering(model: Any) -> contextlib.AbstractContextManager[None]:
+    """`codebook.remember`, or nothing where the family's tower takes all images in one row."""
+    return remember(model) if models.family(model).tower_rows else contextlib.nullcontext()
+
+
+def _batches(samples: Sequence[Sample], size: int) -> list[list[int]]:
+    """Of one task and one number of images: little padding, and answers of about one length."""
+    groups: dict[str, dict[int, list[int]]] = {}
+    for row, sample in enumerate(samples):
+        groups.setdefault(sample.task, {}).setdefault(len(sample.images), []).append(row)
+    alike = [rows for own in groups.values() for _, rows in sorted(own.items())]
+    return [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
 
 
 def compare(
     model: Any,
     processor: Any,
-    questions: Sequence[miniature.Question],
+    samples: Sequence[Sample],
     plans: Mapping[str, Plan],
     file: Path | None = None,
     done: Callable[[int], None] = lambda count: None,
     *,
     blind: bool = False,
 ) -> dict[str, Scores]:
-    """Answer the same questions in several ways, encoding each image once.
-
-    Parameters
-    ----------
-    plans
-        The ways, by name.
-    file
-        Where every finished batch is kept, a JSON line each; called again, the comparison goes on. A file of another
-        model, other questions or other plans is refused.
-    done
-        Hears how many answers there are, of all plans.
-    blind
-        As in `score`.
-    """
-    journal = _Journal(file, {
-        "model": models.family(model).fingerprint(model), "plans": list(plans),
-        "questions": len(questions), "first": [q.question for q in questions[:64]],
-    })  # fmt: skip
-    results: dict[str, Scores] = {name: {q.family: [] for q in questions} for name in plans}
-    answered = 0
-    for i, group in enumerate(_batches(questions)):
-        found = journal.get(i)
-        if found is None:
-            images = [() if blind else q.images for q in group]
-            prompts = prepare(model, processor, images, [q.question for q in group])
-            found = {}
-            with remember(model):
-                for name, plan in plans.items():
-                    answers = answer(model, processor, prompts, plan(group))
-                    found[name] = [
-                        miniature.score(q.family, a.text, q.answer) for q, a in zip(group, answers, strict=True)
-                    ]
-                    done(answered := answered + len(group))
-            journal.add(i, found)
-        else:
-            done(answered := answered + len(group) * len(plans))
-        for name, values in found.items():
-            results[name][group[0].family] += values
+    """The scores of what `respond` gives."""
+    results: dict[str, Scores] = {}
+    for name, said in respond(model, processor, samples, plans, file, done, blind=blind).items():
+        scores = results[name] = {}
+        for sample, one in zip(samples, said, strict=True):
+            scores.setdefault(sample.task, []).append(sample.score(one.text))
     return results
 
 
-def _batches(questions: Sequence[miniature.Question]) -> Iterator[list[miniature.Question]]:
-    """Of one family and one number of images: little padding, and answers of about one length."""
-    for _, own in groupby(sorted(questions, key=lambda q: miniature.FAMILIES.index(q.family)), key=lambda q: q.family):
-        group = sorted(own, key=lambda q: len(q.images))
-        for start in range(0, len(group), BATCH):
-            yield group[start : start + BATCH]
+def score(
+    model: Any,
+    processor: Any,
+    samples: Sequence[Sample],
+    schedule: Schedule | None = None,
+    done: Callable[[int], None] = lambda count: None,
+    *,
+    blind: bool = False,
+) -> Scores:
+    """Answer the questions under a schedule, or as the model is, and score them; see `respond`."""
+    [scores] = compare(model, processor, samples, {"": lambda asked: schedule}, done=done, blind=blind).values()
+    return scores
 
 
-class _Journal:
-    """Finished batches of a comparison, in memory or in a file of JSON lines."""
-
-    def __init__(self, file: Path | None, about: dict[str, Any]) -> None:
-        self.file, self.found = file, {}
-        if file is None:
-            return
-        if file.exists():
-            lines = file.read_text().splitlines(keepends=True)
-            whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill can cut the last one
-            if not whole or whole[0] != about:
-                raise CodebookError(f"{file} holds another comparison (model, questions or plans): choose another file")
-            self.found = {entry["batch"]: entry["scores"] for entry in whole[1:]}
-        else:
-            whole = [about]
-        file.write_text("".join(json.dumps(entry) + "\n" for entry in whole))
-
-    def get(self, batch: int) -> dict[str, list[float]] | None:
-        return self.found.get(batch)
-
-    def add(self, batch: int, scores: dict[str, list[float]]) -> None:
-        if self.file is not None:
-            with self.file.open("a") as out:
-                out.write(json.dumps({"batch": batch, "scores": scores}) + "\n")
-
-
-def family_means(scores: Scores) -> dict[str, float]:
-    """Mean accuracy of each family."""
-    return {family: statistics.fmean(values) for family, values in scores.items()}
+def task_means(scores: Scores) -> dict[str, float]:
+    """Mean accuracy of each task."""
+    return {task: statistics.fmean(values) for task, values in scores.items()}
 
 
 def mean(scores: Scores) -> float:
-    """Mean accuracy over the families."""
-    return statistics.fmean(family_means(scores).values())
+    """Mean accuracy over the tasks."""
+    return statistics.fmean(task_means(scores).values())
 
 
 def standard_error(scores: Scores) -> float:
-    """Standard error of that mean, from the spread of the questions within each family."""
+    """Standard error of that mean, from the spread of the questions within each task."""
     variances = [statistics.pvariance(values) / len(values) for values in scores.values()]
     return float(sum(variances) ** 0.5 / len(variances))
 
 
 def table(rows: Mapping[str, Scores]) -> str:
-    """As Markdown: percent, a row a way of answering, a column a family; the mean with its standard error."""
-    families = next(iter(rows.values()))
-    lines = [f"| | {' | '.join(families)} | mean |", f"|---|{'---|' * (len(families) + 1)}"]
+    """As Markdown: percent, a row a way of answering, a column a task; the mean with its standard error."""
+    tasks = next(iter(rows.values()))
+    lines = [f"| | {' | '.join(tasks)} | mean |", f"|---|{'---|' * (len(tasks) + 1)}"]
     for name, scores in rows.items():
-        cells = [f"{100 * value:.1f}" for value in family_means(scores).values()]
+        cells = [f"{100 * value:.1f}" for value in task_means(scores).values()]
         lines.append(
             f"| {name} | {' | '.join(cells)} | {100 * mean(scores):.1f} ± {100 * standard_error(scores):.1f} |"
         )

@@ -1,0 +1,28 @@
+"""docs/results.md from a results.json of `codebook bench`.
+
+    python benchmarks/results.py benchmarks/miniature.json > docs/results.md
+
+`make results` does that.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from codebook.evaluation.report import markdown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, help="what `codebook bench` wrote")
+    results = json.loads(parser.parse_args().results.read_text())
+    methods = ",".join(dict.fromkeys(row["method"] for row in results["rows"][1:]))
+    keeps = ",".join(f"{keep:g}" for keep in results["keeps"])
+    print(f"# Results of {results['name']}\n")
+    print("Written by `make results`; the table's columns are explained in [bench.md](bench.md). Measured by\n")
+    print(f"```\ncodebook bench {results['name']} --methods {methods} --keep {keeps} --out bench\n```\n")
+    print(markdown(results), end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,229 @@
+"""Public data sets from their own files on disk: what `codebook bench --data` names."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from codebook.analysis import data
+from codebook.analysis.data import Sample
+from codebook.errors import CodebookError
+from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
+from codebook.evaluation.scorers import box_overlap, letter, same, vqa
+
+SHORT = "\nAnswer the question using a single word or phrase."
+"""LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
+CHOICE = "\nAnswer with the option's letter from the given choices directly."
+BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
+
+PERCEPTION = (
+    "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
+)  # fmt: skip
+COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+Loader = Callable[[Path], Iterator[Sample]]
+
+
+def load(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[Task]:
+    """The tasks of several data sets.
+
+    Parameters
+    ----------
+    names
+        `miniature`, its test split; a JSONL file, as `codebook.analysis.data.read` takes it; or `name:folder`, with the
+        name of one of LOADERS and the folder of its files.
+    count
+        Samples of each task at most, drawn image by image; for the miniature exactly, by default 100.
+    seed
+        Of what is drawn.
+
+    Raises
+    ------
+    CodebookError
+        If a file is missing or cannot be read, an answer is, or two data sets have a task of one name.
+    """
+    tasks: dict[str, Task] = {}
+    for name in names:
+        for task in _tasks(name, count, seed):
+            if task.name in tasks:
+                raise CodebookError(f"two data sets have a task {task.name!r}: run them one by one")
+            tasks[task.name] = task
+    return list(tasks.values())
+
+
+def _tasks(name: str, count: int | None, seed: int) -> Iterator[Task]:
+    kind, _, folder = name.partition(":")
+    metric = {"pope": POPE, "mme": MME}.get(kind, ACCURACY)
+    if kind == data.MINIATURE and not folder:
+        samples = data.of_miniature("test", seed, count or 100)
+        count = None
+    elif kind in LOADERS and folder:
+        samples = _read(kind, Path(folder))
+    elif kind in LOADERS:
+        raise CodebookError(f"say where the files of {kind} are: --data {kind}:FOLDER")
+    elif Path(name).is_file():
+        samples = data.read(Path(name))
+    else:
+        known = ", ".join(f"{loader}:FOLDER" for loader in LOADERS)
+        raise CodebookError(f"no data {name!r}: give miniature, a JSONL file, or one of {known}")
+    named: dict[str, list[Sample]] = {}
+    for sample in samples:
+        if sample.answer is None:
+            raise CodebookError(f"{name}: the question {sample.question!r} has no answer to score against: add one")
+        named.setdefault(sample.task, []).append(sample)
+    for task, own in named.items():
+        yield _drawn(Task(task, own, metric), count, seed)
+
+
+def _drawn(task: Task, count: int | None, seed: int) -> Task:
+    """At most `count` samples, all of those that show an image or none."""
+    if count is None or count >= len(task.samples):
+        return task
+    groups = task.groups()
+    random.Random(seed).shuffle(groups)
+    rows: list[int] = []
+    for group in groups:
+        if len(rows) + len(group) <= count or not rows:
+            rows += group
+    return replace(task, samples=[task.samples[row] for row in sorted(rows)])
+
+
+def _read(kind: str, folder: Path) -> list[Sample]:
+    if not folder.is_dir():
+        raise CodebookError(f"no folder {folder}: give the one with the files of {kind}")
+    try:
+        samples = list(LOADERS[kind](folder))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise CodebookError(
+            f"the files in {folder} are not those of {kind}: {type(error).__name__} {error}; see docs/bench.md"
+        ) from None
+    if not samples:
+        raise CodebookError(f"{folder} holds no questions of {kind}: see docs/bench.md for the files")
+    for image in dict.fromkeys(image for sample in samples for image in sample.images if isinstance(image, Path)):
+        if not image.is_file():
+            raise CodebookError(f"an image of {kind} is missing: {image}")
+    return samples
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise CodebookError(f"no file {path}: see docs/bench.md for the files") from None
+    except ValueError as error:
+        raise CodebookError(f"cannot read {path}: {error}; download it again") from None
+
+
+def _annotated(image: Path, question: str, answers: Sequence[str], task: str, suffix: str = SHORT) -> Sample:
+    """A question with the answers of several people; the most frequent stands for them."""
+    most = Counter(answers).most_common(1)[0][0]
+    return Sample((image,), question + suffix, most, task, vqa, tuple(answers))
+
+
+def _vqav2(folder: Path) -> Iterator[Sample]:
+    questions = _json(folder / "v2_OpenEnded_mscoco_val2014_questions.json")["questions"]
+    asked = {question["question_id"]: question for question in questions}
+    for record in _json(folder / "v2_mscoco_val2014_annotations.json")["annotations"]:
+        question = asked[record["question_id"]]["question"]
+        image = folder / "val2014" / f"COCO_val2014_{record['image_id']:012d}.jpg"
+        yield _annotated(image, question, [answer["answer"] for answer in record["answers"]], "vqav2")
+
+
+def _gqa(folder: Path) -> Iterator[Sample]:
+    for record in _json(folder / "testdev_balanced_questions.json").values():
+        image = folder / "images" / f"{record['imageId']}.jpg"
+        yield Sample((image,), record["question"] + SHORT, record["answer"], "gqa", same)
+
+
+def _textvqa(folder: Path) -> Iterator[Sample]:
+    for record in _json(folder / "TextVQA_0.5.1_val.json")["data"]:
+        image = folder / "train_images" / f"{record['image_id']}.jpg"
+        yield _annotated(image, record["question"], record["answers"], "textvqa")
+
+
+def _vizwiz(folder: Path) -> Iterator[Sample]:
+    hint = "\nWhen the provided information is insufficient, respond with 'Unanswerable'." + SHORT
+    for record in _json(folder / "val.json"):
+        answers = [answer["answer"] for answer in record["answers"]]
+        yield _annotated(folder / "val" / record["image"], record["question"], answers, "vizwiz", hint)
+
+
+def _pope(folder: Path) -> Iterator[Sample]:
+    for split in ("random", "popular", "adversarial"):
+        file = folder / f"coco_pope_{split}.json"
+        try:
+            lines = file.read_text(encoding="utf-8").splitlines()
+        except OSError:
+            raise CodebookError(f"no file {file}: see docs/bench.md for the files") from None
+        for record in (json.loads(line) for line in lines if line.strip()):
+            image, label = folder / "val2014" / record["image"], {"yes": "yes", "no": "no"}[record["label"]]
+            yield Sample((image,), record["text"] + SHORT, label, f"pope {split}", _pope_score)
+
+
+def _pope_score(prediction: str, answers: Sequence[str]) -> float:
+    return float(says_yes(prediction) == (answers[0] == "yes"))
+
+
+def _mme(folder: Path) -> Iterator[Sample]:
+    for category in (*PERCEPTION, *COGNITION):
+        own = folder / category
+        if not own.is_dir():
+            raise CodebookError(f"no folder {own}: see docs/bench.md for the files")
+        texts = own / "questions_answers_YN" if (own / "questions_answers_YN").is_dir() else own
+        images = own / "images" if (own / "images").is_dir() else own
+        shown = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in (".jpg", ".png")}
+        for file in sorted(texts.glob("*.txt")):
+            for line in file.read_text(encoding="utf-8").splitlines():
+                if line.strip():
+                    question, answer = line.rstrip().split("\t")
+                    label = {"yes": "yes", "no": "no"}[answer.strip().lower()]
+                    yield Sample((shown[file.stem],), question + SHORT, label, f"mme {category}", yes_or_no)
+
+
+def _refcoco(folder: Path) -> Iterator[Sample]:
+    for split in ("val", "testA", "testB"):
+        file = folder / f"finetune_refcoco_{split}.json"
+        if not file.exists() and split != "val":
+            continue
+        record = _json(file)
+        boxes = {own["image_id"]: own["bbox"] for own in record["annotations"]}
+        for image in record["images"]:
+            left, top, width, height = boxes[image["id"]]
+            sides = image["width"], image["height"]
+            corners = (left / sides[0], top / sides[1], (left + width) / sides[0], (top + height) / sides[1])
+            answer = f"[{', '.join(f'{x:.3f}' for x in corners)}]"
+            path = folder / "train2014" / image["file_name"]
+            yield Sample((path,), BOX + image["caption"], answer, f"refcoco {split}", box_overlap)
+
+
+def _ai2d(folder: Path) -> Iterator[Sample]:
+    listed = folder / "ai2d_test_ids.csv"
+    try:
+        names = listed.read_text(encoding="utf-8").split()
+    except OSError:
+        raise CodebookError(f"no file {listed}: see docs/bench.md for the files") from None
+    for name in names:
+        name = name.removesuffix(".png")
+        for question, record in _json(folder / "questions" / f"{name}.png.json")["questions"].items():
+            texts = record["answerTexts"]
+            letters = "ABCD"[: len(texts)]
+            options = "".join(f"\n{x}. {text}" for x, text in zip(letters, texts, strict=True))
+            answer = letters[record["correctAnswer"]]
+            yield Sample((folder / "images" / f"{name}.png",), question + options + CHOICE, answer, "ai2d", letter)
+
+
+LOADERS: dict[str, Loader] = {
+    "ai2d": _ai2d,
+    "gqa": _gqa,
+    "mme": _mme,
+    "pope": _pope,
+    "refcoco": _refcoco,
+    "textvqa": _textvqa,
+    "vizwiz": _vizwiz,
+    "vqav2": _vqav2,
+}

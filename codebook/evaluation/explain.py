@@ -1,0 +1,116 @@
+"""Why a token is dropped: the prototypes that it is like, and the probes that made them prototypes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+
+from codebook import models
+from codebook.errors import CodebookError
+from codebook.index import Codebook
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A visual token beside a codebook.
+
+    Attributes
+    ----------
+    patch, grid
+        Row and column of the token, rows and columns of the image's.
+    similarity : float
+        Cosine to the nearest prototype: the token's redundancy.
+    rank : int
+        Place of the token among the image's, the most redundant first: 1 is dropped first.
+    neighbours : list[dict]
+        The nearest prototypes: `similarity`, what provenance says of each, `cluster_size` of prototypes in its cluster.
+    """
+
+    patch: tuple[int, int]
+    grid: tuple[int, int]
+    similarity: float
+    rank: int
+    neighbours: list[dict[str, Any]]
+
+    @property
+    def tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def kept(self, count: int) -> bool:
+        """Whether the token stays when `count` of the image's do."""
+        return self.rank > self.tokens - count
+
+
+def explain(
+    model: Any, processor: Any, book: Codebook, picture: Image.Image, patch: tuple[int, int], neighbours: int = 5
+) -> Explanation:
+    """Compare one visual token of the whole view of a picture with a codebook's prototypes.
+
+    Raises
+    ------
+    CodebookError
+        If the image has no such patch.
+    """
+    family = models.family(model)
+    rows, cols = family.grid(model)
+    row, col = patch
+    if not (0 <= row < rows and 0 <= col < cols):
+        raise CodebookError(f"no patch {row},{col}: rows are 0 to {rows - 1}, columns 0 to {cols - 1}")
+    pixels = family.view(processor, picture).to(model.device, model.dtype)
+    with torch.inference_mode():
+        features = family.image_features(model, pixels)[0][0][:, : book.dimension]
+        redundancy = book.redundancy(features)
+        token = row * cols + col
+        similarity, index = book.search(features[token][None], min(neighbours, len(book)))
+    # Of equal tokens the pruner keeps the first, as topk does.
+    rank = int((redundancy > redundancy[token]).sum() + (redundancy[token + 1 :] == redundancy[token]).sum()) + 1
+    sizes = Counter(record["cluster"] for record in book.provenance)
+    found = [
+        {"similarity": value, **book.provenance[i], "cluster_size": sizes[book.provenance[i]["cluster"]]}
+        for value, i in zip(similarity[0].tolist(), index[0].tolist(), strict=True)
+    ]
+    return Explanation((row, col), (rows, cols), float(redundancy[token]), rank, found)
+
+
+def words(found: Explanation, config: dict[str, Any], kept: int | None = None) -> str:
+    """The explanation as plain text.
+
+    Parameters
+    ----------
+    config
+        The codebook's.
+    kept
+        How many of the image's tokens stay; None says nothing of one budget.
+    """
+    (row, col), n = found.patch, found.tokens
+    lines = [
+        f"patch {row},{col} of {found.grid[0]} x {found.grid[1]}: cosine {found.similarity:.3f} to its nearest "
+        f"prototype, number {found.rank} of {n} of the image's tokens by redundancy"
+    ]
+    if kept is not None:
+        verb = "kept" if found.kept(kept) else "dropped"
+        lines.append(f"{verb} where {kept} of {n} stay; it is kept from {n - found.rank + 1} on")
+    else:
+        lines.append(f"kept only where {n - found.rank + 1} or more of {n} stay")
+    settings = config.get("settings", {})
+    if {"tau_p", "tau_j"} <= set(settings):
+        weight = settings.get("global_weight", 16.0)
+        lines.append(
+            f"prototypes are tokens with P1 < {settings['tau_p']:g} and JSD_region + {weight:g} JSD_global < "
+            f"{settings['tau_j']:g} that recur across images; the nearest:"
+        )
+    head = ("cosine", "P1", "JSD region", "JSD global", "cluster", "patch", "image")
+    rows = []
+    for one in found.neighbours:
+        place = f"{one['row']},{one['col']}" if "row" in one else "-"
+        figures = [f"{one[key]:.3g}" if key in one else "-" for key in ("p1", "jsd_region", "jsd_global")]
+        cluster = f"{one['cluster']} ({one['cluster_size']})"
+        rows.append((f"{one['similarity']:.3f}", *figures, cluster, place, str(one.get("image", "-"))))
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for line in (head, *rows):
+        lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,200 @@
+"""What an answer costs under a schedule: seconds by phase, peak memory, KV cache."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.generation.streamers import BaseStreamer
+
+from codebook import models
+from codebook.pruning import Pruner, Schedule, VisualTokens
+
+TOKENS = 8
+"""Generated after the first one, whose mean time is that of decoding a token."""
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Clock:
+    """Seconds by phase. Of nested phases only the innermost runs; the device is waited for at each border."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._phases: list[str] = []
+        self._since = 0.0
+
+    def _turn(self) -> None:
+        synchronize(self.device)
+        now = time.perf_counter()
+        if self._phases:
+            self.seconds[self._phases[-1]] += now - self._since
+        self._since = now
+
+    def enter(self, phase: str, *_: Any) -> None:
+        self._turn()
+        self._phases.append(phase)
+
+    def leave(self, *_: Any) -> None:
+        self._turn()
+        self._phases.pop()
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        self.enter(name)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    @contextlib.contextmanager
+    def watching(self, model: Any) -> Iterator[None]:
+        """`vision` is tower and projector, `prefill` the decoder's layers, as long as this context lasts."""
+        family = models.family(model)
+        parts = [("vision", family.tower(model)), ("vision", family.projector(model)), ("prefill", model.get_decoder())]
+        with contextlib.ExitStack() as undo:
+            for phase, module in parts:
+                undo.callback(module.register_forward_pre_hook(partial(self._before, phase)).remove)
+                undo.callback(module.register_forward_hook(self._after).remove)
+            yield
+
+    def _before(self, phase: str, *_: Any) -> None:
+        self.enter(phase)
+
+    def _after(self, *_: Any) -> None:
+        self.leave()
+
+    def timed(self, schedule: Schedule) -> Schedule:
+        """The same schedule, whose pruners' work is the phase `selector`."""
+        return replace(schedule, stages=[replace(s, pruner=_Timed(s.pruner, self)) for s in schedule.stages])
+
+
+class _Timed(Pruner):
+    def __init__(self, pruner: Pruner, clock: Clock) -> None:
+        self.pruner, self.clock = pruner, clock
+        for name in ("uses_attention", "uses_vision", "adaptive"):
+            setattr(self, name, getattr(pruner, name))
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        with self.clock.phase("selector"):
+            return self.pruner.select(tokens, keep)
+
+    def choose(self, tokens: VisualTokens) -> Tensor:
+        with self.clock.phase("selector"):
+            return self.pruner.choose(tokens)
+
+    def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:
+        with self.clock.phase("selector"):
+            return self.pruner.merge(tokens, index)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One prompt, to be answered under many schedules."""
+
+    model: Any
+    inputs: Any
+
+    def generate(self, schedule: Schedule | None, tokens: int, **options: Any) -> Any:
+        """Greedy, `tokens` tokens whatever the model says."""
+        with torch.inference_mode(), (schedule or Schedule([]))(self.model) as pruning:
+            length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+            return self.model.generate(**self.inputs, **length, **options), pruning
+
+    def seconds(self, schedule: Schedule | None) -> dict[str, float]:
+        """From pixels to the first token, for each token after it, and the first token's phases (in another run).
+
+        Returns
+        -------
+        first_token, decode, vision, selector, prefill : seconds
+        """
+        device, stamps = self.model.device, _Stamps()
+        synchronize(device)
+        start = time.perf_counter()
+        self.generate(schedule, 1 + TOKENS, streamer=stamps)
+        clock = Clock(device)
+        with clock.watching(self.model):
+            self.generate(clock.timed(schedule or Schedule([])), 1)
+        return {
+            "first_token": stamps.times[0] - start,
+            "decode": (stamps.times[-1] - stamps.times[0]) / (len(stamps.times) - 1),
+            **{phase: clock.seconds[phase] for phase in ("vision", "selector", "prefill")},
+        }
+
+    def memory(self, schedule: Schedule | None) -> dict[str, int]:
+        """Bytes at most allocated beyond the weights on the way to the first token, and in the KV cache after it."""
+        kept: list[Any] = []
+        peak = peak_bytes(self.model.device, lambda: kept.append(self._cache(schedule)))
+        return {"peak_memory": peak, "kv_cache": kept[0]}
+
+    def _cache(self, schedule: Schedule | None) -> int:
+        out, _ = self.generate(schedule, 1, return_dict_in_generate=True)
+        layers = [layer for layer in out.past_key_values.layers if layer.keys is not None]
+        return sum(x.numel() * x.element_size() for layer in layers for x in (layer.keys, layer.values))
+
+
+class _Stamps(BaseStreamer):
+    """When each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+        self._prompt = True
+
+    def put(self, value: Tensor) -> None:  # on the CPU: whatever made it is done
+        if not self._prompt:
+            self.times.append(time.perf_counter())
+        self._prompt = False
+
+    def end(self) -> None: ...
+
+
+def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
+    """The most memory that tensors made by `work` hold at once: as CUDA's allocator says, counted elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        work()
+        return torch.cuda.max_memory_allocated(device) - before
+    with _Storages() as counted:
+        work()
+    return counted.peak
+
+
+class _Storages(TorchDispatchMode):
+    """Counts the bytes of storages that operators return, until they are freed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in given and storage not in self._seen:
+                    self._seen.add(storage)
+                    self.now += storage.nbytes()
+                    weakref.finalize(storage, self._freed, storage.nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def _freed(self, count: int) -> None:
+        self.now -= count

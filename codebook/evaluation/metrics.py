@@ -1,0 +1,173 @@
+"""What the answers to a task are worth, and how sure that is.
+
+Every metric is a smooth function of sums over groups of samples, those that show the same image. So one rule gives
+every confidence interval, that of a difference between two methods too: the delta method on group means. Methods are
+compared on the same groups, and what makes a group hard for both does not widen the interval of their difference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from codebook.analysis.data import Sample
+
+Z = 1.96
+"""Of a 95% interval."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """How the answers to a task are counted.
+
+    Attributes
+    ----------
+    names
+        Of its values, all from 0 to 1; the first is what tables show.
+    count
+        Sums of one group, from its samples and the predictions.
+    values
+        (..., sums) to (..., names).
+    """
+
+    names: tuple[str, ...]
+    count: Callable[[Sequence[Sample], Sequence[str]], list[float]]
+    values: Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Samples that one number is reported for."""
+
+    name: str
+    samples: list[Sample]
+    metric: Metric
+
+    def groups(self) -> list[list[int]]:
+        """Rows of samples that show the same image, and so are no independent draws."""
+        found: dict[Hashable, list[int]] = {}
+        for row, sample in enumerate(self.samples):
+            first = sample.images[0] if sample.images else None
+            found.setdefault(first if isinstance(first, Path) else row, []).append(row)
+        return list(found.values())
+
+    def sums(self, texts: Sequence[str]) -> np.ndarray:
+        """(groups, sums) of the predictions; those of several runs, as of seeds, may be averaged."""
+        groups = [([self.samples[row] for row in rows], [texts[row] for row in rows]) for rows in self.groups()]
+        return np.array([self.metric.count(*group) for group in groups], dtype=float)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and what each group moves it by, from which follows how sure it is."""
+
+    value: float
+    influence: np.ndarray
+
+    @property
+    def error(self) -> float:
+        """Standard error; 0 where there is one group only, of which nothing is known."""
+        n = len(self.influence)
+        return float(np.sqrt(np.sum(self.influence**2) / (n * (n - 1)))) if n > 1 else 0.0
+
+    @property
+    def interval(self) -> list[float]:
+        """95%, by Wilson's formula with the number of independent samples that would have this error.
+
+        So it stays between 0 and 1, and where all answers are right, or none, it is not empty.
+        """
+        value, n = min(max(self.value, 0.0), 1.0), float(len(self.influence))
+        if self.error and 0 < value < 1:
+            n = value * (1 - value) / self.error**2
+        centre, scale = (value + Z**2 / (2 * n)) / (1 + Z**2 / n), Z / (1 + Z**2 / n)
+        half = scale * (value * (1 - value) / n + Z**2 / (4 * n**2)) ** 0.5
+        return [max(0.0, centre - half), min(1.0, centre + half)]
+
+    def __sub__(self, other: Estimate) -> Estimate:
+        """Of the same groups: the difference."""
+        return Estimate(self.value - other.value, self.influence - other.influence)
+
+
+def estimate(metric: Metric, sums: np.ndarray) -> Estimate:
+    """The metric's first value from the sums (groups, sums) of its groups."""
+    mean = sums.mean(0)
+
+    def first(at: np.ndarray) -> float:
+        return float(metric.values(at)[..., 0])
+
+    step = 1e-6 * max(1.0, float(np.abs(mean).max()))
+    gradient = [(first(mean + step * e) - first(mean - step * e)) / (2 * step) for e in np.eye(len(mean))]
+    return Estimate(first(mean), (sums - mean) @ np.array(gradient))
+
+
+def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float]:
+    """Mean over tasks, each weighing the same, and its standard error."""
+    errors = [one.error for one in estimates]
+    return float(np.mean([one.value for one in estimates])), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+
+
+def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+    return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=np.abs(whole) > 1e-12)
+
+
+def _scores(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
+    return [sum(s.score(text) for s, text in zip(samples, texts, strict=True)), float(len(samples))]
+
+
+ACCURACY = Metric(("accuracy",), _scores, lambda sums: _share(sums[..., :1], sums[..., 1:2]))
+"""Mean of the samples' own scores."""
+
+
+def says_yes(text: str) -> bool:
+    """POPE's rule: anything but a first sentence with the word no or not (arXiv 2305.10355)."""
+    words = text.split(".")[0].replace(",", "").split()
+    return not {"No", "no", "not"} & set(words)
+
+
+def _confusion(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
+    sums = [0.0] * 4
+    for sample, text in zip(samples, texts, strict=True):
+        sums[2 * (sample.answer != "yes") + (not says_yes(text))] += 1
+    return sums
+
+
+def _pope(sums: np.ndarray) -> np.ndarray:
+    hit, missed, false, right = np.moveaxis(sums, -1, 0)
+    return np.stack(
+        [
+            _share(2 * hit, 2 * hit + missed + false),
+            _share(hit + right, hit + missed + false + right),
+            _share(hit, hit + false),
+            _share(hit, hit + missed),
+        ],
+        axis=-1,
+    )
+
+
+POPE = Metric(("f1", "accuracy", "precision", "recall"), _confusion, _pope)
+"""Of "yes" (arXiv 2305.10355)."""
+
+
+def yes_or_no(prediction: str, answers: Sequence[str]) -> float:
+    """MME's rule: yes or no among the first four letters, whatever their case (arXiv 2306.13394)."""
+    start = prediction.strip().lower()[:4]
+    said = "yes" if "yes" in start else "no" if "no" in start else None
+    return float(said == answers[0])
+
+
+def _pairs(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
+    scores = [s.score(text) for s, text in zip(samples, texts, strict=True)]
+    return [sum(scores), float(len(scores)), float(all(scores)), 1.0]
+
+
+def _mme(sums: np.ndarray) -> np.ndarray:
+    single, both = _share(sums[..., 0], sums[..., 1]), _share(sums[..., 2], sums[..., 3])
+    return np.stack([(single + both) / 2, single, both], axis=-1)
+
+
+MME = Metric(("score", "accuracy", "accuracy_plus"), _pairs, _mme)
+"""A category: accuracy, and accuracy+ of images with both questions right; their sum in percent is the official score,
+of 200, so `score` is half of it (arXiv 2306.13394)."""

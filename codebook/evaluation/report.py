@@ -1,0 +1,259 @@
+"""results.json as one HTML file that needs nothing but itself, and as Markdown."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+from PIL import Image
+
+from codebook.evaluation.bench import BASELINES, UNPRUNED
+from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
+
+THUMBNAIL = 336
+"""Longest side of a picture in the report, pixels."""
+HUES = 8
+Results = Mapping[str, Any]
+
+
+def html(
+    results: Results, pictures: Sequence[Sequence[Image.Image]] = (), horizon: Mapping[str, Any] | None = None
+) -> str:
+    """The report.
+
+    Parameters
+    ----------
+    results
+        What results.json holds.
+    pictures
+        Of each of its `samples`.
+    horizon
+        What a horizon.json holds.
+    """
+    rows, keeps = results["rows"], results["keeps"]
+    styles = _styles([row["method"] for row in rows])
+    tasks = list(results["tasks"])
+    page = Environment(autoescape=True, trim_blocks=True).from_string(
+        files("codebook.evaluation").joinpath("report.html").read_text(encoding="utf-8")
+    )
+    looks = [_look(i, one, own, keeps) for i, (one, own) in enumerate(zip(results["samples"], pictures, strict=False))]
+    machine = results["machine"]
+    facts = [
+        ("model", results["name"]), ("data", ", ".join(results["data"])),
+        ("visual tokens", f"{results['tokens']} x {results['layers']} layers"), ("budgets", ", ".join(map(str, keeps))),
+        ("machine", f"{machine['machine']}, {machine['threads']} threads"),
+        ("precision, torch", f"{results['dtype']}, {machine['torch']}"), ("seed", results["seed"]),
+    ]  # fmt: skip
+    series = [_series(rows, method, styles[method], "cost") for method in styles]
+    return page.render(
+        title=f"Visual-token pruning of {results['name']}", r=results, keeps=keeps, middle=len(keeps) // 2, facts=facts,
+        samples=sum(task["samples"] for task in results["tasks"].values()),
+        rounds=rows[0]["cost"]["first_token"]["rounds"],
+        legend=[{"method": m, "mark": Markup(_key(style))} for m, style in styles.items()],
+        frontier=Markup(scatter(series, "time to first token, share of the unpruned model's", "accuracy, %",
+                                pareto([point for own in series for point in own.points]))),
+        budgets=Markup(scatter([_series(rows, method, styles[method], "kept") for method in styles],
+                               "visual tokens kept, averaged over the layers", "accuracy, %")),
+        tables=_tables(rows, keeps, tasks), horizon=_horizon(horizon), looks=looks,
+        schedules=[
+            {"name": _name(row), "schedule": row["schedule"], "kept": f"{100 * row['kept']['average']:.1f}%",
+             "chart": Markup(steps(row["kept"]["layers"], rows[0]["kept"]["layers"][0]))}
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return row["method"] if row["method"] == UNPRUNED else f"{row['method']} {row['keep']:g}"
+
+
+def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """A colour and a shape for each method; grey for what others must beat."""
+    styles: dict[str, tuple[str, str]] = {}
+    grey = 0
+    for method in dict.fromkeys(methods):
+        if method in (UNPRUNED, *BASELINES):
+            styles[method] = ("var(--ink)" if method == UNPRUNED else "var(--base)", MARKS[grey % len(MARKS)])
+            grey += 1
+    for i, method in enumerate(m for m in dict.fromkeys(methods) if m not in styles):
+        styles[method] = f"var(--c{i % HUES})", MARKS[(i // HUES) % len(MARKS)]
+    return dict(sorted(styles.items(), key=lambda item: list(methods).index(item[0])))
+
+
+def _key(style: tuple[str, str]) -> str:
+    line = tag("line", x1=0, x2=30, y1=6, y2=6, stroke=style[0])
+    return tag("svg", line + mark(style[1], 15, 6, style[0]), viewBox="0 0 30 12")
+
+
+def _series(rows: Sequence[Mapping[str, Any]], method: str, style: tuple[str, str], by: str) -> Series:
+    points = []
+    for row in sorted((r for r in rows if r["method"] == method), key=lambda r: r["keep"]):
+        x = 1 / row["cost"]["speedup"]["median"] if by == "cost" else row["kept"]["average"]
+        score, (low, high) = row["mean"]["score"], row["mean"]["interval"]
+        points.append(Point(x, score, low, high, f"{_name(row)}: {100 * score:.1f}%, {x:.2f}"))
+    return Series(points, *style, dashed=method in BASELINES)
+
+
+def _cell(text: str, small: str = "", best: bool = False, shade: float | None = None) -> dict[str, Any]:
+    kind = "plain" if shade is None else "tint"
+    return {"text": text, "small": small, "best": best, "kind": kind, "shade": f"{100 * (shade or 0):.0f}"}
+
+
+COSTS = (
+    "kept", "first token, ms", "speed-up", "vision, ms", "selector, ms", "prefill, ms", "a token, ms", "peak, MiB",
+    "KV, KiB", "GFLOPs",
+)  # fmt: skip
+
+
+def _ranked(rows: Sequence[Mapping[str, Any]], keep: float) -> list[Mapping[str, Any]]:
+    """The rows of a budget, the best first."""
+    own = [row for row in rows if row["keep"] == keep and row["method"] != UNPRUNED]
+    return sorted(own, key=lambda row: -row["mean"]["score"])
+
+
+def _tables(rows: Sequence[Mapping[str, Any]], keeps: Sequence[float], tasks: Sequence[str]) -> list[dict[str, Any]]:
+    tables = []
+    for keep in keeps:
+        own = _ranked(rows, keep)
+        ranges = {task: _range([row["tasks"][task]["score"] for row in [rows[0], *own]]) for task in tasks}
+        best = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
+        quality = [_row(row, _quality(row, ranges, best, row in own[:1])) for row in [rows[0], *own]]
+        cost = [_row(row, _spent(row)) for row in [rows[0], *own]]
+        columns = ["mean", "against full", *tasks]
+        tables.append({"title": f"keep {keep:g}: accuracy, %", "columns": columns, "rows": quality})
+        tables.append({"title": f"keep {keep:g}: cost", "columns": COSTS, "rows": cost})
+    return tables
+
+
+def _range(scores: Sequence[float]) -> tuple[float, float]:
+    """What is shaded from nothing to full: at least ten points, or noise would look like a difference."""
+    return min(min(scores), max(scores) - 0.1), max(scores)
+
+
+def _row(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"method": row["method"], "schedule": row["schedule"], "base": row["method"] in BASELINES, "cells": cells}
+
+
+def _quality(
+    row: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], top: Mapping[str, float], best: bool
+) -> list[dict[str, Any]]:
+    mean = row["mean"]
+    half = _half(mean["interval"])
+    spread = f" {row['seeds']} seeds ± {100 * mean['spread']:.1f}" if "spread" in mean else ""
+    change = _half(mean["change_interval"])
+    cells = [_cell(f"{100 * mean['score']:.1f}", f"± {half:.1f}{spread}", best=best)]
+    cells.append(_cell("") if row["method"] == UNPRUNED else _cell(f"{100 * mean['change']:+.1f}", f"± {change:.1f}"))
+    for task, (low, high) in ranges.items():
+        own = row["tasks"][task]
+        wide = _half(own["interval"])
+        is_top = row["method"] != UNPRUNED and own["score"] == top[task]
+        cells.append(
+            _cell(f"{100 * own['score']:.1f}", f"± {wide:.1f}", best=is_top, shade=(own["score"] - low) / (high - low))
+        )
+    return cells
+
+
+def _spent(row: Mapping[str, Any]) -> list[dict[str, Any]]:
+    cost = row["cost"]
+
+    def ms(key: str, quartile: bool = True) -> dict[str, Any]:
+        q1, median, q3 = (1e3 * cost[key][q] for q in ("q1", "median", "q3"))
+        return _cell(f"{median:.1f}", f"{q1:.1f} - {q3:.1f}" if quartile else "")
+
+    speed = cost["speedup"]
+    return [
+        _cell(f"{100 * row['kept']['average']:.1f}%"), ms("first_token"),
+        _cell(f"{speed['median']:.2f}", f"{speed['q1']:.2f} - {speed['q3']:.2f}"),
+        ms("vision", False), ms("selector", False), ms("prefill", False), ms("decode"),
+        _cell(f"{cost['peak_memory'] / 2**20:.1f}"), _cell(f"{cost['kv_cache'] / 2**10:.0f}"),
+        _cell(f"{cost['flops'] / 1e9:.2f}"),
+    ]  # fmt: skip
+
+
+def _horizon(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    if found is None:
+        return None
+    panels = []
+    for task, one in found["horizons"].items():
+        low, high = one["interval"]
+        text = f"{task}: horizon {one['layer']} [{low}, {high}], safe from {one['safe']}"
+        chart = curve(one["loss"], one["error"], found["start"], one["layer"], one["safe"])
+        panels.append({"chart": Markup(chart), "text": text})
+    return {"eps": found["eps"], "panels": panels}
+
+
+def _look(i: int, one: Mapping[str, Any], pictures: Sequence[Image.Image], keeps: Sequence[float]) -> dict[str, Any]:
+    grids = [tuple(grid) for grid in one["grids"]]
+    images = [
+        {"id": f"p{i}-{j}", "rows": rows, "cols": cols, "crisp": _tiny(picture), "data": data_uri(picture)}
+        for j, (picture, (rows, cols)) in enumerate(zip(pictures, grids, strict=True))
+    ]
+
+    def tile(row: Mapping[str, Any]) -> dict[str, Any]:
+        shots = zip(images, [dropped(kept, grid) for kept, grid in zip(row["kept"], grids, strict=True)], strict=True)
+        verdict = "" if row["score"] is None else "right" if row["score"] >= 0.5 else "wrong"
+        return {**row, "shots": list(shots), "verdict": verdict, "count": sum(map(len, row["kept"]))}
+
+    full = [tile(row) for row in one["rows"] if row["method"] == UNPRUNED]
+    budgets = [
+        [tile(row) for row in one["rows"] if row["keep"] == keep and row["method"] != UNPRUNED] for keep in keeps
+    ]
+    return {key: one[key] for key in ("task", "question", "answer")} | {
+        "images": images, "full": full, "budgets": budgets,
+    }  # fmt: skip
+
+
+def _tiny(picture: Image.Image) -> bool:
+    """Drawn rather than photographed, mostly: shown pixel by pixel."""
+    return max(picture.size) <= THUMBNAIL // 2
+
+
+def data_uri(picture: Image.Image) -> str:
+    """A picture, made small, as part of a page."""
+    small, out = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    kind = "PNG" if _tiny(picture) else "JPEG"
+    small.save(out, format=kind)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(out.getvalue()).decode()}"
+
+
+def markdown(results: Results) -> str:
+    """The tables: percent with 95% intervals, one table a budget, the best first; then what each row costs."""
+    rows, tasks, lines = results["rows"], list(results["tasks"]), []
+    for keep in results["keeps"]:
+        own = [rows[0], *_ranked(rows, keep)]
+        lines += [f"## keep {keep:g}", "", *_header([*tasks, "mean", "against full"])]
+        for row in own:
+            mean = row["mean"]
+            last = "" if row is rows[0] else f"{100 * mean['change']:+.1f} ± {_half(mean['change_interval']):.1f}"
+            cells = [f"{100 * row['tasks'][task]['score']:.1f}" for task in tasks]
+            cells += [f"{100 * mean['score']:.1f} ± {_half(mean['interval']):.1f}", last]
+            lines.append(_line(row["method"], cells))
+        lines += ["", *_header(COSTS)]
+        lines += [_line(row["method"], [" ".join((c["text"], c["small"])).strip() for c in _spent(row)]) for row in own]
+        lines.append("")
+    machine = results["machine"]
+    counts = ", ".join(f"{name} {task['samples']}" for name, task in results["tasks"].items())
+    lines.append(
+        f"Timed on {machine['machine']}, {machine['threads']} threads, torch {machine['torch']}, {results['dtype']}; "
+        f"{rows[0]['cost']['first_token']['rounds']} rounds. Questions: {counts}. Seed {results['seed']}."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def _header(columns: Sequence[str]) -> list[str]:
+    return [_line("", columns), "|---" * (len(columns) + 1) + "|"]
+
+
+def _line(name: str, cells: Sequence[str]) -> str:
+    return f"| {' | '.join([name, *cells])} |"
+
+
+def _half(interval: Sequence[float]) -> float:
+    """Half its width, in percent."""
+    return 50 * (interval[1] - interval[0])

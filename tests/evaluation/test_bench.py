@@ -1,0 +1,266 @@
+"""The benchmark end to end on the miniature: what is measured, what is not repeated, what the report holds."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from codebook import CodebookError, Random, RedundancyCodebook, Schedule, Stage, Uniform, miniature, prebuilt
+from codebook.evaluation import bench, charts, datasets, latency, report
+from codebook.evaluation.timing import quartiles
+from codebook.inference import prepare
+from codebook.pruning.text import make
+
+KEEPS = [0.25, 0.05]
+METHODS = ["codebook", "fastv", "uniform"]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    model, processor = miniature.load()
+    book = prebuilt(model)
+    rows, skipped = bench.plan(
+        model, METHODS, KEEPS, lambda name: RedundancyCodebook(book) if name == "codebook" else make(name), [3, 4]
+    )
+    tasks = [task for task in datasets.load(["miniature"], 4) if task.name in ("exist", "ocr")]
+    return model, processor, tasks, rows, skipped
+
+
+SETTINGS = bench.Settings(seconds=0)
+
+
+@pytest.fixture(scope="module")
+def measured(loaded, tmp_path_factory):
+    """Results, what is shown, and the folder; the run was stopped half-way, in the middle of a line, and went on."""
+    model, processor, tasks, rows, skipped = loaded
+    folder = tmp_path_factory.mktemp("bench")
+
+    def stop(count, note):
+        if count >= bench.work(tasks, rows) // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.run(model, processor, tasks, rows, folder, SETTINGS, stop)
+    file = folder / "answers.jsonl"
+    before = file.read_text()
+    file.write_text(before + '{"name": "half')
+    results = bench.run(model, processor, tasks, rows, folder, SETTINGS)
+    assert file.read_text().startswith(before)  # nothing of the first half was done again
+    assert len(file.read_text().splitlines()) == 1 + 2 * sum(len(row.schedules) for row in rows)
+    samples = bench.shown(tasks, 2)
+    looks = bench.look(model, processor, samples, rows, folder / "samples.jsonl")
+    whole = {"name": "miniature", "data": ["miniature"], "keeps": KEEPS, **results, "samples": looks}
+    return json.loads(json.dumps(whole | {"skipped": skipped + whole["skipped"]})), samples, folder
+
+
+def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
+    _, _, _, rows, skipped = loaded
+    assert [row.name for row in rows] == [
+        "unpruned", "codebook 0.25", "fastv 0.25", "uniform 0.25", "random 0.25", "downsample 0.25",
+        "codebook 0.05", "uniform 0.05", "random 0.05", "downsample 0.05",
+    ]  # fmt: skip
+    [one] = skipped
+    assert (one["method"], one["keep"]) == ("fastv", 0.05) and "out of reach" in one["reason"]
+    assert [s.stages[0].pruner for s in rows[4].schedules] == [Random(3), Random(4)]
+    assert rows[-1].schedules[0].counts(144, 12) == [7] * 12  # 0.05 of 144
+    assert bench.row(loaded[0], "downsample", 0.12, make, [0]).schedules[0].counts(144, 12) == [16] * 12  # not 17
+
+
+def test_a_schedule_of_counts_is_measured_at_its_own_budget(loaded):
+    text = "uniform:36, random@6:10"  # 6 * (36 + 10) of 12 * 144: 0.16
+    found = bench.row(loaded[0], text, 0.16, make, [0])
+    assert found.schedules[0].counts(144, 12) == [36] * 6 + [10] * 6
+    with pytest.raises(CodebookError, match=r"a budget of 0\.160: give that"):
+        bench.row(loaded[0], text, 0.25, make, [0])
+    assert bench.row(loaded[0], "vtw", 0.25, make, [0]).schedules[0].counts(144, 12) == [144] * 3 + [0] * 9
+
+
+def test_counts_become_shares_that_give_them():
+    for n in (144, 576, 729):
+        for count in range(1, n + 1):
+            share = bench._share(count, n)
+            assert Stage(0, share, Uniform()).count(n) == count and len(str(share)) <= 6
+    assert bench._share(24, 576) == 0.042  # the shortest: 24.19 rounds to 24
+
+
+def test_a_run_that_was_stopped_has_the_numbers_of_one_that_was_not(loaded, measured, tmp_path):
+    model, processor, tasks, rows, _ = loaded
+    whole = bench.run(model, processor, tasks, rows, tmp_path, SETTINGS)
+    for ours, theirs in zip(measured[0]["rows"], json.loads(json.dumps(whole))["rows"], strict=True):
+        assert all(ours[key] == theirs[key] for key in ("schedule", "kept", "tasks", "mean"))
+    # Again: nothing is answered, timed or written anew.
+    files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    again = bench.run(model, processor, tasks, rows, tmp_path, SETTINGS)
+    assert again == whole and files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_scores_are_those_of_asking_one_way_after_the_other(loaded, measured):
+    from codebook.evaluation import score
+
+    model, processor, tasks, rows, _ = loaded
+    samples = [sample for task in tasks for sample in task.samples]
+    for i in (0, 1):
+        own = score(model, processor, samples, rows[i].schedules[0])
+        found = {task: one["score"] for task, one in measured[0]["rows"][i]["tasks"].items()}
+        assert found == pytest.approx({task: np.mean(values) for task, values in own.items()})
+    row = measured[0]["rows"][4]
+    assert row["seeds"] == 2 and "spread" in row["mean"]
+
+
+def test_costs(loaded, measured):
+    rows = {(row["method"], row["keep"]): row for row in measured[0]["rows"]}
+    full, flat, late = rows["unpruned", 1.0], rows["uniform", 0.25], rows["fastv", 0.25]
+    assert full["kept"] == {"average": 1.0, "layers": [144.0] * 12} and full["mean"]["change"] == 0
+    assert flat["kept"] == {"average": 0.25, "layers": [36.0] * 12}
+    assert late["kept"]["layers"] == [144.0] + [26.0] * 11  # 12 * 36 = 144 + 11 * 26 + 2
+    text = measured[0]["timed"]["prompt"] - 144
+    shape = {"layers": 12, "hidden": 160, "intermediate": 432, "text": text}
+    assert full["cost"]["flops"] == Schedule([]).flops(144, **shape)
+    assert late["cost"]["flops"] == Schedule([Stage(1, 26, Uniform())]).flops(144, **shape)
+    stored = [144 + text] + [26 + text] * 11
+    assert late["cost"]["kv_cache"] == sum(stored) * 2 * 160 * 4  # keys and values, 160 wide, fp32
+    assert flat["cost"]["peak_memory"] < full["cost"]["peak_memory"]
+    for row in rows.values():
+        cost = row["cost"]
+        assert cost["first_token"]["rounds"] == bench.ROUNDS[0] and cost["vision"]["median"] > 0
+        assert 0 < cost["prefill"]["q1"] <= cost["prefill"]["median"] <= cost["prefill"]["q3"]
+        assert (cost["selector"]["median"] > 0) == (row["method"] != "unpruned")
+    assert full["cost"]["speedup"]["median"] == 1
+
+
+def test_times_are_of_the_innermost_phase(monkeypatch):
+    now = iter(range(100))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: float(next(now)))
+    clock = latency.Clock(torch.device("cpu"))
+    # prefill from 0, selector from 1, vision from 2 to 3, selector to 4, prefill to 5
+    with clock.phase("prefill"), clock.phase("selector"), clock.phase("vision"):
+        pass
+    assert clock.seconds == {"prefill": 2, "selector": 2, "vision": 1}
+
+
+def test_peak_memory_counts_what_is_alive_at_once():
+    def work():
+        a = torch.zeros(1000)  # 4000 bytes
+        b = a + 1  # 8000
+        del a
+        c = torch.zeros(500)
+        c.view(5, 100).add_(1)  # no memory of its own: 6000
+        return b
+
+    assert latency.peak_bytes(torch.device("cpu"), work) == 8000
+
+
+def test_a_timed_schedule_answers_alike(loaded):
+    model, processor, tasks, rows, _ = loaded
+    sample = tasks[0].samples[0]
+    one = latency.Bench(model, prepare(model, processor, [sample.pictures()], [sample.question]).inputs)
+    for row in rows[1:]:
+        schedule = row.schedules[0]
+        plain, pruning = one.generate(schedule, 4)
+        timed, same = one.generate(latency.Clock(model.device).timed(schedule), 4)
+        assert torch.equal(plain, timed) and torch.equal(pruning.kept[0][-1], same.kept[0][-1])
+
+
+class Page(HTMLParser):
+    """Checks that tags are closed in order, and notes ids and whatever points elsewhere."""
+
+    VOID = ("meta", "input", "br")
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.ids, self.links, self.words = [], [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.links += [value for key, value in attrs if key in ("href", "src", "xlink:href", "action")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_the_report_is_one_file_that_needs_no_other(measured):
+    results, samples, _ = measured
+    curve = {"loss": [0.5, 0.1, 0.0], "error": [0.1, 0.05, None], "layer": 1, "interval": [1, 2], "safe": 2}
+    horizon = {"eps": 0.01, "start": 0, "horizons": {"exist": curve}}
+    results = results | {"name": "<b>&model</b>"}
+    text = report.html(results, [sample.pictures() for sample in samples], horizon)
+    page = Page(text)
+    assert len(page.ids) == len(set(page.ids))
+    assert all(link.startswith("data:image/") or link.removeprefix("#") in page.ids for link in page.links)
+    assert "<script" not in text and "url(" not in text and "@import" not in text and "http" not in text
+    assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
+    assert "&lt;b&gt;&amp;model&lt;/b&gt;" in text and "<b>&model" not in text
+    words = " ".join(page.words)
+    for row in results["rows"]:
+        assert row["method"] in words and row["schedule"] in words
+    assert "exist: horizon 1 [1, 2], safe from 2" in words and "out of reach" in words
+    without = report.html(results | {"samples": []})
+    assert "What was kept" not in without and "Information horizon" not in without
+
+
+def test_dropped_tokens_are_drawn_and_no_others():
+    kept, grid = [0, 3, 4, 5, 10], (3, 4)
+    drawn = set()
+    for col, row, width in re.findall(r"M(\d+) (\d+)h(\d+)v1h-\d+z", charts.dropped(kept, grid)):
+        drawn |= {int(row) * 4 + int(col) + i for i in range(int(width))}
+    assert drawn == set(range(12)) - set(kept)
+    assert charts.dropped(range(12), grid) == ""
+
+
+def test_the_frontier_and_round_numbers():
+    points = [charts.Point(x, y, y, y, "") for x, y in ((1, 0.5), (2, 0.4), (2, 0.7), (3, 0.7), (4, 0.9))]
+    assert [(p.x, p.y) for p in charts.pareto(points)] == [(1, 0.5), (2, 0.7), (4, 0.9)]
+    assert charts.ticks(0.13, 0.97, 4) == [0.25, 0.5, 0.75] and charts.ticks(0, 12, 5) == [0, 2.5, 5, 7.5, 10]
+
+
+def test_markdown_has_a_line_for_each_row(measured):
+    text = report.markdown(measured[0])
+    assert text.count("| unpruned |") == 4 and text.count("| codebook |") == 4 and text.count("| fastv |") == 2
+    lines = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert set(lines) == {2 + 2 + 2, 2 + len(report.COSTS)}  # two tasks, their mean and its change
+
+
+def test_what_is_shown_is_what_pruning_keeps(loaded, measured):
+    results, samples, _ = measured
+    first = results["samples"][0]
+    assert (first["question"], first["grids"]) == (samples[0].question, [[12, 12]])
+    kept = {(row["method"], row["keep"]): row["kept"] for row in first["rows"]}
+    side = range(1, 12, 2)
+    assert kept["uniform", 0.25] == [[12 * row + col for row in side for col in side]]
+    assert kept["unpruned", 1.0] == [list(range(144))]
+
+
+def test_a_journal_of_other_samples_is_refused(loaded, measured):
+    model, processor, tasks, rows, _ = loaded
+    with pytest.raises(CodebookError, match="another samples"):
+        bench.run(model, processor, tasks[:1], rows, measured[2], SETTINGS)
+
+
+def test_pictures_of_a_comparison():
+    from codebook.pictures import comparison, maps
+
+    ways = [("a", "yes", [0, 5]), ("b", "no " * 80, [])]
+    drawn = comparison(Image.new("RGB", (8, 8), "red"), ways, (2, 3))
+    assert drawn.width > 1100
+    shown = maps(ways, (2, 3), 40, "#.").splitlines()
+    assert [line.split() for line in shown[-2:]] == [["#..", "..."], ["..#", "..."]]
+
+
+def test_quartiles():
+    assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"q1": 2.0, "median": 3.0, "q3": 4.0, "rounds": 5}

@@ -1,0 +1,121 @@
+"""`codebook bench`, `show` and `explain` from the command line."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from codebook import Codebook, cli, miniature
+from codebook.shipped import folders
+
+
+@pytest.fixture
+def run(capfd):
+    """Run the command line in this process; returns exit code, stdout, stderr."""
+
+    def call(*argv):
+        try:
+            cli.main([str(a) for a in argv])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    def call(*argv, words):
+        code, out, err = run(*argv)
+        last = err.strip().splitlines()[-1]
+        assert code == 2 and not out and last.startswith("error: ") and all(word in last for word in words), err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    return miniature.write_images(tmp_path_factory.mktemp("scenes"), 1)[0]
+
+
+def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
+    rows = [{"image": str(scene), "question": "describe.", "answer": "red circle", "task": "cap"}]
+    rows.append({"image": str(scene), "question": "describe in one word.", "answers": ["circle", "square"]})
+    data = tmp_path / "data.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "out"
+    options = ["bench", "miniature", "--data", data, "--keep", "0.25", "--seeds", 1, "--seconds", 0, "--out", out]
+    code, printed, err = run(*options, "--methods", "codebook, fastv@2")
+    results = json.loads((out / "results.json").read_text())
+    assert code == 0 and results["format"] == 1 and list(results["tasks"]) == ["cap", "all"]
+    assert [row["method"] for row in results["rows"]] == [
+        "unpruned", "codebook", "fastv@2", "random", "uniform", "downsample",
+    ]  # fmt: skip
+    assert "| codebook |" in printed and "report.html" in err and (out / "report.html").read_text().endswith("</html>")
+    answers = (out / "answers.jsonl").read_text()
+    code, printed, _ = run(*options, "--methods", "codebook,fastv@2,uniform", "--json")
+    again = json.loads(printed)
+    assert code == 0 and (out / "answers.jsonl").read_text() == answers  # uniform had been there as a baseline
+    assert [row["mean"] for row in again["rows"]] == [row["mean"] for row in results["rows"]]
+    (out / "horizon.json").write_text("{}")
+    refused(*options, "--methods", "codebook", words=["horizon.json", "codebook horizon"])
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--methods", "magic"], ["no method 'magic'"]),
+        (["--methods", ","], ["name a method"]),
+        (["--methods", "uniform", "--keep", "half"], ["'half'", "0.5,0.25"]),
+        (["--methods", "uniform", "--keep", "0.5,2"], ["keep must be"]),
+        (["--methods", "uniform", "--data", "gqa"], ["gqa:FOLDER"]),
+    ],
+)
+def test_bench_refuses(refused, tmp_path, options, words):
+    refused("bench", "miniature", "--out", tmp_path / "out", *options, words=words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_show(run, refused, scene, tmp_path):
+    ask = ["show", "miniature", "--image", scene, "--ask", "describe.", "--out", tmp_path / "show.png"]
+    code, out, err = run(*ask, "--methods", "uniform,codebook", "--keep", 0.25)
+    assert code == 0 and "uniform: 36 of 144" in out and "show.png" in err
+    assert Image.open(tmp_path / "show.png").width > 1000
+    marks = [line for line in out.splitlines() if "·" in line or "." * 6 in line]
+    assert len(marks) == 12
+    code, out, _ = run(*ask, "--methods", "uniform", "--keep", 0.25, "--json")
+    kept = {row["method"]: row["kept"] for row in json.loads(out)["rows"]}
+    side = range(1, 12, 2)
+    assert kept == {"unpruned": [list(range(144))], "uniform": [[12 * r + c for r in side for c in side]]}
+    (tmp_path / "show.png").unlink()
+    refused(*ask, "--methods", "fastv@6", "--keep", 0.1, words=["out of reach"])
+    assert not (tmp_path / "show.png").exists()
+
+
+def test_explain_agrees_with_what_is_pruned(run, refused, scene, tmp_path):
+    """A token is explained as kept exactly where the codebook keeps it."""
+    ask = ["prune", "miniature", "--image", scene, "--ask", "describe.", "--method", "codebook", "--json"]
+    kept = set(json.loads(run(*ask, "--keep", 0.25)[1])["kept"][0])
+    book = Codebook.load(folders()[0])
+    for token in (0, 17, max(kept), 143):
+        words = ["explain", "miniature", "--image", scene, "--patch", f"{token // 12},{token % 12}"]
+        found = json.loads(run(*words, "--json")[1])
+        assert found["kept"] == (token in kept) == (found["rank"] > 108)
+        nearest = found["neighbours"][0]
+        assert len(found["neighbours"]) == 5 and nearest["similarity"] == pytest.approx(found["similarity"], abs=1e-6)
+        known = {key: nearest[key] for key in ("image", "row", "col", "p1", "jsd_region", "jsd_global", "cluster")}
+        assert known in book.provenance
+    code, out, _ = run(*words, "--keep", 0.25)
+    assert code == 0 and nearest["image"] in out and f"number {found['rank']} of 144" in out
+    picture = tmp_path / "sheet.png"
+    refused(*words, "--sheet", picture, words=["--sheet needs --images"])
+    scenes = tmp_path / "scenes"
+    scenes.mkdir()
+    refused(*words, "--sheet", picture, "--images", scenes, words=["no image"])
+    for one in found["neighbours"]:
+        Image.open(scene).save(scenes / one["image"])
+    assert run(*words, "--sheet", picture, "--images", scenes)[0] == 0 and Image.open(picture).width > 1000
+    refused(*words[:5], "12,0", words=["rows are 0 to 11"])
+    refused(*words[:5], "a", words=["ROW,COL"])

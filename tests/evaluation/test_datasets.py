@@ -1,0 +1,161 @@
+"""Loaders on small files made in the formats of the public ones."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from codebook.errors import CodebookError
+from codebook.evaluation import datasets
+from codebook.evaluation.datasets import COGNITION, PERCEPTION, SHORT
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Write a file below a folder: text, JSON, or a picture by its suffix."""
+
+    def write(name, content=None):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            Image.new("RGB", (8, 8)).save(path)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def one(kind, folder):
+    [task] = datasets.load([f"{kind}:{folder}"])
+    [sample] = task.samples
+    return task, sample
+
+
+TEN = ["net"] * 6 + ["mesh"] * 4
+
+
+def test_vqav2(put, tmp_path):
+    put("val2014/COCO_val2014_000000262148.jpg")
+    question = {"image_id": 262148, "question": "Where is he looking?", "question_id": 262148000}
+    put("v2_OpenEnded_mscoco_val2014_questions.json", {"questions": [question]})
+    answers = [{"answer": a, "answer_confidence": "yes", "answer_id": i} for i, a in enumerate(TEN)]
+    record = {"image_id": 262148, "question_id": 262148000, "answers": answers, "multiple_choice_answer": "net"}
+    put("v2_mscoco_val2014_annotations.json", {"annotations": [record]})
+    task, sample = one("vqav2", tmp_path)
+    assert (task.name, sample.question, sample.answer) == ("vqav2", "Where is he looking?" + SHORT, "net")
+    assert [sample.score(text) for text in ("Net.", "the mesh", "wall")] == [1, 1, 0]
+    assert sample.images[0].name == "COCO_val2014_000000262148.jpg"
+
+
+def test_gqa(put, tmp_path):
+    put("images/n161313.jpg")
+    put("testdev_balanced_questions.json", {"201307251": {"imageId": "n161313", "question": "Is it?", "answer": "no"}})
+    _, sample = one("gqa", tmp_path)
+    assert sample.question == "Is it?" + SHORT and sample.score("No") == 1 and sample.score("yes") == 0
+
+
+def test_textvqa(put, tmp_path):
+    put("train_images/003a8ae2ef43b901.jpg")
+    record = {"question": "what brand?", "image_id": "003a8ae2ef43b901", "question_id": 1, "answers": ["dakota"] * 10}
+    put("TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [record]})
+    _, sample = one("textvqa", tmp_path)
+    assert sample.score("Dakota") == 1 and sample.score("nikon") == 0
+
+
+def test_vizwiz(put, tmp_path):
+    put("val/VizWiz_val_00000000.jpg")
+    answers = [{"answer": a, "answer_confidence": "yes"} for a in ["unanswerable"] * 8 + ["can"] * 2]
+    put("val.json", [{"image": "VizWiz_val_00000000.jpg", "question": "What?", "answers": answers, "answerable": 0}])
+    _, sample = one("vizwiz", tmp_path)
+    assert "Unanswerable" in sample.question and sample.score("Unanswerable") == 1
+    assert sample.score("can") == pytest.approx(0.6)
+
+
+def test_pope(put, tmp_path):
+    put("val2014/COCO_val2014_000000310196.jpg")
+    for split, label in (("random", "yes"), ("popular", "no"), ("adversarial", "no")):
+        record = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a car?", "label": label}
+        put(f"coco_pope_{split}.json", json.dumps(record) + "\n")
+    tasks = datasets.load([f"pope:{tmp_path}"])
+    assert [task.name for task in tasks] == ["pope random", "pope popular", "pope adversarial"]
+    assert [task.samples[0].score("No, there is not.") for task in tasks] == [0, 1, 1]
+    assert tasks[0].metric.names[0] == "f1"
+
+
+def test_mme(put, tmp_path):
+    """Both layouts of the release: pictures beside the questions, or in folders of their own."""
+    text = "Is there a dog? Please answer yes or no.\tYes\nIs there a cat? Please answer yes or no.\tNo\n"
+    for category in (*PERCEPTION, *COGNITION):
+        folded = category in ("posters", "scene")
+        put(f"{category}/{'images/' if folded else ''}0001.jpg")
+        put(f"{category}/{'questions_answers_YN/' if folded else ''}0001.txt", text)
+    tasks = datasets.load([f"mme:{tmp_path}"])
+    assert [task.name for task in tasks] == [f"mme {category}" for category in (*PERCEPTION, *COGNITION)]
+    for task in tasks:
+        assert [s.answer for s in task.samples] == ["yes", "no"] and task.groups() == [[0, 1]]
+        assert task.samples[0].question == "Is there a dog? Please answer yes or no." + SHORT
+    assert len(datasets.load([f"mme:{tmp_path}"], count=1)[0].samples) == 2  # both questions of an image, or none
+
+
+def test_refcoco(put, tmp_path):
+    put("train2014/COCO_train2014_000000580957.jpg")
+    image = {"id": 0, "file_name": "COCO_train2014_000000580957.jpg", "height": 480, "width": 640, "caption": "bowl"}
+    box = {"image_id": 0, "bbox": [64, 48, 128, 96]}
+    put("finetune_refcoco_val.json", {"images": [image], "annotations": [box]})
+    task, sample = one("refcoco", tmp_path)
+    assert task.name == "refcoco val" and sample.question.endswith(": bowl")
+    assert sample.answer == "[0.100, 0.100, 0.300, 0.300]" and sample.score(sample.answer) == 1
+
+
+def test_ai2d(put, tmp_path):
+    put("images/0.png")
+    put("ai2d_test_ids.csv", "0\n")
+    asked = {"What is C?": {"answerTexts": ["leaf", "root", "stem", "bud"], "correctAnswer": 1, "abcLabel": False}}
+    put("questions/0.png.json", {"imageName": "0.png", "questions": asked})
+    _, sample = one("ai2d", tmp_path)
+    assert "\nA. leaf\nB. root\n" in sample.question and sample.score("B") == 1 and sample.score("C") == 0
+
+
+def test_a_file_of_samples_with_several_answers_and_a_film(put, tmp_path):
+    for i in range(20):
+        put(f"film/{i:02}.png")
+    put("a.png")
+    lines = [
+        {"image": "a.png", "question": "q", "answers": ["red", "crimson", "red"], "task": "t"},
+        {"video": "film", "question": "q", "answer": "left", "task": "v"},
+    ]
+    tasks = datasets.load([str(put("data.jsonl", "\n".join(map(json.dumps, lines))))])
+    assert [task.name for task in tasks] == ["t", "v"]
+    [first], [second] = (task.samples for task in tasks)
+    assert first.answer == "red" and [first.score(text) for text in ("Crimson", "blue")] == [1, 0]
+    assert [path.stem for path in second.images] == ["01", "03", "06", "08", "11", "13", "16", "18"]
+
+
+def test_the_miniature_and_a_name_twice():
+    tasks = datasets.load(["miniature"], count=2)
+    assert len(tasks) == 11 and all(len(task.samples) == 2 for task in tasks)
+    assert tasks[0].samples[0].patches
+    with pytest.raises(CodebookError, match="two data sets have a task 'exist'"):
+        datasets.load(["miniature", "miniature"], count=1)
+
+
+def test_what_is_wrong_is_said(put, tmp_path):
+    for name, words in {
+        "nothing": "no data 'nothing'",
+        "gqa": "--data gqa:FOLDER",
+        "gqa:nowhere": "no folder nowhere",
+        f"vqav2:{tmp_path}": "no file .*questions.json",
+    }.items():
+        with pytest.raises(CodebookError, match=words):
+            datasets.load([name])
+    put("testdev_balanced_questions.json", {"1": {"imageId": "x", "question": "q"}})
+    with pytest.raises(CodebookError, match="are not those of gqa"):
+        datasets.load([f"gqa:{tmp_path}"])
+    put("testdev_balanced_questions.json", {"1": {"imageId": "x", "question": "q", "answer": "a"}})
+    with pytest.raises(CodebookError, match=r"image of gqa is missing: .*x\.jpg"):
+        datasets.load([f"gqa:{tmp_path}"])
+    put("a.png")
+    file = put("data.jsonl", json.dumps({"image": "a.png", "question": "q"}))
+    with pytest.raises(CodebookError, match="has no answer"):
+        datasets.load([str(file)])

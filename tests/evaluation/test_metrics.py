@@ -1,0 +1,90 @@
+"""Metrics by hand, their intervals by resampling."""
+
+import numpy as np
+import pytest
+
+from codebook.analysis.data import Sample
+from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, estimate, mean_of, says_yes, yes_or_no
+
+
+def samples(*answers, images=None):
+    return [Sample((), str(i), answer, "t", yes_or_no) for i, answer in enumerate(answers)]
+
+
+def values(metric, task, texts):
+    return dict(zip(metric.names, metric.values(task.sums(texts).mean(0)), strict=True))
+
+
+def test_accuracy_is_the_mean_of_the_scores_and_its_error_that_of_a_mean():
+    task = Task("t", samples("yes", "yes", "no", "no", "yes"), ACCURACY)
+    found = estimate(ACCURACY, task.sums(["yes", "no", "no", "yes", "yes"]))
+    assert found.value == pytest.approx(3 / 5)
+    assert found.error == pytest.approx(np.std([1, 0, 1, 0, 1], ddof=1) / 5**0.5, rel=1e-5)
+    wilson = estimate(ACCURACY, np.array([[1.0, 1]] * 60 + [[0.0, 1]] * 40))
+    assert wilson.interval == pytest.approx([0.5020, 0.6906], abs=1e-3)  # of 60 in 100
+    sure = estimate(ACCURACY, task.sums(["yes", "yes", "no", "no", "yes"]))
+    assert sure.error == pytest.approx(0) and sure.interval == pytest.approx([5 / (5 + 1.96**2), 1])
+
+
+@pytest.mark.parametrize(
+    ("text", "yes"),
+    [("Yes", 1), ("yes, there is", 1), ("No.", 0), ("There is not. Yes", 0), ("no", 0), ("maybe", 1), ("Yes. No.", 1)],
+)
+def test_pope_reads_the_first_sentence(text, yes):
+    assert says_yes(text) == yes
+
+
+def test_pope_by_hand():
+    task = Task("t", samples("yes", "yes", "yes", "no", "no"), POPE)
+    found = values(POPE, task, ["yes", "yes", "no", "yes", "no"])  # two hits, a miss, a false alarm, one rightly no
+    assert found == pytest.approx({"f1": 2 / 3, "accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3})
+    assert values(POPE, task, ["no"] * 5)["f1"] == 0
+
+
+def test_mme_counts_questions_and_images(tmp_path):
+    pictures = [tmp_path / name for name in "abc" for _ in range(2)]
+    own = [Sample((p,), "q", a, "t", yes_or_no) for p, a in zip(pictures, ["yes", "no"] * 3, strict=True)]
+    task = Task("t", own, MME)
+    found = values(MME, task, ["Yes", "No", "yes", "yes", "other", "no"])  # one image of three wholly right
+    assert found == pytest.approx({"score": (4 / 6 + 1 / 3) / 2, "accuracy": 4 / 6, "accuracy_plus": 1 / 3})
+    assert task.groups() == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_mme_reads_the_first_four_letters():
+    said = {"Yes, it is": 1, "yes": 1, "No": 0, "The yes": 0, "a yes": 0, "": 0}
+    assert {text: yes_or_no(text, ["yes"]) for text in said} == said
+
+
+def test_intervals_are_those_of_a_bootstrap_over_images(tmp_path):
+    """F1 is no mean: the delta method against resampling whole images."""
+    rng = np.random.default_rng(0)
+    images = [tmp_path / str(i // 3) for i in range(600)]
+    own = [Sample((p,), "q", "yes" if rng.random() < 0.5 else "no", "t", yes_or_no) for p in images]
+    hard = rng.random(200) < 0.3  # images on which most is wrong: questions about one image are no independent draws
+    texts = [
+        s.answer if rng.random() < (0.3 if hard[i // 3] else 0.95) else {"yes": "no", "no": "yes"}[s.answer]
+        for i, s in enumerate(own)
+    ]
+    sums = Task("t", own, POPE).sums(texts)
+    found = estimate(POPE, sums)
+    drawn = rng.multinomial(200, np.full(200, 1 / 200), 4000) @ sums
+    assert found.error == pytest.approx(POPE.values(drawn)[:, 0].std(), rel=0.06)
+    alone = [Sample((), "q", s.answer, "t", yes_or_no) for s in own]
+    assert estimate(POPE, Task("t", alone, POPE).sums(texts)).error < 0.85 * found.error
+
+
+def test_differences_are_paired_and_tasks_weigh_the_same():
+    task = Task("t", samples(*["yes", "no"] * 50), ACCURACY)
+    some = ["yes"] * 100
+    better = ["no" if i == 1 else text for i, text in enumerate(some)]
+    a, b = (estimate(ACCURACY, task.sums(texts)) for texts in (better, some))
+    assert (a - b).value == pytest.approx(0.01) and (a - b).error == pytest.approx(0.01, rel=0.02)
+    assert a.error == pytest.approx(0.05, rel=0.02)
+    assert mean_of([a, b]) == pytest.approx((0.505, np.hypot(a.error, b.error) / 2))
+
+
+def test_seeds_are_averaged():
+    task = Task("t", samples("yes", "yes"), ACCURACY)
+    runs = [task.sums(["yes", "no"]), task.sums(["no", "yes"])]
+    found = estimate(ACCURACY, np.mean(runs, axis=0))
+    assert found.value == pytest.approx(0.5) and found.error == pytest.approx(0)
