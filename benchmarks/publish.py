@@ -1,6 +1,8 @@
 """Measure a trained miniature on held-out questions and put it, with its model card, where it ships.
 
-python benchmarks/publish.py runs/miniature --command "..." --time "..."
+    python benchmarks/publish.py runs/miniature --command "..." --time "..."
+
+Answers are kept in the run's folder: the command can be stopped and run again.
 """
 
 import argparse
@@ -13,11 +15,13 @@ from pathlib import Path
 
 import torch
 
-from codebook.evaluation import Scores, mean, score, table
+from codebook.analysis.data import of_questions
+from codebook.evaluation import Scores, compare, mean, table
 from codebook.miniature import FAMILIES, FOLDER, model, tasks
 from codebook.miniature.scenes import LOOKS
 from codebook.progress import progress
 
+BLIND = "no image"
 CARD = """---
 license: apache-2.0
 library_name: transformers
@@ -29,8 +33,9 @@ A small LLaVA (`LlavaForConditionalGeneration`, {parameters:.2f} M parameters, 1
 scratch on procedural scenes, to measure visual-token pruning on any machine. It knows coloured shapes and handwritten
 numbers, and nothing else: it is an instrument, not an assistant. Recipe and task families: `docs/miniature.md`.
 
-Percent of {count} held-out questions a family, greedy decoding. "no image" has the images left out of the prompt: what
-the questions alone give away; "photo", "noise" and "scale" are looks that training never showed. box: intersection over
+Percent of {count} held-out questions a family ({others} for each other look), greedy decoding. "no image" has the images
+left out of the prompt: what the questions alone give away; "photo", "noise" and "scale" are looks that training never
+showed. box: intersection over
 union of at least 0.5; cap: F1 over the phrases; the rest: exact answer.
 
 {table}
@@ -40,12 +45,17 @@ says.
 """
 
 
-def ask(job: tuple[Path, str, str, bool, int]) -> Scores:
+Job = tuple[Path, str, str, str, int]
+
+
+def ask(job: Job) -> Scores:
     """Scores of one family and look, on one thread: two such processes beat one of two threads."""
-    weights, family, look, blind, count = job
+    run, name, family, look, count = job
     torch.set_num_threads(1)
-    built, processor = model.load(weights)
-    return score(built, processor, list(tasks(family, "test", 0, count, look=look)), blind=blind)
+    built, processor = model.load(run / "weights")
+    samples, file = of_questions(tasks(family, "test", 0, count, look=look)), run / "answers" / f"{name}-{family}.jsonl"
+    [scores] = compare(built, processor, samples, {name: lambda asked: None}, file, blind=name == BLIND).values()
+    return scores
 
 
 def main() -> None:
@@ -54,24 +64,23 @@ def main() -> None:
     parser.add_argument("--command", required=True, help="that made the weights")
     parser.add_argument("--time", required=True, help="that it took, and on what machine")
     parser.add_argument("--count", type=int, default=1000, help="held-out questions a family")
+    parser.add_argument("--others", type=int, default=250, help="and of each other look")
     options = parser.parse_args()
     weights = options.run / "weights"
     built, _ = model.load(weights)
-    kinds = [("full" if look == "plain" else look, look, False) for look in LOOKS]
-    kinds.insert(1, ("no image", "plain", True))
-    jobs = [(weights, family, look, blind, options.count) for _, look, blind in kinds for family in FAMILIES]
+    kinds = {"full": "plain", BLIND: "plain"} | {look: look for look in LOOKS if look != "plain"}
+    counts = {name: options.count if look == "plain" else options.others for name, look in kinds.items()}
+    jobs = [(options.run, name, f, look, counts[name]) for name, look in kinds.items() for f in reversed(FAMILIES)]
+    rows: dict[str, Scores] = {name: {family: [] for family in FAMILIES} for name in kinds}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool, progress("ask", len(jobs), "parts") as tick:
-        scores = []
-        for job, found in zip(jobs, pool.map(ask, jobs), strict=True):
-            scores.append(found)
-            tick(len(scores), f"{job[1]}: {mean(found):.3f}")
-    rows: dict[str, Scores] = {}
-    for i, (name, _, _) in enumerate(kinds):
-        rows[name] = {f: x for part in scores[i * len(FAMILIES) : (i + 1) * len(FAMILIES)] for f, x in part.items()}
+        for i, (job, found) in enumerate(zip(jobs, pool.map(ask, jobs), strict=True), 1):
+            rows[job[1]] |= found
+            tick(i, f"{job[1]} {job[2]}: {mean(found):.3f}")
     print(table(rows))
     card = CARD.format(
         parameters=built.num_parameters() / 1e6,
         count=options.count,
+        others=options.others,
         table=table(rows),
         command=options.command,
         seed=json.loads((options.run / "recipe.json").read_text())["seed"],

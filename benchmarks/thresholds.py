@@ -2,8 +2,8 @@
 
     python benchmarks/thresholds.py --images 60 --questions 30
 
-The scenes' tokens are probed once; then each pair of thresholds makes a codebook of those probes, and the codebook
-prunes training questions. Prints the distribution of the probes and a row for each pair.
+The scenes' tokens are probed once; then each pair of thresholds makes a codebook of those probes, and each codebook
+prunes the same training questions. Prints the distribution of the probes and a row for each pair.
 """
 
 import argparse
@@ -11,23 +11,26 @@ import itertools
 import statistics
 from collections import Counter
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from PIL import Image
 
-from codebook import Codebook, RedundancyCodebook, Schedule, Stage, load, miniature
+from codebook import Codebook, RedundancyCodebook, Schedule, Stage, load
+from codebook.analysis.data import of_miniature
 from codebook.building import preset
 from codebook.building.cascade import survivors
 from codebook.building.clustering import dpc_knn
 from codebook.building.pool import recurrent
 from codebook.building.probes import Prober
-from codebook.evaluation import mean, score, standard_error
+from codebook.evaluation import compare, mean, standard_error
 from codebook.miniature.scenes import scene
 from codebook.models import family
 from codebook.progress import progress
 
-TAU_P = (0.4, 0.5, 0.6, 0.7, 0.8, 1.0)
-TAU_J = (0.003, 0.01, 0.03, 0.1)
+TAU_P = (0.4, 0.6, 0.8, 1.0)
+TAU_J = (0.03, 0.1, 0.3, 1.0)
 KEEPS = (0.25, 0.11)
 SEED = 1000
 
@@ -35,7 +38,7 @@ SEED = 1000
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=60)
-    parser.add_argument("--questions", type=int, default=30, help="a family")
+    parser.add_argument("--questions", type=int, default=30, help="a family; 0: probes only")
     options = parser.parse_args()
     model, processor = load("miniature")
     kind, settings = family(model), preset("miniature")
@@ -64,30 +67,39 @@ def main() -> None:
             tenths = statistics.quantiles([t[value] for t in own], n=10)
             print(f"{'object' if shown else 'background':<11}{value:<4}", *(f"{x:.4f}" for x in tenths))
 
-    questions = [q for f in miniature.FAMILIES for q in miniature.tasks(f, "train", SEED, options.questions)]
-    full = score(model, processor, questions)
-    print(f"unpruned {mean(full):.3f} ({standard_error(full):.3f}) on {len(questions)} training questions")
-    print("tau_p tau_j   tokens background isolated prototypes", *(f"at keep {k}" for k in KEEPS))
+    described: dict[str, str] = {}
+    plans: dict[str, Any] = {"unpruned": lambda asked: None}
+    print("tau_p tau_j   tokens background isolated prototypes")
     for tau_p, tau_j in itertools.product(TAU_P, TAU_J):
         passed = [i for i, t in enumerate(tokens) if t["p1"] < tau_p and t["jsd"] < tau_j]
         isolated = [i for i in passed if tokens[i]["size"] <= settings.max_cluster_size]
-        row = f"{tau_p:<5} {tau_j:<7} {len(passed):<6}"
-        if not isolated:
-            print(row, "nothing left")
-            continue
-        labels = dpc_knn(features[isolated], settings.clusters, settings.neighbours, settings.seed).tolist()
-        owners = [str(tokens[i]["image"]) for i in isolated]
-        kept = [isolated[i] for i in recurrent(labels, owners, len(images), settings.min_image_fraction)]
-        share = Counter(tokens[i]["shown"] for i in passed)[False] / len(passed)
-        row += f" {share:<10.3f} {len(isolated):<8} {len(kept):<10}"
-        if not kept:
-            print(row, "nothing left")
-            continue
-        pruner = RedundancyCodebook(Codebook(features[kept]))
-        for keep in KEEPS:
-            scores = score(model, processor, questions, Schedule([Stage(0, keep, pruner)]))
-            row += f" {mean(scores):.3f} ({standard_error(scores):.3f})"
-        print(row, flush=True)
+        name = f"{tau_p:<5} {tau_j:<7}"
+        kept: list[int] = []
+        if isolated:
+            labels = dpc_knn(features[isolated], settings.clusters, settings.neighbours, settings.seed).tolist()
+            owners = [str(tokens[i]["image"]) for i in isolated]
+            kept = [isolated[i] for i in recurrent(labels, owners, len(images), settings.min_image_fraction)]
+        share = Counter(tokens[i]["shown"] for i in passed)[False] / max(len(passed), 1)
+        described[name] = f"{name} {len(passed):<6} {share:<10.3f} {len(isolated):<8} {len(kept)}"
+        print(described[name], flush=True)
+        if kept:
+            pruner = RedundancyCodebook(Codebook(features[kept]))
+            for keep in KEEPS:
+                plans[f"{name} {keep}"] = partial(_always, Schedule([Stage(0, keep, pruner)]))
+
+    if not options.questions:
+        return
+    questions = of_miniature("train", SEED, options.questions)
+    with progress("answer", len(questions) * len(plans), "answers") as tick:
+        scores = compare(model, processor, questions, plans, done=tick)
+    cells = {name: f"{mean(found):.3f} ({standard_error(found):.3f})" for name, found in scores.items()}
+    print(f"unpruned {cells['unpruned']} on {len(questions)} training questions; at keep", *KEEPS)
+    for name, text in described.items():
+        print(text, *(cells.get(f"{name} {keep}", "-") for keep in KEEPS))
+
+
+def _always(schedule: Schedule, asked: Any) -> Schedule:
+    return schedule
 
 
 if __name__ == "__main__":

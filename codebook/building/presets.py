@@ -79,7 +79,7 @@ PRESETS = {
         tau_p=0.08, tau_j=1.8e-3, max_cluster_size=3, clusters=24, min_image_fraction=16 / 1200
     ),
     # 24 of 144 tokens are probed, a quarter of 96, so clusters are smaller
-    "miniature": Settings(prompt="describe.", tau_p=0.5, tau_j=0.03, max_cluster_size=3, clusters=16),
+    "miniature": Settings(prompt="describe.", tau_p=0.6, tau_j=0.1, max_cluster_size=3, clusters=16),
 }
 # parts of hub names, the most specific first
 ALIASES = (
