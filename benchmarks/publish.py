@@ -33,15 +33,14 @@ A small LLaVA (`LlavaForConditionalGeneration`, {parameters:.2f} M parameters, 1
 scratch on procedural scenes, to measure visual-token pruning on any machine. It knows coloured shapes and handwritten
 numbers, and nothing else: it is an instrument, not an assistant. Recipe and task families: `docs/miniature.md`.
 
-Percent of {count} held-out questions a family ({others} for each other look), greedy decoding. "no image" has the images
-left out of the prompt: what the questions alone give away; "photo", "noise" and "scale" are looks that training never
-showed. box: intersection over
-union of at least 0.5; cap: F1 over the phrases; the rest: exact answer.
+Percent of {count} held-out questions a family ({others} for each other look), greedy decoding. "no image" has the
+images left out of the prompt: what the questions alone give away; "photo", "noise" and "scale" are looks that training
+never showed. box: intersection over union of at least 0.5; cap: F1 over the phrases; the rest: exact answer.
 
 {table}
 
-Trained by `{command}` (seed {seed}): {time}. Stored in float16, to be computed in float32, which is what config.json
-says.
+Trained by `{command}` (seed {seed}): {time}.
+Stored in float16, to be computed in float32, which is what config.json says.
 """
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -281,7 +282,14 @@ def test_extend_merge_and_sheet(run, refused, tmp_path):
     refused(*shown, "--images", tmp_path / "nowhere", words=["no such folder"])
     refused("extend", tmp_path / "none", "--images", tmp_path / "b", "--out", tmp_path / "x", words=["no such folder"])
     [prebuilt] = json.loads(run("list", "--json")[1])["codebooks"]
-    refused("merge", tmp_path / "ext", prebuilt["folder"], "--out", tmp_path / "x", words=["survivors", "again"])
+    refused("merge", tmp_path / "ext", prebuilt["folder"], "--out", tmp_path / "x", words=["another", "do not merge"])
+    shutil.copytree(prebuilt["folder"], tmp_path / "bare")
+    config = json.loads((tmp_path / "bare" / "config.json").read_text())
+    for name in ("survivors.safetensors", "images.jsonl"):
+        (tmp_path / "bare" / name).unlink()
+        del config["sha256"][name]
+    (tmp_path / "bare" / "config.json").write_text(json.dumps(config))
+    refused("merge", tmp_path / "ext", tmp_path / "bare", "--out", tmp_path / "x", words=["survivors", "again"])
     refused(*build(tmp_path / "a", tmp_path / "x", "--dtype", "int8"), words=["int8", "bfloat16"])
     assert not (tmp_path / "x").exists() and not picture.exists()
 
