@@ -49,9 +49,9 @@ class Plan:
     def apply(self, model: Any) -> Schedule:
         """The schedule for a loaded model; reads its codebook only if a stage needs one."""
         rows, cols = models.family(model).grid(model)
-        layers = model.config.get_text_config().num_hidden_layers
-        make = self.maker(lambda: find_codebook(model, self.codebook))
-        return self._placed(Schedule.solve(self.schedule, make, n=rows * cols, layers=layers, keep=self.keep))
+        n, layers = rows * cols, model.config.get_text_config().num_hidden_layers
+        schedule, _ = Schedule.draft(self.schedule, self.maker(lambda: find_codebook(model, self.codebook)), layers)
+        return self._placed(schedule if self.keep is None else _fitted(schedule, self.keep, n, layers))
 
     def _placed(self, schedule: Schedule) -> Schedule:
         return schedule if self.positions is None else replace(schedule, positions=self.positions)
@@ -66,6 +66,18 @@ class Plan:
             return factory(codebook()) if needs(name) else factory()
 
         return make
+
+
+def _fitted(draft: Schedule, keep: int | float, n: int, layers: int) -> Schedule:
+    """At a budget; where that is a share, images of other sizes keep as large a one, unless the text says a count."""
+    fitted = draft.fit(keep, n=n, layers=layers)
+    if isinstance(keep, int):
+        return fitted
+    stages = [
+        count if isinstance(said.keep, int) else share
+        for said, count, share in zip(draft.stages, fitted.stages, fitted.shares(n).stages, strict=True)
+    ]
+    return replace(fitted, stages=stages)
 
 
 def find_codebook(model: Any, folder: Path | None) -> Codebook:

@@ -12,39 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from codebook import Codebook, cli, miniature
+from codebook import Codebook, miniature
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def run(capfd):
-    """Run the command line in this process; returns exit code, stdout, stderr."""
-
-    def call(*argv):
-        try:
-            cli.main([str(a) for a in argv])
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    """Assert that a command is refused by one line that says all of `words`."""
-
-    def call(*argv, words):
-        code, out, err = run(*argv)
-        assert code == 2 and not out
-        last = err.strip().splitlines()[-1]
-        assert last.startswith("error: ") and all(word in last for word in words), err
-        assert "Traceback" not in err
-
-    return call
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +63,7 @@ def test_presets_are_fitted_to_the_budget(run, scenes, tmp_path):
     report = json.loads(run(*ask, "--schedule", "uniform+random@6:10; positions=compact", "--keep", 0.25)[1])
     # 12 layers of 144: 0.25 is 432 tokens in one layer; 6 * (62 + 10) = 432
     assert report["counts"] == [62] * 6 + [10] * 6 and report["keep"] == 0.25
-    assert report["schedule"] == "uniform:62, random@6:10; positions=compact"
+    assert report["schedule"] == "uniform:0.431, random@6:10; positions=compact"
     (tmp_path / "plan.json").write_text(json.dumps({"format": 1, "schedule": "uniform:62, random@6:10"}))
     again = json.loads(run(*ask, "--schedule", tmp_path / "plan.json")[1])
     assert again["counts"] == report["counts"] and again["kept"] == report["kept"]
@@ -105,7 +75,7 @@ def test_presets_are_fitted_to_the_budget(run, scenes, tmp_path):
     )
     assert json.loads(run(*ask, "--schedule", "vtw")[1])["counts"] == [144] * 6 + [0] * 6
     seeded = json.loads(run(*ask, "--schedule", "seeded", "--keep", 0.25)[1])
-    assert seeded["schedule"] == "codebook-farthest:36+mass" and len(seeded["kept"][0]) == 36
+    assert seeded["schedule"] == "codebook-farthest:0.25+mass" and len(seeded["kept"][0]) == 36
 
 
 def test_batch_mode_equals_one_by_one_and_survives_a_broken_image(run, scenes, tmp_path):

@@ -9,6 +9,7 @@ and task. So the deep stage is searched for on a calibration set, by successive 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ RUNGS = (0.25, 0.5, 1.0)
 BATCH = 32
 Z = 1.645
 """One-sided test at 5%."""
+FRESH = 4
+"""Samples that confirm, of each task at least: of two the standard error is too uncertain for Z."""
 
 Done = Callable[[int], None]
 
@@ -187,7 +190,7 @@ def calibrate(
     Raises
     ------
     CodebookError
-        If there are too few samples.
+        If there are too few samples, of all or of one task.
     """
     about = {"model": identity(model), "data": digest(samples), "seed": seed, "codebook": _codebook(plain)}
     journal = Journal(file, about | {"plain": str(plain)})
@@ -196,6 +199,10 @@ def calibrate(
     half = len(run.samples) // 2
     if half < 2 * len(RUNGS):
         raise CodebookError(f"{len(run.samples)} samples are too few to calibrate with: give {4 * len(RUNGS)} at least")
+    fresh = range(half, len(run.samples))
+    task, fewest = min(Counter(run.samples[row].task for row in fresh).items(), key=lambda item: item[1])
+    if fewest < FRESH:
+        raise CodebookError(f"task {task!r} has too few samples to confirm a gain with: give {2 * FRESH} of each task")
     left, rounds, seen = list(candidates), [], 0
     for i, upto in enumerate(_rungs(half)):
         run.score([plain, *left], range(seen, upto))
@@ -206,7 +213,6 @@ def calibrate(
     best = left[0] if left and rounds[-1][str(left[0])] > rounds[-1][str(plain)] else plain
     if best is plain:
         return Calibration(plain, plain, plain, 0.0, 0.0, (math.nan, math.nan), rounds, skipped)
-    fresh = range(half, len(run.samples))
     run.score([plain, best], fresh)
     gain, error = run.difference(best, plain, fresh)
     scores = run.generate(plain, fresh), run.generate(best, fresh)

@@ -120,7 +120,7 @@ def row(model: Any, method: str, keep: float, make: Make, seeds: Sequence[int]) 
     """
     (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     schedule = _fitted(method, make, rows * cols, layers, keep)
-    schedule = _shares(_shrunk(schedule, rows, cols), rows * cols)
+    schedule = _shrunk(schedule, rows, cols).shares(rows * cols)
     return Row(method, keep, tuple(_seeded(schedule, seeds)))
 
 
@@ -132,18 +132,6 @@ def _fitted(method: str, make: Make, n: int, layers: int, keep: float) -> Schedu
     if abs((own := schedule.budget(n, layers)) - keep) > NEAR:
         raise CodebookError(f"'{schedule}' says its counts, and they are a budget of {own:.3f}: give that to --keep")
     return schedule
-
-
-def _shares(schedule: Schedule, n: int) -> Schedule:
-    """The same counts of an image of `n` tokens, as the shortest fractions: images of other sizes keep their share."""
-    stages = [replace(stage, keep=_share(stage.keep, n)) if stage.keep else stage for stage in schedule.stages]
-    return replace(schedule, stages=stages)
-
-
-def _share(keep: int | float, n: int) -> float:
-    if isinstance(keep, float):
-        return keep
-    return next(share for digits in range(3, 17) if round((share := round(keep / n, digits)) * n) == keep)
 
 
 def _seeded(schedule: Schedule, seeds: Sequence[int]) -> Iterator[Schedule]:

@@ -255,6 +255,11 @@ class Schedule:
                 f"keep {keep} is out of reach of '{self}': choose from {low:g} to {high:g}, averaged over the layers"
             )
 
+    def shares(self, n: int) -> Schedule:
+        """The same counts of an image of `n` tokens as fractions, the shortest ones: other images keep their share."""
+        stages = [replace(stage, keep=_share(stage.keep, n)) if stage.keep else stage for stage in self.stages]
+        return replace(self, stages=stages)
+
     @classmethod
     def parse(cls, text: str, make: Make = make) -> Schedule:
         """Read the text form `method[(option=value)][@layer][:keep][+mass], ...`, as in `codebook:0.25, random@9:0.05`.
@@ -372,6 +377,12 @@ def _scaled(stages: Sequence[Stage], n: int, t: int) -> list[Stage]:
         out.append(stage)
         most = stage.count(n)
     return out
+
+
+def _share(keep: Keep, n: int) -> float:
+    if isinstance(keep, float):
+        return keep
+    return next(share for digits in range(3, 17) if round((share := round(keep / n, digits)) * n) == keep)
 
 
 def load_text(path: Path | str) -> str:

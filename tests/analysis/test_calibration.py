@@ -76,12 +76,12 @@ def test_probabilities_are_those_of_generation(model, processor, samples, schedu
 
 
 def test_tokens_behind_the_horizon_are_spent_before_it(model, processor, samples, tmp_path):
-    """Behind the layers that read, tokens are worth nothing: they go as early as that is free."""
+    """Behind the layers that read, tokens are worth nothing: the budget of the blind half doubles the first."""
     plain, found = candidates(model, "random", 0.25, at=range(READS, LAYERS))
     seen = []
     result = calibrate(model, processor, samples, plain, found, done=seen.append)
     assert result.confirmed and result.gain > 1.645 * result.error > 0
-    assert result.schedule.stages[1].layer == READS
+    assert str(result.schedule) == f"random:72, drop@{READS}"
     assert seen == sorted(seen) and seen[-1] == work(len(found), samples)
     assert [len(means) for means in result.rounds] == [
         1 + len(found),
@@ -151,6 +151,8 @@ def test_a_search_goes_on_where_it_was(model, processor, samples, tmp_path, monk
 def test_too_few_samples(model, processor, samples):
     with pytest.raises(CodebookError, match="too few"):
         calibrate(model, processor, samples[:11], Schedule([Stage(0, 9, Random())]), [])
+    with pytest.raises(CodebookError, match="'attr' has too few"):
+        calibrate(model, processor, samples[:14], Schedule([Stage(0, 9, Random())]), [])
 
 
 def test_halving():

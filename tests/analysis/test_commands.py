@@ -4,21 +4,7 @@ import json
 
 import pytest
 
-from codebook import cli
 from codebook.analysis import data
-
-
-@pytest.fixture
-def run(capfd):
-    def call(*argv):
-        try:
-            cli.main([str(a) for a in argv])
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        return code, *capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture(scope="module")

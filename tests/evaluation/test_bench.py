@@ -79,14 +79,6 @@ def test_a_schedule_of_counts_is_measured_at_its_own_budget(loaded):
     assert bench.row(loaded[0], "vtw", 0.25, make, [0]).schedules[0].counts(144, 12) == [144] * 3 + [0] * 9
 
 
-def test_counts_become_shares_that_give_them():
-    for n in (144, 576, 729):
-        for count in range(1, n + 1):
-            share = bench._share(count, n)
-            assert Stage(0, share, Uniform()).count(n) == count and len(str(share)) <= 6
-    assert bench._share(24, 576) == 0.042  # the shortest: 24.19 rounds to 24
-
-
 def test_a_run_that_was_stopped_has_the_numbers_of_one_that_was_not(loaded, measured, tmp_path):
     model, processor, tasks, rows, _ = loaded
     whole = bench.run(model, processor, tasks, rows, tmp_path, SETTINGS)

@@ -5,34 +5,8 @@ import json
 import pytest
 from PIL import Image
 
-from codebook import Codebook, cli, miniature
+from codebook import Codebook, miniature
 from codebook.shipped import folders
-
-
-@pytest.fixture
-def run(capfd):
-    """Run the command line in this process; returns exit code, stdout, stderr."""
-
-    def call(*argv):
-        try:
-            cli.main([str(a) for a in argv])
-            code = 0
-        except SystemExit as exit:
-            code = exit.code or 0
-        out, err = capfd.readouterr()
-        return code, out, err
-
-    return call
-
-
-@pytest.fixture
-def refused(run):
-    def call(*argv, words):
-        code, out, err = run(*argv)
-        last = err.strip().splitlines()[-1]
-        assert code == 2 and not out and last.startswith("error: ") and all(word in last for word in words), err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from codebook.errors import CodebookError
 from codebook.pruning import (
     METHODS,
     Alpha,
+    Drop,
     FarthestPoint,
     FastV,
     Pruner,
@@ -270,3 +271,13 @@ def test_unreadable_files(tmp_path, content, says):
         path.write_bytes(content)
     with pytest.raises(CodebookError, match=says):
         Schedule.load(path)
+
+
+def test_counts_become_shares_that_give_them():
+    for n in (144, 576, 729):
+        for count in range(1, n + 1):
+            [stage] = Schedule([Stage(0, count, Uniform())]).shares(n).stages
+            assert stage.count(n) == count and len(str(stage.keep)) <= 6
+    shared = Schedule([Stage(0, 24, Uniform()), Stage(2, 0.01, Uniform()), Stage(4, 0, Drop())], "compact").shares(576)
+    # the shortest: 0.042 * 576 = 24.19 rounds to 24
+    assert str(shared) == "uniform:0.042, uniform@2:0.01, drop@4; positions=compact"

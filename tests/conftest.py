@@ -1,0 +1,35 @@
+"""Running the command line in tests."""
+
+import pytest
+
+from codebook import cli
+
+
+@pytest.fixture
+def run(capfd):
+    """Run the command line in this process; returns exit code, stdout, stderr."""
+
+    def call(*argv):
+        try:
+            cli.main([str(a) for a in argv])
+            code = 0
+        except SystemExit as exit:
+            code = exit.code or 0
+        out, err = capfd.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Assert that a command is refused by one line that says all of `words`."""
+
+    def call(*argv, words):
+        code, out, err = run(*argv)
+        assert code == 2 and not out
+        last = err.strip().splitlines()[-1]
+        assert last.startswith("error: ") and all(word in last for word in words), err
+        assert "Traceback" not in err
+
+    return call
