@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from codebook import Codebook, Pruner, Schedule, VisualTokens, load, miniature, models, prebuilt
+from codebook.analysis.data import of_questions
 from codebook.errors import CodebookError
 from codebook.evaluation import Plan, Scores, compare, mean, table
 from codebook.progress import progress
@@ -113,11 +114,11 @@ def main() -> None:
     horizon = options.horizon or scaled(HORIZON, layers)
     found = schedules(prebuilt(model), rows * cols, layers, named, options.keep, horizon)
     plans: dict[str, Plan] = {name: partial(_always, schedule) for name, schedule in found.items()}
-    questions = [
+    questions = of_questions(
         question
         for family in options.families
         for question in miniature.tasks(family, "train", options.seed, options.count)
-    ]
+    )
     with progress("answer", len(plans) * len(questions), "answers") as tick:
         show(compare(model, processor, questions, plans, options.out, tick), options.keep)
 

@@ -6,7 +6,7 @@ never tune: schedules are calibrated on scenes of the train split. Prints Markdo
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -36,7 +36,7 @@ def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
     for metric in ("probability", "accuracy"):
         sweeps = []
         for seed in options.seeds:
-            samples = data.of_miniature("test", seed, options.questions)
+            samples = data.of_miniature("test", seed, options.questions, options.families)
             with progress(f"horizon, {metric}, seed {seed}", len(samples), "samples") as tick:
                 file = options.out / f"sweep-{seed}.jsonl"
                 sweeps.append(horizon.sweep(model, processor, samples, metric, file, tick)[0])
@@ -52,7 +52,7 @@ def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
 def schedules(model, processor, options: argparse.Namespace, seed: int) -> dict[tuple[str, float], dict[str, Schedule]]:
     """Of each method and budget: alone, with the paper's deep stage, and calibrated."""
     found = {}
-    samples = data.of_miniature("train", seed, options.calibration)
+    samples = data.of_miniature("train", seed, options.calibration, options.families)
     for method in METHODS:
         make = Plan(method, 0.5, None, options.codebook, seed).maker(partial(find_codebook, model, options.codebook))
         for keep in KEEPS:
@@ -72,8 +72,8 @@ def schedules(model, processor, options: argparse.Namespace, seed: int) -> dict[
 
 def answers(model, processor, options: argparse.Namespace, seed: int, plans: list[Schedule]) -> dict[str, np.ndarray]:
     """Scores (questions,) of each schedule on the held-out questions, in the order of `questions`."""
-    asked = list(questions(options.questions, seed))
-    about = {"model": identity(model), "questions": len(asked), "seed": seed}
+    asked = list(questions(options.questions, seed, options.families))
+    about = {"model": identity(model), "families": options.families, "questions": len(asked), "seed": seed}
     journal, values = Journal(options.out / f"held-out-{seed}.jsonl", about), {}
     with progress(f"held-out, seed {seed}", len(plans) * sum(map(len, asked)), "answers") as tick:
         done = 0
@@ -88,9 +88,9 @@ def answers(model, processor, options: argparse.Namespace, seed: int, plans: lis
     return {plan: np.array(scores) for plan, scores in values.items()}
 
 
-def questions(count: int, seed: int) -> Iterator[list[data.Sample]]:
+def questions(count: int, seed: int, families: Sequence[str]) -> Iterator[list[data.Sample]]:
     """Held-out questions, in batches of one family."""
-    for family in miniature.FAMILIES:
+    for family in families:
         own = data.of_questions(miniature.tasks(family, "test", seed, count))
         yield from (own[start : start + BATCH] for start in range(0, count, BATCH))
 
@@ -105,6 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of journals and results")
     parser.add_argument("--questions", type=int, default=200, help="held-out, a family and seed")
+    parser.add_argument("--families", nargs="+", choices=miniature.FAMILIES, default=list(miniature.FAMILIES))
     parser.add_argument("--calibration", type=int, default=100, help="samples a family and seed, of the train split")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--eps", type=float, default=horizon.EPS)
@@ -121,7 +122,7 @@ def main() -> None:
     def scores(method: str, keep: float, variant: str) -> np.ndarray:
         """(families, questions of all seeds)."""
         rows = [own[str(plans[method, keep][variant])] for plans, own in by_seed]
-        return np.concatenate([row.reshape(len(miniature.FAMILIES), -1) for row in rows], 1)
+        return np.concatenate([row.reshape(len(options.families), -1) for row in rows], 1)
 
     report = {**machine("cpu"), "questions": options.questions, "calibration": options.calibration,
               "seeds": options.seeds, "eps": options.eps,
@@ -134,7 +135,7 @@ def main() -> None:
     for task, one in found["probability"].items():
         cells = [f"{h.layer} [{h.interval[0]}, {h.interval[1]}] | {h.safe}" for h in (one, found["accuracy"][task])]
         print(f"| {task} | {' | '.join(cells)} |")
-    full = np.concatenate([own[str(unpruned)].reshape(len(miniature.FAMILIES), -1) for _, own in by_seed], 1)
+    full = np.concatenate([own[str(unpruned)].reshape(len(options.families), -1) for _, own in by_seed], 1)
     print(f"\n## Equal budgets\n\nScore, percent, mean over families, 95% interval; unpruned "
           f"{percent(*interval(full))}. Differences are paired, to the method alone.\n\n"
           "| method | keep | alone | fixed | calibrated | fixed - alone | calibrated - alone | schedules |\n"
@@ -148,7 +149,7 @@ def main() -> None:
             print(
                 f"| {method} | {keep} | {' | '.join(percent(*cell) for cell in cells.values())} | {'; '.join(texts)} |"
             )
-            families = {v: dict(zip(miniature.FAMILIES, x.mean(1).tolist(), strict=True)) for v, x in own.items()}
+            families = {v: dict(zip(options.families, x.mean(1).tolist(), strict=True)) for v, x in own.items()}
             report["rows"].append({
                 "method": method, "keep": keep, "scores": cells, "families": families,
                 "schedules": [{v: str(s) for v, s in plans[method, keep].items()} for plans, _ in by_seed],

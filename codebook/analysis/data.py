@@ -80,12 +80,14 @@ class Sample:
         return [{"role": "user", "content": content}]
 
 
-def of_miniature(split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
-    """`count` labelled samples of each of the miniature's task families.
+def of_miniature(
+    split: str = "train", seed: int = 0, count: int = 50, families: Sequence[str] = miniature.FAMILIES
+) -> list[Sample]:
+    """`count` labelled samples of each of the miniature's task families, or of some.
 
     Scenes of the train split are no training images, but like them; the test split is for final measurements only.
     """
-    return of_questions(q for family in miniature.FAMILIES for q in miniature.tasks(family, split, seed, count))
+    return of_questions(q for family in families for q in miniature.tasks(family, split, seed, count))
 
 
 def of_questions(questions: Iterable[miniature.Question]) -> list[Sample]:
