@@ -7,13 +7,11 @@ Prefill holds hooks, selection, counting and cache; decoding is 8 further tokens
 pair runs once a round, and ratios are taken round by round.
 """
 
-import argparse
-import json
 from functools import partial
 
 import torch
 from prefill import DECODER, IMAGE, KEEPS, SIDE, TEXT, llava
-from timing import interleaved, machine, quartiles
+from timing import interleaved, measured, quartiles
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from codebook import Codebook, Schedule
@@ -66,15 +64,8 @@ def compare(seconds: float, device: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="of rounds; at least 3 are made and at most 25")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    report = machine(options.device) | {"rows": compare(options.seconds, options.device)}
-    if options.json:
-        print(json.dumps(report, indent=1))
+    report = measured(__doc__, compare)
+    if report is None:
         return
     rounds = report["rows"][0]["ratio"]["rounds"]
     print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {rounds} rounds")

@@ -10,13 +10,11 @@ fault of pruning, but of matrices that have become small, and of a formula that 
 Llama has three.
 """
 
-import argparse
-import json
 import statistics
 from contextlib import nullcontext
 
 import torch
-from timing import interleaved, machine, quartiles
+from timing import interleaved, measured, quartiles
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -90,15 +88,8 @@ def compare(seconds: float, device: str) -> list[dict]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="of rounds; at least 3 are made and at most 25")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--json", action="store_true")
-    options = parser.parse_args()
-    torch.manual_seed(0)
-    report = machine(options.device) | {"rows": compare(options.seconds, options.device)}
-    if options.json:
-        print(json.dumps(report, indent=1))
+    report = measured(__doc__, compare)
+    if report is None:
         return
     full, *rows = report["rows"]
     print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}, {full['rounds']} rounds")
