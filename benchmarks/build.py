@@ -1,7 +1,7 @@
 """What a build costs: the published procedure, beside the cascade, on the same images of the miniature.
 
     python benchmarks/build.py compare            # both, at the preset and at about 3% of the tokens surviving
-    python benchmarks/build.py grow --counts 100 1000      # cost against the number of images
+    python benchmarks/build.py grow --counts 100 1000 10000 --settings selective   # cost against images
     python benchmarks/build.py kills --count 50   # kill -9 at random moments, resume, compare bytes
     python benchmarks/build.py cluster --counts 10000 40000   # clustering of many survivors, time and memory
 
@@ -65,6 +65,7 @@ def main() -> None:
     compare_.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     grow_ = commands.add_parser("grow")
     grow_.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
+    grow_.add_argument("--settings", choices=SETTINGS, default="preset")
     kills_ = commands.add_parser("kills")
     kills_.add_argument("--count", type=int, default=50)
     kills_.add_argument("--images", type=int, default=60)
@@ -87,7 +88,7 @@ def main() -> None:
         elif options.command == "compare":
             compare(Path(folder), options.images, options.settings)
         elif options.command == "grow":
-            grow(Path(folder), options.counts)
+            grow(Path(folder), options.counts, options.settings)
         elif options.command == "kills":
             kills(Path(folder), options.images, options.count)
         else:
@@ -166,10 +167,10 @@ def on_paper(funnel: dict[str, int], count: int) -> None:
         )
 
 
-def grow(folder: Path, counts: list[int]) -> None:
+def grow(folder: Path, counts: list[int], name: str) -> None:
     print(f"{'images':>8}{'wall s':>9}{'CPU s':>9}{'CPU s/image':>13}{'MiB':>7}")
     for count in counts:
-        row = run("one", scenes(folder / str(count), count), folder / f"out-{count}", "cascade", "preset")
+        row = run("one", scenes(folder / str(count), count), folder / f"out-{count}", "cascade", name)
         print(
             f"{count:>8}{row['seconds']:>9.1f}{row['cpu']:>9.1f}{row['cpu'] / count:>13.4f}{row['memory']:>7.0f}",
             flush=True,
