@@ -46,7 +46,7 @@ GROUPS = {
     "deep": tuple(
         first + deep
         for first in ("divprune", "divprune+mass", "codebook-farthest+mass")
-        for deep in ("", "+random@{h}", "+random@{h}+mass")
+        for deep in ("", "+random@{h}", "+random@{h}+mass", "+drop@{h}")
     ),
     "merging": tuple(
         row + merged for row in ("divprune", "divprune+mass", "codebook-farthest+mass") for merged in ("", ", merged")
