@@ -16,11 +16,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="what `codebook bench` wrote")
     results = json.loads(parser.parse_args().results.read_text())
-    methods = ",".join(dict.fromkeys(row["method"] for row in results["rows"][1:]))
-    keeps = ",".join(f"{keep:g}" for keep in results["keeps"])
+    rows, [counts] = results["rows"], {task["samples"] for task in results["tasks"].values()}
+    options = {
+        "methods": f'"{",".join(dict.fromkeys(row["method"] for row in rows[1:]))}"',
+        "keep": ",".join(f"{keep:g}" for keep in results["keeps"]),
+        "count": counts, "seeds": max(row["seeds"] for row in rows), "seed": results["seed"], "out": "bench",
+    }  # fmt: skip
+    command = " ".join(f"--{name} {value}" for name, value in options.items())
     print(f"# Results of {results['name']}\n")
     print("Written by `make results`; the table's columns are explained in [bench.md](bench.md). Measured by\n")
-    print(f"```\ncodebook bench {results['name']} --methods {methods} --keep {keeps} --out bench\n```\n")
+    print(f"```\ncodebook bench {results['name']} {command}\n```\n")
     print(markdown(results), end="")
 
 
