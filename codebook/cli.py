@@ -157,8 +157,8 @@ def prune(
         typer.Option(
             "--schedule",
             "--method",
-            help="`codebook` (default) or another method or preset (see `codebook list`), `codebook+random`, stages as "
-            "in `codebook:0.25,random@9:0.05`, or a JSON file of them.",
+            help="`seeded` (default), `codebook` (the paper's) or another method or preset (see `codebook list`), "
+            "`codebook+random`, stages as in `codebook:0.25,random@9:0.05`, or a JSON file of them.",
         ),
     ] = None,
     positions: Annotated[
@@ -183,7 +183,7 @@ def prune(
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
     from codebook import commands
-    from codebook.plan import KEEP
+    from codebook.plan import DEFAULT, KEEP
 
     if tokens is not None:
         _only("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source, "--show": show,
@@ -194,7 +194,7 @@ def prune(
         return
     if model is None:
         raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")
-    plan = commands.Plan(schedule or "codebook", keep, positions, codebook, seed)
+    plan = commands.Plan(schedule or DEFAULT, keep, positions, codebook, seed)
     if source is not None:
         _only("--input", {"--image": image, "--ask": question, "--show": show})
         if output is None:

@@ -16,7 +16,7 @@ from codebook.evaluation import Scores, mean, score, standard_error, task_means
 from codebook.inference import ask
 from codebook.pictures import overlay
 from codebook.progress import Update, progress
-from codebook.pruning import Pruner, Random, RedundancyCodebook, Schedule, Stage, Uniform
+from codebook.pruning import Pruner, Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage, Uniform
 
 KEEPS = (0.5, 0.25, 0.11)
 
@@ -30,14 +30,15 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
         target = out / f"codebook-{images}-{seed}"
         book = build(model, processor, folder, target, model_id="miniature", progress=show)
 
-    pruners: dict[str, Pruner] = {
-        "codebook": RedundancyCodebook(book),
-        "random": Random(seed),
-        "uniform": Uniform(),
+    pruners: dict[str, tuple[Pruner, bool]] = {
+        "seeded": (SeededFarthestPoint(book), True),
+        "codebook": (RedundancyCodebook(book), False),
+        "random": (Random(seed), False),
+        "uniform": (Uniform(), False),
     }
     questions = of_miniature("test", seed, count)
     plans: dict[tuple[str, float], Schedule | None] = {("unpruned", 1.0): None}
-    plans |= {(name, k): Schedule([Stage(0, k, pruner)]) for k in KEEPS for name, pruner in pruners.items()}
+    plans |= {(name, k): Schedule([Stage(0, k, *way)]) for k in KEEPS for name, way in pruners.items()}
     results: dict[tuple[str, float], Scores] = {}
     with progress("answer", len(plans) * len(questions), "questions") as tick:
         for i, ((name, k), schedule) in enumerate(plans.items()):
@@ -48,7 +49,7 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
     grid = models.family(model).grid(model)
     example = next(q for q in questions if q.task == "ocr")
     keep = 0.25
-    [answer] = ask(model, processor, [example.pictures()], [example.question], plans["codebook", keep])
+    [answer] = ask(model, processor, [example.pictures()], [example.question], plans["seeded", keep])
     with replacing(picture) as temporary:
         overlay(example.pictures()[0], answer.kept[0], grid).save(temporary, format="PNG")
     report = {

@@ -14,6 +14,8 @@ from codebook.pruning.schedule import check_keep, load_text
 from codebook.pruning.text import needs
 from codebook.shipped import prebuilt
 
+DEFAULT = "seeded"
+"""Schedule where the user says none: docs/method.md."""
 KEEP = 0.2
 """Budget where neither the user nor the schedule says one."""
 

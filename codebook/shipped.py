@@ -33,4 +33,7 @@ def prebuilt(model: Any) -> Codebook:
     for folder in folders():
         if kind.same_fingerprint(json.loads((folder / "config.json").read_text())["fingerprint"], fingerprint):
             return Codebook.load(folder)
-    raise CodebookError("no codebook ships for this model: build one with `codebook build` and name it with --codebook")
+    raise CodebookError(
+        "no codebook ships for this model: build one with `codebook build` and name it with --codebook, or prune "
+        "without one: --schedule farthest+mass"
+    )

@@ -19,7 +19,7 @@ from PIL import Image
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.inference import answer, prepare, read_video
-from codebook.plan import DTYPES, Plan
+from codebook.plan import DEFAULT, DTYPES, Plan
 from codebook.progress import progress
 
 
@@ -49,7 +49,7 @@ class PrunedModel(lmms):
     def __init__(
         self,
         pretrained: str = "miniature",
-        schedule: str = "codebook",
+        schedule: str = DEFAULT,
         keep: float | None = None,
         positions: str | None = None,
         codebook: str | None = None,
