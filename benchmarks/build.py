@@ -49,10 +49,10 @@ WAYS = {
 SETTINGS = {
     "preset": {},
     # about 3% of the probed tokens survive the image's own conditions, as on LLaVA-1.5-7B (1383 of 48 000)
-    "selective": {"tau_p": 0.55, "tau_j": 0.03, "min_image_fraction": 0.02},
+    "selective": {"tau_j": 0.03, "min_image_fraction": 0.02},
     # and with 144 tokens of an image probed instead of 24, nearer to LLaVA's 96
     "selective, all tokens": {
-        "candidates": "all", "tau_p": 0.55, "tau_j": 0.03, "max_cluster_size": 12, "min_image_fraction": 0.02,
+        "candidates": "all", "tau_j": 0.08, "max_cluster_size": 12, "min_image_fraction": 0.02,
     },
 }  # fmt: skip
 
