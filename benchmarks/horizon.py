@@ -23,7 +23,7 @@ from codebook.plan import Plan, find_codebook
 from codebook.progress import progress
 from codebook.pruning import Schedule, remember
 
-METHODS = ("codebook", "divprune", "dart", "fastv")
+METHODS = ("codebook", "divprune", "dart", "fastv", "seeded")
 KEEPS = (0.5, 0.25, 0.11)
 BATCH = 32
 VARIANTS = ("alone", "fixed", "calibrated")

@@ -39,6 +39,9 @@ Z = 1.645
 """One-sided test at 5%."""
 FRESH = 4
 """Samples that confirm, of each task at least: of two the standard error is too uncertain for Z."""
+SEARCH = 3
+"""One sample in so many is searched with, the others confirm: the search compares dozens of schedules, and confirming,
+with two of them, needs more samples and costs less for each."""
 
 Done = Callable[[int], None]
 
@@ -148,7 +151,7 @@ def candidates(
 
 def work(candidates: int, samples: Sequence[Sample]) -> int:
     """Answers that `calibrate` scores at most, for its progress."""
-    search = len(samples) // 2
+    search = len(samples) // SEARCH
     total, seen = sum(sample.answer is None for sample in samples), 0
     for i, upto in enumerate(_rungs(search)):
         total += (1 + _survivors(candidates, i)) * (upto - seen)
@@ -170,7 +173,7 @@ def calibrate(
     """Search for the candidate that beats the plain method, and confirm it on samples of its own.
 
     Candidates are compared by the mean probability of the answers' tokens, tasks weighing the same: one prefill and one
-    forward a sample, each image encoded once. Half of the samples are searched with, the other half are for one paired
+    forward a sample, each image encoded once. A third of the samples are searched with, the others are for one paired
     one-sided test (5%) of the winner, whose generated answers must score no less than the plain method's either.
 
     Parameters
@@ -196,15 +199,17 @@ def calibrate(
     journal = Journal(file, about | {"plain": str(plain)})
     run = _Run(model, processor, mixed(samples, seed), journal, done)
     skipped = run.fill_answers()
-    half = len(run.samples) // 2
-    if half < 2 * len(RUNGS):
-        raise CodebookError(f"{len(run.samples)} samples are too few to calibrate with: give {4 * len(RUNGS)} at least")
-    fresh = range(half, len(run.samples))
+    search = len(run.samples) // SEARCH
+    if search < 2 * len(RUNGS):
+        enough = 2 * len(RUNGS) * SEARCH
+        raise CodebookError(f"{len(run.samples)} samples are too few to calibrate with: give {enough} at least")
+    fresh = range(search, len(run.samples))
     task, fewest = min(Counter(run.samples[row].task for row in fresh).items(), key=lambda item: item[1])
     if fewest < FRESH:
-        raise CodebookError(f"task {task!r} has too few samples to confirm a gain with: give {2 * FRESH} of each task")
+        enough = math.ceil(FRESH * SEARCH / (SEARCH - 1))
+        raise CodebookError(f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task")
     left, rounds, seen = list(candidates), [], 0
-    for i, upto in enumerate(_rungs(half)):
+    for i, upto in enumerate(_rungs(search)):
         run.score([plain, *left], range(seen, upto))
         means = {str(s): run.mean(s, range(upto)) for s in [plain, *left]}
         rounds.append(means)
