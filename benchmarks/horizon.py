@@ -1,7 +1,8 @@
 """Where the miniature stops reading its images, and what calibrated random pruning behind that horizon is worth.
 
 Run as `python -m benchmarks.horizon --out FOLDER`; run again, it goes on where it was. Held-out questions measure and
-never tune: schedules are calibrated on scenes of the train split. Prints Markdown, and writes FOLDER/horizon.json.
+never tune: schedules are calibrated, once, on scenes of the train split. Each seed then has its own held-out questions
+and draws its own random tokens. Prints Markdown, and writes FOLDER/horizon.json.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from codebook.analysis import calibration, data, horizon
 from codebook.analysis.journal import Journal, identity
 from codebook.commands import replacing
 from codebook.evaluation import score
+from codebook.evaluation.bench import reseeded
 from codebook.plan import Plan, find_codebook
 from codebook.progress import progress
 from codebook.pruning import Schedule, remember
@@ -49,24 +51,23 @@ def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
     return found
 
 
-def schedules(model, processor, options: argparse.Namespace, seed: int) -> dict[tuple[str, float], dict[str, Schedule]]:
+def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, float], dict[str, Schedule]]:
     """Of each method and budget: alone, with the paper's deep stage, and calibrated."""
-    found = {}
+    found, seed = {}, 0  # of the calibration, whatever seeds measure
     samples = data.of_miniature("train", seed, options.calibration, options.families)
+    (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     for method in METHODS:
         make = Plan(method, 0.5, None, options.codebook, seed).maker(partial(find_codebook, model, options.codebook))
         for keep in KEEPS:
             plain, candidates = calibration.candidates(model, method, keep, make)
-            with progress(f"calibrate {method} at {keep}, seed {seed}", calibration.work(len(candidates), samples),
-                          "answers") as tick:  # fmt: skip
+            work = calibration.work(len(candidates), samples)
+            with progress(f"calibrate {method} at {keep}", work, "answers") as tick:
                 file = options.out / f"calibration-{method}-{keep}-{seed}.jsonl"
                 result = calibration.calibrate(
                     model, processor, samples, plain, candidates, seed=seed, file=file, done=tick
                 )
-            found[method, keep] = {"alone": plain, "calibrated": result.schedule}
-            rows, cols = models.family(model).grid(model)
-            shape = {"n": rows * cols, "layers": len(model.get_decoder().layers)}
-            found[method, keep]["fixed"] = Schedule.solve(f"{method}+random", make, keep=keep, **shape)
+            fixed = Schedule.solve(f"{method}+random", make, keep=keep, n=rows * cols, layers=layers)
+            found[method, keep] = {"alone": plain, "fixed": fixed, "calibrated": result.schedule}
     return found
 
 
@@ -106,16 +107,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of journals and results")
     parser.add_argument("--questions", type=int, default=200, help="held-out, a family and seed")
     parser.add_argument("--families", nargs="+", choices=miniature.FAMILIES, default=list(miniature.FAMILIES))
-    parser.add_argument("--calibration", type=int, default=100, help="samples a family and seed, of the train split")
+    parser.add_argument("--calibration", type=int, default=100, help="samples a family, of the train split")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--eps", type=float, default=horizon.EPS)
     parser.add_argument("--codebook", type=Path, help="default: the one that ships")
     options = parser.parse_args()
     model, processor = models.load("miniature")
     layers, found = len(model.get_decoder().layers), horizons(model, processor, options)
+    calibrated = schedules(model, processor, options)
     by_seed, unpruned = [], Schedule([])
     for seed in options.seeds:
-        plans = schedules(model, processor, options, seed)
+        plans = {
+            cell: {variant: next(reseeded(schedule, [seed])) for variant, schedule in own.items()}
+            for cell, own in calibrated.items()
+        }
         every = {str(s): s for s in [unpruned, *(s for own in plans.values() for s in own.values())]}
         by_seed.append((plans, answers(model, processor, options, seed, list(every.values()))))
 
@@ -138,21 +143,19 @@ def main() -> None:
     full = np.concatenate([own[str(unpruned)].reshape(len(options.families), -1) for _, own in by_seed], 1)
     print(f"\n## Equal budgets\n\nScore, percent, mean over families, 95% interval; unpruned "
           f"{percent(*interval(full))}. Differences are paired, to the method alone.\n\n"
-          "| method | keep | alone | fixed | calibrated | fixed - alone | calibrated - alone | schedules |\n"
+          "| method | keep | alone | fixed | calibrated | fixed - alone | calibrated - alone | schedule |\n"
           "|---|---|---|---|---|---|---|---|")  # fmt: skip
     for keep in KEEPS:
         for method in METHODS:
             own = {variant: scores(method, keep, variant) for variant in VARIANTS}
             cells = {variant: interval(values) for variant, values in own.items()}
             cells |= {f"{v} - alone": interval(own[v] - own["alone"]) for v in VARIANTS[1:]}
-            texts = sorted({str(plans[method, keep]["calibrated"]) for plans, _ in by_seed})
-            print(
-                f"| {method} | {keep} | {' | '.join(percent(*cell) for cell in cells.values())} | {'; '.join(texts)} |"
-            )
+            chosen = {variant: str(schedule) for variant, schedule in calibrated[method, keep].items()}
+            shown = " | ".join(percent(*cell) for cell in cells.values())
+            print(f"| {method} | {keep} | {shown} | {chosen['calibrated']} |")
             families = {v: dict(zip(options.families, x.mean(1).tolist(), strict=True)) for v, x in own.items()}
             report["rows"].append({
-                "method": method, "keep": keep, "scores": cells, "families": families,
-                "schedules": [{v: str(s) for v, s in plans[method, keep].items()} for plans, _ in by_seed],
+                "method": method, "keep": keep, "scores": cells, "families": families, "schedules": chosen,
             })  # fmt: skip
     with replacing(options.out / "horizon.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1) + "\n")

@@ -287,6 +287,12 @@ def bench(
     seconds: Annotated[float, typer.Option(min=0, help="Of timing, after three rounds.")] = 120,
     batch: Annotated[int, typer.Option(min=1, help="Questions a batch.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 32,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: answer only this part of the questions. Run all n, on as many devices, then without this."
+        ),
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
     as_json: Json = False,
@@ -308,6 +314,7 @@ def bench(
         show,
         seeds,
         settings,
+        part,
         device,
         as_json,
     )

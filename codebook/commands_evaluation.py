@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,15 @@ def keeps_of(text: str) -> list[float]:
     return sorted(set(keeps), reverse=True)
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """(i, n) of `i/n`."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise CodebookError(f"cannot read the part {text!r}: write i/n with i from 1 to n, as in 1/4")
+    return i, n
+
+
 def maker(model: Any, codebook: Path | None, seed: int) -> Any:
     """Makes pruners by their names; reads the codebook once, and only if one needs it."""
     return Plan("codebook", None, None, codebook, seed).maker(functools.cache(lambda: find_codebook(model, codebook)))
@@ -64,10 +74,12 @@ def run_bench(
     shown: int,
     seeds: int,
     settings: bench.Settings,
+    part: str | None,
     device: str | None,
     as_json: bool,
 ) -> None:
     chosen, budgets = methods_of(methods), keeps_of(keeps)
+    share = None if part is None else part_of(part)
     curve = read_horizon(horizon or out / "horizon.json", horizon is not None)
     tasks = datasets.load(data, count, settings.seed)
     model, processor = models.load(name, device)
@@ -77,6 +89,12 @@ def run_bench(
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:
         raise CodebookError(f"{out} is a file: name a folder") from None
+    if share is not None:
+        i, n = share
+        with progress(f"bench, part {i} of {n}", bench.work(tasks, rows, settings, share), "answers") as tick:
+            bench.answer_part(model, processor, tasks, rows, out, settings, share, tick)
+        note(f"part {i} of {n} is answered: run the command without --part when all {n} are")
+        return
     with progress("bench", bench.work(tasks, rows), "answers") as tick:
         results = bench.run(model, processor, tasks, rows, out, settings, tick)
     done = [row for row in rows if any((r["method"], r["keep"]) == (row.method, row.keep) for r in results["rows"])]

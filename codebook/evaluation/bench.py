@@ -22,7 +22,7 @@ from codebook.analysis.journal import Journal, identity
 from codebook.errors import CodebookError
 from codebook.evaluation.latency import Bench
 from codebook.evaluation.metrics import Estimate, Task, Z, estimate, mean_of
-from codebook.evaluation.scores import Said, remembering, respond
+from codebook.evaluation.scores import Part, Plan, Said, batches, remembering, respond
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference import ask, prepare
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
@@ -121,7 +121,7 @@ def row(model: Any, method: str, keep: float, make: Make, seeds: Sequence[int]) 
     (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     schedule = _fitted(method, make, rows * cols, layers, keep)
     schedule = _shrunk(schedule, rows, cols).shares(rows * cols)
-    return Row(method, keep, tuple(_seeded(schedule, seeds)))
+    return Row(method, keep, tuple(reseeded(schedule, seeds)))
 
 
 def _fitted(method: str, make: Make, n: int, layers: int, keep: float) -> Schedule:
@@ -134,7 +134,8 @@ def _fitted(method: str, make: Make, n: int, layers: int, keep: float) -> Schedu
     return schedule
 
 
-def _seeded(schedule: Schedule, seeds: Sequence[int]) -> Iterator[Schedule]:
+def reseeded(schedule: Schedule, seeds: Sequence[int]) -> Iterator[Schedule]:
+    """A schedule with each of several seeds for the stages that draw at random; itself, once, if there are none."""
     if not any(isinstance(stage.pruner, Random) for stage in schedule.stages):
         yield schedule
         return
@@ -176,19 +177,10 @@ def run(
     The contents of results.json, but for the samples shown; see docs/bench.md
     """
     settings = settings or Settings()
-    samples = [sample for task in tasks for sample in task.samples]
-    timed = _prompt(samples)
-    bench = Bench(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
+    timed, bench = _timed(model, processor, tasks)
     rows, refused = _possible(bench, rows)
-    plans: dict[str, Any] = {}
-    for row in rows:
-        for schedule in row.schedules:
-            plans[_key(schedule)] = functools.partial(_always, schedule)
-    said = respond(
-        model, processor, samples, plans, out / "answers.jsonl", lambda count: done(count, "answers"),
-        batch=settings.batch, max_new_tokens=settings.max_new_tokens,
-    )  # fmt: skip
-    costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
+    said = _answers(model, processor, tasks, rows, out, settings, done)
+    costs = _costs(bench, rows, out, settings, lambda note: done(work(tasks, rows), note))
     sums = {key: _sums(tasks, found) for key, found in said.items()}
     results = []
     for row, cost in zip(rows, costs, strict=True):
@@ -216,10 +208,56 @@ def run(
     }
 
 
-def work(tasks: Sequence[Task], rows: Sequence[Row]) -> int:
-    """Answers of `run`."""
+def answer_part(
+    model: Any,
+    processor: Any,
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    out: Path,
+    settings: Settings,
+    part: Part,
+    done: Callable[[int, str], None] = lambda count, note: None,
+) -> None:
+    """A part of the answers that `run` needs, into a journal of its own, which `run` then finds in the folder.
+
+    The parts of (1, n) to (n, n) may be answered at once, by processes on several devices; the same part by one only.
+    """
+    rows, _ = _possible(_timed(model, processor, tasks)[1], rows)
+    _answers(model, processor, tasks, rows, out, settings, done, part)
+
+
+def _timed(model: Any, processor: Any, tasks: Sequence[Task]) -> tuple[Sample, Bench]:
+    """The first sample with as few images as any, and what times it."""
+    timed = min((sample for task in tasks for sample in task.samples), key=lambda sample: len(sample.images))
+    return timed, Bench(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
+
+
+def _answers(
+    model: Any,
+    processor: Any,
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    out: Path,
+    settings: Settings,
+    done: Callable[[int, str], None],
+    part: Part | None = None,
+) -> dict[str, list[Said]]:
+    samples = [sample for task in tasks for sample in task.samples]
+    plans: dict[str, Plan] = {}
+    for row in rows:
+        for schedule in row.schedules:
+            plans[_key(schedule)] = functools.partial(_always, schedule)
+    return respond(
+        model, processor, samples, plans, out / "answers.jsonl", lambda count: done(count, "answers"),
+        batch=settings.batch, max_new_tokens=settings.max_new_tokens, part=part,
+    )  # fmt: skip
+
+
+def work(tasks: Sequence[Task], rows: Sequence[Row], settings: Settings | None = None, part: Part | None = None) -> int:
+    """Answers of `run`, or of `answer_part`."""
     plans = {_key(schedule) for row in rows for schedule in row.schedules}
-    return len(plans) * sum(len(task.samples) for task in tasks)
+    samples, settings = [sample for task in tasks for sample in task.samples], settings or Settings()
+    return len(plans) * sum(len(own) for _, own in batches(samples, settings.batch, part))
 
 
 def _always(schedule: Schedule | None, asked: object) -> Schedule | None:
@@ -232,11 +270,6 @@ def _key(schedule: Schedule | None) -> str:
         return UNPRUNED
     books = [stage.pruner.codebook for stage in schedule.stages if hasattr(stage.pruner, "codebook")]
     return " ".join([str(schedule), *(f"{int(digest_rows(b.prototypes[None])[0]) % 2**32:08x}" for b in books)])
-
-
-def _prompt(samples: Sequence[Sample]) -> Sample:
-    """What is timed: the first sample with as few images as any."""
-    return min(samples, key=lambda sample: len(sample.images))
 
 
 def _possible(bench: Bench, rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:

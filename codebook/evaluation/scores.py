@@ -39,6 +39,10 @@ class Said:
     counts: list[int]
 
 
+Part = tuple[int, int]
+"""(i, n): the i-th of n parts of the work, counted from 1."""
+
+
 def respond(
     model: Any,
     processor: Any,
@@ -50,6 +54,7 @@ def respond(
     blind: bool = False,
     batch: int = BATCH,
     max_new_tokens: int = 32,
+    part: Part | None = None,
 ) -> dict[str, list[Said]]:
     """Answer the same questions in several ways, encoding each image once where the family's tower allows it.
 
@@ -59,23 +64,25 @@ def respond(
         The ways. In a file they are known by their names: another way needs another name.
     file
         Where every finished batch is kept; called again, the work goes on, with further plans if there are some. A
-        file of another model or other samples is refused.
+        file of another model or other samples is refused. What parts have kept beside it is not answered again.
     done
         Hears how many answers there are, of all plans.
     blind
         Leave the images out of the prompts: what the questions alone give away.
     batch, max_new_tokens
         Samples of a batch; the longest answer.
+    part
+        Answer only these of the batches, into a file of the part's own: several processes share the work, each with
+        its part, and a call without `part` then finds all answers.
 
     Returns
     -------
-    For each plan what was said to each sample, in the samples' order
+    For each plan what was said to each sample, in the samples' order; of a part nothing, {}
     """
     about = {"model": identity(model), "samples": digest(samples), "batch": batch, "max_new_tokens": max_new_tokens}
-    journal = Journal(file, about | {"blind": blind})
-    said: dict[str, dict[int, Said]] = {name: {} for name in plans}
-    answered = 0
-    for i, rows in enumerate(_batches(samples, batch)):
+    journal = _journal(file, about | {"blind": blind}, part)
+    answered, own = 0, batches(samples, batch, part)
+    for i, rows in own:
         group = [samples[row] for row in rows]
         todo = {name: plan for name, plan in plans.items() if f"{name} #{i}" not in journal}
         done(answered := answered + len(group) * (len(plans) - len(todo)))
@@ -87,10 +94,22 @@ def respond(
                     found = answer(model, processor, prompts, plan(group), max_new_tokens)
                     journal.add(f"{name} #{i}", [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in found])
                     done(answered := answered + len(group))
+    if part is not None:
+        return {}
+    said: dict[str, dict[int, Said]] = {name: {} for name in plans}
+    for i, rows in own:
         for name in plans:
-            values = journal[f"{name} #{i}"]
-            said[name] |= {row: Said(*value) for row, value in zip(rows, values, strict=True)}
+            said[name] |= {row: Said(*value) for row, value in zip(rows, journal[f"{name} #{i}"], strict=True)}
     return {name: [found[row] for row in range(len(samples))] for name, found in said.items()}
+
+
+def _journal(file: Path | None, about: dict[str, Any], part: Part | None) -> Journal:
+    """The file's, or its part's, with what all others beside it hold."""
+    if file is None:
+        return Journal(None, about)
+    own = file if part is None else file.with_stem(f"{file.stem}-{part[0]}-of-{part[1]}")
+    every = {*file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"), *([file] if file.exists() else [])}
+    return Journal(own, about, sorted(every - {own}))
 
 
 def remembering(model: Any) -> contextlib.AbstractContextManager[None]:
@@ -98,13 +117,14 @@ def remembering(model: Any) -> contextlib.AbstractContextManager[None]:
     return remember(model) if models.family(model).tower_rows else contextlib.nullcontext()
 
 
-def _batches(samples: Sequence[Sample], size: int) -> list[list[int]]:
-    """Of one task and one number of images: little padding, and answers of about one length."""
+def batches(samples: Sequence[Sample], size: int = BATCH, part: Part | None = None) -> list[tuple[int, list[int]]]:
+    """Numbered batches of one task and one number of images: little padding, and answers of about one length."""
     groups: dict[str, dict[int, list[int]]] = {}
     for row, sample in enumerate(samples):
         groups.setdefault(sample.task, {}).setdefault(len(sample.images), []).append(row)
     alike = [rows for own in groups.values() for _, rows in sorted(own.items())]
-    return [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
+    found = list(enumerate(rows[start : start + size] for rows in alike for start in range(0, len(rows), size)))
+    return found if part is None else found[part[0] - 1 :: part[1]]
 
 
 def compare(

@@ -57,6 +57,31 @@ def measured(loaded, tmp_path_factory):
     return json.loads(json.dumps(whole | {"skipped": skipped + whole["skipped"]})), samples, folder
 
 
+def test_parts_make_the_whole(loaded, measured, tmp_path, monkeypatch):
+    """Two parts, one of which was stopped, answer each question once; the run then has only to time."""
+    model, processor, tasks, rows, _ = loaded
+    settings = bench.Settings(batch=2, seconds=0)
+    totals = [bench.work(tasks, rows, settings, part) for part in ((1, 3), (2, 3), (3, 3))]
+    assert sum(totals) == bench.work(tasks, rows) and totals[0] == 2 * totals[1] == 2 * totals[2]
+
+    def stop(count, note):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.answer_part(model, processor, tasks, rows, tmp_path, settings, (1, 2), stop)
+    heard = []
+    for part in ((1, 2), (2, 2)):
+        bench.answer_part(model, processor, tasks, rows, tmp_path, settings, part, lambda n, note: heard.append(n))
+        assert heard[-1] == bench.work(tasks, rows, settings, part)
+    files = [tmp_path / f"answers-{i}-of-2.jsonl" for i in (1, 2)]
+    names = [json.loads(line)["name"] for file in files for line in file.read_text().splitlines()[1:]]
+    assert len(set(names)) == len(names) == 4 * sum(len(row.schedules) for row in rows)
+    monkeypatch.setattr("codebook.evaluation.scores.answer", None)  # nothing is left to answer
+    results = bench.run(model, processor, tasks, rows, tmp_path, settings)
+    for ours, theirs in zip(results["rows"], measured[0]["rows"], strict=True):
+        assert (ours["tasks"], ours["kept"]) == (theirs["tasks"], theirs["kept"])
+
+
 def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
     _, _, _, rows, skipped = loaded
     assert [row.name for row in rows] == [

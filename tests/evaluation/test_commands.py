@@ -21,6 +21,9 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
     data.write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "out"
     options = ["bench", "miniature", "--data", data, "--keep", "0.25", "--seeds", 1, "--seconds", 0, "--out", out]
+    code, printed, err = run(*options, "--methods", "codebook, fastv@2", "--part", "1/2")
+    assert (code, printed) == (0, "") and "part 1 of 2" in err and not (out / "results.json").exists()
+    first = (out / "answers-1-of-2.jsonl").read_text()
     code, printed, err = run(*options, "--methods", "codebook, fastv@2")
     results = json.loads((out / "results.json").read_text())
     assert code == 0 and results["format"] == 1 and list(results["tasks"]) == ["cap", "all"]
@@ -29,6 +32,7 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
     ]  # fmt: skip
     assert "| codebook |" in printed and "report.html" in err and (out / "report.html").read_text().endswith("</html>")
     answers = (out / "answers.jsonl").read_text()
+    assert len(answers.splitlines()) == len(first.splitlines()) == 1 + 6  # one of the two questions each
     code, printed, _ = run(*options, "--methods", "codebook,fastv@2,uniform", "--json")
     again = json.loads(printed)
     assert code == 0 and (out / "answers.jsonl").read_text() == answers  # uniform had been there as a baseline
@@ -46,6 +50,7 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
         (["--methods", "uniform", "--keep", "half"], ["'half'", "0.5,0.25"]),
         (["--methods", "uniform", "--keep", "0.5,2"], ["keep must be"]),
         (["--methods", "uniform", "--data", "gqa"], ["gqa:FOLDER"]),
+        (["--methods", "uniform", "--part", "3/2"], ["'3/2'", "1/4"]),
     ],
 )
 def test_bench_refuses(refused, tmp_path, options, words):
