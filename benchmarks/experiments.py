@@ -1,29 +1,26 @@
 """Which choice of tokens, with or without mass-preserving attention: experiments on scenes like the training ones.
 
-    python benchmarks/experiments.py --out experiments.jsonl --count 100
-    python benchmarks/experiments.py --out deep.jsonl --groups deep --horizon 9 --families count ocr cap
+    python -m benchmarks.experiments --out experiments.jsonl --count 100
+    python -m benchmarks.experiments --out deep.jsonl --groups deep --horizon 9 --families count ocr cap
 
 New questions about new scenes of the miniature's training split, so that nothing is chosen by looking at the test
 split. Every row runs at every budget, averaged over the layers; one that is out of a row's reach is left out. Each
 image is encoded once for all rows. Finished batches are kept in --out: the command can be stopped and run again, with
-the same options.
+the same options. A row is a schedule's text, and behind a comma what is tried with it (`benchmarks/trials.py`).
 """
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor
-
-from codebook import Codebook, Pruner, Schedule, VisualTokens, load, miniature, models, prebuilt
-from codebook.analysis.data import of_questions
+from benchmarks import trials
+from codebook import Codebook, Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
+from codebook.analysis.data import Sample, of_questions
 from codebook.errors import CodebookError
-from codebook.evaluation import Plan, Scores, compare, mean, table
+from codebook.evaluation import Plan, Said, Scores, mean, respond, scored, table
 from codebook.progress import progress
 from codebook.pruning import METHODS
-from codebook.pruning.methods.base import group_means, nearest_kept
-from codebook.pruning.methods.combine import Combination
 from codebook.pruning.presets import HORIZON, scaled
 from codebook.pruning.text import make, needs
 
@@ -31,6 +28,7 @@ KEEPS = (0.5, 0.25, 0.11, 0.05)
 SELECTORS = (
     "random", "divprune", "codebook", "dart", "cls", "visionzip", "farthest", "codebook-farthest(representatives=0)",
 )  # fmt: skip
+OWN = ("codebook", "codebook-farthest+mass")
 GROUPS = {
     "selection": SELECTORS,
     "mass": tuple(f"{row}+mass" for row in SELECTORS),
@@ -51,50 +49,49 @@ GROUPS = {
     "merging": tuple(
         row + merged for row in ("divprune", "divprune+mass", "codebook-farthest+mass") for merged in ("", ", merged")
     ),
+    "codebooks": tuple(row + book for row in OWN for book in ("", ", no isolation", ", no recurrence", ", neither")),
+    "prompts": tuple(row + book for row in OWN for book in ("", ", count too", ", count and read too")),
+    "by-gain": (OWN[1], *(f"{OWN[1]}, gain {gain}" for gain in (0.02, 0.01, 0.005, 0.002))),
+    "by-image": (OWN[1], *(f"{OWN[1]}, by image {power}" for power in (0.5, 1.0))),
 }
-MERGED = ", merged"
-"""After a row whose kept tokens become the averages of what they stand for."""
-
-
-@dataclass(frozen=True)
-class Merged(Combination):
-    """What a pruner keeps, each token the average of itself and the dropped ones most like it."""
-
-    pruner: Pruner
-
-    @property
-    def parts(self) -> tuple[Pruner]:
-        return (self.pruner,)
-
-    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        return self.pruner.select(tokens, keep)
-
-    def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor:
-        return group_means(tokens.hidden, nearest_kept(tokens.hidden, index), len(index))
 
 
 def schedules(
-    book: Codebook, n: int, layers: int, rows: list[str], keeps: list[float], horizon: int
+    model, processor, rows: list[str], keeps: list[float], horizon: int, folder: Path
 ) -> dict[str, Schedule | None]:
     """The schedules by budget and row, `unpruned` first; those that cannot meet their budget are left out."""
+    (height, width), layers = models.family(model).grid(model), len(model.get_decoder().layers)
+    shape, shipped = {"n": height * width, "layers": layers}, prebuilt(model)
+    tried = {trial for row in rows if (trial := row.partition(", ")[2]) in trials.BOOKS}
+    books = trials.books(model, processor, folder, sorted(tried))
 
-    def own(name: str) -> Pruner:
+    def own(name: str, book: Codebook = shipped) -> Pruner:
         return METHODS[name](book) if needs(name) else make(name)
+
+    def replaced(pruner: Pruner, trial: str, keep: int) -> tuple[Pruner, int | None]:
+        kind, _, number = trial.rpartition(" ")
+        if trial == "merged":
+            return trials.Merged(pruner), keep
+        if kind == "gain":
+            return trials.ByGain(shipped, float(number)), keep
+        assert kind == "by image" and isinstance(pruner, SeededFarthestPoint)
+        return trials.by_image(model, processor, shipped, keep, float(number)), None
 
     found: dict[str, Schedule | None] = {"unpruned": None}
     for keep in keeps:
         for row in rows:
-            text = row.removesuffix(MERGED).format(h=horizon)
+            text, _, trial = row.format(h=horizon).partition(", ")
             try:
-                schedule = Schedule.solve(text, own, n=n, layers=layers, keep=keep)
+                schedule = Schedule.solve(text, partial(own, book=books.get(trial, shipped)), keep=keep, **shape)
             except CodebookError as error:
                 if "out of reach" not in str(error):
                     raise
                 continue
-            if row.endswith(MERGED):
-                stages = [replace(stage, pruner=Merged(stage.pruner)) for stage in schedule.stages]
-                schedule = replace(schedule, stages=stages)
-            found[f"{keep} {text}{MERGED if row.endswith(MERGED) else ''}"] = schedule
+            if trial and trial not in books:
+                [stage] = schedule.stages
+                pruner, count = replaced(stage.pruner, trial, stage.count(shape["n"]))
+                schedule = replace(schedule, stages=[replace(stage, pruner=pruner, keep=count)])
+            found[f"{keep} {row.format(h=horizon)}"] = schedule
     return found
 
 
@@ -106,13 +103,13 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", choices=miniature.FAMILIES, default=list(miniature.FAMILIES))
     parser.add_argument("--count", type=int, default=100, help="questions a family")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    parser.add_argument("--books", type=Path, default=Path("books"), help="folder for the codebooks that are tried")
     parser.add_argument("--horizon", type=int, help="layer of the deep stages; default: 20 of 32")
     options = parser.parse_args()
     model, processor = load("miniature")
-    (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     named = list(dict.fromkeys(row for group in options.groups for row in GROUPS[group]))  # some are in two groups
-    horizon = options.horizon or scaled(HORIZON, layers)
-    found = schedules(prebuilt(model), rows * cols, layers, named, options.keep, horizon)
+    horizon = options.horizon or scaled(HORIZON, len(model.get_decoder().layers))
+    found = schedules(model, processor, named, options.keep, horizon, options.books)
     plans: dict[str, Plan] = {name: partial(_always, schedule) for name, schedule in found.items()}
     questions = of_questions(
         question
@@ -120,19 +117,25 @@ def main() -> None:
         for question in miniature.tasks(family, "train", options.seed, options.count)
     )
     with progress("answer", len(plans) * len(questions), "answers") as tick:
-        show(compare(model, processor, questions, plans, options.out, tick), options.keep)
+        said = respond(model, processor, questions, plans, options.out, tick)
+    show(questions, said, options.keep)
 
 
 def _always(schedule: Schedule | None, asked: object) -> Schedule | None:
     return schedule
 
 
-def show(results: dict[str, Scores], keeps: list[float]) -> None:
+def show(questions: list[Sample], said: dict[str, list[Said]], keeps: list[float]) -> None:
     """One table a budget, the best first."""
+    results: dict[str, Scores] = {name: scored(questions, own) for name, own in said.items()}
     for keep in keeps:
         own = {name.removeprefix(f"{keep} "): scores for name, scores in results.items() if name.startswith(f"{keep} ")}
         print(f"\nkeep {keep}\n")
         print(table({"unpruned": results["unpruned"], **dict(sorted(own.items(), key=lambda item: -mean(item[1])))}))
+        for name in own:
+            if ", by image" in name:
+                kept = [one.counts[-1] / one.counts[0] for one in said[f"{keep} {name}"]]
+                print(f"\n{name}: kept {sum(kept) / len(kept):.4f}, from {min(kept):.4f} to {max(kept):.4f}")
 
 
 if __name__ == "__main__":

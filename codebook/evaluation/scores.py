@@ -138,12 +138,16 @@ def compare(
     blind: bool = False,
 ) -> dict[str, Scores]:
     """The scores of what `respond` gives."""
-    results: dict[str, Scores] = {}
-    for name, said in respond(model, processor, samples, plans, file, done, blind=blind).items():
-        scores = results[name] = {}
-        for sample, one in zip(samples, said, strict=True):
-            scores.setdefault(sample.task, []).append(sample.score(one.text))
-    return results
+    said = respond(model, processor, samples, plans, file, done, blind=blind)
+    return {name: scored(samples, own) for name, own in said.items()}
+
+
+def scored(samples: Sequence[Sample], said: Sequence[Said]) -> Scores:
+    """The scores of what was said to the samples."""
+    scores: Scores = {}
+    for sample, one in zip(samples, said, strict=True):
+        scores.setdefault(sample.task, []).append(sample.score(one.text))
+    return scores
 
 
 def score(

@@ -1,0 +1,168 @@
+"""What `benchmarks/experiments.py` tries: choices of tokens, and codebooks built in other ways, that are no methods."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from codebook import Codebook, Pruner, SeededFarthestPoint, VisualTokens, build, miniature, models
+from codebook.analysis.data import of_miniature
+from codebook.building.pool import Pool
+from codebook.building.presets import preset
+from codebook.progress import progress
+from codebook.pruning.methods.base import group_means, nearest_kept
+from codebook.pruning.methods.combine import Combination
+
+IMAGES = 120
+"""Training scenes of each codebook: those of the one that ships."""
+QUESTIONS = {"count": "how many objects are there?", "read": "read the number."}
+BOOKS = ("no isolation", "no recurrence", "neither", "count too", "count and read too")
+
+
+@dataclass(frozen=True)
+class Merged(Combination):
+    """What a pruner keeps, each token the average of itself and the dropped ones most like it."""
+
+    pruner: Pruner
+
+    @property
+    def parts(self) -> tuple[Pruner]:
+        return (self.pruner,)
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        return self.pruner.select(tokens, keep)
+
+    def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor:
+        return group_means(tokens.hidden, nearest_kept(tokens.hidden, index), len(index))
+
+
+@dataclass(frozen=True)
+class ByGain(Pruner):
+    """`SeededFarthestPoint` whose second half is representatives while one stands for `gain` of the image, else points.
+
+    The gain of a representative is the mean, over all tokens, of what it adds to the highest similarity to a kept one.
+    """
+
+    codebook: Codebook
+    gain: float
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        unit = normalize(tokens.features.float(), dim=-1)
+        similarity, nearest = unit @ unit.T, self.codebook.redundancy(tokens.features)
+        covered = torch.full_like(nearest, -1.0)
+        chosen: list[int] = []
+        for i in range(keep):
+            gain = (similarity - covered).clamp(min=0).mean(1)
+            gain[chosen] = -1.0
+            stands = i >= keep - keep // 2 and gain.max() > self.gain
+            pick = int(gain.argmax() if stands else nearest.argmin())
+            nearest = torch.maximum(nearest, similarity[pick])
+            covered = torch.maximum(covered, similarity[pick])
+            chosen.append(pick)
+            nearest[chosen] = torch.inf
+        return torch.tensor(sorted(chosen))
+
+
+@dataclass(frozen=True)
+class ByImage(Pruner):
+    """`SeededFarthestPoint` that keeps more of images whose redundancy scores spread more.
+
+    The number is `keep` times the scores' standard deviation over `spread` to the `power`, between half and twice
+    `keep`; `spread` is what makes the mean over images `keep`.
+    """
+
+    pruner: SeededFarthestPoint
+    keep: int
+    power: float
+    spread: float
+    adaptive: ClassVar[bool] = True
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        return self.pruner.select(tokens, keep)
+
+    def choose(self, tokens: VisualTokens) -> Tensor:
+        own = self.pruner.codebook.redundancy(tokens.features).std()
+        return self.select(tokens, int(counts(own[None], self.keep, self.power, self.spread)))
+
+
+def counts(spreads: Tensor, keep: int, power: float, spread: float) -> Tensor:
+    """Tokens that `ByImage` keeps of images whose scores spread so."""
+    return (keep * (spreads / spread) ** power).clamp(keep / 2, keep * 2).round().long()
+
+
+@cache
+def by_image(model: Any, processor: Any, book: Codebook, keep: int, power: float) -> ByImage:
+    """`ByImage` whose mean is `keep` on 200 scenes of the training split that no experiment asks about."""
+    spread = _spreads(model, processor, book)
+    low, high = float(spread.min()) / 4, float(spread.max()) * 4
+    for _ in range(40):  # the mean number falls as the divisor grows
+        middle = (low + high) / 2
+        if counts(spread, keep, power, middle).float().mean() > keep:
+            low = middle
+        else:
+            high = middle
+    return ByImage(SeededFarthestPoint(book), keep, power, high)
+
+
+@cache
+def _spreads(model: Any, processor: Any, book: Codebook) -> Tensor:
+    family = models.family(model)
+    pictures = [sample.pictures()[0] for sample in of_miniature("train", 99, 200, ["exist"])]
+    with torch.inference_mode():
+        pixels = torch.cat([family.view(processor, picture) for picture in pictures])
+        features = family.image_features(model, pixels)[0]
+    return torch.stack([book.redundancy(own.float()).std() for own in features])
+
+
+def books(model: Any, processor: Any, folder: Path, names: list[str]) -> dict[str, Codebook]:
+    """Codebooks of `BOOKS`, from the scenes of the one that ships; what is in `folder` is not built again."""
+    shipped = preset("miniature")
+    made = partial(_built, model, processor, folder)
+    wanted = {
+        "no isolation": lambda: made("no isolation", max_cluster_size=10**6),
+        "no recurrence": lambda: made("shipped", min_image_fraction=0.0),
+        "neither": lambda: made("no isolation", max_cluster_size=10**6, min_image_fraction=0.0),
+        "count too": lambda: _under_all(made, shipped, ["count"]),
+        "count and read too": lambda: _under_all(made, shipped, ["count", "read"]),
+    }
+    return {name: wanted[name]() for name in names}
+
+
+def _built(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -> Codebook:
+    return _recurring(_pool(model, processor, folder, name, **changes), preset("miniature", **changes))
+
+
+def _pool(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -> Pool:
+    out = folder / name.replace(" ", "-")
+    if not (out / "config.json").exists():
+        scenes = folder / "scenes"
+        if not scenes.exists():
+            miniature.write_images(scenes, IMAGES)
+        settings = preset("miniature", **changes | {"min_image_fraction": 0.0})
+        with progress(f"build {name}", IMAGES, "images") as tick:
+            build(model, processor, scenes, out, model_id="miniature", settings=settings,
+                  progress=lambda state: tick(state.done))  # fmt: skip
+    return Pool.load(out)[1]
+
+
+def _under_all(made: partial, shipped: Any, questions: list[str]) -> Codebook:
+    """Prototypes whose divergence is below the threshold under other questions too; P1 is that of the first."""
+    pool = _pool(*made.args, "shipped")
+    where = [{_place(row) for row in _pool(*made.args, q, prompt=QUESTIONS[q], tau_p=1.0).rows} for q in questions]
+    kept = [i for i, row in enumerate(pool.rows) if all(_place(row) in places for places in where)]
+    return _recurring(Pool(pool.images, pool.features[kept], [pool.rows[i] for i in kept]), shipped)
+
+
+def _place(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["image"], row["row"], row["col"]
+
+
+def _recurring(pool: Pool, settings: Any) -> Codebook:
+    kept, _ = pool.recurring(settings)
+    return Codebook(pool.features[kept])
