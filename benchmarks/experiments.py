@@ -50,7 +50,7 @@ GROUPS = {
         row + merged for row in ("divprune", "divprune+mass", "codebook-farthest+mass") for merged in ("", ", merged")
     ),
     "codebooks": tuple(row + book for row in OWN for book in ("", ", no isolation", ", no recurrence", ", neither")),
-    "prompts": tuple(row + book for row in OWN for book in ("", ", count too", ", count and read too")),
+    "prompts": tuple(row + book for row in OWN for book in (", no recurrence", ", count too", ", count and read too")),
     "by-gain": (OWN[1], *(f"{OWN[1]}, gain {gain}" for gain in (0.02, 0.01, 0.005, 0.002))),
     "by-image": (OWN[1], *(f"{OWN[1]}, by image {power}" for power in (0.5, 1.0))),
 }

@@ -122,20 +122,20 @@ def _spreads(model: Any, processor: Any, book: Codebook) -> Tensor:
 
 def books(model: Any, processor: Any, folder: Path, names: list[str]) -> dict[str, Codebook]:
     """Codebooks of `BOOKS`, from the scenes of the one that ships; what is in `folder` is not built again."""
-    shipped = preset("miniature")
     made = partial(_built, model, processor, folder)
     wanted = {
         "no isolation": lambda: made("no isolation", max_cluster_size=10**6),
         "no recurrence": lambda: made("shipped", min_image_fraction=0.0),
         "neither": lambda: made("no isolation", max_cluster_size=10**6, min_image_fraction=0.0),
-        "count too": lambda: _under_all(made, shipped, ["count"]),
-        "count and read too": lambda: _under_all(made, shipped, ["count", "read"]),
+        "count too": lambda: _under_all(made, ["count"]),
+        "count and read too": lambda: _under_all(made, ["count", "read"]),
     }
     return {name: wanted[name]() for name in names}
 
 
 def _built(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -> Codebook:
-    return _recurring(_pool(model, processor, folder, name, **changes), preset("miniature", **changes))
+    pool = _pool(model, processor, folder, name, **changes)
+    return Codebook(pool.features[pool.recurring(preset("miniature", **changes))[0]])
 
 
 def _pool(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -> Pool:
@@ -151,18 +151,15 @@ def _pool(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -
     return Pool.load(out)[1]
 
 
-def _under_all(made: partial, shipped: Any, questions: list[str]) -> Codebook:
-    """Prototypes whose divergence is below the threshold under other questions too; P1 is that of the first."""
+def _under_all(made: partial, questions: list[str]) -> Codebook:
+    """Survivors whose divergence is below the threshold under other questions too; P1 is that of the first.
+
+    Too few to recur: what they compare with is the codebook without recurrence.
+    """
     pool = _pool(*made.args, "shipped")
     where = [{_place(row) for row in _pool(*made.args, q, prompt=QUESTIONS[q], tau_p=1.0).rows} for q in questions]
-    kept = [i for i, row in enumerate(pool.rows) if all(_place(row) in places for places in where)]
-    return _recurring(Pool(pool.images, pool.features[kept], [pool.rows[i] for i in kept]), shipped)
+    return Codebook(pool.features[[i for i, row in enumerate(pool.rows) if all(_place(row) in own for own in where)]])
 
 
 def _place(row: dict[str, Any]) -> tuple[str, int, int]:
     return row["image"], row["row"], row["col"]
-
-
-def _recurring(pool: Pool, settings: Any) -> Codebook:
-    kept, _ = pool.recurring(settings)
-    return Codebook(pool.features[kept])
