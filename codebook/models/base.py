@@ -255,11 +255,11 @@ class Family(ABC):
         """
         found: list[list[Image]] = [[] for _ in prompts]
         for kind, call in encoded.items():
-            rows = self.layouts(model, kind, prompts, call)
+            rows, visual = self.layouts(model, kind, prompts, call), self.token(model, kind)
             pieces = [sum(layout.pieces for layout in row) for row in rows]
             first = None if call is None else _first_pieces(kind, len(self.pixels(model, call)), pieces)
             for i, (ids, row) in enumerate(zip(prompts, rows, strict=True)):
-                columns = [column for column, token in enumerate(ids) if token == self.token(model, kind)]
+                columns = [column for column, token in enumerate(ids) if token == visual]
                 start, piece = 0, 0 if first is None else first[i]
                 for layout in row:
                     stop, after = start + layout.length, piece + layout.pieces
