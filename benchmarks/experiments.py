@@ -52,7 +52,7 @@ GROUPS = {
     "codebooks": tuple(row + book for row in OWN for book in ("", ", no isolation", ", no recurrence", ", neither")),
     "prompts": tuple(row + book for row in OWN for book in (", no recurrence", ", count too", ", count and read too")),
     "by-gain": (OWN[1], *(f"{OWN[1]}, gain {gain}" for gain in (0.02, 0.01, 0.005, 0.002))),
-    "by-image": (OWN[1], *(f"{OWN[1]}, by image {power}" for power in (0.5, 1.0))),
+    "by-image": (OWN[1], *(f"{OWN[1]}, by image {power}" for power in (0.5, 1.0, 2.0))),
 }
 
 
