@@ -52,7 +52,8 @@ GROUPS = {
     "codebooks": tuple(row + book for row in OWN for book in ("", ", no isolation", ", no recurrence", ", neither")),
     "prompts": tuple(row + book for row in OWN for book in (", no recurrence", ", count too", ", count and read too")),
     "by-gain": (OWN[1], *(f"{OWN[1]}, gain {gain}" for gain in (0.02, 0.01, 0.005, 0.002))),
-    "by-image": (OWN[1], *(f"{OWN[1]}, by image {power}" for power in (0.5, 1.0, 2.0))),
+    "by-image": (OWN[1], *(f"{OWN[1]}, by scores {power}" for power in (0.5, 1.0, 2.0))),
+    "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
 }
 
 
@@ -74,8 +75,9 @@ def schedules(
             return trials.Merged(pruner), keep
         if kind == "gain":
             return trials.ByGain(shipped, float(number)), keep
-        assert kind == "by image" and isinstance(pruner, SeededFarthestPoint)
-        return trials.by_image(model, processor, shipped, keep, float(number)), None
+        assert isinstance(pruner, SeededFarthestPoint)
+        signal = kind.removeprefix("by ")
+        return trials.by_image(model, processor, shipped, keep, signal, float(number)), None
 
     found: dict[str, Schedule | None] = {"unpruned": None}
     for keep in keeps:
@@ -133,7 +135,7 @@ def show(questions: list[Sample], said: dict[str, list[Said]], keeps: list[float
         print(f"\nkeep {keep}\n")
         print(table({"unpruned": results["unpruned"], **dict(sorted(own.items(), key=lambda item: -mean(item[1])))}))
         for name in own:
-            if ", by image" in name:
+            if ", by " in name:
                 kept = [one.counts[-1] / one.counts[0] for one in said[f"{keep} {name}"]]
                 print(f"\n{name}: kept {sum(kept) / len(kept):.4f}, from {min(kept):.4f} to {max(kept):.4f}")
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import cosine_similarity, normalize
 
 from codebook import Codebook, Pruner, SeededFarthestPoint, VisualTokens, build, miniature, models
 from codebook.analysis.data import of_miniature
@@ -71,53 +71,70 @@ class ByGain(Pruner):
 
 @dataclass(frozen=True)
 class ByImage(Pruner):
-    """`SeededFarthestPoint` that keeps more of images whose redundancy scores spread more.
+    """`SeededFarthestPoint` that keeps more of images whose tokens differ more.
 
-    The number is `keep` times the scores' standard deviation over `spread` to the `power`, between half and twice
-    `keep`; `spread` is what makes the mean over images `keep`.
+    The number is `keep` times the image's `signal` over `usual` to the `power`, between half and twice `keep`; `usual`
+    is what makes the mean over images `keep`.
     """
 
     pruner: SeededFarthestPoint
     keep: int
+    signal: str
     power: float
-    spread: float
+    usual: float
     adaptive: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         return self.pruner.select(tokens, keep)
 
     def choose(self, tokens: VisualTokens) -> Tensor:
-        own = self.pruner.codebook.redundancy(tokens.features).std()
-        return self.select(tokens, int(counts(own[None], self.keep, self.power, self.spread)))
+        own = SIGNALS[self.signal](tokens.features.float(), self.pruner.codebook)
+        return self.select(tokens, int(counts(own[None], self.keep, self.power, self.usual)))
 
 
-def counts(spreads: Tensor, keep: int, power: float, spread: float) -> Tensor:
-    """Tokens that `ByImage` keeps of images whose scores spread so."""
-    return (keep * (spreads / spread) ** power).clamp(keep / 2, keep * 2).round().long()
+def counts(signal: Tensor, keep: int, power: float, usual: float) -> Tensor:
+    """Tokens that `ByImage` keeps of images with these signals."""
+    return (keep * (signal / usual) ** power).clamp(keep / 2, keep * 2).round().long()
+
+
+def _scores(features: Tensor, book: Codebook) -> Tensor:
+    return book.redundancy(features).std()
+
+
+def _centre(features: Tensor, book: Codebook) -> Tensor:
+    return cosine_similarity(features, features.mean(0, keepdim=True)).std()
+
+
+def _dispersion(features: Tensor, book: Codebook) -> Tensor:
+    return 1 - normalize(features, dim=-1).mean(0).square().sum()
+
+
+SIGNALS = {"scores": _scores, "centre": _centre, "dispersion": _dispersion}
+"""What differs between an image's tokens: their redundancy scores, their likeness to their mean, their directions."""
 
 
 @cache
-def by_image(model: Any, processor: Any, book: Codebook, keep: int, power: float) -> ByImage:
+def by_image(model: Any, processor: Any, book: Codebook, keep: int, signal: str, power: float) -> ByImage:
     """`ByImage` whose mean is `keep` on 200 scenes of the training split that no experiment asks about."""
-    spread = _spreads(model, processor, book)
-    low, high = float(spread.min()) / 4, float(spread.max()) * 4
+    found = _signals(model, processor, book, signal)
+    low, high = float(found.min()) / 4, float(found.max()) * 4
     for _ in range(40):  # the mean number falls as the divisor grows
         middle = (low + high) / 2
-        if counts(spread, keep, power, middle).float().mean() > keep:
+        if counts(found, keep, power, middle).float().mean() > keep:
             low = middle
         else:
             high = middle
-    return ByImage(SeededFarthestPoint(book), keep, power, high)
+    return ByImage(SeededFarthestPoint(book), keep, signal, power, high)
 
 
 @cache
-def _spreads(model: Any, processor: Any, book: Codebook) -> Tensor:
+def _signals(model: Any, processor: Any, book: Codebook, signal: str) -> Tensor:
     family = models.family(model)
     pictures = [sample.pictures()[0] for sample in of_miniature("train", 99, 200, ["exist"])]
     with torch.inference_mode():
         pixels = torch.cat([family.view(processor, picture) for picture in pictures])
         features = family.image_features(model, pixels)[0]
-    return torch.stack([book.redundancy(own.float()).std() for own in features])
+    return torch.stack([SIGNALS[signal](own.float(), book) for own in features])
 
 
 def books(model: Any, processor: Any, folder: Path, names: list[str]) -> dict[str, Codebook]:
