@@ -163,12 +163,12 @@ def prune_image(
 def describe(model: Any, schedule: Schedule) -> dict[str, Any]:
     """A schedule and what it costs on a model, for one image: tokens per layer, their average, FLOPs, KV cache.
 
-    Of a schedule that decides for each image how many tokens stay, only its text.
+    Of a schedule under which images keep different numbers of tokens, only its text.
     """
     rows, cols = models.family(model).grid(model)
     text, n = model.config.get_text_config(), rows * cols
     report: dict[str, Any] = {"schedule": str(schedule), "tokens": n}
-    if schedule.adaptive:
+    if schedule.varies:
         return report
     layers, heads = text.num_hidden_layers, text.num_attention_heads
     shape = {"layers": layers, "hidden": text.hidden_size, "intermediate": text.intermediate_size}

@@ -77,6 +77,11 @@ class Codebook:
         return f"Codebook({len(self)} prototypes of dimension {self.dimension}, for {self.config['model']})"
 
     @property
+    def spread(self) -> float | None:
+        """Mean spread of the images that it was built from (`codebook.spread`); None if it does not say."""
+        return self.config.get("spread")
+
+    @property
     def dimension(self) -> int:
         return self.prototypes.shape[1]
 

@@ -299,7 +299,7 @@ def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Pa
             journal.add(name, {**record, "error": found})
             skipped.append(name)
         else:
-            record |= {"tokens": found.tokens, "funnel": found.funnel}
+            record |= {"tokens": found.tokens, "funnel": found.funnel, "spread": found.spread}
             if options.exhaustive:
                 record["probes"] = found.probes
             journal.add(name, record, found.features)
@@ -315,12 +315,12 @@ def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Pa
 
 
 def _finished(record: dict[str, Any] | None, stamp: Any) -> bool:
-    return record is not None and "tokens" in record and record["stamp"] == stamp
+    return record is not None and {"tokens", "spread"} <= record.keys() and record["stamp"] == stamp
 
 
 def _pool(journal: Journal, stamps: dict[str, Any]) -> Pool:
     records = {name: journal.records[name] for name in stamps}
-    public = {"stamp", "funnel", "error"}
+    public = {"stamp", "funnel", "spread", "error"}
     images = {name: {k: v for k, v in record.items() if k in public} for name, record in records.items()}
     owners = [name for name, record in records.items() if record.get("tokens")]
     rows = [{"image": name, **token} for name in owners for token in records[name]["tokens"]]

@@ -14,6 +14,7 @@ from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.building.probes import Prober
 from codebook.models import Family
+from codebook.spread import spread
 
 MARGIN = 0.002
 """A value this close to its threshold, relatively, is computed again in a forward of its own before it decides."""
@@ -31,6 +32,8 @@ class Survivors:
         For each of them `row`, `col`, `p1`, `jsd_region`, `jsd_global`.
     funnel
         How many of its tokens each step left.
+    spread
+        Of all its tokens: `codebook.spread`, to six decimals.
     probes
         Of an exhaustive run: for each probed token what `tokens` says, and `cluster_size`; else empty.
     """
@@ -38,6 +41,7 @@ class Survivors:
     features: Tensor
     tokens: list[dict[str, Any]]
     funnel: dict[str, int]
+    spread: float
     probes: list[dict[str, Any]]
 
 
@@ -114,7 +118,8 @@ def survivors(
         return [{"row": token // cols, "col": token % cols, **values[token]} for token in asked]
 
     sized = [{**row, "cluster_size": sizes[token]} for token, row in zip(probed, rows(probed), strict=True)]
-    return Survivors(raw[[probed.index(token) for token in left]], rows(left), funnel, sized if exhaustive else [])
+    found, spreads = raw[[probed.index(token) for token in left]], round(float(spread(tokens[:, :own])), 6)
+    return Survivors(found, rows(left), funnel, spreads, sized if exhaustive else [])
 
 
 def _close(value: float, threshold: float) -> bool:

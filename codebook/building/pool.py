@@ -30,7 +30,8 @@ class Pool:
     Attributes
     ----------
     images
-        For each image, by name in sorted order, `stamp` and either `funnel` (tokens left by each step) or `error`.
+        For each image, by name in sorted order, `stamp` and either `funnel` (tokens left by each step) and `spread` or
+        `error`.
     features : (M, d) float32
         In the order of the images' names, raster order inside an image.
     rows
@@ -53,6 +54,12 @@ class Pool:
     def funnel(self) -> dict[str, int]:
         """Tokens left by each step before recurrence, over all images."""
         return {step: sum(self.images[name]["funnel"][step] for name in self.used) for step in STEPS[:-1]}
+
+    @property
+    def spread(self) -> float | None:
+        """The images' mean spread (`codebook.spread`); None if that of one is not known."""
+        known = [self.images[name]["spread"] for name in self.used if "spread" in self.images[name]]
+        return round(sum(known) / len(known), 6) if len(known) == len(self.used) > 0 else None
 
     @property
     def digest(self) -> str:
@@ -99,6 +106,7 @@ class Pool:
             "images_sha256": self.digest,
             "images": {"used": len(self.used), "skipped": self.skipped},
             "funnel": {**self.funnel, "recurrent": len(kept)},
+            **({} if self.spread is None else {"spread": self.spread}),
         }
         book = Codebook(self.features[kept], [{**self.rows[i], "cluster": labels[i]} for i in kept], config)
         rest = sorted(set(range(len(self.rows))) - set(kept))

@@ -18,6 +18,7 @@ from codebook.pruning.cache import PAD, KeptIndex, visible
 from codebook.pruning.methods.base import nearest_kept
 from codebook.pruning.schedule import Stage
 from codebook.pruning.tokens import VisualTokens, digest_rows, mix
+from codebook.spread import spread
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,7 @@ class Forward:
         self.blocks: Tensor | None = None
         self.images: list[models.Image] = []
         self.units: list[Unit] = []
+        self.portions: list[float] = []
         self.sequence: Sequence | None = None
         self.attention: tuple[Tensor, Tensor, float] | None = None
         self.layer_before: tuple[Any, tuple[Tensor, Tensor]] | None = None
@@ -88,8 +90,10 @@ class Forward:
             raise CodebookError("pruning needs a 2-D attention mask (batch, length), as processors make it, and a "
                                 "DynamicCache: use neither 4-D masks nor a static cache")  # fmt: skip
 
-    def find_images(self, input_ids: Tensor, encoded: dict[str, Encoded | None], shared: bool) -> None:
-        """Locate the prompt's images; the one place where the host waits for token ids and padding."""
+    def find_images(
+        self, input_ids: Tensor, encoded: dict[str, Encoded | None], shared: bool, usual: float | None = None
+    ) -> None:
+        """Locate the prompt's images; the one place where the host waits for token ids, padding and spreads."""
         ids, on = input_ids.tolist(), self._valid(self.length).tolist()
         device = self.embeds.device
         visual = {self.family.token(self.model, kind) for kind in encoded}
@@ -141,6 +145,15 @@ class Forward:
                     )
                     offset += len(index)
                 self.images.append(image)
+        if usual is not None and self.units:
+            self._portion(usual)
+
+    def _portion(self, usual: float) -> None:
+        """How much of what the stages say each image keeps: `Schedule.spread`."""
+        spreads = torch.stack([spread(unit.features) for unit in self.units]).tolist()
+        for number in range(len(self.images)):
+            own = [value for unit, value in zip(self.units, spreads, strict=True) if unit.image == number]
+            self.portions.append(min(2.0, max(0.5, sum(own) / len(own) / usual)))
 
     def _tower(self, call: Encoded | None) -> Tower | None:
         if call is None or not call.attention:
@@ -211,6 +224,8 @@ class Forward:
         for number, image in enumerate(self.images):
             now = [unit.count for unit in self.units if unit.image == number]
             target = stage.count(image.count)
+            if self.portions and target:
+                target = min(image.count, max(1, round(target * self.portions[number])))
             if target > sum(now) and any(now):
                 raise CodebookError(
                     f"the stage at layer {stage.layer} keeps {target} visual tokens, but only {sum(now)} are left"

@@ -159,7 +159,7 @@ class Pruning:
         if given["kinds"]:
             forward.check_mask()
             encoded = {kind: self._call(kind, given) for kind in given["kinds"]}
-            forward.find_images(given["input_ids"], encoded, self.schedule.quotas == "shared")
+            forward.find_images(given["input_ids"], encoded, self.schedule.quotas == "shared", self.schedule.spread)
             self.images, self.kept = forward.images, [[] for _ in forward.images]
 
     def _call(self, kind: str, given: dict[str, Any]) -> Encoded | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from codebook.errors import CodebookError
 from codebook.pruning.text import DROP, Make, Part, read, split
@@ -40,7 +41,7 @@ def scaled(layer: int, layers: int) -> int:
 
 def expand(
     text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
-) -> tuple[list[Part], dict[str, str], bool]:
+) -> tuple[list[Part], dict[str, Any], bool]:
     """The parts of a schedule's text or of the preset that it names, each with layer and keep.
 
     Parameters

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from codebook.errors import CodebookError
 from codebook.pruning import presets
 from codebook.pruning.methods import Pruner
-from codebook.pruning.text import DROP, SETTINGS, UNPRUNED, Make, Part, make, read, spell
+from codebook.pruning.text import CODEBOOK, DROP, SETTINGS, UNPRUNED, Make, Part, make, read, spell
 
 if TYPE_CHECKING:
     from codebook.pruning.hooks import Pruning
@@ -110,16 +110,23 @@ class Schedule:
     quotas
         Of images with several crops and of videos, whose quota is that of all their visual tokens. `each`: every crop
         or frame keeps the same share. `shared`: they compete for it, as if they were one tall image.
+    spread
+        None: every image keeps what the stages say. A number: images keep in proportion to their spread
+        (`codebook.spread`; of crops and frames, their mean), and one with this spread keeps what the stages say; none
+        less than half of that or more than twice. Where it is the images' mean spread, as `Codebook.spread` is of those
+        of a codebook, the stages say what images keep on average.
 
     Notes
     -----
     The budget of a schedule is the number of visual tokens averaged over the decoder layers, as a fraction of the
-    unpruned number: `schedule.budget(n, layers)`.
+    unpruned number: `schedule.budget(n, layers)`. With `spread` it is that of images with this spread, and an average
+    over others.
     """
 
     stages: Sequence[Stage]
     positions: Literal["keep", "compact"] = "keep"
     quotas: Literal["each", "shared"] = "each"
+    spread: float | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
@@ -127,6 +134,10 @@ class Schedule:
             raise CodebookError(f"positions must be 'keep' or 'compact', not {self.positions!r}")
         if self.quotas not in ("each", "shared"):
             raise CodebookError(f"quotas must be 'each' or 'shared', not {self.quotas!r}")
+        if self.spread is not None and not 0 < self.spread < math.inf:
+            raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {self.spread}")
+        if self.spread is not None and self.adaptive:
+            raise CodebookError("a stage decides how many tokens stay of each image: leave spread out")
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if after.layer <= before.layer:
                 raise CodebookError(f"stages must be at ascending layers: {after.layer} follows {before.layer}")
@@ -160,8 +171,13 @@ class Schedule:
         """Whether a stage decides for each image how many tokens stay: then costs are known only after running."""
         return any(stage.adaptive for stage in self.stages)
 
+    @property
+    def varies(self) -> bool:
+        """Whether images of one size keep different numbers of tokens: what one costs is known only after running."""
+        return self.adaptive or self.spread is not None
+
     def counts(self, n: int, layers: int) -> list[int]:
-        """Visual tokens of an image of `n` that each of the decoder's `layers` layers sees."""
+        """Visual tokens of an image of `n`, of the usual spread, that each of the decoder's `layers` layers sees."""
         self.check_layers(layers)
         now, out = n, []
         by_layer = {stage.layer: stage for stage in self.stages}
@@ -338,6 +354,8 @@ class Schedule:
     @classmethod
     def _of(cls, parts: Sequence[Part], settings: dict[str, Any]) -> Schedule:
         stages = []
+        if settings.get("spread") == CODEBOOK:
+            settings = settings | {"spread": _spread([part.pruner for part in parts])}
         for part in parts:
             if part.method == DROP and (not part.layer or part.keep):
                 part.fail("drop needs a layer, 1 or later, and keeps nothing: write drop@21")
@@ -377,6 +395,17 @@ def _scaled(stages: Sequence[Stage], n: int, t: int) -> list[Stage]:
         out.append(stage)
         most = stage.count(n)
     return out
+
+
+def _spread(pruners: Sequence[Pruner]) -> float | None:
+    """What the pruners' codebook says; None if the schedule is only checked and there is none yet."""
+    books = [pruner.codebook for pruner in pruners if hasattr(pruner, "codebook")]
+    if not books:
+        raise CodebookError("no stage has a codebook that could say the usual spread: write it, as in spread=0.2")
+    if books[0] is not None and books[0].spread is None:
+        raise CodebookError("the codebook does not say the spread of its images: build it again with this version, or "
+                            "write the usual spread, as in spread=0.2")  # fmt: skip
+    return None if books[0] is None else float(books[0].spread)
 
 
 def _share(keep: Keep, n: int) -> float:

@@ -1,7 +1,7 @@
 """The text form of schedules: what the command line takes and result files hold.
 
     schedule := (part {"," part} | "unpruned") {";" setting}
-    setting  := "positions=" ("keep" | "compact") | "quotas=" ("each" | "shared")
+    setting  := "positions=" ("keep" | "compact") | "quotas=" ("each" | "shared") | "spread=" (number | "codebook")
     part     := method ["(" option "=" value {"," option "=" value} ")"] ["@" layer] [":" keep] ["+mass"]
 
 A keep with a decimal point is a fraction of the image's tokens, one without is a count. `drop@21` needs none, nor do
@@ -22,9 +22,11 @@ from typing import Any, NoReturn
 from codebook.errors import CodebookError
 from codebook.pruning.methods import METHODS, Pruner
 
+CODEBOOK = "codebook"
+"""Of spread: what the codebook of the schedule's stages says."""
 DROP = "drop"
 UNPRUNED = "unpruned"
-SETTINGS = {"positions": "keep", "quotas": "each"}
+SETTINGS = {"positions": "keep", "quotas": "each", "spread": None}
 """Of a schedule, with their defaults."""
 GRAMMAR = "method[(option=value)][@layer][:keep][+mass]"
 WITH_MASS = {"seeded": "codebook-farthest"}
@@ -62,7 +64,7 @@ def make(name: str) -> Pruner:
     return METHODS[name]()
 
 
-def read(text: str, make: Make, separator: str = ",", others: Iterable[str] = ()) -> tuple[list[Part], dict[str, str]]:
+def read(text: str, make: Make, separator: str = ",", others: Iterable[str] = ()) -> tuple[list[Part], dict[str, Any]]:
     """The parts of a schedule's text and its settings.
 
     Parameters
@@ -82,13 +84,14 @@ def read(text: str, make: Make, separator: str = ",", others: Iterable[str] = ()
         Naming the part that cannot be read and the character it begins at.
     """
     (_, body), *tail = split(text, ";")
-    chosen = {}
+    chosen: dict[str, Any] = {}
     for start, option in tail:
         key, _, value = (word.strip() for word in option.partition("="))
         if key not in SETTINGS:
             raise CodebookError(f"cannot read {option.strip()!r} (character {start + 1}) of the schedule: write "
-                                "positions=keep or positions=compact, quotas=each or quotas=shared")  # fmt: skip
-        chosen[key] = value
+                                "positions=keep or positions=compact, quotas=each or quotas=shared, spread=codebook "
+                                "or a number")  # fmt: skip
+        chosen[key] = _spread(value) if key == "spread" else value
     if body.strip() == UNPRUNED:
         return [], chosen
     return [_part(i, *piece, make, others) for i, piece in enumerate(split(body, separator), 1)], chosen
@@ -157,6 +160,13 @@ def _part(number: int, start: int, text: str, make: Make, others: Iterable[str])
 
 
 _WHOLE = re.compile(r"\s*\d+\s*")
+
+
+def _spread(value: str) -> str | float:
+    try:
+        return value if value == CODEBOOK else float(value)
+    except ValueError:
+        raise CodebookError(f"cannot read the spread {value!r}: write spread=codebook or a number") from None
 
 
 def _number(keep: str) -> int | float:

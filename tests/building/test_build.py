@@ -1,3 +1,4 @@
+import json
 import multiprocessing
 import os
 import pathlib
@@ -65,6 +66,14 @@ def test_build(tiny, pictures, tmp_path):
         pixels = processor.image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
         tokens = family(model).image_features(model, pixels)[0][0]
     assert torch.equal(book.prototypes[-1], tokens[row["row"] * 6 + row["col"]])
+    spreads = [json.loads(line)["spread"] for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]
+    last = sorted(p for p in pictures.rglob("*") if p.is_file())[-1]
+    with Image.open(last) as image, torch.inference_mode():
+        pixels = processor.image_processor(images=image.convert("RGB"), return_tensors="pt")["pixel_values"]
+        tokens = family(model).image_features(model, pixels)[0][0].double().numpy()
+    unit, mean = tokens / numpy.linalg.norm(tokens, axis=1, keepdims=True), tokens.mean(0)
+    assert spreads[-1] == pytest.approx(numpy.std(unit @ (mean / numpy.linalg.norm(mean))), abs=1e-5)
+    assert book.spread == book.config["spread"] == pytest.approx(numpy.mean(spreads), abs=1e-6)
     clusters = {
         r["cluster"]: {q["image"] for q in book.provenance if q["cluster"] == r["cluster"]} for r in book.provenance
     }
