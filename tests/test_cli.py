@@ -58,6 +58,19 @@ def test_schedule_text_and_several_images(run, scenes):
     assert report["kv_bytes"] == 2 * 160 * 4 * 6 * (72 + 10)  # keys and values, 160 wide, fp32
 
 
+def test_images_keep_by_their_spread(run, scenes, tmp_path):
+    Image.new("RGB", (96, 96), "gray").save(plain := tmp_path / "plain.png")
+    ask = ["prune", "miniature", "--image", plain, "--image", scenes[0], "--image", scenes[1], "--ask", "describe."]
+    code, out, _ = run(*ask, "--schedule", "seeded; spread=codebook", "--keep", 0.25, "--json")
+    report = json.loads(out)
+    usual = Codebook.load(ROOT / "indexes" / "miniature").config["spread"]
+    assert code == 0 and report["schedule"] == f"codebook-farthest:0.25+mass; spread={usual}"
+    kept = [len(k) for k in report["kept"]]
+    assert kept[0] == 18 < kept[1] and "counts" not in report  # half of 36: nothing is as plain as gray
+    code, _, err = run(*ask, "--schedule", "seeded; spread=codebook", "--keep", 0.25)
+    assert code == 0 and f"kept {kept[0]}, {kept[1]}, {kept[2]} of 144" in err
+
+
 def test_presets_are_fitted_to_the_budget(run, scenes, tmp_path):
     ask = ["prune", "miniature", "--image", scenes[0], "--ask", "describe.", "--json"]
     report = json.loads(run(*ask, "--schedule", "uniform+random@6:10; positions=compact", "--keep", 0.25)[1])
