@@ -9,9 +9,9 @@ from codebook.analysis import data
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    """Sixteen questions of two tasks, those of one without answers."""
+    """Eighteen questions of two tasks, those of one without answers."""
     folder = tmp_path_factory.mktemp("data")
-    samples = [s for s in data.of_miniature("train", 3, 8) if s.task in ("exist", "attr")]
+    samples = [s for s in data.of_miniature("train", 3, 9) if s.task in ("exist", "attr")]
     with (folder / "data.jsonl").open("w") as out:
         for i, sample in enumerate(samples):
             sample.pictures()[0].save(folder / f"{i}.png")
@@ -27,7 +27,7 @@ def test_horizon(run, file, tmp_path):
     assert code == 0 and shown.splitlines()[0].split()[:3] == ["task", "samples", "unpruned"]
     assert {"attr", "exist", "mean"} <= {line.split()[0] for line in shown.splitlines() if line}
     report = json.loads((out / "horizon.json").read_text())
-    assert (report["samples"], report["labelled"], report["layers"]) == (16, 8, 12)
+    assert (report["samples"], report["labelled"], report["layers"]) == (18, 9, 12)
     assert report["horizons"]["exist"]["full"] > 0.5 and len(report["horizons"]["mean"]["loss"]) == 12
     assert (out / "horizon.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["first-token.jsonl", "horizon.json", "horizon.png"]
