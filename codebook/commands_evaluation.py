@@ -92,7 +92,7 @@ def run_bench(
     if share is not None:
         i, n = share
         with progress(f"bench, part {i} of {n}", bench.work(tasks, rows, settings, share), "answers") as tick:
-            bench.answer_part(model, processor, tasks, rows, out, settings, share, tick)
+            bench.run(model, processor, tasks, rows, out, settings, tick, share)
         note(f"part {i} of {n} is answered: run the command without --part when all {n} are")
         return
     with progress("bench", bench.work(tasks, rows), "answers") as tick:

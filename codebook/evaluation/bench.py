@@ -162,6 +162,7 @@ def run(
     out: Path,
     settings: Settings | None = None,
     done: Callable[[int, str], None] = lambda count, note: None,
+    part: Part | None = None,
 ) -> dict[str, Any]:
     """Measure all rows: answers first, then, apart from them, time and memory of one prompt.
 
@@ -170,17 +171,31 @@ def run(
     out
         Folder of the journals. Called again, what is in them is not repeated, and rows that were added are measured.
     done
-        Hears how many answers there are, of `work(tasks, rows)`, and what is being done.
+        Hears how many answers there are, of `work(tasks, rows, settings, part)`, and what is being done.
+    part
+        Only give this part of the answers, into a journal of its own. The parts (1, n) to (n, n) may run at once, on
+        several devices, the same one in one process only; a run without `part` then finds their answers in the folder.
 
     Returns
     -------
-    The contents of results.json, but for the samples shown; see docs/bench.md
+    The contents of results.json, but for the samples shown; see docs/bench.md. Of a part nothing, {}
     """
     settings = settings or Settings()
-    timed, bench = _timed(model, processor, tasks)
+    samples = [sample for task in tasks for sample in task.samples]
+    timed = _prompt(samples)
+    bench = Bench(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
     rows, refused = _possible(bench, rows)
-    said = _answers(model, processor, tasks, rows, out, settings, done)
-    costs = _costs(bench, rows, out, settings, lambda note: done(work(tasks, rows), note))
+    plans: dict[str, Plan] = {}
+    for row in rows:
+        for schedule in row.schedules:
+            plans[_key(schedule)] = functools.partial(_always, schedule)
+    said = respond(
+        model, processor, samples, plans, out / "answers.jsonl", lambda count: done(count, "answers"),
+        batch=settings.batch, max_new_tokens=settings.max_new_tokens, part=part,
+    )  # fmt: skip
+    if part is not None:
+        return {}
+    costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
     sums = {key: _sums(tasks, found) for key, found in said.items()}
     results = []
     for row, cost in zip(rows, costs, strict=True):
@@ -208,53 +223,8 @@ def run(
     }
 
 
-def answer_part(
-    model: Any,
-    processor: Any,
-    tasks: Sequence[Task],
-    rows: Sequence[Row],
-    out: Path,
-    settings: Settings,
-    part: Part,
-    done: Callable[[int, str], None] = lambda count, note: None,
-) -> None:
-    """A part of the answers that `run` needs, into a journal of its own, which `run` then finds in the folder.
-
-    The parts of (1, n) to (n, n) may be answered at once, by processes on several devices; the same part by one only.
-    """
-    rows, _ = _possible(_timed(model, processor, tasks)[1], rows)
-    _answers(model, processor, tasks, rows, out, settings, done, part)
-
-
-def _timed(model: Any, processor: Any, tasks: Sequence[Task]) -> tuple[Sample, Bench]:
-    """The first sample with as few images as any, and what times it."""
-    timed = min((sample for task in tasks for sample in task.samples), key=lambda sample: len(sample.images))
-    return timed, Bench(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
-
-
-def _answers(
-    model: Any,
-    processor: Any,
-    tasks: Sequence[Task],
-    rows: Sequence[Row],
-    out: Path,
-    settings: Settings,
-    done: Callable[[int, str], None],
-    part: Part | None = None,
-) -> dict[str, list[Said]]:
-    samples = [sample for task in tasks for sample in task.samples]
-    plans: dict[str, Plan] = {}
-    for row in rows:
-        for schedule in row.schedules:
-            plans[_key(schedule)] = functools.partial(_always, schedule)
-    return respond(
-        model, processor, samples, plans, out / "answers.jsonl", lambda count: done(count, "answers"),
-        batch=settings.batch, max_new_tokens=settings.max_new_tokens, part=part,
-    )  # fmt: skip
-
-
 def work(tasks: Sequence[Task], rows: Sequence[Row], settings: Settings | None = None, part: Part | None = None) -> int:
-    """Answers of `run`, or of `answer_part`."""
+    """Answers of `run`."""
     plans = {_key(schedule) for row in rows for schedule in row.schedules}
     samples, settings = [sample for task in tasks for sample in task.samples], settings or Settings()
     return len(plans) * sum(len(own) for _, own in batches(samples, settings.batch, part))
@@ -270,6 +240,11 @@ def _key(schedule: Schedule | None) -> str:
         return UNPRUNED
     books = [stage.pruner.codebook for stage in schedule.stages if hasattr(stage.pruner, "codebook")]
     return " ".join([str(schedule), *(f"{int(digest_rows(b.prototypes[None])[0]) % 2**32:08x}" for b in books)])
+
+
+def _prompt(samples: Sequence[Sample]) -> Sample:
+    """What is timed: the first sample with as few images as any."""
+    return min(samples, key=lambda sample: len(sample.images))
 
 
 def _possible(bench: Bench, rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:

@@ -93,9 +93,19 @@ def test_tokens_behind_the_horizon_are_spent_before_it(model, processor, samples
     assert str(Schedule.load(tmp_path / "schedule.json")) == str(result.schedule)
 
 
+def test_of_known_values_the_best_is_found(model, processor, samples, monkeypatch):
+    """What a sample is worth is known: its tokens in the layers that read. Dropping them behind those doubles it."""
+    worth = lambda m, batch, s: [sum(s.counts(N, LAYERS)[:READS]) / 1000] * len(batch.answers)  # noqa: E731
+    monkeypatch.setattr(answers, "values", worth)
+    monkeypatch.setattr(_Run, "generate", lambda self, schedule, rows: 1.0)
+    plain, found = candidates(model, "random", 0.25, at=range(READS, LAYERS))
+    result = calibrate(model, processor, samples, plain, found)
+    assert str(result.schedule) == f"random:72, drop@{READS}" and result.gain == pytest.approx((72 - 36) * READS / 1000)
+
+
 def test_noise_is_not_mistaken_for_a_gain(model, processor, samples):
     """Candidates that differ from the plain method by their seed only."""
-    plain, others = Schedule([Stage(0, 36, Random())]), [Schedule([Stage(0, 36, Random(i))]) for i in range(1, 6)]
+    plain, others = Schedule([Stage(0, 36, Random())]), [Schedule([Stage(0, 36, Random(i))]) for i in range(1, 9)]
     result = calibrate(model, processor, samples, plain, others)
     assert result.schedule is plain and not result.confirmed and "keep the plain method" in str(result)
     worse = calibrate(model, processor, samples, plain, [Schedule([Stage(0, 1, Random())])])

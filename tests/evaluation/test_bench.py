@@ -68,10 +68,10 @@ def test_parts_make_the_whole(loaded, measured, tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench.answer_part(model, processor, tasks, rows, tmp_path, settings, (1, 2), stop)
+        bench.run(model, processor, tasks, rows, tmp_path, settings, stop, (1, 2))
     heard = []
     for part in ((1, 2), (2, 2)):
-        bench.answer_part(model, processor, tasks, rows, tmp_path, settings, part, lambda n, note: heard.append(n))
+        bench.run(model, processor, tasks, rows, tmp_path, settings, lambda n, note: heard.append(n), part)
         assert heard[-1] == bench.work(tasks, rows, settings, part)
     files = [tmp_path / f"answers-{i}-of-2.jsonl" for i in (1, 2)]
     names = [json.loads(line)["name"] for file in files for line in file.read_text().splitlines()[1:]]
