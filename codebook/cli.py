@@ -246,6 +246,9 @@ def calibrate(
     keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")],
     out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
     method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = "codebook",
+    first: Annotated[
+        list[str] | None, typer.Option(help="Another method to try as the first stage; repeat for several.")
+    ] = None,
     drop: Annotated[bool, typer.Option(help="Also try to drop all tokens.")] = True,
     codebook: Annotated[Path | None, typer.Option(help="Default: the one that ships for the model.")] = None,
     count: Count = 100,
@@ -257,7 +260,8 @@ def calibrate(
     from codebook import commands
 
     plan = commands.Plan(method, keep, None, codebook, seed)
-    commands.calibrate_schedule(model, plan, data, out, drop, count, device, as_json)
+    others = [commands.Plan(other, keep, None, codebook, seed).schedule for other in first or ()]
+    commands.calibrate_schedule(model, plan, others, data, out, drop, count, device, as_json)
 
 
 @app.command()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -451,8 +452,17 @@ def find_horizon(
 
 
 def calibrate_schedule(
-    name: str, plan: Plan, source: str, out: Path, drop: bool, count: int, device: str | None, as_json: bool
+    name: str,
+    plan: Plan,
+    first: Sequence[str],
+    source: str,
+    out: Path,
+    drop: bool,
+    count: int,
+    device: str | None,
+    as_json: bool,
 ) -> None:
+    """Calibrate a plan's method; `first` are methods that may take its place as the first stage."""
     from codebook.analysis import calibration, data
 
     if out.suffix != ".json":
@@ -461,9 +471,12 @@ def calibrate_schedule(
         raise CodebookError(f"no folder {out.parent}: create it first")
     samples = data.load(source, "train", plan.seed, count)
     model, processor = models.load(name, device)
-    make = plan.maker(lambda: find_codebook(model, plan.codebook))
+    make = plan.maker(functools.cache(lambda: find_codebook(model, plan.codebook)))
     assert plan.keep is not None
-    plain, found = calibration.candidates(model, plan.schedule, plan.keep, make, drop=drop)
+    (plain, found), *others = (
+        calibration.candidates(model, method, plan.keep, make, drop=drop) for method in (plan.schedule, *first)
+    )
+    found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
     journal = out.with_suffix(".journal.jsonl")
     with progress("calibrate", calibration.work(len(found), samples), "answers") as tick:
         result = calibration.calibrate(

@@ -90,7 +90,7 @@ class Calibration:
 
     def __str__(self) -> str:
         if self.best is self.plain:
-            return f"no deep stage was better than {self.plain} in the search: keep the plain method"
+            return f"no candidate was better than {self.plain} in the search: keep the plain method"
         found = f"{self.gain:+.4f} ± {self.error:.4f} probability, score {self.scores[0]:.3f} -> {self.scores[1]:.3f}"
         if self.confirmed:
             return f"{self.schedule} beats {self.plain} on fresh samples: {found}"
@@ -182,7 +182,8 @@ def calibrate(
         For calibration only: never those of a final measurement. Where they have no answer, the unpruned model's own
         stands for it.
     plain, candidates
-        As `candidates` makes them; of one budget.
+        As `candidates` makes them; of one budget. Those of several methods may be searched together: the other
+        methods alone are then candidates too.
     seed
         Of the samples' order.
     file
@@ -195,7 +196,12 @@ def calibrate(
     CodebookError
         If there are too few samples, of all or of one task.
     """
-    about = {"model": identity(model), "data": digest(samples), "seed": seed, "codebook": _codebook(plain)}
+    about = {
+        "model": identity(model),
+        "data": digest(samples),
+        "seed": seed,
+        "codebook": _codebooks([plain, *candidates]),
+    }
     journal = Journal(file, about | {"plain": str(plain)})
     run = _Run(model, processor, mixed(samples, seed), journal, done)
     skipped = run.fill_answers()
@@ -234,9 +240,10 @@ def _survivors(candidates: int, rounds: int) -> int:
     return math.ceil(candidates ** (1 - rounds / len(RUNGS)) - 1e-9) if candidates else 0
 
 
-def _codebook(schedule: Schedule) -> list[int]:
-    books = [book for stage in schedule.stages if (book := getattr(stage.pruner, "codebook", None)) is not None]
-    return [int(digest_rows(book.prototypes[None])[0]) for book in books]
+def _codebooks(schedules: Sequence[Schedule]) -> list[int]:
+    pruners = [stage.pruner for schedule in schedules for stage in schedule.stages]
+    books = {id(book): book for pruner in pruners if (book := getattr(pruner, "codebook", None)) is not None}
+    return sorted({int(digest_rows(book.prototypes[None])[0]) for book in books.values()})
 
 
 class _Run:

@@ -103,6 +103,16 @@ def test_of_known_values_the_best_is_found(model, processor, samples, monkeypatc
     assert str(result.schedule) == f"random:72, drop@{READS}" and result.gain == pytest.approx((72 - 36) * READS / 1000)
 
 
+def test_another_first_stage_can_win(model, processor, samples, monkeypatch):
+    likes = lambda m, batch, s: [float(isinstance(s.stages[0].pruner, DivPrune))] * len(batch.answers)  # noqa: E731
+    monkeypatch.setattr(answers, "values", likes)
+    monkeypatch.setattr(_Run, "generate", lambda self, schedule, rows: 1.0)
+    plain, found = candidates(model, "random", 0.25, at=[READS])
+    other, deeper = candidates(model, "divprune", 0.25, at=[READS])
+    result = calibrate(model, processor, samples, plain, [*found, other, *deeper])
+    assert result.schedule in (other, *deeper) and result.gain == 1
+
+
 def test_noise_is_not_mistaken_for_a_gain(model, processor, samples):
     """Candidates that differ from the plain method by their seed only."""
     plain, others = Schedule([Stage(0, 36, Random())]), [Schedule([Stage(0, 36, Random(i))]) for i in range(1, 9)]

@@ -38,11 +38,14 @@ def test_horizon(run, file, tmp_path):
 
 def test_calibrate_and_prune_with_what_it_wrote(run, file, tmp_path):
     out = tmp_path / "schedule.json"
-    given = ("--data", file, "--method", "divprune", "--keep", "0.1", "--out", out)
+    given = ("--data", file, "--method", "divprune", "--first", "uniform", "--keep", "0.1", "--out", out)
     code, shown, err = run("calibrate", "miniature", *given, "--json")
     assert code == 0, err
     report = json.loads(shown)
     assert report["plain"] == "divprune:14" and report["keep"] <= 0.1 and report["best"] in report["rounds"][-1]
+    tried = report["rounds"][0]
+    assert {"divprune:14", "uniform:14"} <= tried.keys()
+    assert {name.split(":")[0] for name in tried if "," in name} == {"divprune", "uniform"}
     assert report["confirmed"] == (report["schedule"] != report["plain"])
     assert list(tmp_path.iterdir()) == [out]
     code, answer, _ = run("prune", "miniature", "--schedule", out, "--image", file.parent / "0.png", "--ask",
@@ -59,6 +62,8 @@ def test_calibrate_and_prune_with_what_it_wrote(run, file, tmp_path):
     (["calibrate", "miniature", "--data", "DATA", "--keep", "1.5", "--out", "s.json"], ["keep must be"]),
     (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--method", "vtw"],
      ["one method"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--first", "magic"],
+     ["no method 'magic'"]),
 ])  # fmt: skip
 def test_refusals_are_one_line(run, file, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
