@@ -417,7 +417,9 @@ def miniature_images(
 @miniature_app.command("train")
 def miniature_train(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and weights; run again to resume.")],
-    steps: Annotated[int, typer.Option(min=1, help="Of the joint stage; run again to go on.")] = 3000,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Of the last stage; default: the recipe's. Run again to go on.")
+    ] = None,
     seed: Seed = 0,
     device: Device = None,
 ) -> None:
