@@ -20,7 +20,8 @@ def main() -> None:
     options = {
         "methods": f'"{",".join(dict.fromkeys(row["method"] for row in rows[1:]))}"',
         "keep": ",".join(f"{keep:g}" for keep in results["keeps"]),
-        "count": counts, "seeds": max(row["seeds"] for row in rows), "seed": results["seed"], "out": "bench",
+        "count": counts, "seeds": max(row["seeds"] for row in rows), "seed": results["seed"],
+        **({"against": results["against"]} if results.get("against") else {}), "out": "bench",
     }  # fmt: skip
     command = " ".join(f"--{name} {value}" for name, value in options.items())
     print(f"# Results of {results['name']}\n")

@@ -286,6 +286,9 @@ def bench(
     count: Annotated[
         int | None, typer.Option(min=1, help="Samples of each task; default: all, or 100 of the miniature's.")
     ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="One of the methods that every other one is compared with too, paired.")
+    ] = None,
     show: Annotated[int, typer.Option(min=0, help="Samples whose kept tokens the report shows.")] = 12,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of methods that draw at random.")] = 3,
     seconds: Annotated[float, typer.Option(min=0, help="Of timing, after three rounds.")] = 120,
@@ -305,7 +308,7 @@ def bench(
     from codebook import commands_evaluation as commands
     from codebook.evaluation.bench import Settings
 
-    settings = Settings(seed, batch, max_new_tokens, seconds)
+    settings = Settings(seed, batch, max_new_tokens, seconds, against)
     commands.run_bench(
         model,
         methods,

@@ -79,6 +79,8 @@ def run_bench(
     as_json: bool,
 ) -> None:
     chosen, budgets = methods_of(methods), keeps_of(keeps)
+    if settings.against is not None and settings.against not in (*chosen, *bench.BASELINES):
+        raise CodebookError(f"--against {settings.against} is none of the methods: add it to --methods")
     share = None if part is None else part_of(part)
     curve = read_horizon(horizon or out / "horizon.json", horizon is not None)
     tasks = datasets.load(data, count, settings.seed)

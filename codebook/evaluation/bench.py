@@ -78,12 +78,15 @@ class Settings:
         Of answers: samples at once, the longest answer.
     seconds
         Spent on timing, after 3 rounds at least.
+    against
+        A method of the rows that all rows of its budget are compared with, as they are with the unpruned model.
     """
 
     seed: int = 0
     batch: int = 32
     max_new_tokens: int = 32
     seconds: float = 120.0
+    against: str | None = None
 
 
 def plan(
@@ -202,7 +205,7 @@ def run(
         keys = [_key(schedule) for schedule in row.schedules]
         averaged = [np.mean(own, axis=0) for own in zip(*(sums[key] for key in keys), strict=True)]
         results.append(_result(model, bench, row, tasks, averaged, [one for key in keys for one in said[key]], cost))
-    _relate(results, tasks, rows, sums)
+    _relate(results, tasks, rows, sums, settings.against)
     text = model.config.get_text_config()
     return {
         "format": FORMAT,
@@ -212,6 +215,7 @@ def run(
         "layers": text.num_hidden_layers,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": settings.seed,
+        "against": settings.against,
         "tasks": {
             task.name: {"samples": len(task.samples), "groups": len(task.groups()), "metrics": list(task.metric.names)}
             for task in tasks
@@ -359,28 +363,36 @@ def _flops(model: Any, bench: Bench, schedule: Schedule | None) -> int:
 
 
 def _relate(
-    results: list[dict[str, Any]], tasks: Sequence[Task], rows: Sequence[Row], sums: Mapping[str, Sequence[np.ndarray]]
+    results: list[dict[str, Any]],
+    tasks: Sequence[Task],
+    rows: Sequence[Row],
+    sums: Mapping[str, Sequence[np.ndarray]],
+    against: str | None,
 ) -> None:
-    """Add each row's mean over tasks, and its difference from the unpruned model's on the same questions."""
+    """Add each row's mean over tasks, and its differences from other rows' on the same questions."""
 
     def estimates(schedules: Sequence[Schedule | None]) -> list[Estimate]:
         runs = zip(*(sums[_key(schedule)] for schedule in schedules), strict=True)
         return [estimate(task.metric, np.mean(own, axis=0)) for task, own in zip(tasks, runs, strict=True)]
 
-    unpruned = estimates(rows[0].schedules)
-    full = mean_of(unpruned)[0]
-    for result, row in zip(results, rows, strict=True):
-        own = estimates(row.schedules)
+    def around(value: float, error: float) -> dict[str, Any]:
+        return {"change": value, "change_interval": [value - Z * error, value + Z * error]}
+
+    found = [estimates(row.schedules) for row in rows]
+    rivals = {row.keep: own for row, own in zip(rows, found, strict=True) if row.method == against}
+    full = mean_of(found[0])[0]
+    for result, row, own in zip(results, rows, found, strict=True):
         value, error = mean_of(own)
-        change, spread = mean_of([a - b for a, b in zip(own, unpruned, strict=True)])
-        result["mean"] = {
-            "score": value, "interval": [max(0.0, value - Z * error), min(1.0, value + Z * error)],
-            "change": change, "change_interval": [change - Z * spread, change + Z * spread],
-            "relative": value / full if full else None,
-        }  # fmt: skip
+        interval = [max(0.0, value - Z * error), min(1.0, value + Z * error)]
+        result["mean"] = {"score": value, "interval": interval, "relative": value / full if full else None}
+        result["mean"] |= around(*mean_of([a - b for a, b in zip(own, found[0], strict=True)]))
         if len(row.schedules) > 1:
             means = [mean_of(estimates([schedule]))[0] for schedule in row.schedules]
             result["mean"]["spread"] = statistics.stdev(means)
+        if row.keep in rivals and row.method != against:
+            apart = [a - b for a, b in zip(own, rivals[row.keep], strict=True)]
+            by_task = {task.name: around(one.value, one.error) for task, one in zip(tasks, apart, strict=True)}
+            result["against"] = around(*mean_of(apart)) | {"tasks": by_task}
 
 
 def shown(tasks: Sequence[Task], count: int) -> list[Sample]:

@@ -37,7 +37,6 @@ def html(
     """
     rows, keeps = results["rows"], results["keeps"]
     styles = _styles([row["method"] for row in rows])
-    tasks = list(results["tasks"])
     page = Environment(autoescape=True, trim_blocks=True).from_string(
         files("codebook.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     )
@@ -59,7 +58,7 @@ def html(
                                 pareto([point for own in series for point in own.points]))),
         budgets=Markup(scatter([_series(rows, method, styles[method], "kept") for method in styles],
                                "visual tokens kept, averaged over the layers", "accuracy, %")),
-        tables=_tables(rows, keeps, tasks), horizon=_horizon(horizon), looks=looks,
+        tables=_tables(results), horizon=_horizon(horizon), looks=looks,
         schedules=[
             {"name": _name(row), "schedule": row["schedule"], "kept": f"{100 * row['kept']['average']:.1f}%",
              "chart": Markup(steps(row["kept"]["layers"], rows[0]["kept"]["layers"][0]))}
@@ -116,16 +115,16 @@ def _ranked(rows: Sequence[Mapping[str, Any]], keep: float) -> list[Mapping[str,
     return sorted(own, key=lambda row: -row["mean"]["score"])
 
 
-def _tables(rows: Sequence[Mapping[str, Any]], keeps: Sequence[float], tasks: Sequence[str]) -> list[dict[str, Any]]:
-    tables = []
-    for keep in keeps:
+def _tables(results: Results) -> list[dict[str, Any]]:
+    rows, tasks, changes, tables = results["rows"], list(results["tasks"]), _changes(results), []
+    for keep in results["keeps"]:
         own = _ranked(rows, keep)
         ranges = {task: _range([row["tasks"][task]["score"] for row in [rows[0], *own]]) for task in tasks}
         best = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
-        quality = [_row(row, _quality(row, ranges, best, row in own[:1])) for row in [rows[0], *own]]
+        quality = [_row(row, _quality(row, changes, ranges, best, row in own[:1])) for row in [rows[0], *own]]
         cost = [_row(row, _spent(row)) for row in [rows[0], *own]]
-        columns = ["mean", "against full", *tasks]
-        tables.append({"title": f"keep {keep:g}: accuracy, %", "columns": columns, "rows": quality})
+        columns, note = ["mean", *changes, *tasks], _ahead(results, own)
+        tables.append({"title": f"keep {keep:g}: accuracy, %", "columns": columns, "rows": quality, "note": note})
         tables.append({"title": f"keep {keep:g}: cost", "columns": COSTS, "rows": cost})
     return tables
 
@@ -140,14 +139,17 @@ def _row(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _quality(
-    row: Mapping[str, Any], ranges: Mapping[str, tuple[float, float]], top: Mapping[str, float], best: bool
+    row: Mapping[str, Any],
+    changes: Mapping[str, str],
+    ranges: Mapping[str, tuple[float, float]],
+    top: Mapping[str, float],
+    best: bool,
 ) -> list[dict[str, Any]]:
     mean = row["mean"]
     half = _half(mean["interval"])
     spread = f" {row['seeds']} seeds ± {100 * mean['spread']:.1f}" if "spread" in mean else ""
-    change = _half(mean["change_interval"])
     cells = [_cell(f"{100 * mean['score']:.1f}", f"± {half:.1f}{spread}", best=best)]
-    cells.append(_cell("") if row["method"] == UNPRUNED else _cell(f"{100 * mean['change']:+.1f}", f"± {change:.1f}"))
+    cells += [_cell(*_change(row, key)) for key in changes.values()]
     for task, (low, high) in ranges.items():
         own = row["tasks"][task]
         wide = _half(own["interval"])
@@ -156,6 +158,30 @@ def _quality(
             _cell(f"{100 * own['score']:.1f}", f"± {wide:.1f}", best=is_top, shade=(own["score"] - low) / (high - low))
         )
     return cells
+
+
+def _changes(results: Results) -> dict[str, str]:
+    """The columns of differences, and where a row has them."""
+    rival = results.get("against")
+    return {"against full": "mean"} | ({} if rival is None else {f"against {rival}": "against"})
+
+
+def _change(row: Mapping[str, Any], key: str) -> tuple[str, str]:
+    """A row's difference in percent and half of its interval; empty where it would be from itself."""
+    if row["method"] == UNPRUNED or key not in row:
+        return "", ""
+    return f"{100 * row[key]['change']:+.1f}", f"± {_half(row[key]['change_interval']):.1f}"
+
+
+def _ahead(results: Results, rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which rows are above the one that they are compared with, beyond the interval, and in which tasks."""
+    rival, found = results.get("against"), []
+    for row in rows:
+        tasks = row["against"]["tasks"] if "against" in row else {}
+        better = [f"{task} {100 * one['change']:+.1f}" for task, one in tasks.items() if one["change_interval"][0] > 0]
+        found += [f"{row['method']} ({', '.join(better)})"] if better else []
+    text = f"Tasks in which others are above {rival} beyond the interval: {', '.join(found) or 'none'}."
+    return text if rival else ""
 
 
 def _spent(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -224,16 +250,19 @@ def data_uri(picture: Image.Image) -> str:
 
 def markdown(results: Results) -> str:
     """The tables: percent with 95% intervals, one table a budget, the best first; then what each row costs."""
-    rows, tasks, lines = results["rows"], list(results["tasks"]), []
+    rows, tasks, changes, lines = results["rows"], list(results["tasks"]), _changes(results), []
     for keep in results["keeps"]:
         own = [rows[0], *_ranked(rows, keep)]
-        lines += [f"## keep {keep:g}", "", *_header([*tasks, "mean", "against full"])]
+        lines += [f"## keep {keep:g}", "", *_header([*tasks, "mean", *changes])]
         for row in own:
             mean = row["mean"]
-            last = "" if row is rows[0] else f"{100 * mean['change']:+.1f} ± {_half(mean['change_interval']):.1f}"
             cells = [f"{100 * row['tasks'][task]['score']:.1f}" for task in tasks]
-            cells += [f"{100 * mean['score']:.1f} ± {_half(mean['interval']):.1f}", last]
-            lines.append(_line(row["method"], cells))
+            cells += [f"{100 * mean['score']:.1f} ± {_half(mean['interval']):.1f}"]
+            lines.append(
+                _line(row["method"], cells + [" ".join(_change(row, key)).strip() for key in changes.values()])
+            )
+        if ahead := _ahead(results, own):
+            lines += ["", ahead]
         lines += ["", *_header(COSTS)]
         lines += [_line(row["method"], [" ".join((c["text"], c["small"])).strip() for c in _spent(row)]) for row in own]
         lines.append("")

@@ -30,7 +30,7 @@ def loaded():
     return model, processor, tasks, rows, skipped
 
 
-SETTINGS = bench.Settings(seconds=0)
+SETTINGS = bench.Settings(seconds=0, against="uniform")
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +126,27 @@ def test_scores_are_those_of_asking_one_way_after_the_other(loaded, measured):
         assert found == pytest.approx({task: np.mean(values) for task, values in own.items()})
     row = measured[0]["rows"][4]
     assert row["seeds"] == 2 and "spread" in row["mean"]
+
+
+def test_rows_are_compared_with_the_one_asked_for_on_the_same_questions(loaded, measured):
+    from codebook.evaluation import score
+
+    model, processor, tasks, rows, _ = loaded
+    samples = [sample for task in tasks for sample in task.samples]
+    ours, theirs = (score(model, processor, samples, rows[i].schedules[0]) for i in (1, 3))  # codebook, uniform
+    apart = {task: np.subtract(ours[task], theirs[task]) for task in ours}
+    assert any(own.any() for own in apart.values())
+    found = measured[0]["rows"][1]["against"]
+    assert {t: one["change"] for t, one in found["tasks"].items()} == pytest.approx(
+        {t: own.mean() for t, own in apart.items()}
+    )
+    errors = [own.std(ddof=1) / len(own) ** 0.5 for own in apart.values()]
+    mean, half = np.mean([own.mean() for own in apart.values()]), 1.96 * np.hypot(*errors) / 2
+    assert found["change"] == pytest.approx(mean) and found["change_interval"] == pytest.approx(
+        [mean - half, mean + half], abs=1e-6
+    )
+    alone = {(row["method"], row["keep"]) for row in measured[0]["rows"] if "against" not in row}
+    assert alone == {("unpruned", 1.0), ("uniform", 0.25), ("uniform", 0.05)}
 
 
 def test_costs(loaded, measured):
@@ -250,7 +271,19 @@ def test_markdown_has_a_line_for_each_row(measured):
     text = report.markdown(measured[0])
     assert text.count("| unpruned |") == 4 and text.count("| codebook |") == 4 and text.count("| fastv |") == 2
     lines = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(lines) == {2 + 2 + 2, 2 + len(report.COSTS)}  # two tasks, their mean and its change
+    assert set(lines) == {2 + 2 + 3, 2 + len(report.COSTS)}  # two tasks, their mean and its two changes
+
+
+def test_markdown_says_who_is_ahead_of_the_row_compared_with(measured):
+    results = json.loads(json.dumps(measured[0]))
+    for row in results["rows"]:
+        for task in row.get("against", {}).get("tasks", {}).values():
+            task["change_interval"] = [-0.1, 0.3]
+    codebook = results["rows"][1]["against"]["tasks"]["ocr"]
+    codebook |= {"change": 0.125, "change_interval": [0.01, 0.24]}
+    text = report.markdown(results)
+    assert "others are above uniform beyond the interval: codebook (ocr +12.5).\n" in text
+    assert text.count("beyond the interval: none.") == 1  # at the other budget
 
 
 def test_what_is_shown_is_what_pruning_keeps(loaded, measured):
