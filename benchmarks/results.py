@@ -21,7 +21,7 @@ def main() -> None:
         "methods": f'"{",".join(dict.fromkeys(row["method"] for row in rows[1:]))}"',
         "keep": ",".join(f"{keep:g}" for keep in results["keeps"]),
         "count": counts, "seeds": max(row["seeds"] for row in rows), "seed": results["seed"],
-        **({"against": results["against"]} if results.get("against") else {}), "out": "bench",
+        **({"against": f'"{results["against"]}"'} if results.get("against") else {}), "out": "bench",
     }  # fmt: skip
     command = " ".join(f"--{name} {value}" for name, value in options.items())
     print(f"# Results of {results['name']}\n")

@@ -8,7 +8,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,8 +79,10 @@ def run_bench(
     as_json: bool,
 ) -> None:
     chosen, budgets = methods_of(methods), keeps_of(keeps)
-    if settings.against is not None and settings.against not in (*chosen, *bench.BASELINES):
+    against = None if settings.against is None else Plan(settings.against).schedule  # a file's text, as in `chosen`
+    if against not in (None, *chosen, *bench.BASELINES):
         raise CodebookError(f"--against {settings.against} is none of the methods: add it to --methods")
+    settings = replace(settings, against=against)
     share = None if part is None else part_of(part)
     curve = read_horizon(horizon or out / "horizon.json", horizon is not None)
     tasks = datasets.load(data, count, settings.seed)

@@ -33,8 +33,12 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
     assert "| codebook |" in printed and "report.html" in err and (out / "report.html").read_text().endswith("</html>")
     answers = (out / "answers.jsonl").read_text()
     assert len(answers.splitlines()) == len(first.splitlines()) == 1 + 6  # one of the two questions each
-    code, printed, _ = run(*options, "--methods", "codebook,fastv@2,uniform", "--json")
+    (tmp_path / "own.json").write_text('{"format": 1, "schedule": "fastv@2"}')
+    code, printed, _ = run(
+        *options, "--methods", "codebook,fastv@2,uniform", "--against", tmp_path / "own.json", "--json"
+    )
     again = json.loads(printed)
+    assert again["against"] == "fastv@2" and "against" in again["rows"][1] and "against" not in again["rows"][2]
     assert code == 0 and (out / "answers.jsonl").read_text() == answers  # uniform had been there as a baseline
     means, before = ({row["method"]: row["mean"] for row in rows["rows"]} for rows in (again, results))
     assert means == before and len(means) == 6
