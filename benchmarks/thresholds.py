@@ -1,6 +1,6 @@
 """How the miniature's thresholds were chosen: on training scenes and training questions only.
 
-    python benchmarks/thresholds.py --images 60 --questions 30
+    python benchmarks/thresholds.py --images 60 --questions 30 [--model runs/miniature/weights]
 
 The scenes' tokens are probed once; then each pair of thresholds makes a codebook of those probes, and each codebook
 prunes the same training questions. Prints the distribution of the probes and a row for each pair.
@@ -39,8 +39,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=60)
     parser.add_argument("--questions", type=int, default=30, help="a family; 0: probes only")
+    parser.add_argument("--model", default="miniature", help="or the weights of another run of its training")
     options = parser.parse_args()
-    model, processor = load("miniature")
+    model, processor = load(options.model)
     kind, settings = family(model), preset("miniature")
     loose = replace(settings, tau_p=1.0, tau_j=1e9, max_cluster_size=10**9)
     prober = Prober.of(model, processor, settings.prompt, kind.grid(model), 16)

@@ -274,8 +274,8 @@ def bench(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="`miniature` (default), JSONL as for horizon, with answers, or NAME:FOLDER for the public files of "
-            "ai2d, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
+            help="`miniature` (default) or miniature:FAMILY, JSONL as for horizon, with answers, or NAME:FOLDER for "
+            "the public files of ai2d, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
         ),
     ] = None,
     keep: Annotated[str, typer.Option(help="Budgets: visual tokens kept, averaged over the layers.")] = "0.5,0.25,0.11",
@@ -424,12 +424,16 @@ def miniature_train(
         int | None, typer.Option(min=1, help="Of the last stage; default: the recipe's. Run again to go on.")
     ] = None,
     seed: Seed = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, each with a batch of its own; default: 1 on a GPU, else up to 2 cores."),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Train the embedded model from scratch on procedural scenes; a run that was stopped goes on."""
     from codebook.miniature import train
 
-    print(train.train(out, steps=steps, seed=seed, device=device))
+    print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
 
 
 @miniature_app.command("evaluate")

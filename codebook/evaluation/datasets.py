@@ -15,6 +15,7 @@ from codebook.analysis.data import Sample
 from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
+from codebook.miniature import FAMILIES
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -35,8 +36,9 @@ def load(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[
     Parameters
     ----------
     names
-        `miniature`, its test split; a JSONL file, as `codebook.analysis.data.read` takes it; or `name:folder`, with the
-        name of one of LOADERS and the folder of its files.
+        `miniature`, its test split, or `miniature:family`, one of its families; a JSONL file, as
+        `codebook.analysis.data.read` takes it; or `name:folder`, with the name of one of LOADERS and the folder of its
+        files.
     count
         Samples of each task at most, drawn image by image; for the miniature exactly, by default 100.
     seed
@@ -57,10 +59,10 @@ def load(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[
 
 
 def _tasks(name: str, count: int | None, seed: int) -> Iterator[Task]:
-    kind, _, folder = name.partition(":")
+    kind, _, folder = name.partition(":")  # the miniature's files are its families
     metric = {"pope": POPE, "mme": MME}.get(kind, ACCURACY)
-    if kind == data.MINIATURE and not folder:
-        samples = data.of_miniature("test", seed, count or 100)
+    if kind == data.MINIATURE:
+        samples = data.of_miniature("test", seed, count or 100, [folder] if folder else FAMILIES)
         count = None
     elif kind in LOADERS and folder:
         samples = _read(kind, Path(folder))

@@ -140,6 +140,18 @@ def test_the_miniature_and_a_name_twice():
         datasets.load(["miniature", "miniature"], count=1)
 
 
+def test_families_of_the_miniature_are_those_of_the_whole():
+    whole = {task.name: task for task in datasets.load(["miniature"], count=2, seed=3)}
+    some = datasets.load(["miniature:ocr", "miniature:multi"], count=2, seed=3)
+    assert [task.name for task in some] == ["ocr", "multi"]
+    for task in some:
+        for own, other in zip(task.samples, whole[task.name].samples, strict=True):
+            assert (own.question, own.answer) == (other.question, other.answer)
+            assert [a.tobytes() for a in own.images] == [b.tobytes() for b in other.images]
+    with pytest.raises(CodebookError, match=r"unknown .*'smell'.*exist"):
+        datasets.load(["miniature:smell"], count=1)
+
+
 def test_what_is_wrong_is_said(put, tmp_path):
     for name, words in {
         "nothing": "no data 'nothing'",
