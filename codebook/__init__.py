@@ -19,6 +19,7 @@ _HOME = {
     "Drop": "codebook.pruning",
     "FarthestPoint": "codebook.pruning",
     "FastV": "codebook.pruning",
+    "FeaturePruner": "codebook.pruning",
     "Pool": "codebook.pruning",
     "Pruner": "codebook.pruning",
     "Random": "codebook.pruning",

@@ -15,7 +15,7 @@ from codebook.errors import CodebookError
 from codebook.models import Encoded
 from codebook.pruning.attention import Attention, PackedVision, Tower, Vision
 from codebook.pruning.cache import PAD, KeptIndex, visible
-from codebook.pruning.methods.base import nearest_kept
+from codebook.pruning.methods.base import FeaturePruner, Pruner, nearest_kept
 from codebook.pruning.schedule import Stage
 from codebook.pruning.tokens import VisualTokens, digest_rows, mix
 from codebook.spread import spread
@@ -170,10 +170,13 @@ class Forward:
         """Apply a stage to the input (B, P, d) of its layer; return what is left of it."""
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         units, merged, dropped = [], [], [0] * self.batch
-        for unit, target in zip(self.units, self._targets(stage), strict=True):
-            values = None
+        targets = self._targets(stage)
+        together = self._together(stage.pruner, targets)
+        for number, (unit, target) in enumerate(zip(self.units, targets, strict=True)):
+            index, values = together.get(number), None
             if unit.count:
-                index, values = self._choose(stage, unit, target, hidden)
+                if index is None:
+                    index, values = self._choose(stage, unit, target, hidden)
                 if index is not None:
                     places = self._places(unit.row, unit.columns)
                     kept[unit.row, places] = False
@@ -233,6 +236,21 @@ class Forward:
             out += divided(min(target, sum(now)), now)
         return out
 
+    def _together(self, pruner: Pruner, targets: list[int | None]) -> dict[int, Tensor]:
+        """What stays of the units for which a pruner can choose at once, those of as many tokens that keep as many."""
+        if not isinstance(pruner, FeaturePruner):
+            return {}
+        alike: dict[tuple[int, int], list[int]] = {}
+        for number, (unit, target) in enumerate(zip(self.units, targets, strict=True)):
+            if target and target < unit.count:
+                alike.setdefault((unit.count, target), []).append(number)
+        chosen: dict[int, Tensor] = {}
+        for (_, keep), numbers in alike.items():
+            features = torch.stack([self.units[number].features for number in numbers])
+            for number, index in zip(numbers, pruner.select_each(features, keep), strict=True):
+                chosen[number] = _checked(pruner, index, keep)
+        return chosen
+
     def _choose(
         self, stage: Stage, unit: Unit, target: int | None, hidden: Tensor
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -243,10 +261,7 @@ class Forward:
         if target == unit.count:
             return None, None
         tokens = self._tokens(stage, unit, hidden)
-        index = pruner.choose(tokens) if target is None else pruner.select(tokens, target)
-        if index.shape != (target or len(index),) or not len(index):
-            wanted = "at least one was" if target is None else f"{target} were"
-            raise CodebookError(f"{type(pruner).__name__} chose {tuple(index.shape)} tokens where {wanted} asked for")
+        index = _checked(pruner, pruner.choose(tokens) if target is None else pruner.select(tokens, target), target)
         if len(index) == unit.count:
             return None, None
         return index, pruner.merge(tokens, index)
@@ -413,6 +428,13 @@ class Forward:
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
     return torch.zeros(like.shape, device=like.device) if bias is None else bias
+
+
+def _checked(pruner: Pruner, index: Tensor, target: int | None) -> Tensor:
+    if index.shape != (target or len(index),) or not len(index):
+        wanted = "at least one was" if target is None else f"{target} were"
+        raise CodebookError(f"{type(pruner).__name__} chose {tuple(index.shape)} tokens where {wanted} asked for")
+    return index
 
 
 def _mass(stage: Stage, unit: Unit, index: Tensor, hidden: Tensor) -> Tensor | None:

@@ -18,12 +18,15 @@ from codebook.pruning import (
     FarthestPoint,
     FastV,
     Pool,
+    Pruner,
     Random,
     RedundancyCodebook,
     RedundancyThreshold,
+    Schedule,
     ScoringPruner,
     SeededFarthestPoint,
     SparseVLM,
+    Stage,
     Uniform,
     Union,
     VisionZip,
@@ -32,7 +35,10 @@ from codebook.pruning import (
     Window,
 )
 from codebook.pruning.attention import Attention, Vision
-from codebook.pruning.methods.base import nearest_kept
+from codebook.pruning.methods import farthest
+from codebook.pruning.methods.base import FeaturePruner, nearest_kept
+from tests.pruning.test_equivalence import ONE, RAGGED, prompt, size
+from tests.tiny import llava
 
 
 def tokens(rows, cols, features=None, key=0, text=None, **options):
@@ -138,22 +144,38 @@ def test_random_keeps_a_token_whatever_else_is_left():
     assert torch.equal(wide[Random(0).select(left, 20)], narrow)
 
 
-def test_a_pruner_that_breaks_its_contract_is_found_out():
-    from codebook.pruning import Pruner, Schedule, Stage
-    from tests.pruning.test_equivalence import ONE, prompt
-    from tests.tiny import llava
+class Greedy(Pruner):
+    def select(self, tokens, keep):
+        return torch.arange(keep + 1)
 
-    class Greedy(Pruner):
-        def select(self, tokens, keep):
-            return torch.arange(keep + 1)
+
+class Greedier(FeaturePruner):
+    def select_each(self, features, keep):
+        return torch.arange(keep + 2).expand(len(features), -1)
+
+
+@pytest.mark.parametrize("kind", [Greedy, Greedier])
+def test_a_pruner_that_breaks_its_contract_is_found_out(kind):
+    model = llava()
+    with torch.no_grad(), Schedule([Stage(0, 5, kind())])(model), pytest.raises(CodebookError, match=r"Greed.* chose"):
+        model(**prompt(model, ONE))
+
+
+def test_images_of_as_many_tokens_are_chosen_from_at_once():
+    calls = []
+
+    class First(FeaturePruner):
+        def select_each(self, features, keep):
+            calls.append((tuple(features.shape[:2]), keep))
+            return torch.arange(keep).expand(len(features), -1)
 
     model = llava()
-    with (
-        torch.no_grad(),
-        Schedule([Stage(0, 5, Greedy())])(model),
-        pytest.raises(CodebookError, match="Greedy chose"),
-    ):
-        model(**prompt(model, ONE))
+    n = size(model)
+    with torch.no_grad(), Schedule([Stage(0, 8, First()), Stage(1, 3, First())])(model) as pruning:
+        model(**prompt(model, RAGGED))
+    images = len(pruning.kept)
+    assert calls == [((images, n), 8), ((images, 8), 3)]
+    assert [stages[-1].tolist() for stages in pruning.kept] == [[0, 1, 2]] * images
 
 
 def test_divprune_by_hand():
@@ -206,6 +228,18 @@ def test_representatives_stand_for_the_others():
     assert SeededFarthestPoint(Book(), representatives=9).select(image, 1).tolist() == [4]
     # Without a codebook: the mean points at 122 degrees; 270 is furthest, then 100, 170 from it, then 150.
     assert FarthestPoint().select(image, 3).tolist() == [0, 3, 4]
+
+
+@pytest.mark.parametrize("at_once", [25, 2**26])
+def test_several_images_at_once(monkeypatch, at_once):
+    monkeypatch.setattr(farthest, "AT_ONCE", at_once)
+    # The images of the two tests before.
+    images = [at(-5.0, 45.0, 50.0, 165.0, 180.0), at(100.0, 105.0, 112.0, 150.0, 270.0)]
+    features = torch.stack([image.features for image in images])
+    assert SeededFarthestPoint(Book(), 0).select_each(features, 3).tolist() == [[1, 3, 4], [2, 3, 4]]
+    assert SeededFarthestPoint(Book(), 1).select_each(features, 3)[1].tolist() == [1, 3, 4]
+    # -5 is 50 from its nearest, then 180, 175 from it; 270 is 120 from its nearest, then 100, 170 from it.
+    assert DivPrune().select_each(features, 2).tolist() == [[0, 4], [0, 4]]
 
 
 def test_equal_tokens_are_chosen_once():

@@ -96,6 +96,7 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("name", sorted({*METHODS} - {"codebook-threshold"}))
 def test_no_method_waits_for_the_device(name, tower, monkeypatch):
     watch(monkeypatch, "_choose")
+    watch(monkeypatch, "_together")
     kept(tower, "sdpa", schedule(name, tower), BATCH)
 
 

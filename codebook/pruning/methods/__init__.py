@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 
 from codebook.pruning.methods.alpha import Alpha
-from codebook.pruning.methods.base import Pruner, ScoringPruner
+from codebook.pruning.methods.base import FeaturePruner, Pruner, ScoringPruner
 from codebook.pruning.methods.cdpruner import CDPruner
 from codebook.pruning.methods.cls import Cls
 from codebook.pruning.methods.combine import Union, Weighted, Window
@@ -34,6 +34,7 @@ __all__ = [
     "Drop",
     "FarthestPoint",
     "FastV",
+    "FeaturePruner",
     "Pool",
     "Pruner",
     "Random",

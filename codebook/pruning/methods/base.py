@@ -73,6 +73,29 @@ class ScoringPruner(Pruner):
         return self.score(tokens).topk(keep).indices.sort().values
 
 
+class FeaturePruner(Pruner):
+    """Chooses by projector outputs alone, for several images at once, and merges nothing."""
+
+    @abstractmethod
+    def select_each(self, features: Tensor, keep: int) -> Tensor:
+        """Indices of the tokens that stay of each image: the same as of that image alone.
+
+        Parameters
+        ----------
+        features : (B, n, d) float
+            What entered the LLM for the tokens of B images, or crops or frames.
+        keep
+            How many stay of each, 1 <= keep <= n.
+
+        Returns
+        -------
+        (B, keep) int64, each row ascending, without repeats, on the features' device
+        """
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        return self.select_each(tokens.features[None], keep)[0]
+
+
 def unit_range(x: Tensor) -> Tensor:
     """Scale to [0, 1]; equal values become 0."""
     low, high = x.aminmax()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,18 +11,17 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods.base import Pruner
-from codebook.pruning.tokens import VisualTokens
+from codebook.pruning.methods.base import FeaturePruner
 
 if TYPE_CHECKING:
     from codebook.index import Codebook
 
+AT_ONCE = 2**26
+"""Similarities held at once: of 200 images of 576 tokens, a quarter of a gigabyte."""
 
-@dataclass(frozen=True)
-class FarthestPoint(Pruner):
-    """Farthest-point sampling by cosine distance of projector outputs (Gonzalez, 1985).
 
-    First the token least like the image's mean, then again and again the one furthest from all chosen.
+class Farthest(FeaturePruner):
+    """Again and again the token furthest from all chosen, by cosine distance of projector outputs.
 
     Attributes
     ----------
@@ -31,29 +31,57 @@ class FarthestPoint(Pruner):
 
     representatives: int = 0
 
-    def __post_init__(self) -> None:
-        check_representatives(self.representatives)
+    @abstractmethod
+    def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
+        """What the first choice goes by.
 
-    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        features = tokens.features.float()
-        # Less than any similarity: it says where to begin and nothing more.
-        start = cosine_similarity(features, features.mean(0, keepdim=True)) - 3
-        return farthest_points(features, start, keep, self.representatives)
+        Parameters
+        ----------
+        features : (n, d) float
+            Of one image.
+        similarity : (n, n) float32
+            Cosine similarities of its tokens.
+
+        Returns
+        -------
+        (n,) float32, `nearest` of `farthest_points`; to say where to begin and nothing more: less than any similarity
+        """
+
+    def select_each(self, features: Tensor, keep: int) -> Tensor:
+        chosen = []
+        for part in features.split(max(1, AT_ONCE // features.shape[1] ** 2)):
+            # Image by image: products of several matrices at once may be rounded in another way, and what an image
+            # keeps would depend on its neighbours.
+            similarity = torch.stack([unit @ unit.T for unit in normalize(part.float(), dim=-1)])
+            nearest = torch.stack([self.begin(*own) for own in zip(part, similarity, strict=True)])
+            chosen.append(farthest_points(similarity, nearest, keep, self.representatives))
+        return torch.cat(chosen)
 
 
 @dataclass(frozen=True)
-class SeededFarthestPoint(Pruner):
+class FarthestPoint(Farthest):
+    """Farthest-point sampling (Gonzalez, 1985), begun with the token least like the image's mean."""
+
+    representatives: int = 0
+
+    def __post_init__(self) -> None:
+        check_representatives(self.representatives)
+
+    def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
+        features = features.float()
+        return cosine_similarity(features, features.mean(0, keepdim=True)) - 3
+
+
+@dataclass(frozen=True)
+class SeededFarthestPoint(Farthest):
     """Farthest-point sampling in which the codebook's prototypes count as chosen.
 
-    A token is kept for being far from everything redundant and from everything kept; distances are cosine distances of
-    projector outputs.
+    A token is kept for being far from everything redundant and from everything kept.
 
     Attributes
     ----------
     codebook
         Of the model that is pruned.
-    representatives
-        How many of the tokens that stay are chosen for the others instead, as in `farthest_points`.
     """
 
     codebook: Codebook
@@ -62,9 +90,8 @@ class SeededFarthestPoint(Pruner):
     def __post_init__(self) -> None:
         check_representatives(self.representatives)
 
-    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        redundancy = self.codebook.redundancy(tokens.features)
-        return farthest_points(tokens.features.float(), redundancy, keep, self.representatives)
+    def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
+        return self.codebook.redundancy(features)
 
 
 def check_representatives(count: int) -> None:
@@ -73,40 +100,43 @@ def check_representatives(count: int) -> None:
         raise CodebookError(f"representatives is {count}: give 0 or more")
 
 
-def farthest_points(features: Tensor, nearest: Tensor, keep: int, representatives: int) -> Tensor:
-    """The points furthest from what is chosen, and a few that the others are like.
+def farthest_points(similarity: Tensor, nearest: Tensor, keep: int, representatives: int = 0) -> Tensor:
+    """The points furthest from what is chosen, and a few that the others are like, of each of several sets.
 
     Each farthest point is the one whose highest similarity to anything chosen is the lowest. Then each representative
     is the one that most raises the sum, over all points, of the highest similarity to a point that stays: the greedy
     maximum of facility location (Nemhauser et al., 1978). No more than half of what stays are representatives. The cost
-    is n * n * d for the similarities, n for each farthest point and n * n for each representative, without a host sync.
+    is n for each farthest point and n * n for each representative, without a host sync.
 
     Parameters
     ----------
-    features : (n, d) float32
-    nearest : (n,) float32
-        Highest cosine similarity of each to what counts as chosen beforehand.
+    similarity : (B, n, n) float32
+        Contiguous.
+    nearest : (B, n) float32
+        Highest similarity of each to what counts as chosen beforehand.
     keep
-        How many stay, 1 <= keep <= n.
+        How many of each set stay, 1 <= keep <= n.
     representatives
         How many of these stand for the others.
 
     Returns
     -------
-    (keep,) int64, ascending
+    (B, keep) int64, each row ascending
     """
-    unit = normalize(features, dim=-1)
-    similarity = unit @ unit.T
-    chosen = torch.empty(keep, dtype=torch.long, device=unit.device)
-    own = keep - min(representatives, keep // 2)
-    for i in range(own):
-        # One place, not a number: indexing with a number on the device waits for it.
-        chosen[i : i + 1] = pick = nearest.argmin(keepdim=True)
-        # What is chosen, at infinity, stays there.
-        nearest = torch.maximum(nearest, similarity[pick][0]).index_fill(0, pick, torch.inf)
-    covered = similarity[chosen[:own]].amax(0)
-    for i in range(own, keep):
-        gain = (similarity - covered).clamp_(min=0).sum(1).index_fill(0, chosen[:i], -torch.inf)
-        chosen[i : i + 1] = pick = gain.argmax(keepdim=True)
-        covered = torch.maximum(covered, similarity[pick][0])
-    return chosen.sort().values
+    count = similarity.shape[1]
+    rows = similarity.flatten(0, 1)
+    first = torch.arange(len(similarity), device=rows.device) * count
+    itself = similarity.diagonal(dim1=1, dim2=2)
+    own = itself.clone()
+    itself.fill_(torch.inf)  # what is chosen is never furthest again
+    chosen = []
+    for _ in range(keep - min(representatives, keep // 2)):
+        chosen.append(nearest.argmin(1))
+        nearest = torch.maximum(nearest, rows.index_select(0, first + chosen[-1]))
+    itself.copy_(own)
+    covered = rows[first[:, None] + torch.stack(chosen, 1)].amax(1)
+    for _ in range(len(chosen), keep):
+        gain = (similarity - covered[:, None]).clamp_(min=0).sum(2).scatter(1, torch.stack(chosen, 1), -torch.inf)
+        chosen.append(gain.argmax(1))
+        covered = torch.maximum(covered, rows.index_select(0, first + chosen[-1]))
+    return torch.stack(chosen, 1).sort(1).values
