@@ -9,8 +9,8 @@
 The rate of learning is warmed up, held, and in some stages faded over the last part. Until it fades a step does not
 depend on how many are to come, so a run can be made longer or shorter while it holds.
 
-A batch depends on the seed and the step only and the checkpoint holds everything else, so a run that was
-stopped goes on as if it had not been.
+A batch depends on the seed, the step and the workers only and the checkpoint holds everything else, so a run that
+was stopped goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -108,6 +108,11 @@ def train(
     device : "cpu" or "cuda"; default a GPU if there is one
     workers : processes of one thread each; two of one beat one of two on a CPU; default the cores
     **options : fields of `Recipe`
+
+    Raises
+    ------
+    CodebookError
+        If an option is unknown, or the run to go on with has another seed or number of workers.
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
@@ -122,6 +127,7 @@ def train(
     if not resume:
         (out / "checkpoint.pt").unlink(missing_ok=True)
         (out / "log.jsonl").unlink(missing_ok=True)
+    _check(out / "checkpoint.pt", seed=seed, workers=workers)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
     if workers == 1:
         _worker(0, 1, out, recipe, device, "")
@@ -132,6 +138,14 @@ def train(
             arguments = (workers, out, recipe, device, f"file://{meeting}/store")
             torch.multiprocessing.spawn(_worker, arguments, nprocs=workers)
     return out / "weights"
+
+
+def _check(file: Path, **own: int) -> None:
+    """Refuse to go on with a run of another seed or number of workers: its batches are others."""
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=True) if file.exists() else {}
+    for name, value in own.items():
+        if state.get(name, value) != value:
+            raise CodebookError(f"{file} is of --{name} {state[name]}: go on with that, or choose another folder")
 
 
 def _worker(rank: int, workers: int, out: Path, recipe: Recipe, device: str, meeting: str) -> None:
@@ -184,8 +198,6 @@ class Run:
 
     def load(self) -> None:
         state = torch.load(self.file, map_location=self.device, weights_only=True)
-        if state["seed"] != self.recipe.seed:
-            raise CodebookError(f"{self.file} is of seed {state['seed']}: choose another folder or --no-resume")
         self.model.load_state_dict(state["model"])
         self.heads.load_state_dict(state["heads"])
         self.muon.load_state_dict(state["muon"])
@@ -205,6 +217,7 @@ class Run:
             "step": self.step,
             "elapsed": self.elapsed,
             "seed": self.recipe.seed,
+            "workers": self.workers,
         }
         draft = self.file.with_suffix(".writing")
         torch.save(state, draft)

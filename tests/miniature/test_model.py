@@ -132,12 +132,16 @@ def test_training_reduces_the_loss_and_a_resumed_run_ends_in_the_same_state(tmp_
         assert torch.equal(one, two)
 
 
-def test_a_checkpoint_of_another_seed_and_an_unknown_option_are_refused(tmp_path):
+def test_a_run_of_another_seed_or_of_other_workers_and_an_unknown_option_are_refused(tmp_path):
     Run(tmp_path, Recipe()).save()
-    with pytest.raises(CodebookError, match="seed 0"):
-        Run(tmp_path, Recipe(seed=1))
-    with pytest.raises(CodebookError, match="learning"):
-        train(tmp_path, steps=2, learning=1)
+    for said, options in {
+        "seed 0": {"seed": 1, "workers": 1},
+        "workers 1": {"workers": 2},
+        "learning": {"learning": 1},
+    }.items():
+        with pytest.raises(CodebookError, match=said):
+            train(tmp_path, steps=2, device="cpu", **options)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint.pt"]  # nothing of a refused run is left
 
 
 def test_two_workers_train_and_leave_a_model_that_loads(tmp_path):
