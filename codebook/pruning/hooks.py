@@ -27,7 +27,8 @@ from codebook.pruning.cache import PrunedLayer, pruned_layer
 from codebook.pruning.forward import Forward
 from codebook.pruning.schedule import Schedule
 
-ATTENTION = ("sdpa", "eager")
+ATTENTION = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager", "flex_attention")}
+"""Kernels of the LLM's attention, by device: compiled for CPUs, FlexAttention with a dense mask ends the process."""
 
 _active: weakref.WeakSet[Any] = weakref.WeakSet()
 
@@ -49,9 +50,11 @@ class Pruning:
         self.family = models.family(model)
         self.lm = model.get_decoder()
         schedule.check_layers(len(self.lm.layers))
-        if (attention := self.lm.config._attn_implementation) not in ATTENTION:
+        device, attention = model.device.type, self.lm.config._attn_implementation
+        if attention not in (able := ATTENTION.get(device, ATTENTION["cpu"])):
+            names = " or ".join(f"'{name}'" for name in able)
             raise CodebookError(
-                f"attention {attention!r} is not supported: load the model with attn_implementation='sdpa' or 'eager'"
+                f"attention '{attention}' is not supported on {device}: load the model with attn_implementation={names}"
             )
         if schedule.positions == "compact" and self.family.axes > 1:
             raise CodebookError(

@@ -8,7 +8,7 @@ import torch
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning import Cls, FastV, Random, Schedule, Stage, Uniform
+from codebook.pruning import Cls, FastV, Random, Schedule, Stage, Uniform, hooks
 from tests.models.cells import DOCS, METHODS, Cell, cells, check, model
 from tests.models.families import FAMILIES
 
@@ -47,6 +47,18 @@ def test_generate_equals_masked_reference(tiny, dimensions):
     if row:
         documented = row[1].split("|")[METHODS.index(cell.method)].split(",")
         assert (cell.positions in (word.strip() for word in documented)) == (expected == "works")
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
+@pytest.mark.parametrize("cell", [("attention", "several"), ("mass", "image"), ("mass", "video")], ids="-".join)
+@pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("qwen")])  # stock Qwen refuses it
+def test_generate_under_flex_attention_equals_masked_reference(name, cell, monkeypatch):
+    """Uncompiled: compiled for CPUs, torch's kernel ends the process."""
+    monkeypatch.setitem(hooks.ATTENTION, "cpu", hooks.ATTENTION["cuda"])
+    method, show = cell
+    with torch.compiler.set_stance("force_eager"):
+        found = check(Cell(name, method, "flex_attention", "padded", show, "keep"))
+    assert found == ("none" if show == "video" and name not in VIDEOS else "works")
 
 
 @pytest.mark.table

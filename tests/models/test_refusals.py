@@ -97,8 +97,21 @@ def test_images_of_unknown_size(name):
     assert len(pruning.kept) == 1
 
 
-def test_attention_kernels():
+@pytest.mark.parametrize(
+    ("device", "attention", "instead"),
+    [
+        ("cpu", "flash_attention_2", "'sdpa' or 'eager'"),
+        ("cpu", "flex_attention", "'sdpa' or 'eager'"),
+        ("cuda", "flash_attention_2", "'sdpa' or 'eager' or 'flex_attention'"),
+        ("cuda", "flex_attention", None),
+    ],
+)
+def test_attention_kernels(device, attention, instead, monkeypatch):
     target = FAMILIES["llava_next"].make()
-    target.get_decoder().config._attn_implementation = "flash_attention_2"
-    with refused("'flash_attention_2' is not supported: load the model with attn_implementation='sdpa' or 'eager'"):
+    monkeypatch.setattr(type(target), "device", torch.device(device))
+    target.get_decoder().config._attn_implementation = attention
+    if instead is None:
+        PRE(target)
+        return
+    with refused(f"'{attention}' is not supported on {device}: load the model with attn_implementation={instead}$"):
         PRE(target)
