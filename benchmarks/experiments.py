@@ -29,6 +29,7 @@ SELECTORS = (
     "random", "divprune", "codebook", "dart", "cls", "visionzip", "farthest", "codebook-farthest(representatives=0)",
 )  # fmt: skip
 OWN = ("codebook", "codebook-farthest+mass")
+SHARES = (0.5, 0.25)
 GROUPS = {
     "selection": SELECTORS,
     "mass": tuple(f"{row}+mass" for row in SELECTORS),
@@ -53,6 +54,11 @@ GROUPS = {
     "prompts": tuple(row + book for row in OWN for book in (", no recurrence", ", count too", ", count and read too")),
     "by-gain": (OWN[1], *(f"{OWN[1]}, gain {gain}" for gain in (0.02, 0.01, 0.005, 0.002))),
     "by-image": (OWN[1], *(f"{OWN[1]}, by scores {power}" for power in (0.5, 1.0, 2.0))),
+    "asked": (OWN[1], "cdpruner", *(f"{OWN[1]}, asked {power}" for power in (0.25, 0.5, 1.0))),
+    "then": (
+        OWN[1],
+        *(f"{OWN[1]}+{own}@{at}:{share}+mass" for own in ("fastv", "sparsevlm") for at in (3, 6, 9) for share in SHARES),
+    ),
     "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
 }
 
@@ -75,6 +81,8 @@ def schedules(
             return trials.Merged(pruner), keep
         if kind == "gain":
             return trials.ByGain(shipped, float(number)), keep
+        if kind == "asked":
+            return trials.Asked(shipped, float(number)), keep
         assert isinstance(pruner, SeededFarthestPoint)
         signal = kind.removeprefix("by ")
         return trials.by_image(model, processor, shipped, keep, signal, float(number)), None

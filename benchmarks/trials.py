@@ -16,7 +16,7 @@ from codebook.analysis.data import of_miniature
 from codebook.building.pool import Pool
 from codebook.building.presets import preset
 from codebook.progress import progress
-from codebook.pruning.methods.base import group_means, nearest_kept
+from codebook.pruning.methods.base import group_means, nearest_kept, unit_range
 from codebook.pruning.methods.combine import Combination
 
 IMAGES = 120
@@ -66,6 +66,36 @@ class ByGain(Pruner):
             covered = torch.maximum(covered, similarity[pick])
             chosen.append(pick)
             nearest[chosen] = torch.inf
+        return torch.tensor(sorted(chosen))
+
+
+@dataclass(frozen=True)
+class Asked(Pruner):
+    """`SeededFarthestPoint` whose distances count times the tokens' relevance to the question, to the `power`.
+
+    The relevance is CDPruner's: cosine similarity of what enters the LLM to the mean of the question's word embeddings,
+    scaled to [0, 1] in the image.
+    """
+
+    codebook: Codebook
+    power: float
+    representatives: int = 4
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        question = tokens.sequence[tokens.question].float().mean(0)
+        weight = unit_range(cosine_similarity(tokens.hidden.float(), question[None])) ** self.power
+        unit = normalize(tokens.features.float(), dim=-1)
+        similarity, nearest = unit @ unit.T, self.codebook.redundancy(tokens.features)
+        chosen: list[int] = []
+        while len(chosen) < keep - min(self.representatives, keep // 2):
+            far = (1 - nearest) * weight
+            far[chosen] = -1.0
+            chosen.append(int(far.argmax()))
+            nearest = torch.maximum(nearest, similarity[chosen[-1]])
+        while len(chosen) < keep:
+            gain = (similarity - similarity[chosen].amax(0)).clamp(min=0).sum(1)
+            gain[chosen] = -1.0
+            chosen.append(int(gain.argmax()))
         return torch.tensor(sorted(chosen))
 
 
