@@ -57,7 +57,7 @@ GROUPS = {
     "asked": (OWN[1], "cdpruner", *(f"{OWN[1]}, asked {power}" for power in (0.25, 0.5, 1.0))),
     "then": (
         OWN[1],
-        *(f"{OWN[1]}+{own}@{at}:{share}+mass" for own in ("fastv", "sparsevlm") for at in (3, 6, 9) for share in SHARES),
+        *(f"{OWN[1]}+{own}@{at}:{s}+mass" for own in ("fastv", "sparsevlm") for at in (3, 6, 9) for s in SHARES),
     ),
     "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
 }
