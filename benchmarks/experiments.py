@@ -5,8 +5,8 @@
 
 New questions about new scenes of the miniature's training split, so that nothing is chosen by looking at the test
 split. Every row runs at every budget, averaged over the layers; one that is out of a row's reach is left out. Each
-image is encoded once for all rows. Finished batches are kept in --out: the command can be stopped and run again, with
-the same options. A row is a schedule's text, and behind a comma what is tried with it (`benchmarks/trials.py`).
+image is encoded once for all rows. Finished batches are kept in --out: the command can be stopped and run again, also
+with other options. A row is a schedule's text, and behind a comma what is tried with it (`benchmarks/trials.py`).
 """
 
 import argparse

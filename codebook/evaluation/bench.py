@@ -172,7 +172,8 @@ def run(
     Parameters
     ----------
     out
-        Folder of the journals. Called again, what is in them is not repeated, and rows that were added are measured.
+        Folder of the journals. Called again, what is in them is not repeated, and rows and samples that were added are
+        measured.
     done
         Hears how many answers there are, of `work(tasks, rows, settings, part)`, and what is being done.
     part
@@ -231,7 +232,7 @@ def work(tasks: Sequence[Task], rows: Sequence[Row], settings: Settings | None =
     """Answers of `run`."""
     plans = {_key(schedule) for row in rows for schedule in row.schedules}
     samples, settings = [sample for task in tasks for sample in task.samples], settings or Settings()
-    return len(plans) * sum(len(own) for _, own in batches(samples, settings.batch, part))
+    return len(plans) * sum(len(own) for own in batches(samples, settings.batch, part))
 
 
 def _always(schedule: Schedule | None, asked: object) -> Schedule | None:

@@ -63,8 +63,8 @@ def respond(
     plans
         The ways. In a file they are known by their names: another way needs another name.
     file
-        Where every finished batch is kept; called again, the work goes on, with further plans if there are some. A
-        file of another model or other samples is refused. What parts have kept beside it is not answered again.
+        Where every finished batch is kept; called again, the work goes on, with further plans or samples if there are
+        some. A file of another model is refused. What parts have kept beside it is not answered again.
     done
         Hears how many answers there are, of all plans.
     blind
@@ -79,12 +79,13 @@ def respond(
     -------
     For each plan what was said to each sample, in the samples' order; of a part nothing, {}
     """
-    about = {"model": identity(model), "samples": digest(samples), "batch": batch, "max_new_tokens": max_new_tokens}
-    journal = _journal(file, about | {"blind": blind}, part)
-    answered, own = 0, batches(samples, batch, part)
-    for i, rows in own:
+    about = {"model": identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
+    journal = _journal(file, about, part)
+    answered, own, keys = 0, batches(samples, batch, part), []
+    for rows in own:
         group = [samples[row] for row in rows]
-        todo = {name: plan for name, plan in plans.items() if f"{name} #{i}" not in journal}
+        keys.append(key := digest(group))
+        todo = {name: plan for name, plan in plans.items() if f"{name} #{key}" not in journal}
         done(answered := answered + len(group) * (len(plans) - len(todo)))
         if todo:
             images = [() if blind else sample.pictures() for sample in group]
@@ -92,14 +93,14 @@ def respond(
             with remembering(model):
                 for name, plan in todo.items():
                     found = answer(model, processor, prompts, plan(group), max_new_tokens)
-                    journal.add(f"{name} #{i}", [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in found])
+                    journal.add(f"{name} #{key}", [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in found])
                     done(answered := answered + len(group))
     if part is not None:
         return {}
     said: dict[str, dict[int, Said]] = {name: {} for name in plans}
-    for i, rows in own:
+    for rows, key in zip(own, keys, strict=True):
         for name in plans:
-            said[name] |= {row: Said(*value) for row, value in zip(rows, journal[f"{name} #{i}"], strict=True)}
+            said[name] |= {row: Said(*value) for row, value in zip(rows, journal[f"{name} #{key}"], strict=True)}
     return {name: [found[row] for row in range(len(samples))] for name, found in said.items()}
 
 
@@ -117,13 +118,13 @@ def remembering(model: Any) -> contextlib.AbstractContextManager[None]:
     return remember(model) if models.family(model).tower_rows else contextlib.nullcontext()
 
 
-def batches(samples: Sequence[Sample], size: int = BATCH, part: Part | None = None) -> list[tuple[int, list[int]]]:
-    """Numbered batches of one task and one number of images: little padding, and answers of about one length."""
+def batches(samples: Sequence[Sample], size: int = BATCH, part: Part | None = None) -> list[list[int]]:
+    """Batches of one task and one number of images: little padding, and answers of about one length."""
     groups: dict[str, dict[int, list[int]]] = {}
     for row, sample in enumerate(samples):
         groups.setdefault(sample.task, {}).setdefault(len(sample.images), []).append(row)
     alike = [rows for own in groups.values() for _, rows in sorted(own.items())]
-    found = list(enumerate(rows[start : start + size] for rows in alike for start in range(0, len(rows), size)))
+    found = [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
     return found if part is None else found[part[0] - 1 :: part[1]]
 
 

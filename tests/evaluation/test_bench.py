@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from codebook import CodebookError, Random, RedundancyCodebook, Schedule, Stage, Uniform, miniature, prebuilt
-from codebook.evaluation import bench, charts, datasets, latency, report
+from codebook.evaluation import bench, charts, datasets, latency, report, scores
 from codebook.evaluation.timing import quartiles
 from codebook.inference import prepare
 from codebook.pruning.text import make
@@ -296,10 +296,30 @@ def test_what_is_shown_is_what_pruning_keeps(loaded, measured):
     assert kept["unpruned", 1.0] == [list(range(144))]
 
 
-def test_a_journal_of_other_samples_is_refused(loaded, measured):
+def test_a_longer_run_asks_only_what_is_new(loaded, tmp_path, monkeypatch):
+    """Four questions of each of two tasks after three of one, in batches of two: one batch is the same."""
+    model, processor, _, rows, _ = loaded
+    rows, settings, asked = [rows[0], rows[3]], bench.Settings(batch=2, seconds=0), []
+
+    def noted(model, processor, prompts, *args, own=scores.answer):
+        asked.append(prompts.inputs["input_ids"].shape[0])
+        return own(model, processor, prompts, *args)
+
+    monkeypatch.setattr(scores, "answer", noted)
+    kinds = ["miniature:exist", "miniature:ocr"]
+    short, long = datasets.load(kinds[:1], 3), datasets.load(kinds, 4)
+    bench.run(model, processor, short, rows, tmp_path, settings)
+    assert asked == [2, 2, 1, 1]
+    found = bench.run(model, processor, long, rows, tmp_path, settings)
+    assert asked == [2, 2, 1, 1] + 2 * 3 * [2]
+    anew = bench.run(model, processor, long, rows, tmp_path / "anew", settings)
+    assert [row["tasks"] for row in found["rows"]] == [row["tasks"] for row in anew["rows"]]
+
+
+def test_a_journal_of_another_kind_of_answers_is_refused(loaded, measured):
     model, processor, tasks, rows, _ = loaded
-    with pytest.raises(CodebookError, match="another samples"):
-        bench.run(model, processor, tasks[:1], rows, measured[2], SETTINGS)
+    with pytest.raises(CodebookError, match="another max_new_tokens: choose another file, or delete it"):
+        bench.run(model, processor, tasks, rows, measured[2], bench.Settings(seconds=0, max_new_tokens=3))
 
 
 def test_pictures_of_a_comparison():
