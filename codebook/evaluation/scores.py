@@ -93,7 +93,8 @@ def respond(
             with remembering(model):
                 for name, plan in todo.items():
                     found = answer(model, processor, prompts, plan(group), max_new_tokens)
-                    journal.add(f"{name} #{key}", [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in found])
+                    values = [[one.text, list(map(sum, zip(*one.counts, strict=True)))] for one in found]
+                    journal.add(f"{name} #{key}", values)
                     done(answered := answered + len(group))
     if part is not None:
         return {}
