@@ -55,6 +55,7 @@ GROUPS = {
     "by-gain": (OWN[1], *(f"{OWN[1]}, gain {gain}" for gain in (0.02, 0.01, 0.005, 0.002))),
     "by-image": (OWN[1], *(f"{OWN[1]}, by scores {power}" for power in (0.5, 1.0, 2.0))),
     "asked": (OWN[1], "cdpruner", *(f"{OWN[1]}, asked {power}" for power in (0.25, 0.5, 1.0))),
+    "not-asked": (OWN[1], *(f"{OWN[1]}, {asked} {power}" for asked in ("asked", "not asked") for power in (0.5, 1.0))),
     "then": (
         OWN[1],
         *(f"{OWN[1]}+{own}@{at}:{s}+mass" for own in ("fastv", "sparsevlm") for at in (3, 6, 9) for s in SHARES),
@@ -83,6 +84,8 @@ def schedules(
             return trials.ByGain(shipped, float(number)), keep
         if kind == "asked":
             return trials.Asked(shipped, float(number)), keep
+        if kind == "not asked":
+            return trials.Asked(shipped, float(number), model.get_input_embeddings().weight.detach()), keep
         assert isinstance(pruner, SeededFarthestPoint)
         signal = kind.removeprefix("by ")
         return trials.by_image(model, processor, shipped, keep, signal, float(number)), None

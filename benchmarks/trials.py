@@ -74,16 +74,17 @@ class Asked(Pruner):
     """`SeededFarthestPoint` whose distances count times the tokens' relevance to the question, to the `power`.
 
     The relevance is CDPruner's: cosine similarity of what enters the LLM to the mean of the question's word embeddings,
-    scaled to [0, 1] in the image.
+    or of `words` (w, d), the same for every question, scaled to [0, 1] in the image.
     """
 
     codebook: Codebook
     power: float
+    words: Tensor | None = None
     representatives: int = 4
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        question = tokens.sequence[tokens.question].float().mean(0)
-        weight = unit_range(cosine_similarity(tokens.hidden.float(), question[None])) ** self.power
+        words = tokens.sequence[tokens.question] if self.words is None else self.words
+        weight = unit_range(cosine_similarity(tokens.hidden.float(), words.float().mean(0)[None])) ** self.power
         unit = normalize(tokens.features.float(), dim=-1)
         similarity, nearest = unit @ unit.T, self.codebook.redundancy(tokens.features)
         chosen: list[int] = []
