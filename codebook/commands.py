@@ -188,10 +188,11 @@ def describe(model: Any, schedule: Schedule) -> dict[str, Any]:
 
 
 def summary(report: dict[str, Any], kept: list[int]) -> str:
-    """A report of `describe` in one line."""
+    """A report of `describe` in one line, with what images kept of their own if there are some."""
     n = report["tokens"]
     if "counts" not in report:
-        return f"schedule {report['schedule']}: kept {', '.join(map(str, kept))} of {n} visual tokens"
+        numbers = f"kept {', '.join(map(str, kept))}" if kept else "images keep numbers of their own"
+        return f"schedule {report['schedule']}: {numbers} of {n} visual tokens"
     runs: list[str] = []
     start = 0
     for count, group in groupby(report["counts"]):

@@ -69,6 +69,11 @@ def test_images_keep_by_their_spread(run, scenes, tmp_path):
     assert kept[0] == 18 < kept[1] and "counts" not in report  # half of 36: nothing is as plain as gray
     code, _, err = run(*ask, "--schedule", "seeded; spread=codebook", "--keep", 0.25)
     assert code == 0 and f"kept {kept[0]}, {kept[1]}, {kept[2]} of 144" in err
+    (tmp_path / "in.jsonl").write_text(json.dumps({"image": str(plain), "question": "describe."}))
+    files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
+    code, _, err = run("prune", "miniature", *files, "--schedule", "seeded; spread=codebook", "--keep", 0.25)
+    assert code == 0 and "images keep numbers of their own of 144 visual tokens" in err
+    assert json.loads((tmp_path / "out.jsonl").read_text())["kept"] == [18]
 
 
 def test_presets_are_fitted_to_the_budget(run, scenes, tmp_path):

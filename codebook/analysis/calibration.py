@@ -105,7 +105,7 @@ def candidates(
     Parameters
     ----------
     method
-        One method in the text form of schedules, without a keep: `codebook`, `fastv@3`.
+        One method in the text form of schedules, without a keep: `codebook`, `fastv@3`, `seeded; spread=codebook`.
     keep
         The budget: visual tokens averaged over the layers, as `Schedule.fit` takes it.
     make
@@ -138,10 +138,11 @@ def candidates(
     elif not all(first < layer < layers for layer in at):
         raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
     found: dict[str, Schedule] = {}
+    name, semicolon, settings = method.partition(";")
     for layer in at:
         for deep in [*(f"random@{layer}:{share}" for share in SHARES), *([f"drop@{layer}"] if drop else [])]:
             try:
-                schedule = Schedule.solve(f"{method}+{deep}", make, keep=keep, **shape)
+                schedule = Schedule.solve(f"{name}+{deep}{semicolon}{settings}", make, keep=keep, **shape)
             except CodebookError:  # the first stage cannot spend what this one saves: out of reach
                 continue
             if schedule.stages[0].keep != plain.stages[0].keep:

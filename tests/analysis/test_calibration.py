@@ -52,6 +52,13 @@ def test_candidates_behind_a_first_stage_in_the_decoder(model):
             candidates(model, method, 0.5)
 
 
+def test_candidates_have_the_settings_of_their_method(model):
+    plain, found = candidates(model, "random; spread=0.2; positions=compact", 0.25, at=[3])
+    bare, alike = candidates(model, "random", 0.25, at=[3])
+    assert [s.stages for s in found] == [s.stages for s in alike] and plain.stages == bare.stages
+    assert all(s.spread == 0.2 and s.positions == "compact" for s in (plain, *found))
+
+
 @pytest.mark.parametrize("schedule", [
     Schedule([]), Schedule([Stage(0, 20, Random()), Stage(4, 0, Drop())]), Schedule([Stage(2, 30, FastV())]),
 ], ids=str)  # fmt: skip
