@@ -49,7 +49,7 @@ def test_generate_equals_masked_reference(tiny, dimensions):
         assert (cell.positions in (word.strip() for word in documented)) == (expected == "works")
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile", "ignore:_compile flag")
+@pytest.mark.filterwarnings("ignore:flex_attention called", "ignore:_compile flag", "ignore:.torch.jit.script_method")
 @pytest.mark.parametrize("cell", [("attention", "several"), ("mass", "image"), ("mass", "video")], ids="-".join)
 @pytest.mark.parametrize("name", [name for name in FAMILIES if not name.startswith("qwen")])  # stock Qwen refuses it
 def test_generate_under_flex_attention_equals_masked_reference(name, cell, monkeypatch):
