@@ -16,10 +16,12 @@ from pathlib import Path
 
 from benchmarks import trials
 from codebook import Codebook, Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
-from codebook.analysis.data import Sample, of_questions
+from codebook.cli.output import progress
 from codebook.errors import CodebookError
-from codebook.evaluation import Plan, Said, Scores, mean, respond, scored, table
-from codebook.progress import progress
+from codebook.evaluation import Scores, mean, scored, table
+from codebook.inference.respond import Policy, Said, respond
+from codebook.inference.samples import Sample
+from codebook.miniature.samples import of_questions
 from codebook.pruning import METHODS
 from codebook.pruning.presets import HORIZON, scaled
 from codebook.pruning.text import make, needs
@@ -123,7 +125,7 @@ def main() -> None:
     named = list(dict.fromkeys(row for group in options.groups for row in GROUPS[group]))  # some are in two groups
     horizon = options.horizon or scaled(HORIZON, len(model.get_decoder().layers))
     found = schedules(model, processor, named, options.keep, horizon, options.books)
-    plans: dict[str, Plan] = {name: partial(_always, schedule) for name, schedule in found.items()}
+    plans: dict[str, Policy] = {name: partial(_always, schedule) for name, schedule in found.items()}
     questions = of_questions(
         question
         for family in options.families

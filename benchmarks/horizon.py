@@ -16,14 +16,17 @@ import numpy as np
 
 from benchmarks.timing import machine
 from codebook import miniature, models
-from codebook.analysis import calibration, data, horizon
-from codebook.analysis.journal import Journal, identity
-from codebook.commands import replacing
+from codebook.analysis import calibration, horizon
+from codebook.cli.output import progress
 from codebook.evaluation import score
 from codebook.evaluation.bench import reseeded
-from codebook.plan import Plan, find_codebook
-from codebook.progress import progress
+from codebook.inference import samples as data
+from codebook.inference.journal import Journal
+from codebook.miniature.samples import of_miniature, of_questions
+from codebook.models.fingerprint import identity
 from codebook.pruning import Schedule, remember
+from codebook.pruning.plan import Plan, find_codebook
+from codebook.store.files import replacing
 
 METHODS = ("codebook", "divprune", "dart", "fastv", "seeded")
 KEEPS = (0.5, 0.25, 0.11)
@@ -38,7 +41,7 @@ def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
     for metric in ("probability", "accuracy"):
         sweeps = []
         for seed in options.seeds:
-            samples = data.of_miniature("test", seed, options.questions, options.families)
+            samples = of_miniature("test", seed, options.questions, options.families)
             with progress(f"horizon, {metric}, seed {seed}", len(samples), "samples") as tick:
                 file = options.out / f"sweep-{seed}.jsonl"
                 sweeps.append(horizon.sweep(model, processor, samples, metric, file, tick)[0])
@@ -54,7 +57,7 @@ def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
 def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, float], dict[str, Schedule]]:
     """Of each method and budget: alone, with the paper's deep stage, and calibrated."""
     found, seed = {}, 0  # of the calibration, whatever seeds measure
-    samples = data.of_miniature("train", seed, options.calibration, options.families)
+    samples = of_miniature("train", seed, options.calibration, options.families)
     (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
     for method in METHODS:
         make = Plan(method, 0.5, None, options.codebook, seed).maker(partial(find_codebook, model, options.codebook))
@@ -92,7 +95,7 @@ def answers(model, processor, options: argparse.Namespace, seed: int, plans: lis
 def questions(count: int, seed: int, families: Sequence[str]) -> Iterator[list[data.Sample]]:
     """Held-out questions, in batches of one family."""
     for family in families:
-        own = data.of_questions(miniature.tasks(family, "test", seed, count))
+        own = of_questions(miniature.tasks(family, "test", seed, count))
         yield from (own[start : start + BATCH] for start in range(0, count, BATCH))
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from codebook.analysis.data import of_questions
+from codebook.cli.output import progress
 from codebook.evaluation import Scores, compare, mean, table
 from codebook.miniature import FAMILIES, FOLDER, model, tasks
+from codebook.miniature.samples import of_questions
 from codebook.miniature.scenes import LOOKS
-from codebook.progress import progress
 
 BLIND = "no image"
 CARD = """---

@@ -18,16 +18,16 @@ import torch
 from PIL import Image
 
 from codebook import Codebook, RedundancyCodebook, Schedule, Stage, load
-from codebook.analysis.data import of_miniature
 from codebook.building import preset
 from codebook.building.cascade import survivors
 from codebook.building.clustering import dpc_knn
 from codebook.building.pool import recurrent
 from codebook.building.probes import Prober
+from codebook.cli.output import progress
 from codebook.evaluation import compare, mean, standard_error
+from codebook.miniature.samples import of_miniature
 from codebook.miniature.scenes import scene
 from codebook.models import family
-from codebook.progress import progress
 
 TAU_P = (0.4, 0.6, 0.8, 1.0)
 TAU_J = (0.03, 0.1, 0.3, 1.0)

@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from codebook import Codebook, Pruner, SeededFarthestPoint, VisualTokens, build, miniature, models
-from codebook.analysis.data import of_miniature
 from codebook.building.pool import Pool
 from codebook.building.presets import preset
-from codebook.progress import progress
+from codebook.cli.output import progress
+from codebook.miniature.samples import of_miniature
 from codebook.pruning.methods.base import group_means, nearest_kept, unit_range
 from codebook.pruning.methods.combine import Combination
 

@@ -10,7 +10,7 @@ _HOME = {
     "Alpha": "codebook.pruning",
     "CDPruner": "codebook.pruning",
     "Cls": "codebook.pruning",
-    "Codebook": "codebook.index",
+    "Codebook": "codebook.store.codebook",
     "CodebookError": "codebook.errors",
     "Dart": "codebook.pruning",
     "DensityPeaks": "codebook.pruning",
@@ -36,10 +36,10 @@ _HOME = {
     "VisualTokens": "codebook.pruning",
     "Weighted": "codebook.pruning",
     "Window": "codebook.pruning",
-    "ask": "codebook.inference",
+    "ask": "codebook.inference.ask",
     "build": "codebook.building",
     "load": "codebook.models",
-    "prebuilt": "codebook.shipped",
+    "prebuilt": "codebook.store.shipped",
     "remember": "codebook.pruning",
 }
 

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import sys
 
 import pytest
@@ -8,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from codebook import index
 from codebook.errors import CodebookError
-from codebook.index import Codebook
 from codebook.models import family
+from codebook.store import codebook as index
+from codebook.store.codebook import Codebook
 from tests import tiny
 
 
@@ -214,7 +215,7 @@ def test_failed_save_leaves_the_old_codebook(tmp_path, monkeypatch):
     def full(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(index.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(CodebookError, match="No space left on device; free space"):
         make(seed=5).save(tmp_path)
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before

@@ -7,7 +7,7 @@ from transformers import AutoModelForImageTextToText, MllamaConfig
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pictures import overlay
+from codebook.inference.overlay import overlay
 from tests.tiny import IMAGE, SIDE, llava
 
 

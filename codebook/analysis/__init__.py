@@ -1,10 +1,10 @@
 """Where in the model visual tokens matter: token information, the information horizon, schedules calibrated by it."""
 
 from codebook.analysis.calibration import Calibration, calibrate
-from codebook.analysis.data import Sample
 from codebook.analysis.horizon import Horizon, Sweep, horizons, sweep
 from codebook.analysis.information import Information, token_information
 from codebook.analysis.prefill import Prefill
+from codebook.inference.samples import Sample
 
 __all__ = [
     "Calibration",

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 
 from codebook import models
-from codebook.analysis import answers
-from codebook.analysis.data import Sample, digest, mixed
-from codebook.analysis.journal import Journal, identity
+from codebook.analysis import likelihood as answers
 from codebook.errors import CodebookError
-from codebook.inference import ask
+from codebook.inference.ask import ask
+from codebook.inference.journal import Journal
+from codebook.inference.samples import Sample, digest, mixed
+from codebook.models.fingerprint import identity
 from codebook.pruning import Schedule, remember
-from codebook.pruning.schedule import Keep
+from codebook.pruning.stage import Keep
 from codebook.pruning.text import Make, make
 from codebook.pruning.tokens import digest_rows
 

@@ -10,12 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from codebook.analysis.data import Sample, digest
-from codebook.analysis.journal import Journal, identity
 from codebook.analysis.prefill import Cost, Prefill
-from codebook.analysis.prompts import answer_ids, encode
 from codebook.errors import CodebookError
-from codebook.inference import ask
+from codebook.inference.ask import ask
+from codebook.inference.journal import Journal
+from codebook.inference.prompts import answer_ids, encode
+from codebook.inference.samples import Sample, digest
+from codebook.models.fingerprint import identity
 from codebook.pruning import Drop, Schedule, Stage, remember
 
 EPS = 0.01

@@ -20,7 +20,7 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.pruning import Schedule
-from codebook.pruning.forward import window
+from codebook.pruning.engine.forward import window
 
 BATCH = 64
 """Variants in one forward."""

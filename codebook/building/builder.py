@@ -21,7 +21,7 @@ from codebook.building.presets import Settings, preset
 from codebook.building.probes import Prober
 from codebook.building.sources import Images, Source, open_images
 from codebook.errors import CodebookError
-from codebook.index import CONFIG, Codebook
+from codebook.store.codebook import CONFIG, Codebook
 
 PROBES = "probes.jsonl"
 REMEDY = {

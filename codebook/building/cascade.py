@@ -14,7 +14,7 @@ from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.building.probes import Prober
 from codebook.models import Family
-from codebook.spread import spread
+from codebook.store.spread import spread
 
 MARGIN = 0.002
 """A value this close to its threshold, relatively, is computed again in a forward of its own before it decides."""
@@ -33,7 +33,7 @@ class Survivors:
     funnel
         How many of its tokens each step left.
     spread
-        Of all its tokens: `codebook.spread`, to six decimals.
+        Of all its tokens: `codebook.store.spread`, to six decimals.
     probes
         Of an exhaustive run: for each probed token what `tokens` says, and `cluster_size`; else empty.
     """

@@ -18,7 +18,7 @@ from sqlitedict import SqliteDict, SqliteMultithread
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.index import write_files
+from codebook.store.files import write_files
 
 FOLDER = ".build"
 WAIT = 0.2

@@ -17,7 +17,7 @@ from torch import Tensor
 from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.errors import CodebookError
-from codebook.index import Codebook, verify
+from codebook.store.codebook import Codebook, verify
 
 STEPS = ("probed", "isolated", "P1", "JSD", "recurrent")
 SURVIVORS, IMAGES = "survivors.safetensors", "images.jsonl"
@@ -57,7 +57,7 @@ class Pool:
 
     @property
     def spread(self) -> float | None:
-        """The images' mean spread (`codebook.spread`); None if that of one is not known."""
+        """The images' mean spread (`codebook.store.spread`); None if that of one is not known."""
         known = [self.images[name]["spread"] for name in self.used if "spread" in self.images[name]]
         return round(sum(known) / len(known), 6) if len(known) == len(self.used) > 0 else None
 

@@ -17,14 +17,16 @@ import numpy as np
 
 import codebook
 from codebook import models
-from codebook.analysis.data import Sample, digest
-from codebook.analysis.journal import Journal, identity
 from codebook.errors import CodebookError
 from codebook.evaluation.latency import Bench
 from codebook.evaluation.metrics import Estimate, Task, Z, estimate, mean_of
-from codebook.evaluation.scores import Part, Plan, Said, batches, remembering, respond
 from codebook.evaluation.timing import machine, quartiles
-from codebook.inference import ask, prepare
+from codebook.inference.ask import ask
+from codebook.inference.journal import Journal
+from codebook.inference.prompts import prepare
+from codebook.inference.respond import Policy, Said, Shard, batches, remembering, respond
+from codebook.inference.samples import Sample, digest
+from codebook.models.fingerprint import identity
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
 from codebook.pruning.text import Make
 from codebook.pruning.tokens import digest_rows
@@ -165,7 +167,7 @@ def run(
     out: Path,
     settings: Settings | None = None,
     done: Callable[[int, str], None] = lambda count, note: None,
-    part: Part | None = None,
+    part: Shard | None = None,
 ) -> dict[str, Any]:
     """Measure all rows: answers first, then, apart from them, time and memory of one prompt.
 
@@ -189,7 +191,7 @@ def run(
     timed = _prompt(samples)
     bench = Bench(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
     rows, refused = _possible(bench, rows)
-    plans: dict[str, Plan] = {}
+    plans: dict[str, Policy] = {}
     for row in rows:
         for schedule in row.schedules:
             plans[_key(schedule)] = functools.partial(_always, schedule)
@@ -228,7 +230,9 @@ def run(
     }
 
 
-def work(tasks: Sequence[Task], rows: Sequence[Row], settings: Settings | None = None, part: Part | None = None) -> int:
+def work(
+    tasks: Sequence[Task], rows: Sequence[Row], settings: Settings | None = None, part: Shard | None = None
+) -> int:
     """Answers of `run`."""
     plans = {_key(schedule) for row in rows for schedule in row.schedules}
     samples, settings = [sample for task in tasks for sample in task.samples], settings or Settings()

@@ -10,12 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from codebook.analysis import data
-from codebook.analysis.data import Sample
 from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
+from codebook.inference import samples as data
+from codebook.inference.samples import Sample
 from codebook.miniature import FAMILIES
+from codebook.miniature.samples import of_miniature
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -61,8 +62,8 @@ def load(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[
 def _tasks(name: str, count: int | None, seed: int) -> Iterator[Task]:
     kind, _, folder = name.partition(":")  # the miniature's files are its families
     metric = {"pope": POPE, "mme": MME}.get(kind, ACCURACY)
-    if kind == data.MINIATURE:
-        samples = data.of_miniature("test", seed, count or 100, [folder] if folder else FAMILIES)
+    if kind == "miniature":
+        samples = of_miniature("test", seed, count or 100, [folder] if folder else FAMILIES)
         count = None
     elif kind in LOADERS and folder:
         samples = _read(kind, Path(folder))

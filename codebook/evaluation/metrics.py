@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codebook.analysis.data import Sample
+from codebook.inference.samples import Sample
 
 Z = 1.96
 """Of a 95% interval."""

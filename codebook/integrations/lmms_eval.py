@@ -15,12 +15,14 @@ import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
+from tqdm import tqdm
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.inference import answer, prepare, read_video
-from codebook.plan import DEFAULT, DTYPES, Plan
-from codebook.progress import progress
+from codebook.inference.ask import answer
+from codebook.inference.prompts import prepare
+from codebook.pruning.plan import DEFAULT, DTYPES, Plan
+from codebook.store.pictures import read_video
 
 
 def manifest() -> ModelManifest:
@@ -72,13 +74,13 @@ class PrunedModel(lmms):
         tasks = [_Task(self.task_dict, *request.args) for request in requests]
         order = sorted(range(len(tasks)), key=lambda i: tasks[i].kind)
         said: dict[int, str] = {}
-        with progress("lmms-eval", len(tasks), "answers") as tick:
+        with tqdm(total=len(tasks), desc="codebook", unit="answer") as bar:
             for _, rows in groupby(order, key=lambda i: tasks[i].kind):
                 own = list(rows)
                 for start in range(0, len(own), self.batch_size):
                     batch = own[start : start + self.batch_size]
                     said |= zip(batch, self._answer([tasks[i] for i in batch]), strict=True)
-                    tick(len(said))
+                    bar.update(len(batch))
         return [said[i] for i in range(len(tasks))]
 
     def _answer(self, tasks: Sequence[_Task]) -> list[str]:

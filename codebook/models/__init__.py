@@ -8,10 +8,11 @@ from typing import Any
 import torch
 
 from codebook.errors import CodebookError
-from codebook.models.base import KINDS, Encoded, Family, Grid, Image, Layout, whole
+from codebook.models.base import Family
 from codebook.models.gemma3 import Gemma3
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
+from codebook.models.layout import KINDS, Encoded, Grid, Image, Layout, whole
 from codebook.models.llava import Llava
 from codebook.models.llava_next import LlavaNext
 from codebook.models.llava_onevision import LlavaOnevision

@@ -4,175 +4,23 @@ from __future__ import annotations
 
 import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
+from codebook.models.layout import KINDS, Encoded, Image, Layout, whole
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-"""The box of a view of the whole picture."""
+Model = Any
+"""A stock transformers vision-language model: `PreTrainedModel`, whose towers and decoders have no common type."""
 
-KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
-"""What prompts can show, and the argument that holds its pixels."""
+Processor = Any
+"""The processor that goes with a model: `ProcessorMixin`."""
 
 SAMPLED = 32
 """Weights sampled from each of tower and projector for the fingerprint."""
-
-
-@dataclass(frozen=True)
-class Grid:
-    """A rectangle of an image's visual tokens, in raster order: its whole view, one crop of it, or a video's frame.
-
-    Attributes
-    ----------
-    start
-        Place of its first token among the image's tokens in the prompt.
-    rows, cols
-        Of visual tokens.
-    kind
-        `view` (of the whole image), `crop` or `frame`.
-    stride
-        Tokens from one row to the next; more than `cols` where structural tokens, such as newlines, end the rows.
-    box
-        What it shows of the picture: left, top, right, bottom as fractions; None where that cannot be known.
-    """
-
-    start: int
-    rows: int
-    cols: int
-    kind: Literal["view", "crop", "frame"] = "view"
-    stride: int = 0
-    box: tuple[float, float, float, float] | None = WHOLE
-
-    @property
-    def count(self) -> int:
-        return self.rows * self.cols
-
-    @property
-    def index(self) -> Tensor:
-        """(count,) int64: places of its tokens among the image's, in raster order."""
-        rows = torch.arange(self.rows)[:, None] * (self.stride or self.cols)
-        return (self.start + rows + torch.arange(self.cols)).flatten()
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the tokens of one image or video are laid out in a prompt.
-
-    Attributes
-    ----------
-    length
-        Tokens in the prompt, structural ones such as newlines included: those are in no grid and always kept.
-    grids
-        The others, in order.
-    pieces
-        How many of what the model encodes it is made of: `Family.pixels` has one tensor, `Family.pack` one result each.
-    """
-
-    length: int
-    grids: tuple[Grid, ...]
-    pieces: int = 1
-
-    @property
-    def count(self) -> int:
-        """Visual tokens, structural ones not counted."""
-        return sum(grid.count for grid in self.grids)
-
-    @classmethod
-    def stacked(cls, count: int, rows: int, cols: int, kind: Literal["view", "crop", "frame"], tail: int = 0) -> Layout:
-        """`count` grids of one shape one after the other, and `tail` structural tokens."""
-        grids = [Grid(i * rows * cols, rows, cols, kind, box=None if kind == "crop" else WHOLE) for i in range(count)]
-        return cls(count * rows * cols + tail, tuple(grids))
-
-
-@dataclass(frozen=True)
-class Image:
-    """One image or video found in a prompt.
-
-    Attributes
-    ----------
-    kind
-        `image` or `video`.
-    layout
-        Of its tokens.
-    columns
-        Where they are in the prompt, structural ones included, ascending.
-    sources
-        Which of the pieces that were encoded in one call it is made of; None if that call was not seen.
-    """
-
-    kind: str
-    layout: Layout
-    columns: tuple[int, ...]
-    sources: tuple[int, ...] | None = None
-
-    @property
-    def count(self) -> int:
-        """Visual tokens, structural ones not counted."""
-        return self.layout.count
-
-    def locate(self, token: int) -> tuple[int, int, int]:
-        """The grid, row and column of a visual token, named by its place among the image's (0 to `count - 1`)."""
-        for i, grid in enumerate(self.layout.grids):
-            if token < grid.count:
-                return i, *divmod(token, grid.cols)
-            token -= grid.count
-        raise IndexError(f"the image has no visual token {token + self.count}")
-
-    def view(self, tokens: Iterable[int]) -> tuple[list[int], tuple[int, int]]:
-        """Of some visual tokens those of the whole view, or of the first frame: raster positions, rows and columns."""
-        number, grid = next(
-            ((i, grid) for i, grid in enumerate(self.layout.grids) if grid.kind == "view"), (0, self.layout.grids[0])
-        )
-        places = [self.locate(token) for token in tokens]
-        return [row * grid.cols + col for i, row, col in places if i == number], (grid.rows, grid.cols)
-
-    def units(self, shared: bool) -> list[tuple[tuple[int, int], Tensor]]:
-        """What is pruned at once: rows and columns, and places (n,) int64 among the image's tokens in the prompt.
-
-        Raises
-        ------
-        CodebookError
-            If all grids are to share one budget, and have not the same shape.
-        """
-        grids = self.layout.grids
-        if not shared or len(grids) == 1:
-            return [((grid.rows, grid.cols), grid.index) for grid in grids]
-        if len({(grid.rows, grid.cols) for grid in grids}) > 1:
-            shapes = ", ".join(f"{grid.rows} x {grid.cols}" for grid in grids[:4])
-            raise CodebookError(f"grids of {shapes} tokens cannot share one budget: use quotas='each'")
-        return [((len(grids) * grids[0].rows, grids[0].cols), torch.cat([grid.index for grid in grids]))]
-
-
-@dataclass(eq=False)
-class Encoded:
-    """One call of a model's `get_image_features` or `get_video_features`.
-
-    Attributes
-    ----------
-    kind
-        `image` or `video`.
-    given
-        The call's arguments, by name.
-    output
-        What it returned.
-    attention
-        What the tower's layer that feeds the projector attended with, if someone asked: queries and keys (B, heads, N,
-        d) and their scaling, one entry a call of its attention function.
-    shown
-        Whether a forward has had it.
-    """
-
-    kind: str
-    given: dict[str, Any]
-    output: Any = None
-    attention: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
-    shown: bool = False
 
 
 class Family(ABC):
@@ -414,45 +262,6 @@ class Family(ABC):
         return True
 
 
-def runs(ids: list[int], token: int) -> list[tuple[int, int]]:
-    """Start and length of each run of a token."""
-    found, start = [], 0
-    for value, group in groupby(ids):
-        length = len(list(group))
-        if value == token:
-            found.append((start, length))
-        start += length
-    return found
-
-
-def whole(kind: str, what: str) -> CodebookError:
-    """The error of a prompt that does not hold the tokens of whole images."""
-    return CodebookError(
-        f"{what}: pass whole {kind}s in one forward (no chunked prefill, no truncated prompt), with their pixels"
-    )
-
-
-def dealt(kind: str, layouts: list[Layout], counts: list[int]) -> list[list[Layout]]:
-    """The layouts of encoded images dealt to rows that have room for `counts` tokens.
-
-    Beams and `num_return_sequences` repeat whole rows after the encoding: each of a row's copies gets the same.
-    """
-    encoded, room = sum(layout.length for layout in layouts), sum(counts)
-    if not encoded or room % encoded:
-        raise whole(kind, f"{room} {kind} tokens in the prompt, where the encoded {kind}s have {encoded}")
-    repeats, out, start = room // encoded, [], 0
-    for row, count in enumerate(counts):
-        mine, stop = [], start
-        while count > 0 and stop < len(layouts):
-            mine.append(layouts[stop])
-            count, stop = count - layouts[stop].length, stop + 1
-        if count:
-            raise whole(kind, f"the {kind} tokens of prompt {row + 1} are not those of the encoded {kind}s")
-        out.append(mine)
-        start = stop if row % repeats == repeats - 1 else start
-    return out
-
-
 def _first_pieces(kind: str, encoded: int, per_row: list[int]) -> list[int]:
     """The first of the encoded pieces that each row shows; copies of a row, as of beams, show the same."""
     total = sum(per_row)
@@ -463,12 +272,6 @@ def _first_pieces(kind: str, encoded: int, per_row: list[int]) -> list[int]:
         out.append(start)
         start += count if row % repeats == repeats - 1 else 0
     return out
-
-
-def pooled(values: Tensor, side: int, size: int) -> Tensor:
-    """Average squares of `size` x `size` patches of a square image: (side * side, D) to ((side / size)^2, D)."""
-    cells = values.reshape(side // size, size, side // size, size, -1)
-    return cells.mean((1, 3)).flatten(0, 1)
 
 
 def _unhex(text: str) -> Tensor:

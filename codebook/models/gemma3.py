@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codebook.models.base import Encoded, Family, Layout, pooled
+from codebook.models.base import Family
+from codebook.models.layout import Encoded, Layout, pooled
 from codebook.models.llava import fixed
 
 

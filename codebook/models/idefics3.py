@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from codebook.models.base import Encoded, Family, Grid, Layout, pooled, runs, whole
+from codebook.models.base import Family
+from codebook.models.layout import Encoded, Grid, Layout, pooled, runs, whole
 
 
 class Idefics3(Family):

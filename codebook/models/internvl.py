@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
-from codebook.models.base import Encoded, Family, Grid, Layout, pooled, runs, whole
+from codebook.models.base import Family
+from codebook.models.layout import Encoded, Grid, Layout, pooled, runs, whole
 
 
 class InternVL(Family):

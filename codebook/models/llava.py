@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from codebook.errors import CodebookError
-from codebook.models.base import Encoded, Family, Layout, runs, whole
+from codebook.models.base import Family
+from codebook.models.layout import Encoded, Layout, runs, whole
 
 # The select strategy that leaves exactly the grid of patches, by tower.
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}

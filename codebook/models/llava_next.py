@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.models.base import Encoded, Family, Grid, Layout, dealt
+from codebook.models.base import Family
+from codebook.models.layout import Encoded, Grid, Layout, dealt
 from codebook.models.llava import Llava
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.models.base import Encoded, Layout, dealt
+from codebook.models.layout import Encoded, Layout, dealt
 from codebook.models.llava_next import LlavaNext
 
 

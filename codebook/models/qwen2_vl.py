@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from codebook.models.base import Encoded, Family, Layout, dealt
+from codebook.models.base import Family
+from codebook.models.layout import Encoded, Layout, dealt
 
 SIDE = 24
 """Tokens a side of the images that a codebook is built from, stretched to a square: 672 pixels at 14 a patch."""

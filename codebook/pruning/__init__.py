@@ -1,6 +1,6 @@
 """Online: schedules of stages, the pruning methods, and the one mechanism that applies them to a model."""
 
-from codebook.pruning.memory import remember
+from codebook.pruning.engine.memory import remember
 from codebook.pruning.methods import (
     METHODS,
     Alpha,
@@ -28,7 +28,8 @@ from codebook.pruning.methods import (
     Weighted,
     Window,
 )
-from codebook.pruning.schedule import Schedule, Stage
+from codebook.pruning.schedule import Schedule
+from codebook.pruning.stage import Stage
 from codebook.pruning.tokens import VisualTokens
 
 __all__ = [

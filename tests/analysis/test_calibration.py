@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from codebook.analysis import Sample, answers, calibrate, data
+from codebook.analysis import calibrate
+from codebook.analysis import likelihood as answers
 from codebook.analysis.calibration import _Run, _survivors, candidates, work
-from codebook.analysis.journal import Journal
-from codebook.analysis.prompts import encode
 from codebook.errors import CodebookError
+from codebook.inference.journal import Journal
+from codebook.inference.prompts import encode
+from codebook.inference.samples import Sample
+from codebook.miniature.samples import of_miniature
 from codebook.pruning import DivPrune, Drop, FastV, Random, Schedule, Stage
 from tests.analysis.conftest import LAYERS, READS
 
@@ -21,7 +24,7 @@ N = 144
 def samples(model, processor):
     """Twelve of each family with one image; the right answer is the first word that the unpruned model says."""
     found = []
-    for sample in data.of_miniature("train", 1, 12):
+    for sample in of_miniature("train", 1, 12):
         if len(sample.images) > 1:
             continue
         with torch.no_grad():

@@ -4,14 +4,14 @@ import json
 
 import pytest
 
-from codebook.analysis import data
+from codebook.miniature.samples import of_miniature
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
     """Eighteen questions of two tasks, those of one without answers."""
     folder = tmp_path_factory.mktemp("data")
-    samples = [s for s in data.of_miniature("train", 3, 9) if s.task in ("exist", "attr")]
+    samples = [s for s in of_miniature("train", 3, 9) if s.task in ("exist", "attr")]
     with (folder / "data.jsonl").open("w") as out:
         for i, sample in enumerate(samples):
             sample.pictures()[0].save(folder / f"{i}.png")

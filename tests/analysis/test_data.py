@@ -5,9 +5,11 @@ import json
 import pytest
 
 from codebook import miniature
-from codebook.analysis import Sample, data
-from codebook.analysis.prompts import answer_ids
 from codebook.errors import CodebookError
+from codebook.inference import samples as data
+from codebook.inference.prompts import answer_ids
+from codebook.inference.samples import Sample
+from codebook.miniature.samples import of_miniature
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def test_a_file_of_samples(tmp_path, picture):
         "",
         {"images": [name, name], "question": "r"},
     )
-    one, two = data.load(str(file))
+    one, two = data.read(file)
     assert (one.answer, one.task, len(one.pictures())) == ("a b", "t", 1)
     assert (two.answer, two.task, len(two.pictures())) == (None, "all", 2)
     assert [one.score(text) for text in ("A  b", "a", "b a")] == [1, 0, 0]
@@ -69,7 +71,7 @@ def test_every_stretch_of_mixed_samples_has_all_tasks():
 
 
 def test_samples_of_the_miniature_are_scored_its_way():
-    samples = data.of_miniature("train", 0, 1)
+    samples = of_miniature("train", 0, 1)
     assert [s.task for s in samples] == list(miniature.FAMILIES)
     box = next(s for s in samples if s.task == "box")
     assert box.score(box.answer) == 1 and box.score("p0") == 0

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from codebook import miniature
-from codebook.analysis import Sample, Sweep, data, horizons, plot, sweep
+from codebook.analysis import Sweep, horizons, plot, sweep
 from codebook.analysis.horizon import _runs, first_safe, table
-from codebook.analysis.prompts import answer_ids, encode
 from codebook.errors import CodebookError
+from codebook.inference.prompts import answer_ids, encode
+from codebook.inference.samples import Sample
+from codebook.miniature.samples import of_miniature
 from codebook.pruning import Drop, Schedule, Stage
 from tests.analysis.conftest import LAYERS, READS
 
@@ -18,7 +20,7 @@ from tests.analysis.conftest import LAYERS, READS
 @pytest.fixture(scope="module")
 def samples():
     """Two of each of three families; those of the last have no answer."""
-    chosen = [s for s in data.of_miniature("train", 0, 2) if s.task in ("exist", "rel", "ocr")]
+    chosen = [s for s in of_miniature("train", 0, 2) if s.task in ("exist", "rel", "ocr")]
     return [Sample(s.images, s.question, None if s.task == "ocr" else s.answer, s.task) for s in chosen]
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 from codebook.building import STEPS, build, journal
 from codebook.building.journal import Journal
 from codebook.errors import CodebookError
-from codebook.index import Codebook
+from codebook.store.codebook import Codebook
 from tests.building.tiny import build_tiny, settings
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -11,7 +11,7 @@ from PIL import Image
 from codebook.building import Pool, build, extend, merge, open_images
 from codebook.building.sheet import sheet
 from codebook.errors import CodebookError
-from codebook.index import Codebook
+from codebook.store.codebook import Codebook
 from tests.building.test_build import contents, run
 from tests.building.tiny import settings
 

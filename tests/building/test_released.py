@@ -13,7 +13,7 @@ import pytest
 from codebook.building.clustering import dpc_knn
 from codebook.building.pool import recurrent
 from codebook.building.presets import preset
-from codebook.index import Codebook
+from codebook.store.codebook import Codebook
 
 RELEASED = os.environ.get("CODEBOOK_RELEASED")
 pytestmark = pytest.mark.skipif(RELEASED is None, reason="set CODEBOOK_RELEASED to the published codebooks")

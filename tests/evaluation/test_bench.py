@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 
 from codebook import CodebookError, Random, RedundancyCodebook, Schedule, Stage, Uniform, miniature, prebuilt
-from codebook.evaluation import bench, charts, datasets, latency, report, scores
+from codebook.evaluation import bench, charts, datasets, latency, report
 from codebook.evaluation.timing import quartiles
-from codebook.inference import prepare
+from codebook.inference import respond
+from codebook.inference.prompts import prepare
 from codebook.pruning.text import make
 
 KEEPS = [0.25, 0.05]
@@ -76,7 +77,7 @@ def test_parts_make_the_whole(loaded, measured, tmp_path, monkeypatch):
     files = [tmp_path / f"answers-{i}-of-2.jsonl" for i in (1, 2)]
     names = [json.loads(line)["name"] for file in files for line in file.read_text().splitlines()[1:]]
     assert len(set(names)) == len(names) == 4 * sum(len(row.schedules) for row in rows)
-    monkeypatch.setattr("codebook.evaluation.scores.answer", None)  # nothing is left to answer
+    monkeypatch.setattr("codebook.inference.respond.answer", None)  # nothing is left to answer
     results = bench.run(model, processor, tasks, rows, tmp_path, settings)
     for ours, theirs in zip(results["rows"], measured[0]["rows"], strict=True):
         assert (ours["tasks"], ours["kept"]) == (theirs["tasks"], theirs["kept"])
@@ -301,11 +302,11 @@ def test_a_longer_run_asks_only_what_is_new(loaded, tmp_path, monkeypatch):
     model, processor, _, rows, _ = loaded
     rows, settings, asked = [rows[0], rows[3]], bench.Settings(batch=2, seconds=0), []
 
-    def noted(model, processor, prompts, *args, own=scores.answer):
+    def noted(model, processor, prompts, *args, own=respond.answer):
         asked.append(prompts.inputs["input_ids"].shape[0])
         return own(model, processor, prompts, *args)
 
-    monkeypatch.setattr(scores, "answer", noted)
+    monkeypatch.setattr(respond, "answer", noted)
     kinds = ["miniature:exist", "miniature:ocr"]
     short, long = datasets.load(kinds[:1], 3), datasets.load(kinds, 4)
     bench.run(model, processor, short, rows, tmp_path, settings)
@@ -323,7 +324,7 @@ def test_a_journal_of_another_kind_of_answers_is_refused(loaded, measured):
 
 
 def test_pictures_of_a_comparison():
-    from codebook.pictures import comparison, maps
+    from codebook.inference.overlay import comparison, maps
 
     ways = [("a", "yes", [0, 5]), ("b", "no " * 80, [])]
     drawn = comparison(Image.new("RGB", (8, 8), "red"), ways, (2, 3))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from codebook import Codebook, miniature
-from codebook.shipped import folders
+from codebook.store.shipped import folders
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from codebook.analysis.data import Sample
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, estimate, mean_of, says_yes, yes_or_no
+from codebook.inference.samples import Sample
 
 
 def samples(*answers, images=None):

@@ -7,10 +7,10 @@ import warnings
 import pytest
 import torch
 
-from codebook.analysis.data import of_miniature
 from codebook.errors import CodebookError
 from codebook.evaluation import mean, score
 from codebook.miniature import FAMILIES, FOLDER, load, model, packing, prompt, tasks
+from codebook.miniature.samples import of_miniature
 from codebook.miniature.train import Recipe, Run, train
 
 SHIPPED = (FOLDER / "model.safetensors").exists()

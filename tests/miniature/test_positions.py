@@ -3,9 +3,9 @@
 import pytest
 
 from codebook import Schedule, load
-from codebook.analysis.data import of_questions
 from codebook.evaluation import mean, score
 from codebook.miniature import tasks
+from codebook.miniature.samples import of_questions
 
 
 @pytest.fixture(scope="module")

@@ -15,18 +15,8 @@ from pathlib import Path
 import torch
 
 from codebook.errors import CodebookError
-from codebook.index import Codebook
-from codebook.pruning import (
-    Cls,
-    Drop,
-    FastV,
-    Pool,
-    Random,
-    RedundancyCodebook,
-    Schedule,
-    SeededFarthestPoint,
-    Stage,
-)
+from codebook.pruning import Cls, Drop, FastV, Pool, Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage
+from codebook.store.codebook import Codebook
 from tests import reference
 from tests.models.families import FAMILIES, VIDEO
 from tests.tiny import IMAGE

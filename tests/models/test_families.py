@@ -8,7 +8,8 @@ import torch
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning import Cls, FastV, Random, Schedule, Stage, Uniform, hooks
+from codebook.pruning import Cls, FastV, Random, Schedule, Stage, Uniform
+from codebook.pruning.engine import context as hooks
 from tests.models.cells import DOCS, METHODS, Cell, cells, check, model
 from tests.models.families import FAMILIES
 

@@ -8,7 +8,6 @@ from transformers import StaticCache
 
 from codebook import miniature
 from codebook.errors import CodebookError
-from codebook.index import Codebook
 from codebook.pruning import (
     Downsample,
     Drop,
@@ -21,7 +20,8 @@ from codebook.pruning import (
     Uniform,
     VisionZip,
 )
-from codebook.pruning.forward import Forward
+from codebook.pruning.engine.forward import Forward
+from codebook.store.codebook import Codebook
 from tests import reference
 from tests.tiny import llava
 

@@ -9,10 +9,10 @@ import torch
 
 from codebook import miniature
 from codebook.errors import CodebookError
-from codebook.index import Codebook
 from codebook.pruning import Random, RedundancyCodebook, RedundancyThreshold, Schedule, Stage, Uniform
 from codebook.pruning.text import make
-from codebook.spread import spread
+from codebook.store.codebook import Codebook
+from codebook.store.spread import spread
 from tests import reference
 from tests.pruning.test_equivalence import ONE, RAGGED, assert_close, gone_from, mass, prompt, size
 from tests.tiny import llava

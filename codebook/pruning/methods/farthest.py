@@ -14,7 +14,7 @@ from codebook.errors import CodebookError
 from codebook.pruning.methods.base import FeaturePruner
 
 if TYPE_CHECKING:
-    from codebook.index import Codebook
+    from codebook.store.codebook import Codebook
 
 AT_ONCE = 2**26
 """Similarities held at once: of 200 images of 576 tokens, a quarter of a gigabyte."""

@@ -11,7 +11,7 @@ from codebook.pruning.methods.base import ScoringPruner
 from codebook.pruning.tokens import VisualTokens
 
 if TYPE_CHECKING:
-    from codebook.index import Codebook
+    from codebook.store.codebook import Codebook
 
 
 @dataclass(frozen=True)

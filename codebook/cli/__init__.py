@@ -95,7 +95,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Probe training images and store the tokens that never change the answer as prototypes."""
-    from codebook import commands
+    from codebook.cli import commands
 
     changes = {
         "tau_p": tau_p, "tau_j": tau_j, "candidates": candidates, "prompt": prompt,
@@ -122,7 +122,7 @@ def extend(
     as_json: Json = False,
 ) -> None:
     """Add images to a codebook: the same result as building it from all of them."""
-    from codebook import commands
+    from codebook.cli import commands
 
     how = commands.Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
     commands.extend_codebook(folder, images, out, how, as_json)
@@ -136,7 +136,7 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Merge two codebooks: the same result as building one from the images of both."""
-    from codebook import commands
+    from codebook.cli import commands
 
     commands.merge_codebooks(first, second, out, as_json)
 
@@ -182,8 +182,8 @@ def prune(
     as_json: Json = False,
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
-    from codebook import commands
-    from codebook.plan import DEFAULT, KEEP
+    from codebook.cli import commands
+    from codebook.pruning.plan import DEFAULT, KEEP
 
     if tokens is not None:
         _only("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source, "--show": show,
@@ -234,7 +234,7 @@ def horizon(
     as_json: Json = False,
 ) -> None:
     """Find the layer beyond which visual tokens no longer change the answer, by task."""
-    from codebook import commands
+    from codebook.cli import commands
 
     commands.find_horizon(model, data, out, metric, eps, margin, count, split, seed, device, as_json)
 
@@ -257,7 +257,7 @@ def calibrate(
     as_json: Json = False,
 ) -> None:
     """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
-    from codebook import commands
+    from codebook.cli import commands
 
     plan = commands.Plan(method, keep, None, codebook, seed)
     others = [commands.Plan(other, keep, None, codebook, seed).schedule for other in first or ()]
@@ -305,7 +305,7 @@ def bench(
     as_json: Json = False,
 ) -> None:
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
-    from codebook import commands_evaluation as commands
+    from codebook.cli import commands_evaluation as commands
     from codebook.evaluation.bench import Settings
 
     settings = Settings(seed, batch, max_new_tokens, seconds, against)
@@ -341,7 +341,7 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Draw what each of several methods keeps of a picture, and what the model then answers."""
-    from codebook import commands_evaluation as commands
+    from codebook.cli import commands_evaluation as commands
 
     commands.show_image(model, image, question, methods, keep, out, codebook, seed, device, as_json)
 
@@ -362,7 +362,7 @@ def explain(
     as_json: Json = False,
 ) -> None:
     """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
-    from codebook import commands_evaluation as commands
+    from codebook.cli import commands_evaluation as commands
 
     commands.explain_patch(model, image, patch, keep, neighbours, sheet, images or [], codebook, device, as_json)
 
@@ -370,7 +370,7 @@ def explain(
 @app.command("list")
 def list_(as_json: Json = False) -> None:
     """List the codebooks that ship with the package, the methods, and the presets."""
-    from codebook import commands
+    from codebook.cli import commands
 
     commands.list_all(as_json)
 
@@ -385,7 +385,7 @@ def inspect(
     as_json: Json = False,
 ) -> None:
     """Show what a codebook holds and how it came about."""
-    from codebook import commands
+    from codebook.cli import commands
 
     commands.inspect(folder, sheet, images or [], as_json)
 
@@ -399,9 +399,9 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Build a codebook for the embedded model and compare pruning methods on held-out questions."""
-    from codebook import demo
+    from codebook.cli.demo import run
 
-    demo.run(out, images, questions, seed, as_json)
+    run(out, images, questions, seed, as_json)
 
 
 @miniature_app.command("images")
@@ -451,10 +451,6 @@ def miniature_evaluate(
     as_json: Json = False,
 ) -> None:
     """Accuracy of the embedded model on held-out questions, beside its floor without the image."""
-    from codebook import commands
+    from codebook.cli import commands
 
     commands.evaluate_miniature(folder, count, look or ["plain"], check, device or "cpu", as_json)
-
-
-if __name__ == "__main__":
-    main()

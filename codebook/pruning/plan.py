@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from codebook import models
-from codebook.index import Codebook
 from codebook.pruning import METHODS, Pruner, Schedule
-from codebook.pruning.schedule import check_keep, load_text
+from codebook.pruning.schedule import load_text
+from codebook.pruning.stage import check_keep
 from codebook.pruning.text import needs
-from codebook.shipped import prebuilt
+from codebook.store.codebook import Codebook
+from codebook.store.shipped import prebuilt
 
 DEFAULT = "seeded"
 """Schedule where the user says none: docs/method.md."""

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from codebook.errors import CodebookError
-from codebook.index import Codebook
 from codebook.models import family
+from codebook.store.codebook import Codebook
 
 
 def folders() -> list[Path]:
     """The shipped codebooks' folders: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).parent
+    package = Path(__file__).parents[1]
     for root in (package / "indexes", package.parent / "indexes"):
         if root.is_dir():
             return sorted(path.parent for path in root.glob("*/config.json"))

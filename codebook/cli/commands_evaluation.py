@@ -13,19 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from codebook import models
-from codebook.analysis.data import Sample
+from codebook.analysis.explain import explain, words
 from codebook.building import open_images
 from codebook.building.sheet import sheet
-from codebook.commands import note, replacing
+from codebook.cli.output import note, progress
 from codebook.errors import CodebookError
 from codebook.evaluation import bench, datasets, report
-from codebook.evaluation.explain import explain, words
-from codebook.inference import read_image
-from codebook.pictures import comparison, maps
-from codebook.plan import Plan, find_codebook
-from codebook.progress import progress
-from codebook.pruning.schedule import check_keep
+from codebook.inference.overlay import comparison, maps
+from codebook.inference.samples import Sample
+from codebook.pruning.plan import Plan, find_codebook
+from codebook.pruning.stage import check_keep
 from codebook.pruning.text import split
+from codebook.store.files import replacing
+from codebook.store.pictures import read_image
 
 
 def methods_of(text: str) -> list[str]:

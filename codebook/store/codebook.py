@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError
+from codebook.store.files import one_line, read_json, sha256, write_files
 
 FORMAT_VERSION = 1
 CONFIG, PROTOTYPES, PROVENANCE, CARD = "config.json", "prototypes.safetensors", "provenance.jsonl", "README.md"
@@ -78,7 +78,7 @@ class Codebook:
 
     @property
     def spread(self) -> float | None:
-        """Mean spread of the images that it was built from (`codebook.spread`); None if it does not say."""
+        """Mean spread of the images that it was built from (`codebook.store.spread`); None if it does not say."""
         return self.config.get("spread")
 
     @property
@@ -204,8 +204,8 @@ class Codebook:
         try:
             prototypes = torch.load(tensor, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises half a dozen types for a file that is no tensor
-            raise CodebookError(f"cannot read {tensor}: {_line(error)}; give the released .pt file") from None
-        ids = _json(Path(images))
+            raise CodebookError(f"cannot read {tensor}: {one_line(error)}; give the released .pt file") from None
+        ids = read_json(Path(images))
         if not isinstance(prototypes, Tensor) or not prototypes.is_floating_point():
             raise CodebookError(f"{tensor} does not hold one tensor of floats: give the released .pt file")
         if not isinstance(ids, list):
@@ -269,7 +269,7 @@ class Codebook:
         path = Path(path)
         if not path.is_dir():
             raise CodebookError(f"no such folder: {path}; name a codebook, or make one with `codebook build`")
-        config = _json(path / CONFIG)
+        config = read_json(path / CONFIG)
         if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
             raise CodebookError(f"{path / CONFIG} is not a codebook's: name a folder made by `codebook build`")
         if config["format_version"] != FORMAT_VERSION:
@@ -287,7 +287,7 @@ class Codebook:
             tensors = load_file(path / PROTOTYPES)
         except (SafetensorError, OSError, ValueError) as error:
             raise CodebookError(
-                f"cannot read {path / PROTOTYPES}: {_line(error)}; rebuild with `codebook build`"
+                f"cannot read {path / PROTOTYPES}: {one_line(error)}; rebuild with `codebook build`"
             ) from None
         if set(tensors) != {"prototypes"}:
             raise CodebookError(
@@ -300,7 +300,7 @@ class Codebook:
                 raise ValueError("a line is not a JSON object")
         except (OSError, ValueError) as error:
             raise CodebookError(
-                f"cannot read {path / PROVENANCE}: {_line(error)}; rebuild with `codebook build`"
+                f"cannot read {path / PROVENANCE}: {one_line(error)}; rebuild with `codebook build`"
             ) from None
         try:
             book = cls(prototypes, rows, config)
@@ -312,36 +312,6 @@ class Codebook:
                 f"({config['prototypes']}, {config['dimension']}); rebuild with `codebook build`"
             )
         return book
-
-
-def verify(folder: Path, config: dict[str, Any], names: Sequence[str]) -> None:
-    """Raise a CodebookError unless these files of a codebook have the SHA-256 that its config gives."""
-    for name in names:
-        if _sha256(folder / name) != config["sha256"].get(name):
-            raise CodebookError(
-                f"{folder / name} is damaged (its SHA-256 differs from the one in {CONFIG}): "
-                "restore the file, or rebuild with `codebook build`"
-            )
-
-
-def write_files(folder: Path, files: dict[str, bytes]) -> None:
-    """Write files into a folder: all of them to temporary names first, then each renamed, in order.
-
-    A full disk leaves the old files as they were. A write survives a power cut once this returns.
-    """
-    temporary = {name: folder / f".{name}.tmp" for name in files}
-    try:
-        for name, data in files.items():
-            with temporary[name].open("wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for name in files:
-            temporary[name].replace(folder / name)
-    except OSError:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
-        raise
 
 
 def _card(config: dict[str, Any]) -> str:
@@ -369,29 +339,6 @@ def _card(config: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CodebookError(f"no {path.name} in {path.parent}: name a whole codebook folder") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CodebookError(
-            f"cannot read {path}: {_line(error)}; restore the file, or rebuild with `codebook build`"
-        ) from None
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise CodebookError(
-            f"no {path.name} in {path.parent}: restore the file, or rebuild with `codebook build`"
-        ) from None
-    except OSError as error:
-        raise CodebookError(f"cannot read {path}: {error.strerror}; check the file") from None
-
-
 def _faiss_or_none() -> Any:
     try:
         import faiss
@@ -400,5 +347,11 @@ def _faiss_or_none() -> Any:
     return faiss
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+def verify(folder: Path, config: dict[str, Any], names: Sequence[str]) -> None:
+    """Raise a CodebookError unless these files of a codebook have the SHA-256 that its config gives."""
+    for name in names:
+        if sha256(folder / name) != config["sha256"].get(name):
+            raise CodebookError(
+                f"{folder / name} is damaged (its SHA-256 differs from the one in {CONFIG}): "
+                "restore the file, or rebuild with `codebook build`"
+            )

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from codebook.analysis.data import Sample
-from codebook.evaluation.scores import Plan
+from codebook.inference.respond import Policy
+from codebook.inference.samples import Sample
 from codebook.pruning import DivPrune, Drop, Pruner, Random, Schedule, Stage, Uniform, VisualTokens
 
 KEEPS = (0.5, 0.25, 0.11)
@@ -35,7 +35,7 @@ class Oracle(Pruner):
         return order[first[:keep]].sort().values
 
 
-def plans(layers: int) -> dict[str, Plan]:
+def plans(layers: int) -> dict[str, Policy]:
     """The check's rows: baselines and an oracle at three budgets, and no visual token from layer l on.
 
     Parameters
@@ -43,7 +43,7 @@ def plans(layers: int) -> dict[str, Plan]:
     layers
         Of the model's decoder.
     """
-    rows: dict[str, Plan] = {"unpruned": lambda asked: None}
+    rows: dict[str, Policy] = {"unpruned": lambda asked: None}
     for keep in KEEPS:
         rows[f"oracle {keep}"] = partial(_oracle, keep)
         for name, pruner in (("divprune", DivPrune()), ("uniform", Uniform()), ("random", Random())):

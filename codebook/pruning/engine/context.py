@@ -22,9 +22,9 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Encoded
-from codebook.pruning.attention import tap
-from codebook.pruning.cache import PrunedLayer, pruned_layer
-from codebook.pruning.forward import Forward
+from codebook.pruning.engine.cache import PrunedLayer, pruned_layer
+from codebook.pruning.engine.forward import Forward
+from codebook.pruning.engine.tap import tap
 from codebook.pruning.schedule import Schedule
 
 ATTENTION = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager", "flex_attention")}

@@ -1,12 +1,33 @@
-"""Progress of long work: a bar with time left on a terminal, a line now and then elsewhere; always on stderr."""
+"""What the commands say: notes, and the progress of long work."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+from codebook import building
+
+
+@contextlib.contextmanager
+def building_progress(total: int) -> Iterator[Callable[[building.Progress], None]]:
+    """A bar for `building.build`: images a second, time left, and the funnel so far."""
+    with progress("build", total, "images") as tick:
+
+        def show(state: building.Progress) -> None:
+            funnel = " -> ".join(f"{step} {count}" for step, count in state.funnel.items())
+            skipped = f", {len(state.skipped)} unreadable" if state.skipped else ""
+            tick(state.done, funnel + skipped)
+
+        yield show
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr)
+
 
 EVERY = 10.0
 """Seconds between lines where there is no terminal."""

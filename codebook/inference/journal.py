@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from codebook import models
 from codebook.errors import CodebookError
 
 
@@ -70,10 +66,3 @@ class Journal:
         with self.file.open("a") as out:
             out.write((json.dumps({"about": self.about}) + "\n") * fresh)
             out.write(json.dumps({"name": name, "value": value}) + "\n")
-
-
-def identity(model: Any) -> str:
-    """Tells a model's weights from others': its fingerprint, and a number of each of the decoder's parameters."""
-    sampled = [p.detach().flatten()[p.numel() // 2].float() for p in model.get_decoder().parameters()]
-    decoder = hashlib.sha256(torch.stack(sampled).cpu().numpy().tobytes()).hexdigest()[:16]
-    return f"{models.family(model).fingerprint(model)}:{decoder}"

@@ -9,14 +9,14 @@ from functools import partial
 from pathlib import Path
 
 from codebook import miniature, models
-from codebook.analysis.data import of_miniature
 from codebook.building import build
-from codebook.commands import building_progress, replacing
+from codebook.cli.output import Update, building_progress, progress
 from codebook.evaluation import Scores, mean, score, standard_error, task_means
-from codebook.inference import ask
-from codebook.pictures import overlay
-from codebook.progress import Update, progress
+from codebook.inference.ask import ask
+from codebook.inference.overlay import overlay
+from codebook.miniature.samples import of_miniature
 from codebook.pruning import Pruner, Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage, Uniform
+from codebook.store.files import replacing
 
 KEEPS = (0.5, 0.25, 0.11)
 

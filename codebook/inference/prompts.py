@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from codebook.analysis.data import Sample
+from PIL import Image as Picture
+
 from codebook.errors import CodebookError
+from codebook.inference.samples import Sample
 
 
 def encode(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
@@ -42,3 +45,32 @@ def answer_ids(processor: Any, sample: Sample) -> list[int]:
     if not ids:
         raise CodebookError(f"the answer {sample.answer!r} to {sample.question!r} has no tokens: leave it out")
     return ids
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, ready for `generate`, and how many images each shows."""
+
+    inputs: Any
+    images: list[int]
+
+
+def prepare(model: Any, processor: Any, images: Sequence[Sequence[Picture.Image]], questions: Sequence[str]) -> Prompts:
+    """Process a batch of questions about images, as `ask` takes them, once for many answers."""
+    if processor.chat_template is None:
+        raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
+    texts = [
+        processor.apply_chat_template(
+            [
+                {
+                    "role": "user",
+                    "content": [*[{"type": "image"}] * len(own), {"type": "text", "text": question}],
+                }
+            ],
+            add_generation_prompt=True,
+        )
+        for own, question in zip(images, questions, strict=True)
+    ]
+    shown = [list(own) for own in images] if any(images) else None
+    inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    return Prompts(inputs.to(model.device, model.dtype), [len(own) for own in images])

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.analysis.data import Sample
-from codebook.analysis.prompts import answer_ids, encode
+from codebook.inference.prompts import answer_ids, encode
+from codebook.inference.samples import Sample
 from codebook.pruning import Schedule
 
 

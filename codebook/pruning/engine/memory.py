@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning.attention import replay, tap
+from codebook.pruning.engine.tap import replay, tap
 from codebook.pruning.tokens import digest_rows
 
 

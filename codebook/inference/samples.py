@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from PIL import Image as Picture
 
-from codebook import miniature
 from codebook.errors import CodebookError
-from codebook.inference import read_image, read_video
-
-MINIATURE = "miniature"
+from codebook.store.pictures import read_image, read_video
 
 Scorer = Callable[[str, Sequence[str]], float]
 """How right a prediction is, 0 to 1, given the right answers."""
@@ -26,14 +22,6 @@ Scorer = Callable[[str, Sequence[str]], float]
 def same_words(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction has the words of one of the answers, whatever their case."""
     return float(any(prediction.lower().split() == answer.lower().split() for answer in answers))
-
-
-def _of_family(family: str, prediction: str, answers: Sequence[str]) -> float:
-    return max(miniature.score(family, prediction, answer) for answer in answers)
-
-
-SCORERS: dict[str, Scorer] = {family: partial(_of_family, family) for family in miniature.FAMILIES}
-"""Of the miniature's task families."""
 
 
 @dataclass(frozen=True)
@@ -80,26 +68,11 @@ class Sample:
         return [{"role": "user", "content": content}]
 
 
-def of_miniature(
-    split: str = "train", seed: int = 0, count: int = 50, families: Sequence[str] = miniature.FAMILIES
-) -> list[Sample]:
-    """`count` labelled samples of each of the miniature's task families, or of some.
-
-    Scenes of the train split are no training images, but like them; the test split is for final measurements only.
-    """
-    return of_questions(q for family in families for q in miniature.tasks(family, split, seed, count))
-
-
-def of_questions(questions: Iterable[miniature.Question]) -> list[Sample]:
-    """The same questions as samples."""
-    return [Sample(q.images, q.question, q.answer, q.family, SCORERS[q.family], patches=q.patches) for q in questions]
-
-
 def read(source: Path) -> list[Sample]:
     """The samples of a JSONL file of {"image" or "images" or "video", "question", "answer" or "answers", "task"}.
 
     Paths are relative to the file; answers and `task` may be missing. Every line and every picture is checked first.
-    Frames of a video are images of the sample, as `codebook.inference.read_video` gives them.
+    Frames of a video are images of the sample, as `codebook.store.pictures.read_video` gives them.
 
     Raises
     ------
@@ -145,11 +118,6 @@ def _sample(source: Path, number: int, line: str) -> Sample:
     # The answer that most annotators gave stands for all where one is asked for.
     answer = max(answers, key=answers.count) if answers else None
     return Sample(images, question, answer, task or "all", answers=tuple(answers) if len(answers) > 1 else ())
-
-
-def load(name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
-    """`miniature`, or the JSONL file of that name; `split`, `seed` and `count` are the miniature's."""
-    return of_miniature(split, seed, count) if name == MINIATURE else read(Path(name))
 
 
 def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.index import Codebook
+from codebook.store.codebook import Codebook
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
-import os
-import sys
-import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,23 +16,18 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from codebook import building, models
+from codebook.cli.output import building_progress, note, progress
 from codebook.errors import CodebookError
-from codebook.index import Codebook
-from codebook.inference import Answer, ask, read_image
-from codebook.pictures import overlay
-from codebook.plan import DTYPES, Plan, find_codebook
-from codebook.progress import progress
-from codebook.pruning import (
-    METHODS,
-    RedundancyCodebook,
-    Schedule,
-    Stage,
-    VisualTokens,
-    presets,
-)
-from codebook.pruning.schedule import check_keep
+from codebook.inference.ask import Answer, ask
+from codebook.inference.overlay import overlay
+from codebook.pruning import METHODS, RedundancyCodebook, Schedule, Stage, VisualTokens, presets
+from codebook.pruning.plan import DTYPES, Plan, find_codebook
+from codebook.pruning.stage import check_keep
 from codebook.pruning.text import WITH_MASS
-from codebook.shipped import folders
+from codebook.store.codebook import Codebook
+from codebook.store.files import replacing
+from codebook.store.pictures import read_image
+from codebook.store.shipped import folders
 
 
 @dataclass(frozen=True)
@@ -116,19 +107,6 @@ def built(book: Codebook, out: Path, as_json: bool) -> None:
         print(json.dumps({"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used}))
     else:
         print(f"{len(book)} prototypes from {used['used']} images in {out}")
-
-
-@contextlib.contextmanager
-def building_progress(total: int) -> Iterator[Callable[[building.Progress], None]]:
-    """A bar for `building.build`: images a second, time left, and the funnel so far."""
-    with progress("build", total, "images") as tick:
-
-        def show(state: building.Progress) -> None:
-            funnel = " -> ".join(f"{step} {count}" for step, count in state.funnel.items())
-            skipped = f", {len(state.skipped)} unreadable" if state.skipped else ""
-            tick(state.done, funnel + skipped)
-
-        yield show
 
 
 def prune_image(
@@ -379,9 +357,10 @@ def draw_sheet(book: Codebook, picture: Path, images: list[Path]) -> None:
 def evaluate_miniature(
     folder: Path | None, count: int, looks: list[str], check: Path | None, device: str, as_json: bool
 ) -> None:
-    from codebook.analysis.data import of_miniature, of_questions
-    from codebook.evaluation import Scores, compare, instrument, score, standard_error, table, task_means
+    from codebook.evaluation import Scores, compare, score, standard_error, table, task_means
     from codebook.miniature import FAMILIES, FOLDER, model, tasks
+    from codebook.miniature import check as instrument
+    from codebook.miniature.samples import of_miniature, of_questions
 
     loaded, processor = model.load(folder or FOLDER, device)
     rows: dict[str, Scores] = {}
@@ -420,11 +399,13 @@ def find_horizon(
     device: str | None,
     as_json: bool,
 ) -> None:
-    from codebook.analysis import data, horizon, plot
+    from codebook.analysis import horizon, plot
+    from codebook.cli.data import load as load_samples
+    from codebook.inference.samples import mixed
 
     if metric not in get_args(horizon.Metric):
         raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.Metric))}")
-    samples = data.mixed(data.load(source, split, seed, count), seed)
+    samples = mixed(load_samples(source, split, seed, count), seed)
     if out is not None:
         plot.check()  # before the long work
     model, processor = models.load(name, device)
@@ -464,13 +445,14 @@ def calibrate_schedule(
     as_json: bool,
 ) -> None:
     """Calibrate a plan's method; `first` are methods that may take its place as the first stage."""
-    from codebook.analysis import calibration, data
+    from codebook.analysis import calibration
+    from codebook.cli.data import load as load_samples
 
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
     if not out.parent.is_dir():
         raise CodebookError(f"no folder {out.parent}: create it first")
-    samples = data.load(source, "train", plan.seed, count)
+    samples = load_samples(source, "train", plan.seed, count)
     model, processor = models.load(name, device)
     make = plan.maker(functools.cache(lambda: find_codebook(model, plan.codebook)))
     assert plan.keep is not None
@@ -494,26 +476,3 @@ def calibrate_schedule(
         return
     print(result)
     note(f"{out}: {summary(report, [])}")
-
-
-def note(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` that takes its place when all went well, and leaves nothing behind otherwise."""
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    except FileNotFoundError:
-        raise CodebookError(f"no folder {path.parent}: create it first") from None
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -14,11 +14,11 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Encoded
 from codebook.pruning.attention import Attention, PackedVision, Tower, Vision
-from codebook.pruning.cache import PAD, KeptIndex, visible
+from codebook.pruning.engine.cache import PAD, KeptIndex, visible
 from codebook.pruning.methods.base import FeaturePruner, Pruner, nearest_kept
-from codebook.pruning.schedule import Stage
+from codebook.pruning.stage import Stage
 from codebook.pruning.tokens import VisualTokens, digest_rows, mix
-from codebook.spread import spread
+from codebook.store.spread import spread
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,62 @@
+"""Taps on attention modules: their queries and keys, handed over as they are computed."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+Receive = Callable[[Tensor, Tensor, float], None]
+
+
+_taps: weakref.WeakKeyDictionary[Any, tuple[Any, list[Receive]]] = weakref.WeakKeyDictionary()
+"""Each tapped module's own config and who listens."""
+
+
+def tap(module: Any, receive: Receive) -> Callable[[], None]:
+    """Hand an attention module's queries (B, heads, Q, d), keys (B, key heads, K, d) and scaling to `receive`.
+
+    They are as the attention function gets them: rotated in an LLM. Returns the function that undoes it.
+    """
+    if module not in _taps:
+        stock = module.config
+        name = f"codebook|{stock._attn_implementation}"
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            AttentionInterface.register(name, _tapped(stock._attn_implementation))
+        module.config = copy.copy(stock)
+        module.config._attn_implementation_internal = name
+        _taps[module] = stock, []
+    _taps[module][1].append(receive)
+
+    def undo() -> None:
+        stock, receivers = _taps[module]
+        receivers.remove(receive)
+        if not receivers:
+            module.config = stock
+            del _taps[module]
+
+    return undo
+
+
+def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
+    """Hand to whoever taps the module what it attended with in an earlier forward."""
+    for receive in _taps[module][1] if module in _taps else ():
+        receive(query, key, scaling)
+
+
+def _tapped(stock: str) -> Callable[..., Any]:
+    def forward(
+        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+    ) -> Any:
+        replay(module, query, key, kwargs["scaling"])
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
+        return function(module, query, key, value, attention_mask, **kwargs)
+
+    return forward

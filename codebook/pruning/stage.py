@@ -1,0 +1,92 @@
+"""One stage of a schedule: from the input of one decoder layer on, only some visual tokens stay."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from codebook.errors import CodebookError
+from codebook.pruning.methods import Pruner
+from codebook.pruning.text import DROP, spell
+
+Keep = int | float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """From the input of one decoder layer on, only some visual tokens stay.
+
+    Attributes
+    ----------
+    layer
+        Decoder layer, 0-based, whose input loses the tokens; layers before it see them all. 0 prunes before the LLM.
+    keep
+        A float in (0, 1]: that fraction of each image's unpruned tokens, rounded, at least one. An int: that many
+        tokens of each image; 0, at layer 1 or later, drops them all (VTW, arXiv 2405.05803). None, the only choice of
+        `adaptive` pruners: as many as the pruner decides for each image.
+    pruner
+        Chooses the tokens.
+    mass
+        Whether each kept token also stands for the dropped ones that are most like it: from this layer on, the
+        logarithm of how many tokens it stands for is added to every attention logit towards it.
+
+    Notes
+    -----
+    With `mass` attention is proportional to size, as in ToMe (arXiv 2210.09461), without merging. Most like is the
+    highest cosine similarity of hidden states at the layer's input, before any merging, in the same image, crop or
+    frame. A later stage passes on what its dropped tokens stood for, if it has `mass`, and forgets it otherwise.
+    """
+
+    layer: int
+    keep: Keep | None
+    pruner: Pruner
+    mass: bool = False
+
+    def __post_init__(self) -> None:
+        name = type(self.pruner).__name__
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise CodebookError(
+                f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {self.layer}"
+            )
+        if self.adaptive != (self.keep is None):
+            if self.adaptive:
+                raise CodebookError(f"{name} decides how many tokens stay: leave keep out")
+            raise CodebookError(f"say how many tokens {name} keeps, or fit its schedule to a budget (Schedule.solve)")
+        drops = self.layer and isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep == 0
+        if self.keep is not None and not drops:
+            check_keep(self.keep)
+        if self.mass and drops:
+            raise CodebookError("a stage that drops all tokens leaves none to stand for them: leave mass out")
+        if self.layer == 0 and self.pruner.uses_attention:
+            raise CodebookError(f"{name} needs the attention of the layer before: use it at layer 1 or later")
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether the pruner decides how many tokens stay."""
+        return bool(getattr(self.pruner, "adaptive", False))
+
+    def count(self, total: int) -> int:
+        """Tokens that stay of an image that had `total` unpruned."""
+        if self.keep is None:
+            name = type(self.pruner).__name__
+            raise CodebookError(f"{name} at layer {self.layer} decides how many tokens stay: known only after running")
+        if isinstance(self.keep, float):
+            return max(1, round(self.keep * total))
+        if self.keep > total:
+            raise CodebookError(f"cannot keep {self.keep} tokens of an image that has {total}: lower the count")
+        return self.keep
+
+    def __str__(self) -> str:
+        at = f"@{self.layer}" if self.layer else ""
+        if self.keep == 0:
+            return DROP + at
+        method = spell(self.pruner) or repr(self.pruner)
+        return method + at + ("" if self.keep is None else f":{self.keep}") + ("+mass" if self.mass else "")
+
+
+def check_keep(keep: Keep) -> None:
+    """Raise unless `keep` is a fraction in (0, 1] or a count of at least 1."""
+    fraction = isinstance(keep, float) and math.isfinite(keep) and 0 < keep <= 1
+    count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
+    if not fraction and not count:
+        raise CodebookError(f"keep must be a fraction in (0, 1] or a count of tokens, 1 or more; not {keep}")
