@@ -8,7 +8,7 @@ from codebook.analysis.prefill import Prefill
 from codebook.errors import CodebookError
 from codebook.models import Grid, Image, Layout
 from tests import reference
-from tests.pruning.test_equivalence import prompt
+from tests.prompts import prompt
 from tests.tiny import llava
 
 N = 36

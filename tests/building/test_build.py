@@ -17,17 +17,8 @@ from codebook.building import STEPS, build, journal
 from codebook.building.journal import Journal
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
+from tests.building.folders import contents, run
 from tests.building.tiny import build_tiny, settings
-
-ROOT = pathlib.Path(__file__).parents[2]
-
-
-def run(tiny, images, out, **options):
-    return build(*tiny, images, out, model_id="tiny", **{"settings": settings()} | options)
-
-
-def contents(folder):
-    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture(scope="module")

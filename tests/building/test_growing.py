@@ -12,7 +12,7 @@ from codebook.building import Pool, build, extend, merge, open_images
 from codebook.building.sheet import sheet
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
-from tests.building.test_build import contents, run
+from tests.building.folders import contents, run
 from tests.building.tiny import settings
 
 

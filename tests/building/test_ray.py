@@ -11,7 +11,7 @@ from codebook.building.builder import Options, Worker
 from codebook.building.on_ray import ray_engine
 from codebook.building.sources import open_images
 from codebook.errors import CodebookError
-from tests.building.test_build import ROOT, contents, run
+from tests.building.folders import ROOT, contents, run
 from tests.building.tiny import model, processor, settings
 
 ray = pytest.importorskip("ray")

@@ -9,7 +9,7 @@ from PIL import Image
 
 from codebook.building import build, open_images
 from codebook.errors import CodebookError
-from tests.building.test_build import contents, run
+from tests.building.folders import contents, run
 
 
 def names(images, **options):

@@ -6,7 +6,7 @@ import torch
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.pruning import Cls, FastV, Random, Schedule, Stage
-from tests.pruning.test_equivalence import RAGGED, prompt, size
+from tests.prompts import RAGGED, prompt, size
 from tests.tiny import llava
 
 LAYER = 2

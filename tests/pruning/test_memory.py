@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codebook.pruning import Cls, Downsample, Random, Schedule, Stage, Uniform, VisionZip, remember
-from tests.pruning.test_equivalence import prompt
+from tests.prompts import prompt
 from tests.tiny import llava
 
 QUESTIONS = [[["image", 7, 8]], [["image", 11, 4, 5]], [["image", 6]]]

@@ -37,7 +37,7 @@ from codebook.pruning import (
 from codebook.pruning.attention import Attention, Vision
 from codebook.pruning.methods import farthest
 from codebook.pruning.methods.base import FeaturePruner, nearest_kept
-from tests.pruning.test_equivalence import ONE, RAGGED, prompt, size
+from tests.prompts import ONE, RAGGED, prompt, size
 from tests.tiny import llava
 
 

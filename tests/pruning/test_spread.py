@@ -14,7 +14,7 @@ from codebook.pruning.text import make
 from codebook.store.codebook import Codebook
 from codebook.store.spread import spread
 from tests import reference
-from tests.pruning.test_equivalence import ONE, RAGGED, assert_close, gone_from, mass, prompt, size
+from tests.prompts import ONE, RAGGED, assert_close, gone_from, mass, prompt, size
 from tests.tiny import llava
 
 

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from codebook import Codebook
 from codebook.pruning import METHODS, Pruner, Schedule, Stage
 from codebook.pruning.engine import context as hooks
-from tests.pruning.test_equivalence import prompt
+from tests.prompts import prompt
 from tests.tiny import SIDE, llava
 
 KEEP = 9
