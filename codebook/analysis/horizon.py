@@ -14,7 +14,7 @@ from codebook.analysis.prefill import Cost, Prefill
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.inference.journal import Journal
-from codebook.inference.prompts import answer_ids, encode
+from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample, digest
 from codebook.models.fingerprint import identity
 from codebook.pruning import Drop, Schedule, Stage, remember
@@ -224,7 +224,7 @@ def sweep(
 
 
 def _first_token(model: Any, processor: Any, sample: Sample) -> tuple[dict[str, Any], Cost]:
-    prefill = Prefill.of(model, encode(model, processor, [sample]))
+    prefill = Prefill.of(model, prepare_samples(model, processor, [sample]).inputs)
     target = int(prefill.logits.argmax()) if sample.answer is None else answer_ids(processor, sample)[0]
     kept = torch.zeros(prefill.layers, len(prefill.visual), dtype=torch.bool, device=prefill.visual.device)
     logits = torch.cat([prefill.logits[None], prefill.answers(range(prefill.layers), kept)])

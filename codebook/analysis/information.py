@@ -78,7 +78,7 @@ def token_information(
     window
         Side of the square windows that an image's grids are cut into; those at right and lower edges may be smaller.
     target
-        The answer's first token (`codebook.analysis.prompts.answer_ids`). None: the unpruned model's own.
+        The answer's first token (`codebook.inference.prompts.answer_ids`). None: the unpruned model's own.
     leave_one_out
         Remove one window instead of all others: p(all) - p(all but the window).
     batch_size

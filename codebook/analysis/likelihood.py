@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.inference.prompts import answer_ids, encode
+from codebook.inference.prompts import answer_ids, prepare_samples, text_length
 from codebook.inference.samples import Sample
 from codebook.pruning import Schedule
 
@@ -37,15 +37,14 @@ def groups(processor: Any, samples: Sequence[Sample], rows: Sequence[int], size:
     """Cut samples into batches whose prompts have one length: an image is as many tokens in each of them."""
     lengths: dict[tuple[int, int], list[int]] = {}
     for row in rows:
-        prompt = processor.apply_chat_template(samples[row].messages(), add_generation_prompt=True)
-        key = len(samples[row].images), len(processor.tokenizer(prompt)["input_ids"])
+        key = len(samples[row].images), text_length(processor, samples[row])
         lengths.setdefault(key, []).append(row)
     return [own[i : i + size] for _, own in sorted(lengths.items()) for i in range(0, len(own), size)]
 
 
 def load(model: Any, processor: Any, samples: Sequence[Sample]) -> list[Batch]:
     """A group of samples, all with answers, as one batch; as one each where images of several sizes would be padded."""
-    inputs = encode(model, processor, samples)
+    inputs = prepare_samples(model, processor, samples).inputs
     if len(samples) > 1 and not bool(inputs["attention_mask"].all()):
         return [batch for sample in samples for batch in load(model, processor, [sample])]
     ids = [torch.tensor(answer_ids(processor, sample), device=model.device) for sample in samples]

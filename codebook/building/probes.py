@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.models.chat import chat_text
 
 TOP_P1 = 50
 """Logits over which P1 is renormalised."""
@@ -268,10 +269,7 @@ def _out_of_memory(error: BaseException) -> bool:
 
 def split_prompt(model: Any, processor: Any, prompt: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt before and after the image, as the processor makes them for `generate`."""
-    if getattr(processor, "chat_template", None) is None:
-        raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
-    content = [{"type": "image"}, {"type": "text", "text": prompt}]
-    text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    text = chat_text(processor, prompt)
     options = models.family(model).one_view
     inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt", **options)
     ids = inputs["input_ids"][0].tolist()

@@ -400,7 +400,7 @@ def find_horizon(
     as_json: bool,
 ) -> None:
     from codebook.analysis import horizon, plot
-    from codebook.cli.data import load as load_samples
+    from codebook.cli.data import load_samples
     from codebook.inference.samples import mixed
 
     if metric not in get_args(horizon.Metric):
@@ -446,7 +446,7 @@ def calibrate_schedule(
 ) -> None:
     """Calibrate a plan's method; `first` are methods that may take its place as the first stage."""
     from codebook.analysis import calibration
-    from codebook.cli.data import load as load_samples
+    from codebook.cli.data import load_samples
 
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")

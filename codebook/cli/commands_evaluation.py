@@ -16,9 +16,10 @@ from codebook import models
 from codebook.analysis.explain import explain, words
 from codebook.building import open_images
 from codebook.building.sheet import sheet
+from codebook.cli.data import load_data
 from codebook.cli.output import note, progress
 from codebook.errors import CodebookError
-from codebook.evaluation import bench, datasets, report
+from codebook.evaluation import bench, report
 from codebook.inference.overlay import comparison, maps
 from codebook.inference.samples import Sample
 from codebook.pruning.plan import Plan, find_codebook
@@ -85,7 +86,7 @@ def run_bench(
     settings = replace(settings, against=against)
     share = None if part is None else part_of(part)
     curve = read_horizon(horizon or out / "horizon.json", horizon is not None)
-    tasks = datasets.load(data, count, settings.seed)
+    tasks = load_data(data, count, settings.seed)
     model, processor = models.load(name, device)
     make = maker(model, codebook, settings.seed)
     rows, skipped = bench.plan(model, chosen, budgets, make, range(settings.seed, settings.seed + seeds))

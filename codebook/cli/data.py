@@ -1,15 +1,28 @@
-"""Samples by the name that the command line gives them."""
+"""Samples by the names that the command line gives them: `miniature` is known here, and not in the library."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from codebook.inference.samples import Sample, read
+from codebook.evaluation.datasets import load_tasks
+from codebook.evaluation.metrics import Task
+from codebook.inference.samples import Sample, read_samples
+from codebook.miniature import FAMILIES
 from codebook.miniature.samples import of_miniature
 
 MINIATURE = "miniature"
 
 
-def load(name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
+def load_samples(name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
     """`miniature`, or the JSONL file of that name; `split`, `seed` and `count` are the miniature's."""
-    return of_miniature(split, seed, count) if name == MINIATURE else read(Path(name))
+    return of_miniature(split, seed, count) if name == MINIATURE else read_samples(Path(name))
+
+
+def load_data(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[Task]:
+    """The tasks of `load_tasks`, and of `miniature`, its test split, or `miniature:family`, one of its families."""
+    return load_tasks(names, count, seed, {MINIATURE: _held_out})
+
+
+def _held_out(family: str, count: int | None, seed: int) -> list[Sample]:
+    return of_miniature("test", seed, count or 100, [family] if family else FAMILIES)

@@ -5,18 +5,16 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
-from codebook.inference import samples as data
-from codebook.inference.samples import Sample
-from codebook.miniature import FAMILIES
-from codebook.miniature.samples import of_miniature
+from codebook.inference.samples import Sample, read_samples
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -29,21 +27,31 @@ PERCEPTION = (
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 Loader = Callable[[Path], Iterator[Sample]]
+"""Reads the samples of a data set from the folder of its files."""
+
+Generator = Callable[[str, int | None, int], list[Sample]]
+"""Makes samples from the text after a name's colon, the number of samples per task (None: its default) and a seed."""
 
 
-def load(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[Task]:
+def load_tasks(
+    names: Sequence[str],
+    count: int | None = None,
+    seed: int = 0,
+    generators: Mapping[str, Generator] = MappingProxyType({}),
+) -> list[Task]:
     """The tasks of several data sets.
 
     Parameters
     ----------
     names
-        `miniature`, its test split, or `miniature:family`, one of its families; a JSONL file, as
-        `codebook.analysis.data.read` takes it; or `name:folder`, with the name of one of LOADERS and the folder of its
-        files.
+        A JSONL file, as `codebook.inference.samples.read_samples` takes it; `name:folder`, with the name of one of
+        LOADERS and the folder of its files; or a name among `generators`, alone or with a colon and more behind it.
     count
-        Samples of each task at most, drawn image by image; for the miniature exactly, by default 100.
+        Most samples per task, drawn image by image; a generator makes exactly as many.
     seed
-        Of what is drawn.
+        Seed of the draw, and of the generators.
+    generators
+        Data sets that are made instead of read, by name.
 
     Raises
     ------
@@ -52,39 +60,39 @@ def load(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[
     """
     tasks: dict[str, Task] = {}
     for name in names:
-        for task in _tasks(name, count, seed):
+        for task in _tasks(name, count, seed, generators):
             if task.name in tasks:
                 raise CodebookError(f"two data sets have a task {task.name!r}: run them one by one")
             tasks[task.name] = task
     return list(tasks.values())
 
 
-def _tasks(name: str, count: int | None, seed: int) -> Iterator[Task]:
-    kind, _, folder = name.partition(":")  # the miniature's files are its families
+def _tasks(name: str, count: int | None, seed: int, generators: Mapping[str, Generator]) -> Iterator[Task]:
+    kind, _, folder = name.partition(":")
     metric = {"pope": POPE, "mme": MME}.get(kind, ACCURACY)
-    if kind == "miniature":
-        samples = of_miniature("test", seed, count or 100, [folder] if folder else FAMILIES)
+    if kind in generators:
+        samples = generators[kind](folder, count, seed)
         count = None
     elif kind in LOADERS and folder:
-        samples = _read(kind, Path(folder))
+        samples = _read_dataset(kind, Path(folder))
     elif kind in LOADERS:
         raise CodebookError(f"say where the files of {kind} are: --data {kind}:FOLDER")
     elif Path(name).is_file():
-        samples = data.read(Path(name))
+        samples = read_samples(Path(name))
     else:
-        known = ", ".join(f"{loader}:FOLDER" for loader in LOADERS)
-        raise CodebookError(f"no data {name!r}: give miniature, a JSONL file, or one of {known}")
+        known = ", ".join([*generators, "a JSONL file"]), ", ".join(f"{loader}:FOLDER" for loader in LOADERS)
+        raise CodebookError(f"no data {name!r}: give {known[0]}, or one of {known[1]}")
     named: dict[str, list[Sample]] = {}
     for sample in samples:
         if sample.answer is None:
             raise CodebookError(f"{name}: the question {sample.question!r} has no answer to score against: add one")
         named.setdefault(sample.task, []).append(sample)
     for task, own in named.items():
-        yield _drawn(Task(task, own, metric), count, seed)
+        yield _draw_groups(Task(task, own, metric), count, seed)
 
 
-def _drawn(task: Task, count: int | None, seed: int) -> Task:
-    """At most `count` samples, all of those that show an image or none."""
+def _draw_groups(task: Task, count: int | None, seed: int) -> Task:
+    """The task with at most `count` samples: of each image all its samples or none."""
     if count is None or count >= len(task.samples):
         return task
     groups = task.groups()
@@ -96,7 +104,7 @@ def _drawn(task: Task, count: int | None, seed: int) -> Task:
     return replace(task, samples=[task.samples[row] for row in sorted(rows)])
 
 
-def _read(kind: str, folder: Path) -> list[Sample]:
+def _read_dataset(kind: str, folder: Path) -> list[Sample]:
     if not folder.is_dir():
         raise CodebookError(f"no folder {folder}: give the one with the files of {kind}")
     try:

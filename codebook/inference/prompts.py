@@ -1,4 +1,4 @@
-"""Prompts and answers as token ids."""
+"""Questions about images as a model's inputs, and answers as the token ids behind them."""
 
 from __future__ import annotations
 
@@ -10,19 +10,56 @@ from PIL import Image as Picture
 
 from codebook.errors import CodebookError
 from codebook.inference.samples import Sample
+from codebook.models.base import Model, Processor
+from codebook.models.chat import chat_text
 
 
-def encode(model: Any, processor: Any, samples: Sequence[Sample]) -> Any:
-    """The model's inputs for samples, one row a sample, padded on the left, on its device and in its dtype."""
-    if getattr(processor, "chat_template", None) is None:
-        raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
-    texts = [processor.apply_chat_template(s.messages(), add_generation_prompt=True) for s in samples]
-    pictures = [picture for sample in samples for picture in sample.pictures()]
-    inputs = processor(images=pictures, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    return inputs.to(model.device, model.dtype)
+@dataclass(frozen=True)
+class Prompts:
+    """A batch of prompts, ready for `generate`.
+
+    Attributes
+    ----------
+    inputs
+        The processor's output: one row per prompt, padded on the left, on the model's device and in its dtype.
+    images
+        How many images each prompt shows.
+    """
+
+    inputs: Any
+    images: list[int]
 
 
-def answer_ids(processor: Any, sample: Sample) -> list[int]:
+def prepare(
+    model: Model, processor: Processor, images: Sequence[Sequence[Picture.Image]], questions: Sequence[str]
+) -> Prompts:
+    """Process a batch of questions about images, as `ask` takes them, once for many answers.
+
+    Parameters
+    ----------
+    images
+        For each question its images.
+    questions
+        In plain words.
+    """
+    texts = [chat_text(processor, question, len(own)) for own, question in zip(images, questions, strict=True)]
+    shown = [list(own) for own in images] if any(images) else None
+    inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    return Prompts(inputs.to(model.device, model.dtype), [len(own) for own in images])
+
+
+def prepare_samples(model: Model, processor: Processor, samples: Sequence[Sample]) -> Prompts:
+    """Process a batch of samples; their answers play no part in it."""
+    return prepare(model, processor, [sample.pictures() for sample in samples], [sample.question for sample in samples])
+
+
+def text_length(processor: Processor, sample: Sample) -> int:
+    """Token count of a sample's prompt before its images are expanded into visual tokens."""
+    text = chat_text(processor, sample.question, len(sample.images))
+    return len(processor.tokenizer(text)["input_ids"])
+
+
+def answer_ids(processor: Processor, sample: Sample) -> list[int]:
     """Token ids of a sample's answer where the chat template puts it, without the end of the turn.
 
     Raises
@@ -31,10 +68,9 @@ def answer_ids(processor: Any, sample: Sample) -> list[int]:
         If the answer has no token.
     """
     assert sample.answer is not None
-    answer, tokenizer = sample.answer.strip(), processor.tokenizer
-    prompt = processor.apply_chat_template(sample.messages(), add_generation_prompt=True)
-    turn = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
-    whole = processor.apply_chat_template([*sample.messages(), turn])
+    answer, tokenizer, count = sample.answer.strip(), processor.tokenizer, len(sample.images)
+    prompt = chat_text(processor, sample.question, count)
+    whole = chat_text(processor, sample.question, count, answer)
     # A template that shows an answered turn in another way says nothing about where the answer begins.
     ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
     if answer and whole.startswith(prompt) and answer in whole[len(prompt) :]:
@@ -44,33 +80,4 @@ def answer_ids(processor: Any, sample: Sample) -> list[int]:
             ids = after[len(before) :]
     if not ids:
         raise CodebookError(f"the answer {sample.answer!r} to {sample.question!r} has no tokens: leave it out")
-    return ids
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """A batch of prompts, ready for `generate`, and how many images each shows."""
-
-    inputs: Any
-    images: list[int]
-
-
-def prepare(model: Any, processor: Any, images: Sequence[Sequence[Picture.Image]], questions: Sequence[str]) -> Prompts:
-    """Process a batch of questions about images, as `ask` takes them, once for many answers."""
-    if processor.chat_template is None:
-        raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
-    texts = [
-        processor.apply_chat_template(
-            [
-                {
-                    "role": "user",
-                    "content": [*[{"type": "image"}] * len(own), {"type": "text", "text": question}],
-                }
-            ],
-            add_generation_prompt=True,
-        )
-        for own, question in zip(images, questions, strict=True)
-    ]
-    shown = [list(own) for own in images] if any(images) else None
-    inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
-    return Prompts(inputs.to(model.device, model.dtype), [len(own) for own in images])
+    return list(ids)

@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from PIL import Image as Picture
 
@@ -63,12 +62,8 @@ class Sample:
     def answered(self, answer: str) -> Sample:
         return replace(self, answer=answer, answers=())
 
-    def messages(self) -> list[dict[str, Any]]:
-        content = [*[{"type": "image"}] * len(self.images), {"type": "text", "text": self.question}]
-        return [{"role": "user", "content": content}]
 
-
-def read(source: Path) -> list[Sample]:
+def read_samples(source: Path) -> list[Sample]:
     """The samples of a JSONL file of {"image" or "images" or "video", "question", "answer" or "answers", "task"}.
 
     Paths are relative to the file; answers and `task` may be missing. Every line and every picture is checked first.

@@ -29,9 +29,9 @@ def load(device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProce
 
 def prompt(processor: LlavaProcessor, question: str, images: int = 1) -> str:
     """Wrap a question about that many images into the chat template."""
-    content = [*[{"type": "image"}] * images, {"type": "text", "text": question}]
-    messages: list = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    from codebook.models.chat import chat_text
+
+    return chat_text(processor, question, images)
 
 
 def write_images(folder: str | Path, count: int, seed: int = 0) -> list[Path]:

@@ -11,7 +11,7 @@ from codebook.analysis import likelihood as answers
 from codebook.analysis.calibration import _Run, _survivors, candidates, work
 from codebook.errors import CodebookError
 from codebook.inference.journal import Journal
-from codebook.inference.prompts import encode
+from codebook.inference.prompts import prepare_samples
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_miniature
 from codebook.pruning import DivPrune, Drop, FastV, Random, Schedule, Stage
@@ -28,7 +28,7 @@ def samples(model, processor):
         if len(sample.images) > 1:
             continue
         with torch.no_grad():
-            top = model(**encode(model, processor, [sample])).logits[0, -1].argmax()
+            top = model(**prepare_samples(model, processor, [sample]).inputs).logits[0, -1].argmax()
         found.append(Sample(sample.images, sample.question, processor.tokenizer.decode(top), sample.task))
     return [sample for sample in found if sample.answer.strip()]
 
@@ -69,7 +69,7 @@ def test_probabilities_are_those_of_generation(model, processor, samples, schedu
     """Answers of different lengths in one batch, against the steps of generate."""
     group = [samples[i] for i in answers.groups(processor, samples, range(len(samples)), 3)[0]]
     assert len(group) == 3
-    inputs = encode(model, processor, group)
+    inputs = prepare_samples(model, processor, group).inputs
     with schedule(model), torch.no_grad():
         out = model.generate(
             **inputs, max_new_tokens=4, do_sample=False, return_dict_in_generate=True, output_logits=True,

@@ -31,7 +31,7 @@ def test_a_file_of_samples(tmp_path, picture):
         "",
         {"images": [name, name], "question": "r"},
     )
-    one, two = data.read(file)
+    one, two = data.read_samples(file)
     assert (one.answer, one.task, len(one.pictures())) == ("a b", "t", 1)
     assert (two.answer, two.task, len(two.pictures())) == (None, "all", 2)
     assert [one.score(text) for text in ("A  b", "a", "b a")] == [1, 0, 0]
@@ -49,16 +49,16 @@ WRONG = [
 @pytest.mark.parametrize("record", WRONG)
 def test_a_wrong_line_is_named(tmp_path, record):
     with pytest.raises(CodebookError, match="line 1: write lines of"):
-        data.read(write(tmp_path, record))
+        data.read_samples(write(tmp_path, record))
 
 
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(CodebookError, match=r"missing: .*nowhere\.png"):
-        data.read(write(tmp_path, {"image": "nowhere.png", "question": "q"}))
+        data.read_samples(write(tmp_path, {"image": "nowhere.png", "question": "q"}))
     with pytest.raises(CodebookError, match="cannot read"):
-        data.read(tmp_path / "nothing.jsonl")
+        data.read_samples(tmp_path / "nothing.jsonl")
     with pytest.raises(CodebookError, match="no samples"):
-        data.read(write(tmp_path, ""))
+        data.read_samples(write(tmp_path, ""))
 
 
 def test_every_stretch_of_mixed_samples_has_all_tasks():

@@ -10,7 +10,7 @@ from codebook import miniature
 from codebook.analysis import Sweep, horizons, plot, sweep
 from codebook.analysis.horizon import _runs, first_safe, table
 from codebook.errors import CodebookError
-from codebook.inference.prompts import answer_ids, encode
+from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_miniature
 from codebook.pruning import Drop, Schedule, Stage
@@ -87,7 +87,7 @@ def test_a_sweep_equals_pruned_forwards(model, processor, samples):
     swept, cost = sweep(model, processor, samples)
     right, _ = sweep(model, processor, samples, "accuracy")
     for i, sample in enumerate(samples):
-        inputs = encode(model, processor, [sample])
+        inputs = prepare_samples(model, processor, [sample]).inputs
         with torch.no_grad():
             logits = model(**inputs).logits[0, -1]
             target = logits.argmax() if sample.answer is None else answer_ids(processor, sample)[0]

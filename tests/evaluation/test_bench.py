@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from codebook import CodebookError, Random, RedundancyCodebook, Schedule, Stage, Uniform, miniature, prebuilt
-from codebook.evaluation import bench, charts, datasets, latency, report
+from codebook.cli.data import load_data
+from codebook.evaluation import bench, charts, latency, report
 from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
 from codebook.inference.prompts import prepare
@@ -27,7 +28,7 @@ def loaded():
     rows, skipped = bench.plan(
         model, METHODS, KEEPS, lambda name: RedundancyCodebook(book) if name == "codebook" else make(name), [3, 4]
     )
-    tasks = [task for task in datasets.load(["miniature"], 4) if task.name in ("exist", "ocr")]
+    tasks = [task for task in load_data(["miniature"], 4) if task.name in ("exist", "ocr")]
     return model, processor, tasks, rows, skipped
 
 
@@ -308,7 +309,7 @@ def test_a_longer_run_asks_only_what_is_new(loaded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(respond, "answer", noted)
     kinds = ["miniature:exist", "miniature:ocr"]
-    short, long = datasets.load(kinds[:1], 3), datasets.load(kinds, 4)
+    short, long = load_data(kinds[:1], 3), load_data(kinds, 4)
     bench.run(model, processor, short, rows, tmp_path, settings)
     assert asked == [2, 2, 1, 1]
     found = bench.run(model, processor, long, rows, tmp_path, settings)

@@ -5,8 +5,8 @@ import json
 import pytest
 from PIL import Image
 
+from codebook.cli.data import load_data
 from codebook.errors import CodebookError
-from codebook.evaluation import datasets
 from codebook.evaluation.datasets import COGNITION, PERCEPTION, SHORT
 
 
@@ -27,7 +27,7 @@ def put(tmp_path):
 
 
 def one(kind, folder):
-    [task] = datasets.load([f"{kind}:{folder}"])
+    [task] = load_data([f"{kind}:{folder}"])
     [sample] = task.samples
     return task, sample
 
@@ -77,7 +77,7 @@ def test_pope(put, tmp_path):
     for split, label in (("random", "yes"), ("popular", "no"), ("adversarial", "no")):
         record = {"question_id": 1, "image": "COCO_val2014_000000310196.jpg", "text": "Is there a car?", "label": label}
         put(f"coco_pope_{split}.json", json.dumps(record) + "\n")
-    tasks = datasets.load([f"pope:{tmp_path}"])
+    tasks = load_data([f"pope:{tmp_path}"])
     assert [task.name for task in tasks] == ["pope random", "pope popular", "pope adversarial"]
     assert [task.samples[0].score("No, there is not.") for task in tasks] == [0, 1, 1]
     assert tasks[0].metric.names[0] == "f1"
@@ -90,12 +90,12 @@ def test_mme(put, tmp_path):
         folded = category in ("posters", "scene")
         put(f"{category}/{'images/' if folded else ''}0001.jpg")
         put(f"{category}/{'questions_answers_YN/' if folded else ''}0001.txt", text)
-    tasks = datasets.load([f"mme:{tmp_path}"])
+    tasks = load_data([f"mme:{tmp_path}"])
     assert [task.name for task in tasks] == [f"mme {category}" for category in (*PERCEPTION, *COGNITION)]
     for task in tasks:
         assert [s.answer for s in task.samples] == ["yes", "no"] and task.groups() == [[0, 1]]
         assert task.samples[0].question == "Is there a dog? Please answer yes or no." + SHORT
-    assert len(datasets.load([f"mme:{tmp_path}"], count=1)[0].samples) == 2  # both questions of an image, or none
+    assert len(load_data([f"mme:{tmp_path}"], count=1)[0].samples) == 2  # both questions of an image, or none
 
 
 def test_refcoco(put, tmp_path):
@@ -125,7 +125,7 @@ def test_a_file_of_samples_with_several_answers_and_a_film(put, tmp_path):
         {"image": "a.png", "question": "q", "answers": ["red", "crimson", "red"], "task": "t"},
         {"video": "film", "question": "q", "answer": "left", "task": "v"},
     ]
-    tasks = datasets.load([str(put("data.jsonl", "\n".join(map(json.dumps, lines))))])
+    tasks = load_data([str(put("data.jsonl", "\n".join(map(json.dumps, lines))))])
     assert [task.name for task in tasks] == ["t", "v"]
     [first], [second] = (task.samples for task in tasks)
     assert first.answer == "red" and [first.score(text) for text in ("Crimson", "blue")] == [1, 0]
@@ -133,23 +133,23 @@ def test_a_file_of_samples_with_several_answers_and_a_film(put, tmp_path):
 
 
 def test_the_miniature_and_a_name_twice():
-    tasks = datasets.load(["miniature"], count=2)
+    tasks = load_data(["miniature"], count=2)
     assert len(tasks) == 11 and all(len(task.samples) == 2 for task in tasks)
     assert tasks[0].samples[0].patches
     with pytest.raises(CodebookError, match="two data sets have a task 'exist'"):
-        datasets.load(["miniature", "miniature"], count=1)
+        load_data(["miniature", "miniature"], count=1)
 
 
 def test_families_of_the_miniature_are_those_of_the_whole():
-    whole = {task.name: task for task in datasets.load(["miniature"], count=2, seed=3)}
-    some = datasets.load(["miniature:ocr", "miniature:multi"], count=2, seed=3)
+    whole = {task.name: task for task in load_data(["miniature"], count=2, seed=3)}
+    some = load_data(["miniature:ocr", "miniature:multi"], count=2, seed=3)
     assert [task.name for task in some] == ["ocr", "multi"]
     for task in some:
         for own, other in zip(task.samples, whole[task.name].samples, strict=True):
             assert (own.question, own.answer) == (other.question, other.answer)
             assert [a.tobytes() for a in own.images] == [b.tobytes() for b in other.images]
     with pytest.raises(CodebookError, match=r"unknown .*'smell'.*exist"):
-        datasets.load(["miniature:smell"], count=1)
+        load_data(["miniature:smell"], count=1)
 
 
 def test_what_is_wrong_is_said(put, tmp_path):
@@ -160,14 +160,14 @@ def test_what_is_wrong_is_said(put, tmp_path):
         f"vqav2:{tmp_path}": "no file .*questions.json",
     }.items():
         with pytest.raises(CodebookError, match=words):
-            datasets.load([name])
+            load_data([name])
     put("testdev_balanced_questions.json", {"1": {"imageId": "x", "question": "q"}})
     with pytest.raises(CodebookError, match="are not those of gqa"):
-        datasets.load([f"gqa:{tmp_path}"])
+        load_data([f"gqa:{tmp_path}"])
     put("testdev_balanced_questions.json", {"1": {"imageId": "x", "question": "q", "answer": "a"}})
     with pytest.raises(CodebookError, match=r"image of gqa is missing: .*x\.jpg"):
-        datasets.load([f"gqa:{tmp_path}"])
+        load_data([f"gqa:{tmp_path}"])
     put("a.png")
     file = put("data.jsonl", json.dumps({"image": "a.png", "question": "q"}))
     with pytest.raises(CodebookError, match="has no answer"):
-        datasets.load([str(file)])
+        load_data([str(file)])
