@@ -12,10 +12,11 @@ from codebook.miniature import FAMILIES
 from codebook.miniature.samples import of_miniature
 
 MINIATURE = "miniature"
+"""Name of the embedded model's own samples."""
 
 
 def load_samples(name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
-    """`miniature`, or the JSONL file of that name; `split`, `seed` and `count` are the miniature's."""
+    """The embedded model's samples, or those of a JSONL file; `split`, `seed` and `count` go with the former."""
     return of_miniature(split, seed, count) if name == MINIATURE else read_samples(Path(name))
 
 

@@ -7,28 +7,43 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-from codebook import miniature, models
-from codebook.building import build
-from codebook.cli.output import Update, building_progress, progress
-from codebook.evaluation import Scores, mean, score, standard_error, task_means
-from codebook.inference.ask import ask
-from codebook.inference.overlay import overlay
-from codebook.miniature.samples import of_miniature
-from codebook.pruning import Pruner, Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage, Uniform
-from codebook.store.files import replacing
+import typer
 
-KEEPS = (0.5, 0.25, 0.11)
+from codebook.cli.options import JsonOption, SeedOption
+from codebook.cli.output import Update, building_progress, progress, write_picture
+
+if TYPE_CHECKING:
+    from codebook.evaluation import Scores
+    from codebook.pruning import Pruner, Schedule
+
+BUDGETS = (0.5, 0.25, 0.11)
+"""Fractions of the visual tokens kept, averaged over the layers."""
 
 
-def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
-    """Write training scenes and a codebook under `out`, print the comparison and the path of a picture."""
+def demo_command(
+    out: Annotated[Path, typer.Option(help="Folder for images, codebook and picture.")] = Path("codebook-demo"),
+    images: Annotated[int, typer.Option(min=1, help="Training images to build from.")] = 100,
+    questions: Annotated[int, typer.Option(min=1, help="Held-out questions per task family.")] = 40,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Build a codebook for the embedded model and compare pruning methods on held-out questions."""
+    from codebook import miniature, models
+    from codebook.building import build
+    from codebook.evaluation import mean, score, standard_error, task_means
+    from codebook.inference.ask import ask
+    from codebook.inference.overlay import overlay
+    from codebook.miniature.samples import of_miniature
+    from codebook.pruning import Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage, Uniform
+
     model, processor = models.load("miniature")
     folder = out / f"images-{images}-{seed}"
     miniature.write_images(folder, images, seed=seed)
-    with building_progress(images) as show:
+    with building_progress(images) as tick:
         target = out / f"codebook-{images}-{seed}"
-        book = build(model, processor, folder, target, model_id="miniature", progress=show)
+        book = build(model, processor, folder, target, model_id="miniature", progress=tick)
 
     pruners: dict[str, tuple[Pruner, bool]] = {
         "seeded": (SeededFarthestPoint(book), True),
@@ -36,24 +51,23 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
         "random": (Random(seed), False),
         "uniform": (Uniform(), False),
     }
-    questions = of_miniature("test", seed, count)
+    samples = of_miniature("test", seed, questions)
     plans: dict[tuple[str, float], Schedule | None] = {("unpruned", 1.0): None}
-    plans |= {(name, k): Schedule([Stage(0, k, *way)]) for k in KEEPS for name, way in pruners.items()}
+    plans |= {(name, k): Schedule([Stage(0, k, *way)]) for k in BUDGETS for name, way in pruners.items()}
     results: dict[tuple[str, float], Scores] = {}
-    with progress("answer", len(plans) * len(questions), "questions") as tick:
+    with progress("answer", len(plans) * len(samples), "questions") as tick:
         for i, ((name, k), schedule) in enumerate(plans.items()):
-            answered = partial(_answered, tick, i * len(questions), f"{name} at keep {k}")
-            results[name, k] = score(model, processor, questions, schedule, answered)
+            answered = partial(_answered, tick, i * len(samples), f"{name} at keep {k}")
+            results[name, k] = score(model, processor, samples, schedule, answered)
 
     picture = out / "kept.png"
     grid = models.family(model).grid(model)
-    example = next(q for q in questions if q.task == "ocr")
+    example = next(q for q in samples if q.task == "ocr")
     keep = 0.25
     [answer] = ask(model, processor, [example.pictures()], [example.question], plans["seeded", keep])
-    with replacing(picture) as temporary:
-        overlay(example.pictures()[0], answer.kept[0], grid).save(temporary, format="PNG")
+    write_picture(overlay(example.pictures()[0], answer.kept[0], grid), picture)
     report = {
-        "questions": len(questions),
+        "questions": len(samples),
         "prototypes": len(book.prototypes),
         "accuracy": [
             {"method": name, "keep": k, "mean": mean(scores), "standard_error": standard_error(scores),
@@ -62,7 +76,7 @@ def run(out: Path, images: int, count: int, seed: int, as_json: bool) -> None:
         ],
         "picture": str(picture),
     }  # fmt: skip
-    print(json.dumps(report) if as_json else table(results, list(pruners), len(questions)))
+    print(json.dumps(report) if as_json else _comparison_table(results, list(pruners), len(samples)))
     if not as_json:
         print(f"\n{picture}: {example.question!r}, answered {answer.text!r} (truth: {example.answer!r}) from "
               f"{len(answer.kept[0])} of {grid[0] * grid[1]} visual tokens, framed")  # fmt: skip
@@ -73,8 +87,10 @@ def _answered(tick: Update, before: int, note: str, done: int) -> None:
     tick(before + done, note)
 
 
-def table(results: dict[tuple[str, float], Scores], methods: Sequence[str], count: int) -> str:
-    """The comparison as plain text: a row a budget, a column a method."""
+def _comparison_table(results: dict[tuple[str, float], Scores], methods: Sequence[str], count: int) -> str:
+    """The comparison as plain text: one row per budget, one column per method."""
+    from codebook.evaluation import mean, standard_error
+
     full = results["unpruned", 1.0]
     cell = "{:>16}".format
     lines = [
@@ -84,7 +100,7 @@ def table(results: dict[tuple[str, float], Scores], methods: Sequence[str], coun
     lines.append("keep" + "".join(map(cell, methods)))
     show = [f"{mean(full):.3f} ({standard_error(full):.3f})"] * len(methods)
     lines.append("1   " + "".join(map(cell, show)) + "   (unpruned)")
-    for keep in KEEPS:
+    for keep in BUDGETS:
         row = [results[name, keep] for name in methods]
         lines.append(f"{keep:<4}" + "".join(cell(f"{mean(s):.3f} ({standard_error(s):.3f})") for s in row))
     return "\n".join(lines)

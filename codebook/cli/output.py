@@ -1,4 +1,4 @@
-"""What the commands say: notes, and the progress of long work."""
+"""What the commands print and draw: notes, the progress of long work, what a schedule costs, pictures."""
 
 from __future__ import annotations
 
@@ -6,15 +6,28 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
 
-from codebook import building
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from codebook import building
+    from codebook.models.base import Model
+    from codebook.pruning import Schedule
+
+LINE_SECONDS = 10.0
+"""Least seconds between progress lines where there is no terminal."""
+
+
+def note(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 @contextlib.contextmanager
 def building_progress(total: int) -> Iterator[Callable[[building.Progress], None]]:
-    """A bar for `building.build`: images a second, time left, and the funnel so far."""
+    """Progress bar for `building.build`: images per second, time left, and the funnel so far."""
     with progress("build", total, "images") as tick:
 
         def show(state: building.Progress) -> None:
@@ -25,24 +38,16 @@ def building_progress(total: int) -> Iterator[Callable[[building.Progress], None
         yield show
 
 
-def note(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
-EVERY = 10.0
-"""Seconds between lines where there is no terminal."""
-
-
 class Update(Protocol):
     def __call__(self, done: int, note: str = "") -> None:
-        """Say how many units are done in all, and what else is worth seeing."""
+        """Show how many units are done in all, and `note` beside it."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Update]:
     """Show the progress of `total` units of work."""
     start = time.monotonic()
-    first: list[int] = []  # what a resumed run found done does not count towards its speed
+    first: list[int] = []  # units that an earlier run finished do not count towards this run's speed
 
     def speed(done: int) -> float:
         first.append(done)
@@ -73,7 +78,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
 
     def write(done: int, note: str = "") -> None:
         rate, now = speed(done), time.monotonic()
-        if now - last[0] < EVERY and done < total:
+        if now - last[0] < LINE_SECONDS and done < total:
             return
         last[0] = now
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
@@ -84,3 +89,56 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
         )
 
     yield write
+
+
+def describe(model: Model, schedule: Schedule) -> dict[str, Any]:
+    """A schedule and what it costs on a model, for one image: tokens per layer, their average, FLOPs, KV cache.
+
+    Only its text and the tokens, if under this schedule images keep different numbers of tokens.
+    """
+    from codebook import models
+
+    rows, cols = models.family(model).grid(model)
+    text, n = model.config.get_text_config(), rows * cols
+    report: dict[str, Any] = {"schedule": str(schedule), "tokens": n}
+    if schedule.varies:
+        return report
+    layers, heads = text.num_hidden_layers, text.num_attention_heads
+    shape = {"layers": layers, "hidden": text.hidden_size, "intermediate": text.intermediate_size}
+    cache = {
+        "layers": layers,
+        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
+        "bytes": model.dtype.itemsize,
+    }
+    return report | {
+        "counts": schedule.counts(n, layers),
+        "keep": schedule.budget(n, layers),
+        "flops": 1 - schedule.flops_reduction(n, **shape),
+        "kv_bytes": schedule.kv_bytes(n, **cache),
+    }
+
+
+def summary(report: dict[str, Any], kept: list[int]) -> str:
+    """A report of `describe` in one line; `kept` has the tokens that each image kept, if they differ by image."""
+    n = report["tokens"]
+    if "counts" not in report:
+        numbers = f"kept {', '.join(map(str, kept))}" if kept else "images keep numbers of their own"
+        return f"schedule {report['schedule']}: {numbers} of {n} visual tokens"
+    runs: list[str] = []
+    start = 0
+    for count, group in groupby(report["counts"]):
+        end = start + len(list(group))
+        of = "" if runs else f" of {n} visual tokens"
+        runs.append(f"{count}{of} in layers {start}-{end - 1}")
+        start = end
+    cost = f"{report['flops']:.1%} of their prefill FLOPs, {report['kv_bytes'] / 1024:.0f} KiB of KV cache an image"
+    return f"schedule {report['schedule']}: {', '.join(runs)}; averaged {report['keep']:.1%}; {cost}"
+
+
+def write_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
+    from codebook.store.files import replacing
+
+    with replacing(path) as temporary:
+        picture.save(temporary, format="PNG")

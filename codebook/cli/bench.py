@@ -1,0 +1,149 @@
+"""`codebook bench`: methods compared at equal budgets, as one report."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from codebook.cli.options import (
+    CodebookOption,
+    DeviceOption,
+    JsonOption,
+    MethodsOption,
+    ModelOption,
+    NewTokensOption,
+    SeedOption,
+)
+from codebook.cli.output import note, progress
+from codebook.errors import CodebookError
+
+
+def bench_command(
+    model: ModelOption,
+    methods: MethodsOption,
+    out: Annotated[Path, typer.Option(help="Folder for results.json, report.html and journals; run again to resume.")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="`miniature` (default) or miniature:FAMILY, JSONL as for horizon, with answers, or NAME:FOLDER for "
+            "the public files of ai2d, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
+        ),
+    ] = None,
+    keep: Annotated[
+        str, typer.Option(help="Budgets, separated by commas: visual tokens kept, averaged over the layers.")
+    ] = "0.5,0.25,0.11",
+    codebook: CodebookOption = None,
+    horizon: Annotated[
+        Path | None, typer.Option(help="A horizon.json for the report; default: the one in --out, if there is one.")
+    ] = None,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Samples per task; default: all, or 100 of the miniature's.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="A method that every other one is also compared with, sample by sample.")
+    ] = None,
+    show: Annotated[int, typer.Option(min=0, help="Samples whose kept tokens the report shows.")] = 12,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that draws at random.")] = 3,
+    seconds: Annotated[
+        float, typer.Option(min=0, help="Seconds to spend on timing; at least three rounds are run.")
+    ] = 120,
+    batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
+    max_new_tokens: NewTokensOption = 32,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            help="i/n: answer only this part of the questions. Run all n, on as many devices, then without this."
+        ),
+    ] = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
+    from codebook import models
+    from codebook.cli.data import load_data
+    from codebook.cli.methods import parse_methods, pruner_maker
+    from codebook.evaluation import bench, report
+    from codebook.pruning.plan import Plan
+    from codebook.store.files import replacing
+
+    chosen, budgets = parse_methods(methods), _parse_budgets(keep)
+    # A schedule file stands for its text in `chosen`; so it does here.
+    opponent = None if against is None else Plan(against).schedule
+    if opponent not in (None, *chosen, *bench.BASELINES):
+        raise CodebookError(f"--against {against} is none of the methods: add it to --methods")
+    settings = bench.Settings(seed, batch, max_new_tokens, seconds, opponent)
+    share = None if part is None else _parse_part(part)
+    curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
+    named = data or ["miniature"]
+    tasks = load_data(named, count, seed)
+    loaded, processor = models.load(model, device)
+    make = pruner_maker(loaded, codebook, seed)
+    rows, skipped = bench.plan(loaded, chosen, budgets, make, range(seed, seed + seeds))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CodebookError(f"{out} is a file: name a folder") from None
+    if share is not None:
+        i, n = share
+        with progress(f"bench, part {i} of {n}", bench.work(tasks, rows, settings, share), "answers") as tick:
+            bench.run(loaded, processor, tasks, rows, out, settings, tick, share)
+        note(f"part {i} of {n} is answered: run the command without --part when all {n} are")
+        return
+    with progress("bench", bench.work(tasks, rows), "answers") as tick:
+        results = bench.run(loaded, processor, tasks, rows, out, settings, tick)
+    done = [row for row in rows if any((r["method"], r["keep"]) == (row.method, row.keep) for r in results["rows"])]
+    samples = bench.shown(tasks, show)
+    with progress("samples", len(samples) * len(done), "answers") as tick:
+        looks = bench.look(loaded, processor, samples, done, out / "samples.jsonl", max_new_tokens, tick)
+    results = {"name": model, "data": list(named), "keeps": budgets, **results, "samples": looks}
+    results["skipped"] = skipped + results["skipped"]
+    page = report.html(results, [sample.pictures() for sample in samples], curve)
+    for file, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("report.html", page)):
+        with replacing(out / file) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    if as_json:
+        print(json.dumps(results))
+        return
+    print(report.markdown(results))
+    for one in results["skipped"]:
+        note(f"left out: {one['method']} at {one['keep']:g}: {one['reason']}")
+    note(f"report: {out / 'report.html'}, {out / 'results.json'}")
+
+
+def _parse_budgets(text: str) -> list[float]:
+    """Budgets, separated by commas, the largest first."""
+    from codebook.pruning.stage import check_keep
+
+    try:
+        keeps = [float(keep) for keep in text.split(",")]
+    except ValueError:
+        raise CodebookError(f"cannot read the budgets {text!r}: write fractions, as in 0.5,0.25,0.11") from None
+    for keep in keeps:
+        check_keep(keep)
+    return sorted(set(keeps), reverse=True)
+
+
+def _parse_part(text: str) -> tuple[int, int]:
+    """(i, n) from `i/n`."""
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    i, n = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= i <= n:
+        raise CodebookError(f"cannot read the part {text!r}: write i/n with i from 1 to n, as in 1/4")
+    return i, n
+
+
+def _read_horizon(path: Path, wanted: bool) -> dict[str, Any] | None:
+    """What `codebook horizon --out` wrote; None if the file is missing and the user did not name it."""
+    if not wanted and not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text())
+        found["horizons"], found["start"], found["eps"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise CodebookError(f"{path} is no horizon.json: make one with `codebook horizon --out`") from None
+    return dict(found)

@@ -1,0 +1,74 @@
+"""`codebook calibrate`: a schedule that spends a budget better than its method alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codebook.cli.options import (
+    CodebookOption,
+    CountOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+)
+from codebook.cli.output import describe, note, progress, summary
+from codebook.errors import CodebookError
+
+
+def calibrate_command(
+    model: ModelOption,
+    data: DataOption,
+    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")],
+    out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
+    method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = "codebook",
+    first: Annotated[
+        list[str] | None, typer.Option(help="Another method to try as the first stage; repeat for several.")
+    ] = None,
+    drop: Annotated[bool, typer.Option(help="Also try to drop all tokens.")] = True,
+    codebook: CodebookOption = None,
+    count: CountOption = 100,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
+    from codebook import models
+    from codebook.analysis import calibration
+    from codebook.cli.data import load_samples
+    from codebook.cli.methods import pruner_maker
+    from codebook.pruning.plan import Plan
+    from codebook.store.files import replacing
+
+    # Each text is read as a plan of its own: an impossible one is refused before the model is loaded.
+    plans = [Plan(text, keep, None, codebook, seed) for text in (method, *(first or ()))]
+    if out.suffix != ".json":
+        raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
+    if not out.parent.is_dir():
+        raise CodebookError(f"no folder {out.parent}: create it first")
+    samples = load_samples(data, "train", seed, count)
+    loaded, processor = models.load(model, device)
+    make = pruner_maker(loaded, codebook, seed)
+    (plain, found), *others = (calibration.candidates(loaded, plan.schedule, keep, make, drop=drop) for plan in plans)
+    found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
+    journal = out.with_suffix(".journal.jsonl")
+    with progress("calibrate", calibration.work(len(found), samples), "answers") as tick:
+        result = calibration.calibrate(
+            loaded, processor, samples, plain, found, seed=seed, file=journal, done=tick
+        )  # fmt: skip
+    report = describe(loaded, result.schedule) | {"plain": str(plain), "data": data, "samples": len(samples)}
+    report |= {"confirmed": result.confirmed, "result": str(result), **result.evidence()}
+    with replacing(out) as temporary:
+        result.schedule.save(temporary)
+        temporary.write_text(json.dumps(json.loads(temporary.read_text()) | {"calibration": report}, indent=1) + "\n")
+    journal.unlink(missing_ok=True)
+    if as_json:
+        print(json.dumps(report | {"output": str(out)}))
+        return
+    print(result)
+    note(f"{out}: {summary(report, [])}")

@@ -1,0 +1,61 @@
+"""`codebook explain`: why one token of a picture is dropped."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codebook.cli.options import CodebookOption, DeviceOption, JsonOption, ModelOption
+from codebook.cli.output import write_picture
+from codebook.errors import CodebookError
+
+
+def explain_command(
+    model: ModelOption,
+    image: Annotated[Path, typer.Option(help="Picture that the token belongs to.")],
+    patch: Annotated[str, typer.Option(help="ROW,COL of the token, counted from 0.")],
+    keep: Annotated[float, typer.Option(help="Say whether the token is kept if this share of them is.")] = 0.25,
+    neighbours: Annotated[int, typer.Option(min=1, help="Prototypes to name.")] = 5,
+    sheet: Annotated[Path | None, typer.Option(help="Write a picture of the tokens behind those prototypes.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Where the codebook's images are, for --sheet; repeat for several.")
+    ] = None,
+    codebook: CodebookOption = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
+    from codebook import models
+    from codebook.analysis.explain import explain, words
+    from codebook.building import open_images
+    from codebook.building.sheet import sheet as draw_sheet
+    from codebook.pruning.plan import find_codebook
+    from codebook.pruning.stage import check_keep
+    from codebook.store.pictures import read_image
+
+    try:
+        row, col = (int(number) for number in patch.split(","))
+    except ValueError:
+        raise CodebookError(f"cannot read the patch {patch!r}: write ROW,COL, counted from 0") from None
+    check_keep(keep)
+    if sheet is not None and not images:
+        raise CodebookError("--sheet needs --images: the images that the codebook came from")
+    picture = read_image(image)
+    loaded, processor = models.load(model, device)
+    book = find_codebook(loaded, codebook)
+    found = explain(loaded, processor, book, picture, (row, col), neighbours)
+    kept = max(1, round(keep * found.tokens))
+    if sheet is not None:
+        if not all("row" in one for one in found.neighbours):
+            raise CodebookError("this codebook does not say which patches its prototypes are: leave --sheet out")
+        title = f"prototypes nearest to patch {row},{col} of {image.name}"
+        sources = [open_images(folder) for folder in images or ()]
+        write_picture(draw_sheet(found.neighbours, found.grid, sources, title), sheet)
+    if as_json:
+        print(json.dumps(asdict(found) | {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}))
+    else:
+        print(words(found, book.config, kept))

@@ -1,0 +1,50 @@
+"""`codebook extend`: more images for a codebook."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codebook.cli.options import (
+    AddressOption,
+    BatchOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    ImagesOption,
+    JsonOption,
+    LimitOption,
+    StrictOption,
+    WorkersOption,
+)
+
+
+def extend_command(
+    folder: Annotated[Path, typer.Argument(help="A codebook's folder; it stays as it is.")],
+    images: ImagesOption,
+    out: Annotated[Path, typer.Option(help="Folder of the larger codebook; run again to resume.")],
+    limit: LimitOption = None,
+    batch: BatchOption = None,
+    strict: StrictOption = False,
+    device: DeviceOption = None,
+    dtype: DtypeOption = None,
+    engine: EngineOption = "local",
+    address: AddressOption = None,
+    workers: WorkersOption = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """Add images to a codebook: the same result as building it from all of them."""
+    from codebook import building
+    from codebook.cli.output import building_progress
+    from codebook.cli.probing import Probing, report_codebook
+
+    probing = Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
+    book, _ = building.Pool.load(folder)
+    count = len(building.open_images(images, limit).stamps)  # before a model is loaded for nothing
+    model, processor = probing.load(name := book.config["model"])
+    with building_progress(count) as tick:
+        options = probing.options(name, images, building.Settings(**book.config["settings"]))
+        book = building.extend(model, processor, folder, images, out, progress=tick, **options)
+    report_codebook(book, out, as_json)

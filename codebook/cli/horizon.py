@@ -1,0 +1,70 @@
+"""`codebook horizon`: the layer beyond which visual tokens no longer change the answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any, cast, get_args
+
+import typer
+
+from codebook.cli.options import CountOption, DataOption, DeviceOption, JsonOption, ModelOption, SeedOption
+from codebook.cli.output import note, progress
+from codebook.errors import CodebookError
+
+
+def horizon_command(
+    model: ModelOption,
+    data: DataOption,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for horizon.json, horizon.png and the journal; run again to resume.")
+    ] = None,
+    metric: Annotated[
+        str, typer.Option(help="probability (default) or accuracy of the answer's first token, or generated answers.")
+    ] = "probability",
+    eps: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest loss that counts as none.")] = 0.01,
+    margin: Annotated[
+        int | None, typer.Option(min=0, help="Layers added for safety; default: one in sixteen, at least 1.")
+    ] = None,
+    count: CountOption = 50,
+    split: Annotated[str, typer.Option(help="Which of the miniature's scenes: train (default) or test.")] = "train",
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the layer beyond which visual tokens no longer change the answer, by task."""
+    from codebook import models
+    from codebook.analysis import horizon, plot
+    from codebook.cli.data import load_samples
+    from codebook.inference.samples import mixed
+    from codebook.store.files import replacing
+
+    if metric not in get_args(horizon.Metric):
+        raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.Metric))}")
+    samples = mixed(load_samples(data, split, seed, count), seed)
+    if out is not None:
+        plot.check()  # before the long work
+    loaded, processor = models.load(model, device)
+    journal = None if out is None else out / ("generated.jsonl" if metric == "generated" else "first-token.jsonl")
+    with progress("horizon", len(samples), "samples") as tick:
+        sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
+    found = horizon.horizons(sweep, eps, margin=margin, seed=seed)
+    report = {
+        "model": model, "data": data, "samples": len(samples), "labelled": sum(s.answer is not None for s in samples),
+        "layers": sweep.layers, "start": sweep.start, "metric": metric, "eps": eps, "level": horizon.LEVEL,
+        "horizons": {task: asdict(one) for task, one in found.items()}, "cost": asdict(cost),
+    }  # fmt: skip
+    if out is not None:
+        with replacing(out / "horizon.png") as temporary:
+            plot.draw(found, sweep.start, metric, temporary)
+        with replacing(out / "horizon.json") as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(horizon.table(found, sweep.layers))
+    if cost.naive:
+        note(f"cost: {cost.processed / cost.naive:.1%} of the tokens of a pruned forward for each layer")
+    if out is not None:
+        note(f"curves: {out / 'horizon.png'}, {out / 'horizon.json'}")

@@ -1,0 +1,69 @@
+"""`codebook inspect`: what a codebook holds."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from codebook.cli.options import JsonOption
+from codebook.cli.output import write_picture
+from codebook.errors import CodebookError
+
+if TYPE_CHECKING:
+    from codebook.store.codebook import Codebook
+
+
+def inspect_command(
+    folder: Annotated[Path, typer.Argument(help="A codebook's folder.")],
+    sheet: Annotated[Path | None, typer.Option(help="Write a picture of the tokens behind the prototypes.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Where the images are, for --sheet; repeat for several.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a codebook holds and how it was built."""
+    from codebook.store.codebook import Codebook
+
+    book = Codebook.load(folder)
+    if sheet is not None:
+        _write_sheet(book, sheet, images or [])
+    clusters = Counter(record["cluster"] for record in book.provenance)
+    report = {k: v for k, v in book.config.items() if k != "fingerprint"} | {
+        "folder": str(folder),
+        "clusters": [
+            {
+                "cluster": cluster,
+                "prototypes": size,
+                "images": len({r["image"] for r in book.provenance if r["cluster"] == cluster}),
+            }
+            for cluster, size in clusters.most_common()
+        ],
+    }
+    if sheet is not None:
+        report["sheet"] = str(sheet)
+    if as_json:
+        print(json.dumps(report))
+        return
+    for key, value in report.items():
+        if key != "clusters":
+            print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+    for row in report["clusters"]:
+        print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
+
+
+def _write_sheet(book: Codebook, picture: Path, images: list[Path]) -> None:
+    """Write a picture of the tokens behind the prototypes."""
+    from codebook import building, models
+    from codebook.building.sheet import sheet
+
+    if not images:
+        raise CodebookError("--sheet needs --images: the images that the codebook came from")
+    grid = book.config.get("grid")
+    if grid is None:  # imported, or built by an early version
+        grid = models.family(model := models.load(book.config["model"], "cpu")[0]).grid(model)
+    title = f"{len(book)} prototypes for {book.config['model']}: tokens that change no answer, and recur"
+    write_picture(sheet(book.provenance, tuple(grid), [building.open_images(path) for path in images], title), picture)

@@ -1,0 +1,23 @@
+"""`codebook merge`: one codebook from two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codebook.cli.options import JsonOption
+
+
+def merge_command(
+    first: Annotated[Path, typer.Argument(help="A codebook's folder.")],
+    second: Annotated[Path, typer.Argument(help="Folder of another one, of the same model and settings.")],
+    out: Annotated[Path, typer.Option(help="Folder of the merged codebook.")],
+    as_json: JsonOption = False,
+) -> None:
+    """Merge two codebooks: the same result as building one from the images of both."""
+    from codebook import building
+    from codebook.cli.probing import report_codebook
+
+    report_codebook(building.merge(first, second, out), out, as_json)

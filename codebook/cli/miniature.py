@@ -1,0 +1,90 @@
+"""`codebook miniature`: scenes, training and accuracy of the embedded model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from codebook.cli.options import DeviceOption, JsonOption, SeedOption
+from codebook.cli.output import progress
+
+if TYPE_CHECKING:
+    from codebook.evaluation import Scores
+
+
+def images_command(
+    out: Annotated[Path, typer.Option(help="Folder to write PNG files to.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 100,
+    seed: SeedOption = 0,
+) -> None:
+    """Write training scenes, for `codebook build miniature --images`."""
+    from codebook import miniature
+
+    miniature.write_images(out, count, seed=seed)
+    print(out)
+
+
+def train_command(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and weights; run again to resume.")],
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, help="Steps of the last stage; default: the recipe's. More steps continue a finished run."),
+    ] = None,
+    seed: SeedOption = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Processes, each with its own batch; default: 1 on a GPU, else up to 2 cores."),
+    ] = None,
+    device: DeviceOption = None,
+) -> None:
+    """Train the embedded model from scratch on procedural scenes; an interrupted run continues."""
+    from codebook.miniature import train
+
+    print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
+
+
+def evaluate_command(
+    folder: Annotated[Path | None, typer.Argument(help="Weights of a training run; default: those that ship.")] = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out questions per family.")] = 200,
+    look: Annotated[
+        list[str] | None, typer.Option(help="plain (default), photo, noise, scale; repeat for several.")
+    ] = None,
+    check: Annotated[
+        Path | None,
+        typer.Option(help="Instead, prune it by baselines, by an oracle and layer by layer; rows go to this file."),
+    ] = None,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Accuracy of the embedded model on held-out questions, beside its accuracy without the image."""
+    from codebook.evaluation import compare, score, standard_error, table, task_means
+    from codebook.miniature import FAMILIES, FOLDER, model, tasks
+    from codebook.miniature import check as instrument
+    from codebook.miniature.samples import of_miniature, of_questions
+
+    loaded, processor = model.load(folder or FOLDER, device or "cpu")
+    looks = look or ["plain"]
+    rows: dict[str, Scores] = {}
+    if check is not None:
+        plans = instrument.plans(len(loaded.get_decoder().layers))
+        samples = of_miniature("test", 0, count)
+        with progress("check", len(plans) * len(samples), "answers") as tick:
+            rows = compare(loaded, processor, samples, plans, check, tick)
+    else:
+        kinds = [(name, name, False) for name in looks] + [("no image", looks[0], True)]
+        with progress("evaluate", len(kinds) * len(FAMILIES), "families") as tick:
+            for name, style, blind in kinds:
+                rows[name] = {}
+                for family in FAMILIES:
+                    asked = of_questions(tasks(family, "test", 0, count, look=style))
+                    rows[name] |= score(loaded, processor, asked, blind=blind)
+                    tick(sum(map(len, rows.values())), f"{name}: {family}")
+    if as_json:
+        means = {name: task_means(scores) for name, scores in rows.items()}
+        errors = {name: standard_error(scores) for name, scores in rows.items()}
+        print(json.dumps({"questions_per_family": count, "accuracy": means, "standard_error_of_mean": errors}))
+    else:
+        print(table(rows))

@@ -1,0 +1,68 @@
+"""What `build`, `extend` and `merge` share: where and how images are probed, and what a new codebook holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from codebook import building, models
+from codebook.cli.output import note
+from codebook.errors import CodebookError
+from codebook.models.base import Model, Processor
+from codebook.pruning.plan import DTYPES
+from codebook.store.codebook import Codebook
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Where and how images are probed, in the command line's words."""
+
+    limit: int | None = None
+    strict: bool = False
+    batch: int | None = None
+    device: str | None = None
+    dtype: str | None = None
+    exhaustive: bool = False
+    engine: str = "local"
+    address: str | None = None
+    workers: int = 2
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("local", "ray"):
+            raise CodebookError(f"no engine {self.engine!r}: use local or ray")
+        if self.dtype not in (None, *DTYPES):
+            raise CodebookError(f"no dtype {self.dtype!r}: use {', '.join(DTYPES)}")
+
+    def load(self, name: str) -> tuple[Model, Processor]:
+        return models.load(name, self.device, None if self.dtype is None else getattr(torch, self.dtype))
+
+    def options(self, name: str, images: Path, settings: building.Settings) -> dict[str, Any]:
+        """Keyword arguments of `building.build` and `building.extend`."""
+        options: dict[str, Any] = {"batch_size": self.batch, "exhaustive": self.exhaustive}
+        if self.engine == "ray":
+            from codebook.building.builder import Worker
+            from codebook.building.on_ray import ray_engine
+
+            def make() -> Worker:
+                source = building.open_images(images, self.limit)
+                return Worker(*self.load(name), source, settings, building.Options(**options))
+
+            gpus = 1 if (self.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else 0
+            engine = ray_engine(make, self.workers, self.address, gpus)
+            return options | {"strict": self.strict, "limit": self.limit, "engine": engine}
+        return options | {"strict": self.strict, "limit": self.limit}
+
+
+def report_codebook(book: Codebook, out: Path, as_json: bool) -> None:
+    """Say what a new codebook holds, and which images were left out."""
+    used = book.config["images"]
+    for skipped in used["skipped"]:
+        note(f"skipped unreadable image: {skipped}")
+    if as_json:
+        print(json.dumps({"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used}))
+    else:
+        print(f"{len(book)} prototypes from {used['used']} images in {out}")

@@ -1,0 +1,112 @@
+"""`codebook prune`: questions answered with few visual tokens, or token embeddings pruned without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from codebook.cli.options import DeviceOption, JsonOption, NewTokensOption, SeedOption
+from codebook.cli.output import describe, note, summary, write_picture
+from codebook.errors import CodebookError
+
+
+def prune_command(
+    model: Annotated[
+        str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
+    ] = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
+    question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            "--schedule",
+            "--method",
+            help="`seeded` (default), `codebook` (the paper's) or another method or preset (see `codebook list`), "
+            "`codebook+random`, stages as in `codebook:0.25,random@9:0.05`, or a JSON file of them.",
+        ),
+    ] = None,
+    positions: Annotated[
+        str | None, typer.Option(help="Position ids of kept tokens: keep or compact; default: the schedule's, or keep.")
+    ] = None,
+    codebook: Annotated[
+        Path | None, typer.Option(help="Folder of a codebook; default: the model's, if one ships.")
+    ] = None,
+    show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
+    source: Annotated[
+        Path | None,
+        typer.Option("--input", help="JSONL of {image | images, question}; paths relative to it."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of answers, or safetensors with --tokens.")] = None,
+    tokens: Annotated[
+        Path | None, typer.Option(help="safetensors of projector outputs (n, d); needs no model.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Questions per batch, with --input.")] = 16,
+    max_new_tokens: NewTokensOption = 32,
+    seed: SeedOption = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image of --input.")] = False,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
+    from codebook.pruning.plan import DEFAULT, KEEP, Plan
+
+    if tokens is not None:
+        from codebook.cli.prune_tokens import prune_tokens
+
+        _refuse_beside("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source,
+                                    "--show": show, "--schedule": schedule})  # fmt: skip
+        if codebook is None or output is None:
+            raise CodebookError("--tokens needs --codebook DIR and --output FILE")
+        prune_tokens(tokens, codebook, KEEP if keep is None else keep, output, as_json)
+        return
+    if model is None:
+        raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")
+    plan = Plan(schedule or DEFAULT, keep, positions, codebook, seed)
+    if source is not None:
+        from codebook.cli.prune_file import prune_file
+
+        _refuse_beside("--input", {"--image": image, "--ask": question, "--show": show})
+        if output is None:
+            raise CodebookError("--input needs --output FILE")
+        prune_file(model, plan, source, output, batch, max_new_tokens, strict, device, as_json)
+        return
+    if not image or question is None:
+        raise CodebookError("give --image FILE and --ask TEXT, or --input FILE, or --tokens FILE")
+    _refuse_beside("--image", {"--output": output})
+
+    from codebook import models
+    from codebook.inference.ask import ask
+    from codebook.inference.overlay import overlay
+    from codebook.store.pictures import read_image
+
+    pictures = [read_image(path) for path in image]
+    loaded, processor = models.load(model, device)
+    applied = plan.apply(loaded)
+    [answer] = ask(loaded, processor, [pictures], [question], applied, max_new_tokens)
+    report = describe(loaded, applied) | {"answer": answer.text, "kept": answer.kept}
+    if show is not None:
+        for i, (picture, view, kept) in enumerate(zip(pictures, answer.images, answer.kept, strict=True)):
+            path = show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}")
+            write_picture(overlay(picture, *view.view(kept)), path)
+        report["picture"] = str(show)
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(answer.text)
+    note(summary(report, [len(kept) for kept in answer.kept]))
+    if show is not None:
+        note(f"picture: {show}")
+
+
+def _refuse_beside(option: str, others: dict[str, Any]) -> None:
+    """Refuse options that have no meaning beside `option`."""
+    for name, value in others.items():
+        if value is not None and value != []:
+            raise CodebookError(f"{name} does not go with {option}: leave one of them out")

@@ -1,0 +1,42 @@
+"""`codebook prune --tokens`: projector outputs pruned without a model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from codebook.errors import CodebookError
+from codebook.pruning import RedundancyCodebook, Stage, VisualTokens
+from codebook.pruning.stage import check_keep
+from codebook.store.codebook import Codebook
+from codebook.store.files import replacing
+
+
+def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json: bool) -> None:
+    check_keep(keep)
+    pruner = RedundancyCodebook(Codebook.load(folder))
+    try:
+        with safe_open(source, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except FileNotFoundError:
+        raise CodebookError(f"no such file: {source}") from None
+    except SafetensorError as error:
+        raise CodebookError(f"cannot read {source}: {error}; give a safetensors file") from None
+    kept: dict[str, Any] = {}
+    report = {}
+    dimension = pruner.codebook.prototypes.shape[1]
+    for name, tokens in tensors.items():
+        if tokens.dim() != 2 or not tokens.is_floating_point() or tokens.shape[1] != dimension or not len(tokens):
+            raise CodebookError(
+                f"tensor {name!r} of {source} is {tuple(tokens.shape)}: this codebook prunes floats of (n, {dimension})"
+            )
+        index = pruner.select(VisualTokens.of(tokens), Stage(0, keep, pruner).count(len(tokens)))
+        kept |= {name: tokens[index].contiguous(), f"{name}.index": index}
+        report[name] = {"tokens": len(tokens), "kept": len(index)}
+    with replacing(output) as temporary:
+        save_file(kept, temporary)
+    print(json.dumps(report) if as_json else "\n".join(f"{n}: {r['kept']} of {r['tokens']}" for n, r in report.items()))

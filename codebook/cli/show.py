@@ -1,0 +1,67 @@
+"""`codebook show`: what several methods keep of one picture, side by side."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codebook.cli.options import (
+    CodebookOption,
+    DeviceOption,
+    JsonOption,
+    MethodsOption,
+    ModelOption,
+    QuestionOption,
+    SeedOption,
+)
+from codebook.cli.output import note, write_picture
+
+
+def show_command(
+    model: ModelOption,
+    image: Annotated[Path, typer.Option(help="Picture to ask about.")],
+    question: QuestionOption,
+    methods: MethodsOption,
+    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.25,
+    out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("show.png"),
+    codebook: CodebookOption = None,
+    seed: SeedOption = 0,
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw what each of several methods keeps of a picture, and what the model then answers."""
+    from codebook import models
+    from codebook.cli.methods import parse_methods, pruner_maker
+    from codebook.evaluation import bench
+    from codebook.inference.overlay import comparison, maps
+    from codebook.inference.samples import Sample
+    from codebook.pruning.stage import check_keep
+    from codebook.store.pictures import read_image
+
+    chosen = parse_methods(methods)
+    check_keep(keep)
+    picture = read_image(image)
+    loaded, processor = models.load(model, device)
+    make, rows = pruner_maker(loaded, codebook, seed), [bench.Row(bench.UNPRUNED, 1.0, (None,))]
+    for method in chosen:
+        rows.append(bench.row(loaded, method, keep, make, [seed]))
+    [found] = bench.look(loaded, processor, [Sample((picture,), question)], rows)
+    grid = tuple(found["grids"][0])
+    ways = [
+        (f"{one['method']}: {len(one['kept'][0])} of {grid[0] * grid[1]}", one["text"] or "(nothing)", one["kept"][0])
+        for one in found["rows"]
+    ]
+    write_picture(comparison(picture, ways, grid), out)
+    if as_json:
+        print(
+            json.dumps({"question": question, "grid": grid, "keep": keep, "rows": found["rows"], "picture": str(out)})
+        )
+        return
+    marks = "■·" if "utf" in (sys.stdout.encoding or "").lower() else "#."
+    print(maps(ways, grid, shutil.get_terminal_size((120, 24)).columns, marks))
+    note(f"picture: {out}")
