@@ -123,7 +123,7 @@ def main() -> None:
     options = parser.parse_args()
     model, processor = load("miniature")
     named = list(dict.fromkeys(row for group in options.groups for row in GROUPS[group]))  # some are in two groups
-    horizon = options.horizon or scaled(HORIZON, len(model.get_decoder().layers))
+    horizon = options.horizon or scaled(HORIZON, models.shape(model).layers)
     found = schedules(model, processor, named, options.keep, horizon, options.books)
     plans: dict[str, Policy] = {name: partial(_always, schedule) for name, schedule in found.items()}
     questions = of_questions(

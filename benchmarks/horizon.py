@@ -23,7 +23,6 @@ from codebook.evaluation.bench import reseeded
 from codebook.inference import samples as data
 from codebook.inference.journal import Journal
 from codebook.miniature.samples import of_miniature, of_questions
-from codebook.models.fingerprint import identity
 from codebook.pruning import Schedule, remember
 from codebook.pruning.plan import Plan, find_codebook
 from codebook.store.files import replacing
@@ -58,7 +57,7 @@ def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, 
     """Of each method and budget: alone, with the paper's deep stage, and calibrated."""
     found, seed = {}, 0  # of the calibration, whatever seeds measure
     samples = of_miniature("train", seed, options.calibration, options.families)
-    (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
+    size = models.shape(model)
     for method in METHODS:
         make = Plan(method, 0.5, None, options.codebook, seed).maker(partial(find_codebook, model, options.codebook))
         for keep in KEEPS:
@@ -69,7 +68,7 @@ def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, 
                 result = calibration.calibrate(
                     model, processor, samples, plain, candidates, seed=seed, file=file, done=tick
                 )
-            fixed = Schedule.solve(f"{method}+random", make, keep=keep, n=rows * cols, layers=layers)
+            fixed = Schedule.solve(f"{method}+random", make, keep=keep, n=size.tokens, layers=size.layers)
             found[method, keep] = {"alone": plain, "fixed": fixed, "calibrated": result.schedule}
     return found
 
@@ -77,7 +76,7 @@ def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, 
 def answers(model, processor, options: argparse.Namespace, seed: int, plans: list[Schedule]) -> dict[str, np.ndarray]:
     """Scores (questions,) of each schedule on the held-out questions, in the order of `questions`."""
     asked = list(questions(options.questions, seed, options.families))
-    about = {"model": identity(model), "families": options.families, "questions": len(asked), "seed": seed}
+    about = {"model": models.identity(model), "families": options.families, "questions": len(asked), "seed": seed}
     journal, values = Journal(options.out / f"held-out-{seed}.jsonl", about), {}
     with progress(f"held-out, seed {seed}", len(plans) * sum(map(len, asked)), "answers") as tick:
         done = 0
@@ -116,7 +115,7 @@ def main() -> None:
     parser.add_argument("--codebook", type=Path, help="default: the one that ships")
     options = parser.parse_args()
     model, processor = models.load("miniature")
-    layers, found = len(model.get_decoder().layers), horizons(model, processor, options)
+    layers, found = models.shape(model).layers, horizons(model, processor, options)
     calibrated = schedules(model, processor, options)
     by_seed, unpruned = [], Schedule([])
     for seed in options.seeds:

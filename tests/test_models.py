@@ -12,15 +12,33 @@ from tests.tiny import IMAGE, SIDE, llava
 
 
 def test_fingerprint_is_the_weights_whatever_their_type():
-    family = models.family(llava())
-    one = family.fingerprint(llava())
+    one = models.fingerprint(llava())
     for dtype in (torch.float16, torch.bfloat16):
-        assert family.same_fingerprint(one, family.fingerprint(llava().to(dtype)))
-    assert not family.same_fingerprint(one, family.fingerprint(llava(seed=1)))
+        assert models.same_fingerprint(one, models.fingerprint(llava().to(dtype)))
+    assert not models.same_fingerprint(one, models.fingerprint(llava(seed=1)))
     changed = llava()
     changed.model.multi_modal_projector.linear_2.weight.data.mul_(1.1)
-    assert not family.same_fingerprint(one, family.fingerprint(changed))
-    assert not family.same_fingerprint(one, "garbage") and not family.same_fingerprint(one, "")
+    assert not models.same_fingerprint(one, models.fingerprint(changed))
+    assert not models.same_fingerprint(one, "garbage") and not models.same_fingerprint(one, "")
+
+
+def test_shape():
+    model = llava()
+    model.config.text_config.head_dim = None  # some configs have none
+    assert models.shape(model) == models.Shape(
+        tokens=SIDE * SIDE, layers=4, hidden=48, intermediate=96, heads=4, kv_heads=2, head_size=12
+    )
+
+
+def test_images_say_what_they_are():
+    model, n = llava(), SIDE * SIDE
+    [[image]] = models.family(model).images(model, [[5, *[IMAGE] * n, 6]], {"image": None})
+    assert repr(image) == f"<image of {n} visual tokens: view {SIDE} x {SIDE}>"
+    crops = models.Layout.stacked(3, 4, 5, "crop")
+    mixed = models.Layout(85, (*crops.grids, models.Grid(60, 5, 5)))
+    assert repr(models.Image("image", mixed, tuple(range(85)))) == (
+        "<image of 85 visual tokens: 3 x crop 4 x 5, view 5 x 5>"
+    )
 
 
 @torch.no_grad()
@@ -66,8 +84,7 @@ def test_a_saved_model_loads_from_its_folder(tmp_path):
     model = llava()
     model.save_pretrained(tmp_path)
     again = AutoModelForImageTextToText.from_pretrained(tmp_path)
-    family = models.family(again)
-    assert family.same_fingerprint(family.fingerprint(model), family.fingerprint(again))
+    assert models.same_fingerprint(models.fingerprint(model), models.fingerprint(again))
 
 
 def test_overlay_shows_kept_tokens_bright_and_framed():

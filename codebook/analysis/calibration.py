@@ -23,7 +23,6 @@ from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.inference.journal import Journal
 from codebook.inference.samples import Sample, digest, mixed
-from codebook.models.fingerprint import identity
 from codebook.pruning import Schedule, remember
 from codebook.pruning.stage import Keep
 from codebook.pruning.text import Make, make
@@ -125,8 +124,8 @@ def candidates(
     CodebookError
         If the method is not a single one that the budget can be met with.
     """
-    rows, cols = models.family(model).grid(model)
-    shape = {"n": rows * cols, "layers": len(model.get_decoder().layers)}
+    size = models.shape(model)
+    shape = {"n": size.tokens, "layers": size.layers}
     plain = Schedule.solve(method, make, keep=keep, **shape)
     if len(plain.stages) != 1 or not plain.stages[0].keep:
         raise CodebookError(
@@ -199,7 +198,7 @@ def calibrate(
         If there are too few samples, of all or of one task.
     """
     about = {
-        "model": identity(model),
+        "model": models.identity(model),
         "data": digest(samples),
         "seed": seed,
         "codebook": _codebooks([plain, *candidates]),

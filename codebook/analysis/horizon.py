@@ -10,13 +10,13 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from codebook import models
 from codebook.analysis.prefill import Cost, Prefill
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.inference.journal import Journal
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample, digest
-from codebook.models.fingerprint import identity
 from codebook.pruning import Drop, Schedule, Stage, remember
 
 EPS = 0.01
@@ -204,7 +204,7 @@ def sweep(
     if not samples:
         raise CodebookError("there are no samples to sweep: give one at least")
     about = {
-        "model": identity(model),
+        "model": models.identity(model),
         "data": digest(samples),
         "kind": "generated" if metric == "generated" else "first",
     }
@@ -240,7 +240,7 @@ def _first_token(model: Any, processor: Any, sample: Sample) -> tuple[dict[str, 
 def _generate(
     model: Any, processor: Any, samples: Sequence[Sample], journal: Journal, done: Callable[[int], None]
 ) -> None:
-    layers = len(model.get_decoder().layers)
+    layers = models.shape(model).layers
     for start in range(0, len(samples), GROUP):
         group = list(samples[start : start + GROUP])
         if str(start + len(group) - 1) not in journal:

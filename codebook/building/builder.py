@@ -190,8 +190,7 @@ def extend(
         A codebook that keeps its survivors, built for this model; it stays as it is.
     """
     book, pool = Pool.load(folder)
-    family = models.family(model)
-    book.check(family, family.fingerprint(model))
+    book.check(model)
     if book.config["dtype"] != str(model.dtype):
         raise CodebookError(
             f"{folder} was built in {book.config['dtype']} and the model is {model.dtype}: change --dtype"
@@ -238,7 +237,7 @@ def _build(
     options: Options,
 ) -> Codebook:  # fmt: skip
     key: dict[str, Any] = {
-        "model": model_id, "fingerprint": models.family(model).fingerprint(model), "dtype": str(model.dtype),
+        "model": model_id, "fingerprint": models.fingerprint(model), "dtype": str(model.dtype),
         "settings": settings.per_image(),
     }  # fmt: skip
     if options.exhaustive:

@@ -218,7 +218,7 @@ class Prober:
     @property
     def shares(self) -> bool:
         """Whether sequences share keys and values."""
-        return self.family.shares and not self.whole
+        return self.family.reusable_prefix and not self.whole
 
     @property
     def family(self) -> models.Family:

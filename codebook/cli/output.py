@@ -98,24 +98,18 @@ def describe(model: Model, schedule: Schedule) -> dict[str, Any]:
     """
     from codebook import models
 
-    rows, cols = models.family(model).grid(model)
-    text, n = model.config.get_text_config(), rows * cols
+    size = models.shape(model)
+    n, layers = size.tokens, size.layers
     report: dict[str, Any] = {"schedule": str(schedule), "tokens": n}
     if schedule.varies:
         return report
-    layers, heads = text.num_hidden_layers, text.num_attention_heads
-    shape = {"layers": layers, "hidden": text.hidden_size, "intermediate": text.intermediate_size}
-    cache = {
-        "layers": layers,
-        "kv_heads": getattr(text, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(text, "head_dim", None) or text.hidden_size // heads,
-        "bytes": model.dtype.itemsize,
-    }
+    cache = {"kv_heads": size.kv_heads, "head_dim": size.head_size, "bytes": model.dtype.itemsize}
+    mlp = {"hidden": size.hidden, "intermediate": size.intermediate}
     return report | {
         "counts": schedule.counts(n, layers),
         "keep": schedule.budget(n, layers),
-        "flops": 1 - schedule.flops_reduction(n, **shape),
-        "kv_bytes": schedule.kv_bytes(n, **cache),
+        "flops": 1 - schedule.flops_reduction(n, layers=layers, **mlp),
+        "kv_bytes": schedule.kv_bytes(n, layers=layers, **cache),
     }
 
 

@@ -26,7 +26,6 @@ from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare
 from codebook.inference.respond import Policy, Said, Shard, batches, remembering, respond
 from codebook.inference.samples import Sample, digest
-from codebook.models.fingerprint import identity
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
 from codebook.pruning.text import Make
 from codebook.pruning.tokens import digest_rows
@@ -123,8 +122,8 @@ def row(model: Any, method: str, keep: float, make: Make, seeds: Sequence[int]) 
     CodebookError
         If the budget cannot be met.
     """
-    (rows, cols), layers = models.family(model).grid(model), len(model.get_decoder().layers)
-    schedule = _fitted(method, make, rows * cols, layers, keep)
+    rows, cols = models.family(model).grid(model)
+    schedule = _fitted(method, make, rows * cols, models.shape(model).layers, keep)
     schedule = _shrunk(schedule, rows, cols).shares(rows * cols)
     return Row(method, keep, tuple(reseeded(schedule, seeds)))
 
@@ -209,13 +208,13 @@ def run(
         averaged = [np.mean(own, axis=0) for own in zip(*(sums[key] for key in keys), strict=True)]
         results.append(_result(model, bench, row, tasks, averaged, [one for key in keys for one in said[key]], cost))
     _relate(results, tasks, rows, sums, settings.against)
-    text = model.config.get_text_config()
+    size = models.shape(model)
     return {
         "format": FORMAT,
         "version": codebook.__version__,
-        "model": identity(model),
-        "tokens": int(np.prod(models.family(model).grid(model))),
-        "layers": text.num_hidden_layers,
+        "model": models.identity(model),
+        "tokens": size.tokens,
+        "layers": size.layers,
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": settings.seed,
         "against": settings.against,
@@ -275,7 +274,7 @@ def _costs(
     """Time and memory of each row, every row once a round, in an order of its own: see `timing.interleaved`."""
     names = [f"{row.name} {_key(row.schedules[0])}" for row in rows]
     device = bench.model.device.type
-    about = {"model": identity(bench.model), "machine": machine(device), "rows": names, "seed": settings.seed}
+    about = {"model": models.identity(bench.model), "machine": machine(device), "rows": names, "seed": settings.seed}
     about["prompt"] = int(digest_rows(bench.inputs["input_ids"])[0])
     # Times of other rows, or of another machine, are no part of this comparison: each has a file of its own.
     code = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
@@ -344,7 +343,7 @@ def _result(
 
 def _kept(model: Any, schedule: Schedule | None, said: Sequence[Said]) -> tuple[list[float], float]:
     """Visual tokens that each layer saw, a mean over the questions; and their mean share of the unpruned ones."""
-    layers = len(model.get_decoder().layers)
+    layers = models.shape(model).layers
     starts = [0, *(stage.layer for stage in (schedule.stages if schedule else ()))]
     stage_of = [max(i for i, start in enumerate(starts) if start <= layer) for layer in range(layers)]
     counts = np.array([[one.counts[stage] for stage in stage_of] for one in said if one.counts], dtype=float)
@@ -362,9 +361,8 @@ def _flops(model: Any, bench: Bench, schedule: Schedule | None) -> int:
         Stage(stage.layer, sum(len(kept[i]) for kept in pruning.kept), Uniform())
         for i, stage in enumerate(pruning.schedule.stages)
     ]
-    text = model.config.get_text_config()
-    shape = {"layers": text.num_hidden_layers, "hidden": text.hidden_size, "intermediate": text.intermediate_size}
-    return Schedule(stages).flops(n, **shape, text=int(bench.inputs["input_ids"].shape[1]) - n)
+    size, text = models.shape(model), int(bench.inputs["input_ids"].shape[1]) - n
+    return Schedule(stages).flops(n, layers=size.layers, hidden=size.hidden, intermediate=size.intermediate, text=text)
 
 
 def _relate(
@@ -430,7 +428,7 @@ def look(
     and `rows`: for each row `method`, `keep`, `text`, `score` (None without a right answer) and `kept`, for each image
     the raster positions of the tokens in that view which stayed to the end
     """
-    journal = Journal(file, {"model": identity(model), "max_new_tokens": max_new_tokens})
+    journal = Journal(file, {"model": models.identity(model), "max_new_tokens": max_new_tokens})
     found, count = [], 0
     for sample in samples:
         pictures, views, grids = sample.pictures(), [], []

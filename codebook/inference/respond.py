@@ -13,7 +13,6 @@ from codebook.inference.ask import answer
 from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare
 from codebook.inference.samples import Sample, digest
-from codebook.models.fingerprint import identity
 from codebook.pruning import Schedule, remember
 
 BATCH = 32
@@ -78,7 +77,7 @@ def respond(
     -------
     For each plan what was said to each sample, in the samples' order; of a part nothing, {}
     """
-    about = {"model": identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
+    about = {"model": models.identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
     journal = _journal(file, about, part)
     answered, own, keys = 0, batches(samples, batch, part), []
     for rows in own:

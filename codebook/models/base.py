@@ -1,4 +1,4 @@
-"""What a model family has to tell the rest of the package."""
+"""What the rest of the package asks a model family."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
-from codebook.models.layout import KINDS, Encoded, Image, Layout, whole
+from codebook.models.encoded import Encoded
+from codebook.models.layout import KINDS, Image, Layout, whole_images_error
 
 Model = Any
-"""A stock transformers vision-language model: `PreTrainedModel`, whose towers and decoders have no common type."""
+"""A stock transformers vision-language model.
+
+`PreTrainedModel` would say less than it seems: towers, projectors and decoders are attributes of subclasses without a
+common type, and `nn.Module.__getattr__` makes each of them `Tensor | Module`, so that every access would need a cast.
+"""
 
 Processor = Any
-"""The processor that goes with a model: `ProcessorMixin`."""
-
-SAMPLED = 32
-"""Weights sampled from each of tower and projector for the fingerprint."""
+"""The processor that goes with a model: a `ProcessorMixin`, whose image processor and tokenizer have no common type."""
 
 
 class Family(ABC):
@@ -29,47 +30,46 @@ class Family(ABC):
     name: str
 
     tower_rows: ClassVar[bool] = True
-    """Whether the tower takes one row an image, crop or frame, and nothing else that depends on them."""
+    """Whether the tower takes one row per image, crop or frame, and no argument that depends on their sizes."""
 
     axes: ClassVar[int] = 1
-    """Axes of position ids; tokens of a family with several cannot be renumbered."""
+    """Axes of position ids; tokens of a family with several cannot be renumbered to close gaps."""
 
-    shares: ClassVar[bool] = True
-    """Whether what comes first in a prompt is the same whatever follows, also where its positions are: its keys and
-    values can then be shared between prompts."""
+    reusable_prefix: ClassVar[bool] = True
+    """Whether keys and values of a prompt's prefix depend on the prefix alone, and so can be shared between prompts."""
 
     one_view: ClassVar[dict[str, Any]] = {}
-    """Arguments with which the processor shows an image as one view, without crops."""
+    """Arguments with which the processor makes one view of an image, without crops."""
 
     window_last: ClassVar[bool] = True
-    """Whether a sliding window also cuts tokens off that see each other as one block."""
+    """Whether a sliding window also separates tokens of one block, which otherwise all see each other."""
 
     def check(self, config: Any) -> Family:
         """Return self, or raise a CodebookError when this variant of the family is not supported."""
         return self
 
-    def tower(self, model: Any) -> nn.Module:
+    def tower(self, model: Model) -> nn.Module:
         """The vision tower."""
         return model.base_model.vision_tower
 
-    def projector(self, model: Any) -> nn.Module:
+    def projector(self, model: Model) -> nn.Module:
         """The module that maps tower features to the LLM's input space."""
         return model.base_model.multi_modal_projector
 
     @abstractmethod
-    def vision_attention(self, model: Any) -> nn.Module:
+    def vision_attention(self, model: Model) -> nn.Module:
         """The attention module of the tower's layer whose output feeds the projector."""
 
-    def has_cls(self, model: Any) -> bool:
+    def has_cls(self, model: Model) -> bool:
         """Whether the tower puts a [CLS] token before the patches."""
         return False
 
     @abstractmethod
-    def grid(self, model: Any) -> tuple[int, int]:
+    def grid(self, model: Model) -> tuple[int, int]:
         """Rows and columns of the view that a codebook is built from: a whole image, without crops."""
 
     @abstractmethod
-    def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
+    def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         """The images, or videos, of each prompt of a batch.
 
         Parameters
@@ -77,9 +77,9 @@ class Family(ABC):
         kind
             `image` or `video`.
         prompts
-            Token ids, one list a row.
+            Token ids, one list per row of the batch.
         encoded
-            The call that encoded them, if it was seen.
+            The call that encoded them, or None if it was not seen.
 
         Raises
         ------
@@ -87,19 +87,23 @@ class Family(ABC):
             If the tokens are not those of whole images.
         """
 
-    def token(self, model: Any, kind: str) -> int:
+    def token(self, model: Model, kind: str) -> int:
         """The token id that stands in prompts for visual tokens of an `image` or `video`."""
         return int(getattr(model.config, f"{kind}_token_id"))
 
-    def images(self, model: Any, prompts: list[list[int]], encoded: dict[str, Encoded | None]) -> list[list[Image]]:
+    def images(self, model: Model, prompts: list[list[int]], encoded: dict[str, Encoded | None]) -> list[list[Image]]:
         """The images and videos of each prompt, in order.
 
         Parameters
         ----------
         prompts
-            Token ids, one list a row.
+            Token ids, one list per row of the batch.
         encoded
-            For each kind that the prompts show, the call that encoded it, if it was seen.
+            For each kind that the prompts show, the call that encoded it, or None if it was not seen.
+
+        Returns
+        -------
+        For each row its images, in the order of their tokens
         """
         found: list[list[Image]] = [[] for _ in prompts]
         for kind, call in encoded.items():
@@ -116,32 +120,32 @@ class Family(ABC):
                     start, piece = stop, after
         return [sorted(row, key=lambda image: image.columns) for row in found]
 
-    def unseen(self, kind: str) -> CodebookError:
-        """The error of families whose images have various sizes, where the call that encoded them was not seen."""
+    def unseen_error(self, kind: str) -> CodebookError:
+        """The error for a call that was not seen, in families whose images differ in size."""
         return CodebookError(
             f"{self.name} needs to see its {kind}s encoded to know their sizes: call get_{kind}_features inside the "
             f"pruning context, or pass {KINDS[kind]}"
         )
 
-    def pixels(self, model: Any, encoded: Encoded) -> list[Tensor]:
-        """What the call encoded, one tensor of pixels a piece, the same whatever else is in the batch."""
+    def pixels(self, model: Model, encoded: Encoded) -> list[Tensor]:
+        """The pixels that the call encoded, one tensor per piece, the same whatever else is in the batch."""
         return list(encoded.given["pixel_values"])
 
-    def pack(self, model: Any, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
+    def pack(self, model: Model, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
         """Bring values of patches into the order of visual tokens, as the model does with its features.
 
         Parameters
         ----------
         values
-            One (N, D) tensor a row of the tower or, where it has one row, an image's or frame's part of it.
+            One (N, D) tensor per row of the tower or, where it has a single row, per image or frame in it.
 
         Returns
         -------
-        One (n, D) tensor a piece: the average of each token's patches, zero for structural tokens
+        One (n, D) tensor per piece: the average of each token's patches, zero for structural tokens
         """
         return values
 
-    def blocks(self, model: Any, given: dict[str, Any]) -> Tensor | None:
+    def blocks(self, model: Model, given: dict[str, Any]) -> Tensor | None:
         """Which of a forward's tokens see each other in both directions.
 
         Parameters
@@ -155,27 +159,27 @@ class Family(ABC):
         """
         return None
 
-    def rotary(self, model: Any, embeds: Tensor, positions: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
+    def rotary(self, model: Model, embeds: Tensor, positions: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, P, d) of a decoder layer at other positions (B, P) int64."""
         return model.get_decoder().rotary_emb(embeds, positions)
 
     @contextlib.contextmanager
-    def narrowed(self, model: Any, narrow: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        """A context in which whatever else the decoder adds to its hidden states goes through `narrow`.
+    def patched_extra_inputs(self, model: Model, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        """A context in which inputs that deeper layers add to the hidden states are shortened as those are.
 
         Parameters
         ----------
-        narrow
-            Gathers (B, L, d) down to what is left of the sequence.
+        gather
+            Takes (B, L, d) for the whole prompt to (B, L', d) for the tokens that are left.
         """
         yield
 
-    def view(self, processor: Any, picture: Any) -> Tensor:
+    def view(self, processor: Processor, picture: Any) -> Tensor:
         """Pixels of the whole view of a PIL picture, as `image_features` takes them."""
         return processor.image_processor(images=picture, return_tensors="pt", **self.one_view)["pixel_values"]
 
     @abstractmethod
-    def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encode the whole views of images.
 
         Parameters
@@ -190,17 +194,17 @@ class Family(ABC):
         cls : (n_images, D) of the same layer, or None for towers without a [CLS] token
         """
 
-    def width(self, model: Any) -> int:
-        """Numbers of a visual token: those that enter the LLM, and after them what its layers add to them."""
+    def width(self, model: Model) -> int:
+        """Numbers per visual token: the embedding that enters the LLM, then what deeper layers add to it."""
         return int(model.config.get_text_config().hidden_size)
 
-    def answer(self, model: Any, embeds: Tensor, start: int, grid: tuple[int, int]) -> Tensor:
+    def answer(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> Tensor:
         """Logits of the first token generated after a prompt.
 
         Parameters
         ----------
         embeds : (b, L, width) float
-            Text, the visual tokens from `start` on, text.
+            Text, the visual tokens from column `start` on, text.
         grid
             Rows and columns of the visual tokens.
 
@@ -208,26 +212,26 @@ class Family(ABC):
         -------
         (b, vocabulary)
         """
-        arguments = self.probed(embeds, start, grid)
+        arguments = self.probe_arguments(embeds, start, grid)
         return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1, **arguments).logits[:, -1]
 
-    def probed(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
-        """What else the model's forward needs to know of such a prompt."""
+    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+        """Further keyword arguments for the model's forward of a prompt that is laid out as for `answer`."""
         return {}
 
-    def encode(self, model: Any, pixels: Tensor, rows: int, cols: int) -> Tensor:
+    def encode(self, model: Model, pixels: Tensor, rows: int, cols: int) -> Tensor:
         """Encode an image at another size.
 
         Parameters
         ----------
         pixels : (3, H, W) float
-            As `pixels` gives them.
+            One image of `pixels`.
         rows, cols
-            Visual tokens to resize it to.
+            Visual tokens of the resized image.
 
         Returns
         -------
-        (rows * cols, d), projector outputs
+        (rows * cols, d), the projector's output
 
         Raises
         ------
@@ -236,45 +240,14 @@ class Family(ABC):
         """
         raise CodebookError(f"models of type {self.name} cannot encode an image at another size: use another method")
 
-    def fingerprint(self, model: Any) -> str:
-        """Identify tower and projector by their sizes and sampled weights, whatever dtype they are loaded in."""
-        parts = []
-        for module in (self.tower(model), self.projector(model)):
-            weights = [p for p in module.parameters() if p.dim() > 1]
-            step = max(1, len(weights) // SAMPLED)
-            sample = torch.stack([w.detach().flatten()[w.numel() // 2].float() for w in weights[::step][:SAMPLED]])
-            hexed = sample.cpu().to(torch.bfloat16).view(torch.int16).numpy().astype(">i2").tobytes().hex()
-            parts.append(f"{sum(p.numel() for p in module.parameters())}-{hexed}")
-        return ":".join([self.name, *parts])
-
-    @staticmethod
-    def same_fingerprint(a: str, b: str) -> bool:
-        """Whether two fingerprints are of the same weights, up to the rounding of half-precision types."""
-        parts_a, parts_b = a.split(":"), b.split(":")
-        if len(parts_a) != len(parts_b) or parts_a[0] != parts_b[0]:
-            return False
-        for part_a, part_b in zip(parts_a[1:], parts_b[1:], strict=True):
-            (size_a, hex_a), (size_b, hex_b) = part_a.split("-"), part_b.split("-")
-            if size_a != size_b or len(hex_a) != len(hex_b):
-                return False
-            if not torch.allclose(_unhex(hex_a), _unhex(hex_b), rtol=2**-6, atol=1e-6):
-                return False
-        return True
-
 
 def _first_pieces(kind: str, encoded: int, per_row: list[int]) -> list[int]:
-    """The first of the encoded pieces that each row shows; copies of a row, as of beams, show the same."""
+    """For each row the first of the encoded pieces that it shows; copies of a row, such as beams, show the same."""
     total = sum(per_row)
     if not encoded or total % encoded:
-        raise whole(kind, f"{total} {kind}s in the prompt, where {encoded} were encoded")
+        raise whole_images_error(kind, f"{total} {kind}s in the prompt, where {encoded} were encoded")
     repeats, out, start = total // encoded, [], 0
     for row, count in enumerate(per_row):
         out.append(start)
         start += count if row % repeats == repeats - 1 else 0
     return out
-
-
-def _unhex(text: str) -> Tensor:
-    bits = [int(text[i : i + 4], 16) for i in range(0, len(text), 4)]
-    signed = [b - 65536 if b >= 32768 else b for b in bits]
-    return torch.tensor(signed, dtype=torch.int16).view(torch.bfloat16).float()

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
-from codebook.models.base import Family
-from codebook.models.layout import Encoded, Grid, Layout, pooled, runs, whole
+from codebook.models.base import Family, Model
+from codebook.models.encoded import Encoded
+from codebook.models.layout import Grid, Layout, pool_patches, token_runs, whole_images_error
 
 
 class InternVL(Family):
@@ -22,26 +23,26 @@ class InternVL(Family):
             raise CodebookError(f"internvl with {strategy!r} features is not supported; use 'default'")
         return self
 
-    def vision_attention(self, model: Any) -> nn.Module:
+    def vision_attention(self, model: Model) -> nn.Module:
         layers = model.base_model.vision_tower.encoder.layer
         source = range(len(layers) + 1)[model.config.vision_feature_layer] - 1
         return layers[source].attention
 
-    def has_cls(self, model: Any) -> bool:
+    def has_cls(self, model: Model) -> bool:
         return True
 
-    def grid(self, model: Any) -> tuple[int, int]:
+    def grid(self, model: Model) -> tuple[int, int]:
         rows, cols = self._patches(model)
         return int(rows * model.config.downsample_ratio), int(cols * model.config.downsample_ratio)
 
-    def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
+    def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         rows, cols = self.grid(model)
         out: list[list[Layout]] = []
         for ids in prompts:
             out.append([])
-            for _, length in runs(ids, self.token(model, kind)):  # the processor puts text between images
+            for _, length in token_runs(ids, self.token(model, kind)):  # the processor puts text between images
                 if length % (rows * cols):
-                    raise whole(kind, f"a run of {length} image tokens is not a multiple of {rows * cols}")
+                    raise whole_images_error(kind, f"a run of {length} image tokens is not a multiple of {rows * cols}")
                 crops = length // (rows * cols)
                 # The whole view comes last. Which crops make a row depends on the picture's shape, not known here.
                 grids = [Grid(i * rows * cols, rows, cols, "crop", box=None) for i in range(crops - 1)]
@@ -49,18 +50,18 @@ class InternVL(Family):
                 out[-1].append(Layout(length, tuple(grids), crops))
         return out
 
-    def pack(self, model: Any, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
+    def pack(self, model: Model, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
         side = self._patches(model)[0]
-        return [pooled(patches, side, side // self.grid(model)[0]) for patches in values]
+        return [pool_patches(patches, side, side // self.grid(model)[0]) for patches in values]
 
-    def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
         layer = model.config.vision_feature_layer
         hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
         call = Encoded("image", {"pixel_values": pixel_values})
         return out.pooler_output, torch.stack(self.pack(model, call, list(hidden[:, 1:]))), hidden[:, 0]
 
-    def _patches(self, model: Any) -> tuple[int, int]:
+    def _patches(self, model: Model) -> tuple[int, int]:
         config = model.config.vision_config
         (height, width), (down, across) = config.image_size, config.patch_size
         return height // down, width // across

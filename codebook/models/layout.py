@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
 
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-"""The box of a view of the whole picture."""
-
+WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
+"""Box of a view of the whole picture."""
 
 KINDS = {"image": "pixel_values", "video": "pixel_values_videos"}
-"""What prompts can show, and the argument that holds its pixels."""
+"""Kinds of what a prompt can show, and the argument that holds the pixels of each."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,13 @@ class Grid:
     start
         Place of its first token among the image's tokens in the prompt.
     rows, cols
-        Of visual tokens.
+        Visual tokens down and across.
     kind
         `view` (of the whole image), `crop` or `frame`.
     stride
         Tokens from one row to the next; more than `cols` where structural tokens, such as newlines, end the rows.
     box
-        What it shows of the picture: left, top, right, bottom as fractions; None where that cannot be known.
+        The part of the picture that it shows: left, top, right, bottom as fractions; None where that is not known.
     """
 
     start: int
@@ -43,7 +42,7 @@ class Grid:
     cols: int
     kind: Literal["view", "crop", "frame"] = "view"
     stride: int = 0
-    box: tuple[float, float, float, float] | None = WHOLE
+    box: tuple[float, float, float, float] | None = WHOLE_PICTURE
 
     @property
     def count(self) -> int:
@@ -65,9 +64,9 @@ class Layout:
     length
         Tokens in the prompt, structural ones such as newlines included: those are in no grid and always kept.
     grids
-        The others, in order.
+        The visual tokens, in order.
     pieces
-        How many of what the model encodes it is made of: `Family.pixels` has one tensor, `Family.pack` one result each.
+        How many encoded pieces it is made of: `Family.pixels` has one tensor, and `Family.pack` one result, per piece.
     """
 
     length: int
@@ -81,8 +80,9 @@ class Layout:
 
     @classmethod
     def stacked(cls, count: int, rows: int, cols: int, kind: Literal["view", "crop", "frame"], tail: int = 0) -> Layout:
-        """`count` grids of one shape one after the other, and `tail` structural tokens."""
-        grids = [Grid(i * rows * cols, rows, cols, kind, box=None if kind == "crop" else WHOLE) for i in range(count)]
+        """The layout of `count` grids of one shape, one after the other, and `tail` structural tokens."""
+        box = None if kind == "crop" else WHOLE_PICTURE
+        grids = [Grid(i * rows * cols, rows, cols, kind, box=box) for i in range(count)]
         return cls(count * rows * cols + tail, tuple(grids))
 
 
@@ -95,17 +95,26 @@ class Image:
     kind
         `image` or `video`.
     layout
-        Of its tokens.
+        The layout of its tokens.
     columns
-        Where they are in the prompt, structural ones included, ascending.
+        Their places in the prompt, structural tokens included, ascending.
     sources
-        Which of the pieces that were encoded in one call it is made of; None if that call was not seen.
+        The pieces of the encoding call that it is made of; None if that call was not seen.
     """
 
     kind: str
     layout: Layout
     columns: tuple[int, ...]
     sources: tuple[int, ...] | None = None
+
+    def __repr__(self) -> str:
+        shapes = [f"{grid.kind} {grid.rows} x {grid.cols}" for grid in self.layout.grids]
+        grids = ", ".join(
+            f"{number} x {name}" if number > 1 else name
+            for name, group in groupby(shapes)
+            for number in [len(list(group))]
+        )
+        return f"<{self.kind} of {self.count} visual tokens: {grids}>"
 
     @property
     def count(self) -> int:
@@ -121,7 +130,8 @@ class Image:
         raise IndexError(f"the image has no visual token {token + self.count}")
 
     def view(self, tokens: Iterable[int]) -> tuple[list[int], tuple[int, int]]:
-        """Of some visual tokens those of the whole view, or of the first frame: raster positions, rows and columns."""
+        """Which of these tokens lie in the whole view (for a video, the first frame), as raster positions, and that
+        grid's rows and columns."""
         number, grid = next(
             ((i, grid) for i, grid in enumerate(self.layout.grids) if grid.kind == "view"), (0, self.layout.grids[0])
         )
@@ -129,12 +139,17 @@ class Image:
         return [row * grid.cols + col for i, row, col in places if i == number], (grid.rows, grid.cols)
 
     def units(self, shared: bool) -> list[tuple[tuple[int, int], Tensor]]:
-        """What is pruned at once: rows and columns, and places (n,) int64 among the image's tokens in the prompt.
+        """The parts that are pruned at once: rows and columns, and places (n,) int64 among the image's tokens.
+
+        Parameters
+        ----------
+        shared
+            Whether all grids share one budget; else each has its own.
 
         Raises
         ------
         CodebookError
-            If all grids are to share one budget, and have not the same shape.
+            If grids of different shapes are to share one budget.
         """
         grids = self.layout.grids
         if not shared or len(grids) == 1:
@@ -145,34 +160,8 @@ class Image:
         return [((len(grids) * grids[0].rows, grids[0].cols), torch.cat([grid.index for grid in grids]))]
 
 
-@dataclass(eq=False)
-class Encoded:
-    """One call of a model's `get_image_features` or `get_video_features`.
-
-    Attributes
-    ----------
-    kind
-        `image` or `video`.
-    given
-        The call's arguments, by name.
-    output
-        What it returned.
-    attention
-        What the tower's layer that feeds the projector attended with, if someone asked: queries and keys (B, heads, N,
-        d) and their scaling, one entry a call of its attention function.
-    shown
-        Whether a forward has had it.
-    """
-
-    kind: str
-    given: dict[str, Any]
-    output: Any = None
-    attention: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
-    shown: bool = False
-
-
-def runs(ids: list[int], token: int) -> list[tuple[int, int]]:
-    """Start and length of each run of a token."""
+def token_runs(ids: list[int], token: int) -> list[tuple[int, int]]:
+    """Start and length of each run of a token in a prompt."""
     found, start = [], 0
     for value, group in groupby(ids):
         length = len(list(group))
@@ -182,21 +171,30 @@ def runs(ids: list[int], token: int) -> list[tuple[int, int]]:
     return found
 
 
-def whole(kind: str, what: str) -> CodebookError:
-    """The error of a prompt that does not hold the tokens of whole images."""
+def whole_images_error(kind: str, what: str) -> CodebookError:
+    """The error for a prompt that does not hold the tokens of whole images."""
     return CodebookError(
         f"{what}: pass whole {kind}s in one forward (no chunked prefill, no truncated prompt), with their pixels"
     )
 
 
-def dealt(kind: str, layouts: list[Layout], counts: list[int]) -> list[list[Layout]]:
-    """The layouts of encoded images dealt to rows that have room for `counts` tokens.
+def fixed_layouts(grid: tuple[int, int], prompts: list[list[int]], token: int) -> list[list[Layout]]:
+    """The layouts of the images in each prompt, where every image is one grid of the same size."""
+    layout = Layout.stacked(1, *grid, "view")
+    for _, length in (run for ids in prompts for run in token_runs(ids, token)):
+        if length % layout.length:
+            raise whole_images_error("image", f"a run of {length} image tokens is not a multiple of {layout.length}")
+    return [[layout] * (ids.count(token) // layout.length) for ids in prompts]
 
-    Beams and `num_return_sequences` repeat whole rows after the encoding: each of a row's copies gets the same.
+
+def layouts_per_row(kind: str, layouts: list[Layout], counts: list[int]) -> list[list[Layout]]:
+    """The layouts of encoded images, distributed over rows that have room for `counts` tokens.
+
+    Beams and `num_return_sequences` repeat whole rows after the encoding: each copy of a row gets the same images.
     """
     encoded, room = sum(layout.length for layout in layouts), sum(counts)
     if not encoded or room % encoded:
-        raise whole(kind, f"{room} {kind} tokens in the prompt, where the encoded {kind}s have {encoded}")
+        raise whole_images_error(kind, f"{room} {kind} tokens in the prompt, where the encoded {kind}s have {encoded}")
     repeats, out, start = room // encoded, [], 0
     for row, count in enumerate(counts):
         mine, stop = [], start
@@ -204,13 +202,14 @@ def dealt(kind: str, layouts: list[Layout], counts: list[int]) -> list[list[Layo
             mine.append(layouts[stop])
             count, stop = count - layouts[stop].length, stop + 1
         if count:
-            raise whole(kind, f"the {kind} tokens of prompt {row + 1} are not those of the encoded {kind}s")
+            what = f"the {kind} tokens of prompt {row + 1} are not those of the encoded {kind}s"
+            raise whole_images_error(kind, what)
         out.append(mine)
         start = stop if row % repeats == repeats - 1 else start
     return out
 
 
-def pooled(values: Tensor, side: int, size: int) -> Tensor:
+def pool_patches(values: Tensor, side: int, size: int) -> Tensor:
     """Average squares of `size` x `size` patches of a square image: (side * side, D) to ((side / size)^2, D)."""
     cells = values.reshape(side // size, size, side // size, size, -1)
     return cells.mean((1, 3)).flatten(0, 1)

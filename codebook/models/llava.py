@@ -1,4 +1,4 @@
-"""LLaVA-1.5: CLIP or SigLIP tower, MLP projector, a fixed number of visual tokens an image."""
+"""LLaVA-1.5: CLIP or SigLIP tower, MLP projector, a fixed number of visual tokens per image."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from codebook.errors import CodebookError
-from codebook.models.base import Family
-from codebook.models.layout import Encoded, Layout, runs, whole
+from codebook.models.base import Family, Model
+from codebook.models.encoded import Encoded
+from codebook.models.layout import Layout, fixed_layouts
 
-# The select strategy that leaves exactly the grid of patches, by tower.
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
+"""Select strategy that leaves exactly the grid of patches, by type of tower."""
 
 
 class Llava(Family):
@@ -28,46 +29,37 @@ class Llava(Family):
             )
         return self
 
-    def vision_attention(self, model: Any) -> nn.Module:
+    def vision_attention(self, model: Model) -> nn.Module:
         layers = model.base_model.vision_tower.encoder.layers
         source = range(len(layers) + 1)[self.layer(model)] - 1  # hidden state 0 is what enters the first layer
         if source < 0:
             raise CodebookError("the projector is fed by the tower's input: there is no attention before it")
         return layers[source].self_attn
 
-    def layer(self, model: Any) -> int:
-        """The tower's hidden state that feeds the projector, the last of them where there are several."""
+    def layer(self, model: Model) -> int:
+        """The index of the tower's hidden state that feeds the projector; of several, the last."""
         layer = model.config.vision_feature_layer
         return layer if isinstance(layer, int) else layer[-1]
 
-    def has_cls(self, model: Any) -> bool:
+    def has_cls(self, model: Model) -> bool:
         return model.config.vision_feature_select_strategy == "default"
 
-    def grid(self, model: Any) -> tuple[int, int]:
+    def grid(self, model: Model) -> tuple[int, int]:
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         return side, side
 
-    def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
-        return fixed(self.grid(model), prompts, model.config.image_token_id)
+    def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
+        return fixed_layouts(self.grid(model), prompts, model.config.image_token_id)
 
-    def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
         hidden = out.hidden_states[self.layer(model)]
         patches, cls = (hidden[:, 1:], hidden[:, 0]) if self.has_cls(model) else (hidden, None)
         return torch.stack(list(out.pooler_output)), patches, cls
 
-    def encode(self, model: Any, pixels: Tensor, rows: int, cols: int) -> Tensor:
+    def encode(self, model: Model, pixels: Tensor, rows: int, cols: int) -> Tensor:
         patch = model.config.vision_config.patch_size
         size = (rows * patch, cols * patch)
         resized = interpolate(pixels[None].float(), size, mode="bicubic", antialias=True).to(pixels.dtype)
         out = model.base_model.get_image_features(pixel_values=resized, interpolate_pos_encoding=True, return_dict=True)
         return out.pooler_output[0]
-
-
-def fixed(grid: tuple[int, int], prompts: list[list[int]], token: int) -> list[list[Layout]]:
-    """The images of prompts in which every image is one grid of the same size."""
-    layout = Layout.stacked(1, *grid, "view")
-    for _, length in (run for ids in prompts for run in runs(ids, token)):
-        if length % layout.length:
-            raise whole("image", f"a run of {length} image tokens is not a multiple of {layout.length}")
-    return [[layout] * (ids.count(token) // layout.length) for ids in prompts]

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.models.base import Family
-from codebook.models.layout import Encoded, Grid, Layout, dealt
+from codebook.models.base import Family, Model
+from codebook.models.encoded import Encoded
+from codebook.models.layout import Grid, Layout, layouts_per_row
 from codebook.models.llava import Llava
 
 
@@ -16,43 +17,43 @@ class LlavaNext(Llava):
     name = "llava_next"
     encode = Family.encode  # a resized whole view alone is no image that the model knows
 
-    def layouts(self, model: Any, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
+    def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         if encoded is None:
-            raise self.unseen(kind)
+            raise self.unseen_error(kind)
         side = self.grid(model)[0]
         # The model's own packing shows where it puts newlines, tokens of the whole view and of the crops.
         marks = [torch.full((side * side, 1), 0.0 if number == 0 else 1.0) for number in self._numbers(model, encoded)]
-        layouts = [_layout(packed[:, 0], side) for packed in self._pack(model, encoded, marks, 2.0)]
+        layouts = [_layout_of_marks(packed[:, 0], side) for packed in self._pack(model, encoded, marks, 2.0)]
         token = self.token(model, kind)
-        return dealt(kind, layouts, [ids.count(token) for ids in prompts])
+        return layouts_per_row(kind, layouts, [ids.count(token) for ids in prompts])
 
-    def pixels(self, model: Any, encoded: Encoded) -> list[Tensor]:
+    def pixels(self, model: Model, encoded: Encoded) -> list[Tensor]:
         pixels, crops = encoded.given["pixel_values"], self.crops(model, encoded)
         if pixels.dim() == 4:
             return list(pixels.split(crops))
         return [image[:count] for image, count in zip(pixels, crops, strict=True)]  # without padding
 
-    def pack(self, model: Any, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
+    def pack(self, model: Model, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
         return self._pack(model, encoded, values, 0.0)
 
-    def crops(self, model: Any, encoded: Encoded) -> list[int]:
-        """Crops of each image, its whole view counted."""
+    def crops(self, model: Model, encoded: Encoded) -> list[int]:
+        """The number of crops of each image, its whole view included."""
         from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
         points, size = model.config.image_grid_pinpoints, model.config.vision_config.image_size
         return [image_size_to_num_patches(image, points, size) for image in encoded.given["image_sizes"]]
 
-    def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         views = pixel_values[:, 0] if pixel_values.dim() == 5 else pixel_values
         hidden = model.base_model.vision_tower(views, output_hidden_states=True).hidden_states[self.layer(model)]
         patches, cls = (hidden[:, 1:], hidden[:, 0]) if self.has_cls(model) else (hidden, None)
         return model.base_model.multi_modal_projector(patches), patches, cls
 
-    def _numbers(self, model: Any, encoded: Encoded) -> list[int]:
-        """The number of each row of the tower within its image: 0 is the whole view."""
+    def _numbers(self, model: Model, encoded: Encoded) -> list[int]:
+        """For each row of the tower, its number within its image: 0 is the whole view."""
         return [number for count in self.crops(model, encoded) for number in range(count)]
 
-    def _pack(self, model: Any, encoded: Encoded, values: list[Tensor], newline: float) -> list[Tensor]:
+    def _pack(self, model: Model, encoded: Encoded, values: list[Tensor], newline: float) -> list[Tensor]:
         rows = torch.stack(values)
         packed, _ = model.base_model.pack_image_features(
             rows.split(self.crops(model, encoded)),
@@ -62,12 +63,12 @@ class LlavaNext(Llava):
         )
         return list(packed)
 
-    def _packing(self, model: Any, encoded: Encoded) -> dict[str, Any]:
+    def _packing(self, model: Model, encoded: Encoded) -> dict[str, Any]:
         return {"vision_feature_select_strategy": model.config.vision_feature_select_strategy}
 
 
-def _layout(marks: Tensor, side: int) -> Layout:
-    """From a mark a token: 0 of the whole view, 1 of the crops, 2 a newline."""
+def _layout_of_marks(marks: Tensor, side: int) -> Layout:
+    """Layout of an image from one mark per token: 0 in the whole view, 1 in the crops, 2 for a newline."""
     grids, count = [Grid(0, side, side, "view")], side * side
     if rows := int((marks[count:] == 2).sum()) if len(marks) > count + 1 else 0:
         stride = (len(marks) - count) // rows

@@ -1,43 +1,43 @@
-"""Qwen3-VL: Qwen2-VL with a text between frames, and visual features added to the first decoder layers (deepstack)."""
+"""Qwen3-VL: Qwen2-VL with text between frames, and visual features added to the first decoder layers (deepstack)."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from codebook.models.base import Model
 from codebook.models.qwen2_vl import Qwen2VL
 
 
 class Qwen3VL(Qwen2VL):
     name = "qwen3_vl"
 
-    def width(self, model: Any) -> int:
+    def width(self, model: Model) -> int:
         return super().width(model) * (1 + len(model.config.vision_config.deepstack_visual_indexes))
 
-    def image_features(self, model: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         out, call = self._encode(model, pixel_values)
         features = [out.pooler_output, *out.deepstack_features]
         values = list(out.last_hidden_state.split(out.last_hidden_state.shape[0] // len(out.pooler_output)))
         wide = torch.cat([torch.stack(list(part)) for part in features], dim=-1)
         return wide, torch.stack(self.pack(model, call, values)), None
 
-    def answer(self, model: Any, embeds: Tensor, start: int, grid: tuple[int, int]) -> Tensor:
+    def answer(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> Tensor:
         own, *added = embeds.split(super().width(model), dim=-1)
         hidden = model.get_decoder()(
             inputs_embeds=own,
             use_cache=False,
             visual_pos_masks=torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),  # zeros to text
             deepstack_visual_embeds=[part.flatten(0, 1) for part in added],
-            **self.probed(embeds, start, grid),
+            **self.probe_arguments(embeds, start, grid),
         ).last_hidden_state
         return model.get_output_embeddings()(hidden[:, -1])
 
     @contextlib.contextmanager
-    def narrowed(self, model: Any, narrow: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    def patched_extra_inputs(self, model: Model, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
         decoder = model.get_decoder()
         stock = decoder._deepstack_process
 
@@ -46,7 +46,7 @@ class Qwen3VL(Qwen2VL):
                 return stock(hidden, visual, embeds)
             added = hidden.new_zeros(*visual.shape, hidden.shape[-1])
             added[visual.to(hidden.device)] = embeds.to(hidden)
-            return hidden + narrow(added)
+            return hidden + gather(added)
 
         decoder._deepstack_process = process
         try:

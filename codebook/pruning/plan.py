@@ -51,10 +51,10 @@ class Plan:
 
     def apply(self, model: Any) -> Schedule:
         """The schedule for a loaded model; reads its codebook only if a stage needs one."""
-        rows, cols = models.family(model).grid(model)
-        n, layers = rows * cols, model.config.get_text_config().num_hidden_layers
-        schedule, _ = Schedule.draft(self.schedule, self.maker(lambda: find_codebook(model, self.codebook)), layers)
-        return self._placed(schedule if self.keep is None else _fitted(schedule, self.keep, n, layers))
+        size = models.shape(model)
+        make = self.maker(lambda: find_codebook(model, self.codebook))
+        schedule, _ = Schedule.draft(self.schedule, make, size.layers)
+        return self._placed(schedule if self.keep is None else _fitted(schedule, self.keep, size.tokens, size.layers))
 
     def _placed(self, schedule: Schedule) -> Schedule:
         return schedule if self.positions is None else replace(schedule, positions=self.positions)
@@ -87,6 +87,6 @@ def find_codebook(model: Any, folder: Path | None) -> Codebook:
     """The codebook in a folder, checked to be this model's, or the one that ships for it."""
     if folder is None:
         return prebuilt(model)
-    book, family = Codebook.load(folder), models.family(model)
-    book.check(family, family.fingerprint(model))
+    book = Codebook.load(folder)
+    book.check(model)
     return book

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError
+from codebook.models import Model, fingerprint, same_fingerprint
 from codebook.store.files import one_line, read_json, sha256, write_files
 
 FORMAT_VERSION = 1
@@ -215,17 +216,13 @@ class Codebook:
 
     # Files
 
-    def check(self, family: Any, fingerprint: str) -> None:
-        """Raise a CodebookError unless this codebook was built for that tower and projector.
+    def check(self, model: Model) -> None:
+        """Raise a CodebookError unless this codebook was built for the model's tower and projector.
 
-        Parameters
-        ----------
-        family : codebook.models.Family
-        fingerprint
-            `family.fingerprint(model)`. A codebook that has none, such as an imported one, is not refused.
+        A codebook without a fingerprint, such as an imported one, is not refused.
         """
         own = self.config["fingerprint"]
-        if own is not None and not family.same_fingerprint(own, fingerprint):
+        if own is not None and not same_fingerprint(own, fingerprint(model)):
             raise CodebookError(
                 f"this codebook was built for {self.config['model']} (dimension {self.dimension}), and this model has "
                 "another tower or projector: build one with `codebook build`"

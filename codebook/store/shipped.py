@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from codebook.errors import CodebookError
-from codebook.models import family
+from codebook.models import Model, fingerprint, same_fingerprint
 from codebook.store.codebook import Codebook
 
 
@@ -20,7 +19,7 @@ def folders() -> list[Path]:
     return []
 
 
-def prebuilt(model: Any) -> Codebook:
+def prebuilt(model: Model) -> Codebook:
     """The shipped codebook that was built for this very model: same tower and projector.
 
     Raises
@@ -28,10 +27,9 @@ def prebuilt(model: Any) -> Codebook:
     CodebookError
         If none was.
     """
-    kind = family(model)
-    fingerprint = kind.fingerprint(model)
+    own = fingerprint(model)
     for folder in folders():
-        if kind.same_fingerprint(json.loads((folder / "config.json").read_text())["fingerprint"], fingerprint):
+        if same_fingerprint(json.loads((folder / "config.json").read_text())["fingerprint"], own):
             return Codebook.load(folder)
     raise CodebookError(
         "no codebook ships for this model: build one with `codebook build` and name it with --codebook, or prune "

@@ -17,7 +17,7 @@ from tests.tiny import IMAGE
 
 @pytest.fixture(params=FAMILIES)
 def tiny(request, monkeypatch):
-    monkeypatch.setattr(qwen2_vl, "SIDE", 4)
+    monkeypatch.setattr(qwen2_vl, "VIEW_SIDE", 4)
     return FAMILIES[request.param]
 
 
@@ -98,7 +98,7 @@ PROCESSORS = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", PROCESSORS)
 def test_a_picture_becomes_one_view(name, monkeypatch):
-    monkeypatch.setattr(qwen2_vl, "SIDE", 4)
+    monkeypatch.setattr(qwen2_vl, "VIEW_SIDE", 4)
 
     class Both:
         try:

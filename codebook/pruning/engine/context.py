@@ -85,7 +85,7 @@ class Pruning:
             undo.callback(self.lm.register_forward_hook(self._after_decoder).remove)
             for kind in models.KINDS:
                 self._watch(kind, undo)
-            undo.enter_context(self.family.narrowed(self.model, self._narrow))
+            undo.enter_context(self.family.patched_extra_inputs(self.model, self._narrow))
             for stage in self.schedule.stages:
                 if stage.pruner.uses_attention:
                     undo.callback(tap(self.lm.layers[stage.layer - 1].self_attn, self._on_attention))
@@ -143,7 +143,9 @@ class Pruning:
         for kind, call in self._encoded.items():  # chunked prefill of some versions loses the images without a word
             waits = not call.shown and kind not in kinds
             if waits and ids is not None and torch.isin(ids, self.family.token(self.model, kind)).any():
-                raise models.whole(kind, f"{kind} tokens came without the {kind}s that were encoded for them")
+                raise models.whole_images_error(
+                    kind, f"{kind} tokens came without the {kind}s that were encoded for them"
+                )
         # Without kinds, image tokens are text: generated ones, or of an earlier turn.
         self._inputs = given | {"kinds": kinds, "blocks": self.family.blocks(self.model, given)}
 

@@ -1,0 +1,69 @@
+"""The model families that are supported, and which of them a model belongs to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from codebook.errors import CodebookError
+from codebook.models.base import Family, Model
+from codebook.models.gemma3 import Gemma3
+from codebook.models.idefics3 import Idefics3, SmolVLM
+from codebook.models.internvl import InternVL
+from codebook.models.llava import Llava
+from codebook.models.llava_next import LlavaNext
+from codebook.models.llava_onevision import LlavaOnevision
+from codebook.models.paligemma import PaliGemma
+from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
+from codebook.models.qwen3_vl import Qwen3VL
+
+FAMILIES: dict[str, Family] = {
+    family.name: family
+    for family in (
+        Llava(),
+        LlavaNext(),
+        LlavaOnevision(),
+        Qwen2VL(),
+        Qwen25VL(),
+        Qwen3VL(),
+        InternVL(),
+        Idefics3(),
+        SmolVLM(),
+        Gemma3(),
+        PaliGemma(),
+    )
+}
+"""Supported families by the `model_type` of their config."""
+
+PRUNABLE_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of decoder layers whose state can lose single tokens."""
+
+
+def family(model: Model) -> Family:
+    """The family of a loaded model.
+
+    Raises
+    ------
+    CodebookError
+        If the family, or this variant of it, is not supported.
+    """
+    return family_of_config(model.config)
+
+
+def family_of_config(config: Any) -> Family:
+    """The family of a model with this transformers config; raises as `family` does."""
+    name, text = config.model_type, config.get_text_config()
+    if getattr(text, "cross_attention_layers", None):
+        raise CodebookError(
+            f"models of type {name} cross-attend to their images: there are no visual tokens in the sequence to prune; "
+            "use a model that puts them there, such as llava or qwen2_5_vl"
+        )
+    if odd := set(getattr(text, "layer_types", None) or ()) - PRUNABLE_LAYERS:
+        kinds = " and ".join(sorted(odd))
+        raise CodebookError(
+            f"models of type {name} have a decoder with {kinds}, whose state cannot lose single tokens; use a model "
+            "with full attention, such as qwen3_vl"
+        )
+    if name not in FAMILIES:
+        supported = ", ".join(sorted(FAMILIES))
+        raise CodebookError(f"models of type {name} are not supported; use one of: {supported}")
+    return FAMILIES[name].check(config)
