@@ -16,6 +16,7 @@ from codebook.cli.bench import bench_command
 from codebook.cli.build import build_command
 from codebook.cli.calibrate import calibrate_command
 from codebook.cli.demo import demo_command
+from codebook.cli.doctor import doctor_command
 from codebook.cli.explain import explain_command
 from codebook.cli.extend import extend_command
 from codebook.cli.horizon import horizon_command
@@ -40,6 +41,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "list": list_command,
     "inspect": inspect_command,
     "demo": demo_command,
+    "doctor": doctor_command,
 }
 """Commands by name, in the order of `codebook --help`."""
 MINIATURE_COMMANDS: dict[str, Callable[..., None]] = {
