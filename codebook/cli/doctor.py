@@ -9,12 +9,10 @@ import shutil
 from collections.abc import Callable
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from codebook import __version__
 from codebook.cli.options import JsonOption
-
-T = TypeVar("T")
 
 MODULES = {"pillow": "PIL"}
 """Modules that are not named as their distributions are."""
@@ -47,12 +45,12 @@ def examine() -> dict[str, Any]:
         "devices": _attempt(warnings, "the list of devices", lambda: _devices(torch, warnings), []),
         "attention": _attempt(warnings, "the list of attention kernels", lambda: _attention(torch), []),
         "extras": extras,
-        "codebooks": _attempt(warnings, "the list of shipped codebooks", _codebooks, []),
+        "codebooks": _attempt(warnings, "the list of shipped codebooks", _shipped_codebooks, []),
         "warnings": warnings,
     }
 
 
-def _attempt(warnings: list[str], what: str, get: Callable[[], T], otherwise: T | None = None) -> T | None:
+def _attempt(warnings: list[str], what: str, get: Callable[[], Any], otherwise: Any = None) -> Any:
     """What `get` returns. Anything may be broken here, so any failure becomes a warning."""
     try:
         return get()
@@ -166,7 +164,7 @@ def _attention(torch: Any) -> dict[str, list[str]]:
     return {device: list(names) for device, names in ATTENTION.items() if device == "cpu" or torch.cuda.is_available()}
 
 
-def _codebooks() -> list[str]:
+def _shipped_codebooks() -> list[str]:
     from codebook.store.shipped import folders
 
     return [folder.name for folder in folders()]

@@ -126,7 +126,7 @@ def summary(report: dict[str, Any], kept: list[int]) -> str:
         of = "" if runs else f" of {n} visual tokens"
         runs.append(f"{count}{of} in layers {start}-{end - 1}")
         start = end
-    cost = f"{report['flops']:.1%} of their prefill FLOPs, {report['kv_bytes'] / 1024:.0f} KiB of KV cache an image"
+    cost = f"{report['flops']:.1%} of their prefill FLOPs, {report['kv_bytes'] / 1024:.0f} KiB of KV cache per image"
     return f"schedule {report['schedule']}: {', '.join(runs)}; averaged {report['keep']:.1%}; {cost}"
 
 
