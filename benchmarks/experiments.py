@@ -18,8 +18,8 @@ from benchmarks import trials
 from codebook import Codebook, Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
 from codebook.cli.output import progress
 from codebook.errors import CodebookError
-from codebook.evaluation import Scores, mean, scored, table
-from codebook.inference.respond import Policy, Said, respond
+from codebook.evaluation import Scores, accuracy_table, mean, scored
+from codebook.inference.respond import Policy, Response, respond
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_questions
 from codebook.pruning import METHODS
@@ -140,13 +140,14 @@ def _always(schedule: Schedule | None, asked: object) -> Schedule | None:
     return schedule
 
 
-def show(questions: list[Sample], said: dict[str, list[Said]], keeps: list[float]) -> None:
+def show(questions: list[Sample], said: dict[str, list[Response]], keeps: list[float]) -> None:
     """One table a budget, the best first."""
     results: dict[str, Scores] = {name: scored(questions, own) for name, own in said.items()}
     for keep in keeps:
         own = {name.removeprefix(f"{keep} "): scores for name, scores in results.items() if name.startswith(f"{keep} ")}
         print(f"\nkeep {keep}\n")
-        print(table({"unpruned": results["unpruned"], **dict(sorted(own.items(), key=lambda item: -mean(item[1])))}))
+        best_first = dict(sorted(own.items(), key=lambda item: -mean(item[1])))
+        print(accuracy_table({"unpruned": results["unpruned"], **best_first}))
         for name in own:
             if ", by " in name:
                 kept = [one.counts[-1] / one.counts[0] for one in said[f"{keep} {name}"]]

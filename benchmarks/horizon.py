@@ -18,7 +18,7 @@ from benchmarks.timing import machine
 from codebook import miniature, models
 from codebook.analysis import calibration, horizon
 from codebook.cli.output import progress
-from codebook.evaluation import score
+from codebook.evaluation import evaluate
 from codebook.evaluation.bench import reseeded
 from codebook.inference import samples as data
 from codebook.inference.journal import Journal
@@ -61,8 +61,8 @@ def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, 
     for method in METHODS:
         make = Plan(method, 0.5, None, options.codebook, seed).maker(partial(find_codebook, model, options.codebook))
         for keep in KEEPS:
-            plain, candidates = calibration.candidates(model, method, keep, make)
-            work = calibration.work(len(candidates), samples)
+            plain, candidates = calibration.candidate_schedules(model, method, keep, make)
+            work = calibration.most_answers(len(candidates), samples)
             with progress(f"calibrate {method} at {keep}", work, "answers") as tick:
                 file = options.out / f"calibration-{method}-{keep}-{seed}.jsonl"
                 result = calibration.calibrate(
@@ -84,7 +84,7 @@ def answers(model, processor, options: argparse.Namespace, seed: int, plans: lis
             with remember(model):
                 for plan in plans:
                     if (name := f"{i} {plan}") not in journal:
-                        [scores] = score(model, processor, group, plan).values()
+                        [scores] = evaluate(model, processor, group, plan).values()
                         journal.add(name, scores)
                     values.setdefault(str(plan), []).extend(journal[name])
                     tick(done := done + len(group))

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from codebook.cli.output import progress
-from codebook.evaluation import Scores, compare, mean, table
+from codebook.evaluation import Scores, accuracy_table, compare, mean
 from codebook.miniature import FAMILIES, FOLDER, model, tasks
 from codebook.miniature.samples import of_questions
 from codebook.miniature.scenes import LOOKS
@@ -75,12 +75,12 @@ def main() -> None:
         for i, (job, found) in enumerate(zip(jobs, pool.map(ask, jobs), strict=True), 1):
             rows[job[1]] |= found
             tick(i, f"{job[1]} {job[2]}: {mean(found):.3f}")
-    print(table(rows))
+    print(accuracy_table(rows))
     card = CARD.format(
         parameters=built.num_parameters() / 1e6,
         count=options.count,
         others=options.others,
-        table=table(rows),
+        table=accuracy_table(rows),
         command=options.command,
         seed=json.loads((options.run / "recipe.json").read_text())["seed"],
         time=options.time,

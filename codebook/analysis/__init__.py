@@ -1,4 +1,4 @@
-"""Where in the model visual tokens matter: token information, the information horizon, schedules calibrated by it."""
+"""Where in a model visual tokens matter: token information, the information horizon, calibrated schedules."""
 
 from codebook.analysis.calibration import Calibration, calibrate
 from codebook.analysis.horizon import Horizon, Sweep, horizons, sweep

@@ -1,4 +1,4 @@
-"""Schedules that calibrate themselves: spend one budget on other layers where that pays, and only where it does.
+"""Calibrated schedules: move one budget to other layers where that pays, and only where it does.
 
 Behind the information horizon visual tokens no longer change the answer; a random few of them, or none, free budget for
 the layers before it (arXiv 2512.07580). Where the horizon is, and whether there is anything behind it, depends on model
@@ -18,53 +18,56 @@ from typing import Any
 import numpy as np
 
 from codebook import models
-from codebook.analysis import likelihood as answers
+from codebook.analysis import likelihood
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.inference.journal import Journal
-from codebook.inference.samples import Sample, digest, mixed
+from codebook.inference.respond import BATCH_SIZE
+from codebook.inference.samples import Sample, mixed, samples_digest
+from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
 from codebook.pruning.stage import Keep
 from codebook.pruning.text import Make, make
 from codebook.pruning.tokens import digest_rows
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
-"""Tokens of the deep stage, as shares of the first stage's."""
-LAYERS = 12
-"""Layers tried for the deep stage, evenly from the first stage on."""
+"""Token counts tried for the deep stage, as shares of the first stage's."""
+DEEP_LAYERS = 12
+"""How many layers are tried for the deep stage, evenly spaced behind the first stage."""
 RUNGS = (0.25, 0.5, 1.0)
-"""Shares of the search samples that a candidate has seen after each round."""
-BATCH = 32
-Z = 1.645
-"""One-sided test at 5%."""
+"""Share of the search samples that a candidate has seen after each round of the search."""
+CRITICAL_VALUE = 1.645
+"""Standard normal quantile of a one-sided test at 5%."""
 FRESH = 4
-"""Samples that confirm, of each task at least: of two the standard error is too uncertain for Z."""
+"""Fewest confirming samples per task: a standard error from two or three is too uncertain for CRITICAL_VALUE."""
 SEARCH = 3
-"""One sample in so many is searched with, the others confirm: the search compares dozens of schedules, and confirming,
-with two of them, needs more samples and costs less for each."""
+"""One of every SEARCH samples is used for the search; the others confirm its winner. The search compares dozens of
+schedules; confirming compares two, so it needs more samples and costs less for each."""
 
 Done = Callable[[int], None]
+"""Called with the number of answers scored so far."""
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What a search found.
+    """Result of a search.
 
     Attributes
     ----------
     schedule : Schedule
-        To use: `best` if it was confirmed, else `plain`.
+        The schedule to use: `best` if it was confirmed, else `plain`.
     plain, best : Schedule
         The method alone, and the best candidate of the search (`plain` where none was better).
     gain, error : float
-        Mean probability of the answers' tokens, best minus plain, on the samples that took no part in the search, and
-        its standard error; 0 where no candidate was better in the search.
+        Gain of `best` over `plain` in mean probability of the answers' tokens, on the samples that took no part in the
+        search, and its standard error; 0 where no candidate was better in the search.
     scores : (float, float)
-        Mean scores of generated answers on the same samples, plain's and best's; nan where nothing was to confirm.
+        Mean scores of generated answers on the same samples, of `plain` and of `best`; nan where there was nothing to
+        confirm.
     rounds : list[dict[str, float]]
-        Each round's means of the candidates that were still there, by their text.
+        For each round the mean probabilities of the candidates that were left, by their text.
     skipped : int
-        Samples left out: without an answer, of the model's own too.
+        How many samples were left out because they have no answer, not even one of the model's own.
     """
 
     schedule: Schedule
@@ -81,7 +84,7 @@ class Calibration:
         return self.schedule is not self.plain
 
     def evidence(self) -> dict[str, Any]:
-        """What the choice rests on, as JSON."""
+        """The measurements behind the choice, as JSON."""
         scores = [None if math.isnan(score) else score for score in self.scores]
         return {
             "best": str(self.best), "gain": self.gain, "error": self.error,
@@ -97,8 +100,8 @@ class Calibration:
         return f"{self.best} does not beat {self.plain} beyond noise on fresh samples ({found}): keep the plain method"
 
 
-def candidates(
-    model: Any, method: str, keep: Keep, make: Make = make, *, drop: bool = True, at: Sequence[int] | None = None
+def candidate_schedules(
+    model: Model, method: str, keep: Keep, make: Make = make, *, drop: bool = True, at: Sequence[int] | None = None
 ) -> tuple[Schedule, list[Schedule]]:
     """A method alone at a budget, and schedules of the same budget with a deep stage that gives up tokens.
 
@@ -107,13 +110,13 @@ def candidates(
     method
         One method in the text form of schedules, without a keep: `codebook`, `fastv@3`, `seeded; spread=codebook`.
     keep
-        The budget: visual tokens averaged over the layers, as `Schedule.fit` takes it.
+        The budget: visual tokens averaged over the layers, a fraction or a count as in `Schedule.fit`.
     make
         Makes the pruner of a method's name; needed for `codebook`.
     drop
         Also try to drop all tokens.
     at
-        Layers to try for the deep stage; default: up to 12, evenly from the first stage on.
+        Layers to try for the deep stage; default: up to 12, evenly spaced behind the first stage.
 
     Returns
     -------
@@ -122,7 +125,7 @@ def candidates(
     Raises
     ------
     CodebookError
-        If the method is not a single one that the budget can be met with.
+        If the method is more than one stage, or cannot meet the budget.
     """
     size = models.shape(model)
     shape = {"n": size.tokens, "layers": size.layers}
@@ -134,7 +137,7 @@ def candidates(
     first, layers = plain.stages[0].layer, shape["layers"]
     if at is None:
         deeper = layers - 1 - first
-        at = [round(x) for x in np.linspace(first + 1, layers - 1, min(LAYERS, deeper))]
+        at = [round(x) for x in np.linspace(first + 1, layers - 1, min(DEEP_LAYERS, deeper))]
     elif not all(first < layer < layers for layer in at):
         raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
     found: dict[str, Schedule] = {}
@@ -143,15 +146,15 @@ def candidates(
         for deep in [*(f"random@{layer}:{share}" for share in SHARES), *([f"drop@{layer}"] if drop else [])]:
             try:
                 schedule = Schedule.solve(f"{name}+{deep}{semicolon}{settings}", make, keep=keep, **shape)
-            except CodebookError:  # the first stage cannot spend what this one saves: out of reach
+            except CodebookError:  # the first stage cannot keep as many more tokens as this one saves
                 continue
             if schedule.stages[0].keep != plain.stages[0].keep:
                 found[str(schedule)] = schedule
     return plain, list(found.values())
 
 
-def work(candidates: int, samples: Sequence[Sample]) -> int:
-    """Answers that `calibrate` scores at most, for its progress."""
+def most_answers(candidates: int, samples: Sequence[Sample]) -> int:
+    """Upper bound of the number of answers that `calibrate` scores, for a progress bar."""
     search = len(samples) // SEARCH
     total, seen = sum(sample.answer is None for sample in samples), 0
     for i, upto in enumerate(_rungs(search)):
@@ -161,8 +164,8 @@ def work(candidates: int, samples: Sequence[Sample]) -> int:
 
 
 def calibrate(
-    model: Any,
-    processor: Any,
+    model: Model,
+    processor: Processor,
     samples: Sequence[Sample],
     plain: Schedule,
     candidates: Sequence[Schedule],
@@ -171,40 +174,40 @@ def calibrate(
     file: Path | None = None,
     done: Done = lambda count: None,
 ) -> Calibration:
-    """Search for the candidate that beats the plain method, and confirm it on samples of its own.
+    """Search for a candidate that beats the plain method, and confirm it on samples of its own.
 
-    Candidates are compared by the mean probability of the answers' tokens, tasks weighing the same: one prefill and one
-    forward a sample, each image encoded once. A third of the samples are searched with, the others are for one paired
-    one-sided test (5%) of the winner, whose generated answers must score no less than the plain method's either.
+    Candidates are compared by the mean probability of the answers' tokens, all tasks weighing the same: one prefill and
+    one forward per sample, each image encoded once. A third of the samples serve the search. The others serve one
+    paired one-sided test (5%) of the winner, whose generated answers must also score no less than the plain method's.
 
     Parameters
     ----------
     samples
-        For calibration only: never those of a final measurement. Where they have no answer, the unpruned model's own
-        stands for it.
+        Samples for calibration only, never those of a final measurement. Where one has no answer, the unpruned model's
+        own stands for it.
     plain, candidates
-        As `candidates` makes them; of one budget. Those of several methods may be searched together: the other
-        methods alone are then candidates too.
+        Schedules of one budget, as `candidate_schedules` makes them. Those of several methods may be searched together:
+        the other methods alone are then candidates too.
     seed
-        Of the samples' order.
+        Seed of the samples' order.
     file
-        Where every scored batch is kept; called again, the search goes on.
+        Journal of the scored batches: called again, the search goes on.
     done
-        Hears how many answers are scored, of at most `work`.
+        Called with the number of answers scored so far, out of at most `most_answers`.
 
     Raises
     ------
     CodebookError
-        If there are too few samples, of all or of one task.
+        If there are too few samples, in all or for one task.
     """
     about = {
         "model": models.identity(model),
-        "data": digest(samples),
+        "data": samples_digest(samples),
         "seed": seed,
         "codebook": _codebooks([plain, *candidates]),
     }
     journal = Journal(file, about | {"plain": str(plain)})
-    run = _Run(model, processor, mixed(samples, seed), journal, done)
+    run = _Search(model, processor, mixed(samples, seed), journal, done)
     skipped = run.fill_answers()
     search = len(run.samples) // SEARCH
     if search < 2 * len(RUNGS):
@@ -228,7 +231,7 @@ def calibrate(
     run.score([plain, best], fresh)
     gain, error = run.difference(best, plain, fresh)
     scores = run.generate(plain, fresh), run.generate(best, fresh)
-    accepted = gain > Z * error and scores[1] >= scores[0]
+    accepted = gain > CRITICAL_VALUE * error and scores[1] >= scores[0]
     return Calibration(best if accepted else plain, plain, best, gain, error, scores, rounds, skipped)
 
 
@@ -237,7 +240,7 @@ def _rungs(search: int) -> list[int]:
 
 
 def _survivors(candidates: int, rounds: int) -> int:
-    """How many are left after some rounds: each keeps about the same share of them, the last one leaves one."""
+    """Number of candidates after some rounds: every round keeps about the same share, and the last leaves one."""
     return math.ceil(candidates ** (1 - rounds / len(RUNGS)) - 1e-9) if candidates else 0
 
 
@@ -247,10 +250,10 @@ def _codebooks(schedules: Sequence[Schedule]) -> list[int]:
     return sorted({int(digest_rows(book.prototypes[None])[0]) for book in books.values()})
 
 
-class _Run:
-    """Scores of schedules on the samples, as far as they are known."""
+class _Search:
+    """The scores of schedules on samples that are known so far, and how to get more of them."""
 
-    def __init__(self, model: Any, processor: Any, samples: list[Sample], journal: Journal, done: Done) -> None:
+    def __init__(self, model: Model, processor: Processor, samples: list[Sample], journal: Journal, done: Done) -> None:
         self.model, self.processor, self.samples, self.journal, self._done = model, processor, samples, journal, done
         self.values: dict[str, dict[int, float]] = {}
         self.count = 0
@@ -260,10 +263,10 @@ class _Run:
         self._done(self.count)
 
     def fill_answers(self) -> int:
-        """Let the unpruned model answer what has no answer, and leave out what then has none; how many these are."""
+        """Let the unpruned model answer samples without an answer; drop those that still have none, return how many."""
         todo = [row for row, sample in enumerate(self.samples) if sample.answer is None]
-        for start in range(0, len(todo), BATCH):
-            rows = todo[start : start + BATCH]
+        for start in range(0, len(todo), BATCH_SIZE):
+            rows = todo[start : start + BATCH_SIZE]
             name = f"answers {rows[0]}"
             if name not in self.journal:
                 own = [self.samples[row] for row in rows]
@@ -277,25 +280,25 @@ class _Run:
         return before - len(self.samples)
 
     def score(self, schedules: Sequence[Schedule], rows: range) -> None:
-        """Mean probability of the answers' tokens, of some samples under some schedules."""
-        for group in answers.groups(self.processor, self.samples, rows, BATCH):
+        """Measure the mean probability of the answers' tokens, for some samples under some schedules."""
+        for group in likelihood.equal_lengths(self.processor, self.samples, rows, BATCH_SIZE):
             names = {f"{group[0]}+{len(group)} {schedule}": schedule for schedule in schedules}
             todo = {name: schedule for name, schedule in names.items() if name not in self.journal}
             if todo:
-                loaded = answers.load(self.model, self.processor, [self.samples[row] for row in group])
+                loaded = likelihood.answer_batches(self.model, self.processor, [self.samples[row] for row in group])
                 with remember(self.model):
                     for name, schedule in todo.items():
-                        found = [value for batch in loaded for value in answers.values(self.model, batch, schedule)]
-                        self.journal.add(name, [round(value, 7) for value in found])
+                        found = [likelihood.mean_probabilities(self.model, batch, schedule) for batch in loaded]
+                        self.journal.add(name, [round(value, 7) for values in found for value in values])
             for name, schedule in names.items():
                 self.values.setdefault(str(schedule), {}).update(zip(group, self.journal[name], strict=True))
                 self.tick(len(group))
 
     def generate(self, schedule: Schedule, rows: range) -> float:
-        """Mean score of generated answers."""
+        """Mean score of generated answers, all tasks weighing the same."""
         scores: dict[int, float] = {}
-        for start in range(rows.start, rows.stop, BATCH):
-            group = [self.samples[row] for row in range(start, min(start + BATCH, rows.stop))]
+        for start in range(rows.start, rows.stop, BATCH_SIZE):
+            group = [self.samples[row] for row in range(start, min(start + BATCH_SIZE, rows.stop))]
             name = f"generated {start} {schedule}"
             if name not in self.journal:
                 said = ask(
@@ -315,7 +318,7 @@ class _Run:
         return self._mean({row: of_a[row] - of_b[row] for row in rows}, rows)
 
     def _mean(self, values: dict[int, float], rows: range) -> tuple[float, float]:
-        """Mean over tasks of the tasks' means, and its standard error."""
+        """Mean over the tasks of each task's mean, and its standard error."""
         tasks: dict[str, list[float]] = {}
         for row in rows:
             tasks.setdefault(self.samples[row].task, []).append(values[row])

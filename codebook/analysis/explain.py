@@ -1,4 +1,4 @@
-"""Why a token is dropped: the prototypes that it is like, and the probes that made them prototypes."""
+"""Why a token is dropped: the prototypes that it resembles, and the probes that made them prototypes."""
 
 from __future__ import annotations
 
@@ -11,23 +11,25 @@ from PIL import Image
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.models.base import Model, Processor
 from codebook.store.codebook import Codebook
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A visual token beside a codebook.
+    """A visual token compared with a codebook.
 
     Attributes
     ----------
     patch, grid
-        Row and column of the token, rows and columns of the image's.
+        Row and column of the token; rows and columns of the image's tokens.
     similarity : float
         Cosine to the nearest prototype: the token's redundancy.
     rank : int
-        Place of the token among the image's, the most redundant first: 1 is dropped first.
+        Place of the token among the image's tokens, the most redundant first: number 1 is dropped first.
     neighbours : list[dict]
-        The nearest prototypes: `similarity`, what provenance says of each, `cluster_size` of prototypes in its cluster.
+        The nearest prototypes: for each its `similarity`, its provenance, and `cluster_size`, the number of prototypes
+        in its cluster.
     """
 
     patch: tuple[int, int]
@@ -41,12 +43,17 @@ class Explanation:
         return self.grid[0] * self.grid[1]
 
     def kept(self, count: int) -> bool:
-        """Whether the token stays when `count` of the image's do."""
+        """Whether the token stays when `count` of the image's tokens do."""
         return self.rank > self.tokens - count
 
 
 def explain(
-    model: Any, processor: Any, book: Codebook, picture: Image.Image, patch: tuple[int, int], neighbours: int = 5
+    model: Model,
+    processor: Processor,
+    book: Codebook,
+    picture: Image.Image,
+    patch: tuple[int, int],
+    neighbours: int = 5,
 ) -> Explanation:
     """Compare one visual token of the whole view of a picture with a codebook's prototypes.
 
@@ -76,15 +83,15 @@ def explain(
     return Explanation((row, col), (rows, cols), float(redundancy[token]), rank, found)
 
 
-def words(found: Explanation, config: dict[str, Any], kept: int | None = None) -> str:
+def explanation_text(found: Explanation, config: dict[str, Any], kept: int | None = None) -> str:
     """The explanation as plain text.
 
     Parameters
     ----------
     config
-        The codebook's.
+        The codebook's config.
     kept
-        How many of the image's tokens stay; None says nothing of one budget.
+        How many of the image's tokens stay; None: the text names no budget.
     """
     (row, col), n = found.patch, found.tokens
     lines = [

@@ -16,32 +16,37 @@ from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.inference.journal import Journal
 from codebook.inference.prompts import answer_ids, prepare_samples
-from codebook.inference.samples import Sample, digest
+from codebook.inference.samples import Sample, samples_digest
+from codebook.models.base import Model, Processor
 from codebook.pruning import Drop, Schedule, Stage, remember
 
 EPS = 0.01
+"""Largest loss that counts as none."""
 LEVEL = 0.95
+"""Level of the bootstrap's percentile interval."""
 RESAMPLES = 2000
-GROUP = 16
-"""Samples whose answers are generated in one batch."""
+"""Resamples of the bootstrap."""
+GENERATED_PER_BATCH = 16
+"""Samples per batch of generated answers."""
 
-Metric = Literal["probability", "accuracy", "generated"]
+SweepMetric = Literal["probability", "accuracy", "generated"]
+"""What a sweep measures; see `sweep`."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What each sample's answer was worth with no visual token from each layer on.
+    """Value of each sample's answer with no visual token from each layer on.
 
     Attributes
     ----------
     tasks : list[str]
-        Of each sample.
+        Task of each sample.
     full : (N,) float64
-        The unpruned model's.
+        Value of the unpruned model's answers.
     pruned : (N, layers) float64
-        With all visual tokens removed from the input of layer l on, for l from `start` to the last.
+        Values with all visual tokens removed from the input of layer l on, for l from `start` to the last.
     start : int
-        0, before the LLM; 1 where answers were generated.
+        First layer of the sweep: 0 is before the LLM; 1 where answers were generated.
     """
 
     tasks: list[str]
@@ -51,12 +56,12 @@ class Sweep:
 
     @property
     def layers(self) -> int:
-        """Of the decoder."""
+        """Number of decoder layers."""
         return self.start + self.pruned.shape[1]
 
     @property
     def loss(self) -> np.ndarray:
-        """(N, layers): what removing costs; negative where it helps."""
+        """(N, layers) float64: full minus pruned; negative where removing helps."""
         return self.full[:, None] - self.pruned
 
     def by_task(self) -> dict[str, np.ndarray]:
@@ -72,21 +77,22 @@ class Horizon:
     Attributes
     ----------
     samples : int
+        Number of samples.
     full : float
-        The unpruned model's mean.
-    pruned, loss, error : lists, one a layer of the sweep
-        Mean with no visual token from each layer on, mean loss, and the standard error of that: None where a task has
-        one sample only.
+        Mean of the unpruned model.
+    pruned, loss, error : list[float], list[float], list[float | None]
+        For each layer of the sweep the mean with no visual token from there on, the mean loss, and the loss's standard
+        error: None where a task has a single sample.
     layer : int
         Smallest l whose loss is at most eps there and at every later layer; L if there is none.
     interval : (int, int)
-        Of `layer`, by the bootstrap over samples.
+        Interval of `layer`, by the bootstrap over samples.
     safe : int
-        Upper end of the interval and a margin: where to prune. L: nowhere.
+        Where to prune: upper end of the interval plus a margin. L: nowhere.
     early : list[int]
-        Layers before `layer` whose loss is at most eps too: the curve is not monotone, and they are not safe.
+        Layers before `layer` whose loss is at most eps too. They are not safe: the curve is not monotone.
     gains : list[int]
-        Layers where removing helps by more than eps and two standard errors.
+        Layers where removing helps by more than eps and by more than two standard errors.
     """
 
     samples: int
@@ -102,7 +108,7 @@ class Horizon:
 
 
 def first_safe(loss: np.ndarray, eps: float) -> np.ndarray:
-    """Smallest layer from which on all losses are at most eps: loss (..., L) -> (...) int64, L if there is none."""
+    """Smallest layer from which on all losses are at most eps; L if there is none. loss (..., L) -> (...) int64."""
     bad = loss > eps
     last = loss.shape[-1] - bad[..., ::-1].argmax(-1)
     return np.where(bad.any(-1), last, 0)
@@ -126,9 +132,9 @@ def horizons(
     margin
         Layers added for safety: missing the horizon by a few can collapse a model. Default: one in sixteen, at least 1.
     level
-        Of the bootstrap's percentile interval: samples are resampled within their tasks.
+        Level of the bootstrap's percentile interval; samples are resampled within their tasks.
     resamples, seed
-        Of the bootstrap.
+        Resamples and seed of the bootstrap.
     """
     layers, start = sweep.layers, sweep.start
     margin = max(1, round(layers / 16)) if margin is None else margin
@@ -162,7 +168,7 @@ def horizons(
     for task, rows in by_task.items():
         own, n = sweep.loss[rows], len(rows)
         drawn[task] = rng.multinomial(n, np.full(n, 1 / n), resamples) @ own / n
-        # Of one sample nothing is known about the spread.
+        # One sample says nothing about the spread.
         errors[task] = own.std(0, ddof=1) / n**0.5 if n > 1 else np.full(own.shape[1], np.inf)
         found[task] = one(n, float(sweep.full[rows].mean()), sweep.pruned[rows].mean(0), errors[task], drawn[task])
     if len(by_task) > 1:
@@ -174,10 +180,10 @@ def horizons(
 
 
 def sweep(
-    model: Any,
-    processor: Any,
+    model: Model,
+    processor: Processor,
     samples: Sequence[Sample],
-    metric: Metric = "probability",
+    metric: SweepMetric = "probability",
     file: Path | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> tuple[Sweep, Cost]:
@@ -186,26 +192,26 @@ def sweep(
     Parameters
     ----------
     samples
-        Those without an answer are measured against the unpruned model's own.
+        Samples; where one has no answer, the unpruned model's own stands for it.
     metric
-        `probability` of the answer's first token; `accuracy`: whether it is the most probable one; `generated`:
-        the score of a generated answer, which costs an answer a layer.
+        `probability`: that of the answer's first token. `accuracy`: whether that token is the most probable one.
+        `generated`: the score of a generated answer, which takes one answer per layer.
     file
-        Where every finished sample is kept; called again, the sweep goes on.
+        Journal of the finished samples: called again, the sweep goes on.
     done
-        Hears how many samples are done.
+        Called with the number of samples done so far.
 
     Returns
     -------
     Sweep
     Cost
-        Of the prefills and their continuations that this call ran; none for `generated`.
+        Work of the prefills and continuations that this call ran; none for `generated`.
     """
     if not samples:
         raise CodebookError("there are no samples to sweep: give one at least")
     about = {
         "model": models.identity(model),
-        "data": digest(samples),
+        "data": samples_digest(samples),
         "kind": "generated" if metric == "generated" else "first",
     }
     journal, cost = Journal(file, about), Cost()
@@ -223,7 +229,7 @@ def sweep(
     return Sweep([sample.task for sample in samples], full, pruned, start=int(metric == "generated")), cost
 
 
-def _first_token(model: Any, processor: Any, sample: Sample) -> tuple[dict[str, Any], Cost]:
+def _first_token(model: Model, processor: Processor, sample: Sample) -> tuple[dict[str, Any], Cost]:
     prefill = Prefill.of(model, prepare_samples(model, processor, [sample]).inputs)
     target = int(prefill.logits.argmax()) if sample.answer is None else answer_ids(processor, sample)[0]
     kept = torch.zeros(prefill.layers, len(prefill.visual), dtype=torch.bool, device=prefill.visual.device)
@@ -238,11 +244,11 @@ def _first_token(model: Any, processor: Any, sample: Sample) -> tuple[dict[str, 
 
 
 def _generate(
-    model: Any, processor: Any, samples: Sequence[Sample], journal: Journal, done: Callable[[int], None]
+    model: Model, processor: Processor, samples: Sequence[Sample], journal: Journal, done: Callable[[int], None]
 ) -> None:
     layers = models.shape(model).layers
-    for start in range(0, len(samples), GROUP):
-        group = list(samples[start : start + GROUP])
+    for start in range(0, len(samples), GENERATED_PER_BATCH):
+        group = list(samples[start : start + GENERATED_PER_BATCH])
         if str(start + len(group) - 1) not in journal:
             pictures, questions = [s.pictures() for s in group], [s.question for s in group]
             answers = {}
@@ -259,8 +265,8 @@ def _generate(
         done(start + len(group))
 
 
-def table(found: Mapping[str, Horizon], layers: int) -> str:
-    """The horizons as plain text, and what their curves hold besides."""
+def horizon_table(found: Mapping[str, Horizon], layers: int) -> str:
+    """The horizons as plain text, with notes on curves that are not monotone and on layers where removing helps."""
 
     def name(layer: int) -> str:
         return str(layer) if layer < layers else "none"
@@ -284,7 +290,7 @@ def table(found: Mapping[str, Horizon], layers: int) -> str:
 
 
 def _runs(layers: Sequence[int]) -> str:
-    """Layers in ascending order, neighbours joined: 1-4, 7."""
+    """Layers in ascending order as text, neighbours joined: 1-4, 7."""
     starts = [a for a in layers if a - 1 not in layers]
     ends = [b for b in layers if b + 1 not in layers]
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in zip(starts, ends, strict=True))

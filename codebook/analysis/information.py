@@ -1,4 +1,4 @@
-"""Token information: how much one visual token alone, from some layer on, tells the model about the answer."""
+"""Token information: how much a single visual token, from some layer on, tells the model about the answer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.analysis.prefill import BATCH, Cost, Prefill
+from codebook.analysis.prefill import VARIANTS_PER_FORWARD, Cost, Prefill
 from codebook.errors import CodebookError
 from codebook.models import Image
+from codebook.models.base import Model
 
 
 @dataclass(frozen=True)
@@ -21,19 +22,20 @@ class Information:
     Attributes
     ----------
     layers
-        Where it was measured.
+        The layers that it was measured at.
     windows
         The visual tokens of each window, counted over all images of the prompt in raster order.
     values : (layers, windows) float32
-        Probability of the answer's first token with only that window from the layer on, minus that with none; or, left
-        out, that with all visual tokens minus that with all but the window.
+        Probability of the answer's first token with only that window from the layer on, minus that with no visual
+        token. With `leave_one_out`: that with all visual tokens minus that with all but the window.
     none : (layers,) float32
         Probability with no visual token from the layer on.
     full : float
         Probability of the unpruned model.
     target : int
-        The answer's first token.
+        Id of the answer's first token.
     cost : Cost
+        Work of the prefill and its continuations.
     """
 
     layers: list[int]
@@ -46,7 +48,7 @@ class Information:
 
     @property
     def mean(self) -> Tensor:
-        """(layers,) float32: mean over the windows; beyond the information horizon both it and `variance` vanish."""
+        """(layers,) float32: mean over the windows. Beyond the information horizon it vanishes, as does `variance`."""
         return self.values.mean(1)
 
     @property
@@ -56,14 +58,14 @@ class Information:
 
 
 def token_information(
-    model: Any,
+    model: Model,
     inputs: Any,
     layers: Sequence[int] | None = None,
     *,
     window: int = 1,
     target: int | None = None,
     leave_one_out: bool = False,
-    batch_size: int = BATCH,
+    batch_size: int = VARIANTS_PER_FORWARD,
 ) -> Information:
     """Information of every visual token, or window of them, of one sample (arXiv 2512.07580, I_l).
 
@@ -72,17 +74,17 @@ def token_information(
     model
         A stock model, in eval mode.
     inputs
-        As the processor makes them, of one sample without padding.
+        The processor's output for one sample, without padding.
     layers
-        Whose inputs lose the tokens; 0 is before the LLM. Default: every layer.
+        Layers whose inputs lose the tokens; 0 is before the LLM. Default: every layer.
     window
         Side of the square windows that an image's grids are cut into; those at right and lower edges may be smaller.
     target
-        The answer's first token (`codebook.inference.prompts.answer_ids`). None: the unpruned model's own.
+        Id of the answer's first token (`codebook.inference.prompts.answer_ids`). None: the unpruned model's own.
     leave_one_out
         Remove one window instead of all others: p(all) - p(all but the window).
     batch_size
-        Sequences in one forward: memory against speed.
+        Sequences per forward: more are faster and take more memory.
 
     Returns
     -------
@@ -114,7 +116,7 @@ def token_information(
 
 
 def windows(images: Sequence[Image], side: int) -> list[list[int]]:
-    """The images' visual tokens, cut into square windows of `side` a side, in raster order of the windows."""
+    """The images' visual tokens in square windows of `side` x `side` tokens, windows in raster order."""
     found, before = [], 0
     for image in images:
         for grid in image.layout.grids:

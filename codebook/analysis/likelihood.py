@@ -1,4 +1,4 @@
-"""How probable known answers are under a schedule: one prefill and one forward instead of a forward a word."""
+"""Probability of known answers under a schedule: one prefill and one forward instead of one forward per token."""
 
 from __future__ import annotations
 
@@ -11,21 +11,22 @@ from torch import Tensor
 
 from codebook.inference.prompts import answer_ids, prepare_samples, text_length
 from codebook.inference.samples import Sample
+from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Samples whose prompts have the same length, so that none is padded.
+class AnswerBatch:
+    """Samples whose prompts have the same length, so that no prompt is padded.
 
     Attributes
     ----------
     inputs
-        The model's, one row a sample.
+        Inputs of the model, one row per sample.
     answers : (b, t) int64
-        Token ids, padded at the end.
+        Token ids of the answers, padded at the end.
     known : (b, t) bool
-        Which of them are not padding.
+        Which of those ids are not padding.
     """
 
     inputs: Any
@@ -33,8 +34,20 @@ class Batch:
     known: Tensor
 
 
-def groups(processor: Any, samples: Sequence[Sample], rows: Sequence[int], size: int) -> list[list[int]]:
-    """Cut samples into batches whose prompts have one length: an image is as many tokens in each of them."""
+def equal_lengths(processor: Processor, samples: Sequence[Sample], rows: Sequence[int], size: int) -> list[list[int]]:
+    """Cut samples into batches whose prompts have equal length, if every image has the same number of tokens.
+
+    Parameters
+    ----------
+    rows
+        Which of the samples to take.
+    size
+        Most samples per batch.
+
+    Returns
+    -------
+    Rows of each batch
+    """
     lengths: dict[tuple[int, int], list[int]] = {}
     for row in rows:
         key = len(samples[row].images), text_length(processor, samples[row])
@@ -42,21 +55,22 @@ def groups(processor: Any, samples: Sequence[Sample], rows: Sequence[int], size:
     return [own[i : i + size] for _, own in sorted(lengths.items()) for i in range(0, len(own), size)]
 
 
-def load(model: Any, processor: Any, samples: Sequence[Sample]) -> list[Batch]:
-    """A group of samples, all with answers, as one batch; as one each where images of several sizes would be padded."""
+def answer_batches(model: Model, processor: Processor, samples: Sequence[Sample]) -> list[AnswerBatch]:
+    """Samples with answers as one batch; one batch per sample where their prompts differ in length after all."""
     inputs = prepare_samples(model, processor, samples).inputs
     if len(samples) > 1 and not bool(inputs["attention_mask"].all()):
-        return [batch for sample in samples for batch in load(model, processor, [sample])]
+        return [batch for sample in samples for batch in answer_batches(model, processor, [sample])]
     ids = [torch.tensor(answer_ids(processor, sample), device=model.device) for sample in samples]
     answers = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
     lengths = torch.tensor([len(own) for own in ids], device=model.device)
-    return [Batch(inputs, answers, torch.arange(answers.shape[1], device=model.device) < lengths[:, None])]
+    return [AnswerBatch(inputs, answers, torch.arange(answers.shape[1], device=model.device) < lengths[:, None])]
 
 
-def probabilities(model: Any, batch: Batch, schedule: Schedule) -> Tensor:
-    """Of each token of the answers, given the prompt and the answer's tokens before it, as if they were generated.
+def probabilities(model: Model, batch: AnswerBatch, schedule: Schedule) -> Tensor:
+    """Probability of each token of the answers, given the prompt and the answer's tokens before it.
 
-    The prompt is pruned without sight of the answer, which is then fed on top of its KV cache.
+    The prompt is pruned without sight of the answer, which is then fed on top of the prompt's KV cache: the same
+    probabilities as if the answer were generated.
 
     Returns
     -------
@@ -75,6 +89,6 @@ def probabilities(model: Any, batch: Batch, schedule: Schedule) -> Tensor:
     return p * batch.known
 
 
-def values(model: Any, batch: Batch, schedule: Schedule) -> list[float]:
+def mean_probabilities(model: Model, batch: AnswerBatch, schedule: Schedule) -> list[float]:
     """Each sample's mean probability of its answer's tokens."""
     return (probabilities(model, batch, schedule).sum(1) / batch.known.sum(1)).tolist()

@@ -1,4 +1,4 @@
-"""The curve of an information horizon as a picture; needs matplotlib (the extra `plot`)."""
+"""Curves of an information horizon as a picture; needs matplotlib (the extra `plot`)."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from codebook.analysis.horizon import Horizon
 from codebook.errors import CodebookError
 
 
-def check() -> None:
+def require_matplotlib() -> None:
     """Raise a CodebookError unless matplotlib is installed."""
     if find_spec("matplotlib") is None:
         raise CodebookError("drawing curves needs matplotlib: pip install 'codebook[plot]', or leave --out away")
 
 
-def draw(found: Mapping[str, Horizon], start: int, metric: str, path: Path) -> None:
-    """Loss by layer, a panel a task: mean with its 95% band, the horizon with its interval, where it is safe to prune.
+def draw_horizons(found: Mapping[str, Horizon], start: int, metric: str, path: Path) -> None:
+    """Draw loss by layer, one panel per task: mean and 95% band, horizon and interval, and where pruning is safe.
 
     Parameters
     ----------
     found
-        As `horizons` makes them.
+        Horizons by task, from `horizons`.
     start
-        Layer of the sweep's first value.
+        First layer of the sweep.
     metric
-        What the loss is of; the label of the vertical axis.
+        Name of the measure that is lost, for the vertical axis.
     path
-        Of a PNG file.
+        PNG file to write.
 
     Raises
     ------
     CodebookError
         If matplotlib is not installed.
     """
-    check()
+    require_matplotlib()
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -54,7 +54,7 @@ def draw(found: Mapping[str, Horizon], start: int, metric: str, path: Path) -> N
         panel.axvline(one.safe, color="tab:green", linestyle="--")
         low, high = one.interval
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.tick_params(labelbottom=True)  # the panel below may be missing
+        panel.tick_params(labelbottom=True)  # there may be no panel below with labels of its own
         panel.set_title(f"{task}: {one.layer} [{low}, {high}], safe {one.safe}", fontsize=9)
     for panel in panels[len(found) :]:
         panel.set_visible(False)

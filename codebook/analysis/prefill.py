@@ -1,9 +1,9 @@
-"""One prefill, continued in many ways: what the model would say if visual tokens were dropped at some layer.
+"""One prefill, continued in many ways: the model's answer if some visual tokens were dropped at some layer.
 
-A stage at layer l leaves all that happens before l as it is, and whatever stands before the first dropped token for
-good. So one unpruned prefill keeps the input of each layer and the KV cache, and every variant runs only its surviving
-later tokens through its layers l.. on top of the shared keys and values. Variants of different layers run in one batch,
-which each joins at its layer. Exact: survivors keep their positions.
+Dropping tokens at layer l changes nothing before l, and nothing at any layer for tokens before the first dropped one:
+attention is causal. So one unpruned prefill stores the input of each layer and the KV cache. Every variant then runs
+only its later surviving tokens, through layers l and up, on top of the shared keys and values. Variants of different
+layers run in one batch, which each joins at its layer. This is exact, because survivors keep their positions.
 """
 
 from __future__ import annotations
@@ -19,23 +19,24 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
+from codebook.models.base import Model
 from codebook.pruning import Schedule
 from codebook.pruning.engine.forward import window
 
-BATCH = 64
-"""Variants in one forward."""
+VARIANTS_PER_FORWARD = 64
+"""Most variants per forward."""
 
 
 @dataclass
 class Cost:
-    """Work done, in tokens times decoder layers.
+    """Work, in tokens times decoder layers.
 
     Attributes
     ----------
     processed
-        By the shared prefill and its continuations.
+        Work of the shared prefill and its continuations.
     naive
-        By a pruned forward of its own for every variant: all tokens before its layer, the survivors from there on.
+        Work of one pruned forward per variant: all tokens before its layer, the survivors from there on.
     """
 
     processed: int = 0
@@ -54,14 +55,20 @@ class Prefill:
     visual : (n,) int64
         Columns of the prompt's visual tokens, all images' in order.
     images : list[Image]
-        Where they are, and their grids.
+        Where the images' tokens are, and their grids.
     logits : (vocabulary,) float32
-        Of the first token of the unpruned model's answer.
+        Logits of the first token of the unpruned model's answer.
+    hidden : list of (1, length, width)
+        Input of each decoder layer.
+    given : list[dict]
+        Keyword arguments of each decoder layer.
+    cache
+        KV cache of the whole prompt.
     cost : Cost
-        So far.
+        Work so far.
     """
 
-    model: Any
+    model: Model
     visual: Tensor
     images: list[Image]
     logits: Tensor
@@ -71,13 +78,13 @@ class Prefill:
     cost: Cost
 
     @classmethod
-    def of(cls, model: Any, inputs: Any) -> Prefill:
+    def of(cls, model: Model, inputs: Any) -> Prefill:
         """Run a prompt through a stock model.
 
         Parameters
         ----------
         inputs
-            As the processor makes them, of one sample without padding.
+            The processor's output for one sample, without padding.
 
         Raises
         ------
@@ -133,7 +140,7 @@ class Prefill:
     def layers(self) -> int:
         return len(self.hidden)
 
-    def answers(self, layers: Sequence[int], kept: Tensor, batch_size: int = BATCH) -> Tensor:
+    def answers(self, layers: Sequence[int], kept: Tensor, batch_size: int = VARIANTS_PER_FORWARD) -> Tensor:
         """Logits of the answer's first token with only some visual tokens left from a layer on.
 
         Parameters
@@ -143,7 +150,7 @@ class Prefill:
         kept : (r, n) bool
             The visual tokens that each variant keeps.
         batch_size
-            Variants in one forward: memory against speed.
+            Variants per forward: more are faster and take more memory.
 
         Returns
         -------
@@ -153,11 +160,13 @@ class Prefill:
         stays = torch.ones(len(kept), length, dtype=torch.bool, device=kept.device)
         stays[:, self.visual] = kept
         counts, layers = stays.sum(1).tolist(), list(layers)
-        # The last column always runs: its output is the answer.
+        # The first column that a variant has to run itself: the first dropped one, or the last one of the prompt, whose
+        # output is the answer and which therefore always runs.
         first = torch.where(stays.all(1), length - 1, (~stays).long().argmax(1)).clamp(max=length - 1).tolist()
         self.cost.naive += sum(length * at + n * (self.layers - at) for at, n in zip(layers, counts, strict=True))
         out = self.logits.new_empty(len(kept), len(self.logits))
-        # Of one length, and sharing as long a prefix as they can; within a batch in the order in which they join.
+        # A batch has variants of one length only. Sorting by the first dropped column puts variants together that
+        # share a long prefix; within a batch they are in the order in which they join.
         order = sorted(range(len(kept)), key=lambda r: (counts[r], first[r], layers[r]))
         while order:
             rows = [r for r in order[:batch_size] if counts[r] == counts[order[0]]]
@@ -170,10 +179,10 @@ class Prefill:
         return out
 
     def _continue(self, joins: list[int], columns: Tensor, prefix: int) -> Tensor:
-        """Logits (r, vocabulary) of variants in the order of their layers, each with its later columns (r, f)."""
+        """Logits (r, vocabulary) of variants sorted by layer, each with its columns (r, f) behind the shared prefix."""
         lm, f = self.model.get_decoder(), columns.shape[1]
         now = self.hidden[0][0, :0].new_empty(0, f, self.hidden[0].shape[-1])
-        mask = _mask(f, prefix, now, lm.config._attn_implementation)
+        mask = _causal_mask(f, prefix, now, lm.config._attn_implementation)
         for i, layer in enumerate(lm.layers):
             joined = sum(at <= i for at in joins)
             if not joined:
@@ -191,7 +200,7 @@ class Prefill:
 
 
 class _Prefix:
-    """Stands for a KV cache of which every row shares the first `length` columns, and stores nothing."""
+    """A read-only view of a KV cache: every row sees its first `length` columns, and nothing is stored."""
 
     def __init__(self, cache: Any, length: int) -> None:
         self.cache, self.length = cache, length
@@ -202,8 +211,8 @@ class _Prefix:
         return torch.cat([rows[0], key], dim=2), torch.cat([rows[1], value], dim=2)
 
 
-def _mask(queries: int, prefix: int, like: Tensor, attention: str) -> Tensor:
-    """(1, 1, f, prefix + f): causal, and all of the prefix."""
+def _causal_mask(queries: int, prefix: int, like: Tensor, attention: str) -> Tensor:
+    """(1, 1, f, prefix + f): each query sees the whole prefix and is causal behind it; bool for sdpa, else additive."""
     seen = torch.ones(queries, prefix + queries, dtype=torch.bool, device=like.device).tril(prefix)[None, None]
     if attention == "sdpa":
         return seen

@@ -76,7 +76,7 @@ def bench_command(
     opponent = None if against is None else Plan(against).schedule
     if opponent not in (None, *chosen, *bench.BASELINES):
         raise CodebookError(f"--against {against} is none of the methods: add it to --methods")
-    settings = bench.Settings(seed, batch, max_new_tokens, seconds, opponent)
+    settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent)
     share = None if part is None else _parse_part(part)
     curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     named = data or ["miniature"]
@@ -90,16 +90,16 @@ def bench_command(
         raise CodebookError(f"{out} is a file: name a folder") from None
     if share is not None:
         i, n = share
-        with progress(f"bench, part {i} of {n}", bench.work(tasks, rows, settings, share), "answers") as tick:
-            bench.run(loaded, processor, tasks, rows, out, settings, tick, share)
+        with progress(f"bench, part {i} of {n}", bench.count_answers(tasks, rows, settings, share), "answers") as tick:
+            bench.measure(loaded, processor, tasks, rows, out, settings, tick, share)
         note(f"part {i} of {n} is answered: run the command without --part when all {n} are")
         return
-    with progress("bench", bench.work(tasks, rows), "answers") as tick:
-        results = bench.run(loaded, processor, tasks, rows, out, settings, tick)
+    with progress("bench", bench.count_answers(tasks, rows), "answers") as tick:
+        results = bench.measure(loaded, processor, tasks, rows, out, settings, tick)
     done = [row for row in rows if any((r["method"], r["keep"]) == (row.method, row.keep) for r in results["rows"])]
-    samples = bench.shown(tasks, show)
+    samples = bench.samples_to_show(tasks, show)
     with progress("samples", len(samples) * len(done), "answers") as tick:
-        looks = bench.look(loaded, processor, samples, done, out / "samples.jsonl", max_new_tokens, tick)
+        looks = bench.show_rows(loaded, processor, samples, done, out / "samples.jsonl", max_new_tokens, tick)
     results = {"name": model, "data": list(named), "keeps": budgets, **results, "samples": looks}
     results["skipped"] = skipped + results["skipped"]
     page = report.html(results, [sample.pictures() for sample in samples], curve)

@@ -54,10 +54,12 @@ def calibrate_command(
     samples = load_samples(data, "train", seed, count)
     loaded, processor = models.load(model, device)
     make = pruner_maker(loaded, codebook, seed)
-    (plain, found), *others = (calibration.candidates(loaded, plan.schedule, keep, make, drop=drop) for plan in plans)
+    (plain, found), *others = (
+        calibration.candidate_schedules(loaded, plan.schedule, keep, make, drop=drop) for plan in plans
+    )
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
     journal = out.with_suffix(".journal.jsonl")
-    with progress("calibrate", calibration.work(len(found), samples), "answers") as tick:
+    with progress("calibrate", calibration.most_answers(len(found), samples), "answers") as tick:
         result = calibration.calibrate(
             loaded, processor, samples, plain, found, seed=seed, file=journal, done=tick
         )  # fmt: skip

@@ -32,7 +32,7 @@ def demo_command(
     """Build a codebook for the embedded model and compare pruning methods on held-out questions."""
     from codebook import miniature, models
     from codebook.building import build
-    from codebook.evaluation import mean, score, standard_error, task_means
+    from codebook.evaluation import evaluate, mean, standard_error, task_means
     from codebook.inference.ask import ask
     from codebook.inference.overlay import overlay
     from codebook.miniature.samples import of_miniature
@@ -58,7 +58,7 @@ def demo_command(
     with progress("answer", len(plans) * len(samples), "questions") as tick:
         for i, ((name, k), schedule) in enumerate(plans.items()):
             answered = partial(_answered, tick, i * len(samples), f"{name} at keep {k}")
-            results[name, k] = score(model, processor, samples, schedule, answered)
+            results[name, k] = evaluate(model, processor, samples, schedule, answered)
 
     picture = out / "kept.png"
     grid = models.family(model).grid(model)

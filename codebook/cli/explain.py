@@ -30,7 +30,7 @@ def explain_command(
 ) -> None:
     """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
     from codebook import models
-    from codebook.analysis.explain import explain, words
+    from codebook.analysis.explain import explain, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
     from codebook.pruning.plan import find_codebook
@@ -58,4 +58,4 @@ def explain_command(
     if as_json:
         print(json.dumps(asdict(found) | {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}))
     else:
-        print(words(found, book.config, kept))
+        print(explanation_text(found, book.config, kept))

@@ -40,11 +40,11 @@ def horizon_command(
     from codebook.inference.samples import mixed
     from codebook.store.files import replacing
 
-    if metric not in get_args(horizon.Metric):
-        raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.Metric))}")
+    if metric not in get_args(horizon.SweepMetric):
+        raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.SweepMetric))}")
     samples = mixed(load_samples(data, split, seed, count), seed)
     if out is not None:
-        plot.check()  # before the long work
+        plot.require_matplotlib()  # before the long work
     loaded, processor = models.load(model, device)
     journal = None if out is None else out / ("generated.jsonl" if metric == "generated" else "first-token.jsonl")
     with progress("horizon", len(samples), "samples") as tick:
@@ -57,13 +57,13 @@ def horizon_command(
     }  # fmt: skip
     if out is not None:
         with replacing(out / "horizon.png") as temporary:
-            plot.draw(found, sweep.start, metric, temporary)
+            plot.draw_horizons(found, sweep.start, metric, temporary)
         with replacing(out / "horizon.json") as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
     if as_json:
         print(json.dumps(report))
         return
-    print(horizon.table(found, sweep.layers))
+    print(horizon.horizon_table(found, sweep.layers))
     if cost.naive:
         note(f"cost: {cost.processed / cost.naive:.1%} of the tokens of a pruned forward for each layer")
     if out is not None:

@@ -60,7 +60,7 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy of the embedded model on held-out questions, beside its accuracy without the image."""
-    from codebook.evaluation import compare, score, standard_error, table, task_means
+    from codebook.evaluation import accuracy_table, compare, evaluate, standard_error, task_means
     from codebook.miniature import FAMILIES, FOLDER, model, tasks
     from codebook.miniature import check as instrument
     from codebook.miniature.samples import of_miniature, of_questions
@@ -80,11 +80,11 @@ def evaluate_command(
                 rows[name] = {}
                 for family in FAMILIES:
                     asked = of_questions(tasks(family, "test", 0, count, look=style))
-                    rows[name] |= score(loaded, processor, asked, blind=blind)
+                    rows[name] |= evaluate(loaded, processor, asked, blind=blind)
                     tick(sum(map(len, rows.values())), f"{name}: {family}")
     if as_json:
         means = {name: task_means(scores) for name, scores in rows.items()}
         errors = {name: standard_error(scores) for name, scores in rows.items()}
         print(json.dumps({"questions_per_family": count, "accuracy": means, "standard_error_of_mean": errors}))
     else:
-        print(table(rows))
+        print(accuracy_table(rows))

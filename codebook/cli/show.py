@@ -50,7 +50,7 @@ def show_command(
     make, rows = pruner_maker(loaded, codebook, seed), [bench.Row(bench.UNPRUNED, 1.0, (None,))]
     for method in chosen:
         rows.append(bench.row(loaded, method, keep, make, [seed]))
-    [found] = bench.look(loaded, processor, [Sample((picture,), question)], rows)
+    [found] = bench.show_rows(loaded, processor, [Sample((picture,), question)], rows)
     grid = tuple(found["grids"][0])
     ways = [
         (f"{one['method']}: {len(one['kept'][0])} of {grid[0] * grid[1]}", one["text"] or "(nothing)", one["kept"][0])

@@ -1,18 +1,23 @@
-"""Answers to questions with known answers: scoring them, and what they cost, with and without pruning."""
+"""Scores and cost of a model's answers to questions with known answers, with and without pruning."""
 
-from codebook.evaluation.scores import Scores, compare, mean, score, scored, standard_error, table, task_means
-from codebook.inference.respond import Policy, Said, respond
+from codebook.evaluation.scores import (
+    Scores,
+    accuracy_table,
+    compare,
+    evaluate,
+    mean,
+    scored,
+    standard_error,
+    task_means,
+)
 
 __all__ = [
-    "Policy",
-    "Said",
     "Scores",
+    "accuracy_table",
     "compare",
+    "evaluate",
     "mean",
-    "respond",
-    "score",
     "scored",
     "standard_error",
-    "table",
     "task_means",
 ]

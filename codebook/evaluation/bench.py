@@ -18,30 +18,30 @@ import numpy as np
 import codebook
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.evaluation.latency import Bench
-from codebook.evaluation.metrics import Estimate, Task, Z, estimate, mean_of
+from codebook.evaluation.latency import TimedPrompt
+from codebook.evaluation.metrics import NORMAL_QUANTILE, Estimate, Task, estimate, mean_of
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.ask import ask
 from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare
-from codebook.inference.respond import Policy, Said, Shard, batches, remembering, respond
-from codebook.inference.samples import Sample, digest
+from codebook.inference.respond import Policy, Response, Shard, batches, remembering, respond
+from codebook.inference.samples import Sample, samples_digest
+from codebook.models.base import Model, Processor
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
-from codebook.pruning.text import Make
+from codebook.pruning.text import UNPRUNED, Make
 from codebook.pruning.tokens import digest_rows
 
-FORMAT = 1
-"""Of results.json."""
+RESULTS_FORMAT = 1
+"""Version of the layout of results.json."""
 
 BASELINES = ("random", "uniform", "downsample")
-"""Always among the rows, with the unpruned model: what a method must beat to be worth its while."""
+"""Methods that are always among the rows, beside the unpruned model: a method that does not beat them is not needed."""
 
-UNPRUNED = "unpruned"
 NEAR = 0.01
-"""How far from a budget a schedule of counts may be that is measured at it."""
+"""Largest distance between a schedule of counts and the budget that it is measured at."""
 
 ROUNDS = 3, 25
-"""Of timing, at least and at most."""
+"""Fewest and most timing rounds."""
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class Row:
     Attributes
     ----------
     method
-        As the user names it.
+        The user's text for it.
     keep
-        The budget: visual tokens averaged over the decoder's layers, as a fraction.
+        The budget: visual tokens averaged over the decoder's layers, as a fraction of the unpruned count.
     schedules
-        One, or one a seed for methods that draw at random; None for the unpruned model.
+        One schedule, or one per seed for methods that draw at random; (None,) for the unpruned model.
     """
 
     method: str
@@ -68,19 +68,19 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """How `run` measures.
+class BenchSettings:
+    """How `measure` measures.
 
     Attributes
     ----------
     seed
-        Of the data, of random methods and of the order of timings.
+        Seed of the data, of random methods and of the order of timings.
     batch, max_new_tokens
-        Of answers: samples at once, the longest answer.
+        Samples per batch of answers; most tokens per answer.
     seconds
-        Spent on timing, after 3 rounds at least.
+        Seconds to spend on timing; at least three rounds are run.
     against
-        A method of the rows that all rows of its budget are compared with, as they are with the unpruned model.
+        One of the rows' methods: at each budget all rows are compared with it, as they are with the unpruned model.
     """
 
     seed: int = 0
@@ -91,18 +91,18 @@ class Settings:
 
 
 def plan(
-    model: Any, methods: Sequence[str], keeps: Sequence[float], make: Make, seeds: Sequence[int] = (0,)
+    model: Model, methods: Sequence[str], keeps: Sequence[float], make: Make, seeds: Sequence[int] = (0,)
 ) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The rows of a benchmark, `unpruned` first, then budget by budget; and those that cannot be, with the reason.
+    """The rows of a benchmark, `unpruned` first, then budget by budget; and the impossible ones, each with its reason.
 
     Parameters
     ----------
     methods
-        As `Schedule.solve` takes them; BASELINES are added.
+        Methods in the text form of schedules; BASELINES are added.
     make
         Makes the pruner of a method's name.
     seeds
-        Of methods that draw at random.
+        Seeds of methods that draw at random.
     """
     found, skipped = [Row(UNPRUNED, 1.0, (None,))], []
     for keep in keeps:
@@ -114,8 +114,8 @@ def plan(
     return found, skipped
 
 
-def row(model: Any, method: str, keep: float, make: Make, seeds: Sequence[int]) -> Row:
-    """One method at a budget, as `plan` takes them.
+def row(model: Model, method: str, keep: float, make: Make, seeds: Sequence[int]) -> Row:
+    """One row of `plan`: a method at a budget.
 
     Raises
     ------
@@ -139,7 +139,7 @@ def _fitted(method: str, make: Make, n: int, layers: int, keep: float) -> Schedu
 
 
 def reseeded(schedule: Schedule, seeds: Sequence[int]) -> Iterator[Schedule]:
-    """A schedule with each of several seeds for the stages that draw at random; itself, once, if there are none."""
+    """The schedule once per seed of its stages that draw at random; once as it is, if no stage does."""
     if not any(isinstance(stage.pruner, Random) for stage in schedule.stages):
         yield schedule
         return
@@ -149,7 +149,7 @@ def reseeded(schedule: Schedule, seeds: Sequence[int]) -> Iterator[Schedule]:
 
 
 def _shrunk(schedule: Schedule, rows: int, cols: int) -> Schedule:
-    """A downsampled image has r x c patches: where no such number is the budget's, the next below."""
+    """The schedule with the count of `downsample` lowered to the next rows x columns that images can be resized to."""
     stages = list(schedule.stages)
     if stages and isinstance(stages[0].pruner, Downsample):
         wanted = stages[0].count(rows * cols)
@@ -158,59 +158,59 @@ def _shrunk(schedule: Schedule, rows: int, cols: int) -> Schedule:
     return replace(schedule, stages=stages)
 
 
-def run(
-    model: Any,
-    processor: Any,
+def measure(
+    model: Model,
+    processor: Processor,
     tasks: Sequence[Task],
     rows: Sequence[Row],
     out: Path,
-    settings: Settings | None = None,
+    settings: BenchSettings | None = None,
     done: Callable[[int, str], None] = lambda count, note: None,
-    part: Shard | None = None,
+    shard: Shard | None = None,
 ) -> dict[str, Any]:
-    """Measure all rows: answers first, then, apart from them, time and memory of one prompt.
+    """Measure all rows: first the answers, then, separately, time and memory of one prompt.
 
     Parameters
     ----------
     out
-        Folder of the journals. Called again, what is in them is not repeated, and rows and samples that were added are
-        measured.
+        Folder of the journals. Called again, nothing in them is repeated, and added rows and samples are measured.
     done
-        Hears how many answers there are, of `work(tasks, rows, settings, part)`, and what is being done.
-    part
-        Only give this part of the answers, into a journal of its own. The parts (1, n) to (n, n) may run at once, on
-        several devices, the same one in one process only; a run without `part` then finds their answers in the folder.
+        Called with the number of answers so far, out of `count_answers(tasks, rows, settings, shard)`, and with a note
+        on the current work.
+    shard
+        Only answer this part of the batches, into a journal of its own. Shards (1, n) to (n, n) may run at once, on
+        several devices, but each in one process only; a call without `shard` then finds their answers in the folder.
 
     Returns
     -------
-    The contents of results.json, but for the samples shown; see docs/bench.md. Of a part nothing, {}
+    The contents of results.json without the samples shown, see docs/bench.md; {} for a shard
     """
-    settings = settings or Settings()
+    settings = settings or BenchSettings()
     samples = [sample for task in tasks for sample in task.samples]
     timed = _prompt(samples)
-    bench = Bench(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
+    bench = TimedPrompt(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
     rows, refused = _possible(bench, rows)
     plans: dict[str, Policy] = {}
     for row in rows:
         for schedule in row.schedules:
-            plans[_key(schedule)] = functools.partial(_always, schedule)
+            plans[schedule_key(schedule)] = functools.partial(_constant, schedule)
     said = respond(
         model, processor, samples, plans, out / "answers.jsonl", lambda count: done(count, "answers"),
-        batch=settings.batch, max_new_tokens=settings.max_new_tokens, part=part,
+        batch=settings.batch, max_new_tokens=settings.max_new_tokens, shard=shard,
     )  # fmt: skip
-    if part is not None:
+    if shard is not None:
         return {}
     costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
     sums = {key: _sums(tasks, found) for key, found in said.items()}
     results = []
     for row, cost in zip(rows, costs, strict=True):
-        keys = [_key(schedule) for schedule in row.schedules]
+        keys = [schedule_key(schedule) for schedule in row.schedules]
         averaged = [np.mean(own, axis=0) for own in zip(*(sums[key] for key in keys), strict=True)]
         results.append(_result(model, bench, row, tasks, averaged, [one for key in keys for one in said[key]], cost))
-    _relate(results, tasks, rows, sums, settings.against)
+    _add_comparisons(results, tasks, rows, sums, settings.against)
     size = models.shape(model)
     return {
-        "format": FORMAT,
+        "format": RESULTS_FORMAT,
         "version": codebook.__version__,
         "model": models.identity(model),
         "tokens": size.tokens,
@@ -229,21 +229,21 @@ def run(
     }
 
 
-def work(
-    tasks: Sequence[Task], rows: Sequence[Row], settings: Settings | None = None, part: Shard | None = None
+def count_answers(
+    tasks: Sequence[Task], rows: Sequence[Row], settings: BenchSettings | None = None, shard: Shard | None = None
 ) -> int:
-    """Answers of `run`."""
-    plans = {_key(schedule) for row in rows for schedule in row.schedules}
-    samples, settings = [sample for task in tasks for sample in task.samples], settings or Settings()
-    return len(plans) * sum(len(own) for own in batches(samples, settings.batch, part))
+    """Number of answers that `measure` needs."""
+    plans = {schedule_key(schedule) for row in rows for schedule in row.schedules}
+    samples, settings = [sample for task in tasks for sample in task.samples], settings or BenchSettings()
+    return len(plans) * sum(len(own) for own in batches(samples, settings.batch, shard))
 
 
-def _always(schedule: Schedule | None, asked: object) -> Schedule | None:
+def _constant(schedule: Schedule | None, asked: object) -> Schedule | None:
     return schedule
 
 
-def _key(schedule: Schedule | None) -> str:
-    """A schedule's text, and what its text does not say: which codebook."""
+def schedule_key(schedule: Schedule | None) -> str:
+    """Name of a schedule in journals: its text, and a short hash of the codebook, which the text does not name."""
     if schedule is None:
         return UNPRUNED
     books = [stage.pruner.codebook for stage in schedule.stages if hasattr(stage.pruner, "codebook")]
@@ -251,12 +251,12 @@ def _key(schedule: Schedule | None) -> str:
 
 
 def _prompt(samples: Sequence[Sample]) -> Sample:
-    """What is timed: the first sample with as few images as any."""
+    """The sample that is timed: the first of those with the fewest images."""
     return min(samples, key=lambda sample: len(sample.images))
 
 
-def _possible(bench: Bench, rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Try each row before the long work, and set apart what the model refuses; it warms up, too."""
+def _possible(bench: TimedPrompt, rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows that the model accepts, and those that it refuses, with the reason. Trying each row also warms up."""
     good, refused = [], []
     for row in rows:
         try:
@@ -269,14 +269,14 @@ def _possible(bench: Bench, rows: Sequence[Row]) -> tuple[list[Row], list[dict[s
 
 
 def _costs(
-    bench: Bench, rows: Sequence[Row], out: Path, settings: Settings, note: Callable[[str], None]
+    bench: TimedPrompt, rows: Sequence[Row], out: Path, settings: BenchSettings, note: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Time and memory of each row, every row once a round, in an order of its own: see `timing.interleaved`."""
-    names = [f"{row.name} {_key(row.schedules[0])}" for row in rows]
+    """Time and memory of each row. Every round times all rows once, in an order drawn for that round."""
+    names = [f"{row.name} {schedule_key(row.schedules[0])}" for row in rows]
     device = bench.model.device.type
     about = {"model": models.identity(bench.model), "machine": machine(device), "rows": names, "seed": settings.seed}
     about["prompt"] = int(digest_rows(bench.inputs["input_ids"])[0])
-    # Times of other rows, or of another machine, are no part of this comparison: each has a file of its own.
+    # Times of other rows, or of another machine, must not enter this comparison: each has a file of its own.
     code = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     journal = Journal(out / f"timing-{code}.jsonl", about)
     for i, (row, name) in enumerate(zip(rows, names, strict=True)):
@@ -301,13 +301,13 @@ def _costs(
 
 def _cost(rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str, reference: str) -> dict[str, Any]:
     found: dict[str, Any] = {key: quartiles([one[name][key] for one in rounds]) for key in rounds[0][name]}
-    # Round by round: what slows the machine down for a while slows both.
+    # Ratios within a round: whatever slows the machine down for a while slows both.
     found["speedup"] = quartiles([one[reference]["first_token"] / one[name]["first_token"] for one in rounds])
     return found
 
 
-def _sums(tasks: Sequence[Task], said: Sequence[Said]) -> list[np.ndarray]:
-    """Of each task what `Task.sums` says of one run."""
+def _sums(tasks: Sequence[Task], said: Sequence[Response]) -> list[np.ndarray]:
+    """For each task the sums (`Task.sums`) of one run."""
     found, start = [], 0
     for task in tasks:
         stop = start + len(task.samples)
@@ -317,16 +317,16 @@ def _sums(tasks: Sequence[Task], said: Sequence[Said]) -> list[np.ndarray]:
 
 
 def _result(
-    model: Any,
-    bench: Bench,
+    model: Model,
+    bench: TimedPrompt,
     row: Row,
     tasks: Sequence[Task],
     sums: Sequence[np.ndarray],
-    said: Sequence[Said],
+    said: Sequence[Response],
     cost: dict[str, Any],
 ) -> dict[str, Any]:
     schedule = row.schedules[0]
-    per_layer, keep = _kept(model, schedule, said)
+    per_layer, keep = _kept_per_layer(model, schedule, said)
     scores = {}
     for task, counted in zip(tasks, sums, strict=True):
         own, values = estimate(task.metric, counted), task.metric.values(counted.mean(0))
@@ -341,8 +341,8 @@ def _result(
     }  # fmt: skip
 
 
-def _kept(model: Any, schedule: Schedule | None, said: Sequence[Said]) -> tuple[list[float], float]:
-    """Visual tokens that each layer saw, a mean over the questions; and their mean share of the unpruned ones."""
+def _kept_per_layer(model: Model, schedule: Schedule | None, said: Sequence[Response]) -> tuple[list[float], float]:
+    """Visual tokens per layer, averaged over the questions, and their average share of the unpruned count."""
     layers = models.shape(model).layers
     starts = [0, *(stage.layer for stage in (schedule.stages if schedule else ()))]
     stage_of = [max(i for i, start in enumerate(starts) if start <= layer) for layer in range(layers)]
@@ -353,8 +353,8 @@ def _kept(model: Any, schedule: Schedule | None, said: Sequence[Said]) -> tuple[
     return counts.mean(0).tolist(), float((counts.mean(1) / whole).mean())
 
 
-def _flops(model: Any, bench: Bench, schedule: Schedule | None) -> int:
-    """Of the timed prompt's prefill, its text included, by `Schedule.flops` with the counts that were really kept."""
+def _flops(model: Model, bench: TimedPrompt, schedule: Schedule | None) -> int:
+    """FLOPs of the timed prompt's prefill, its text included: `Schedule.flops` of the counts that were really kept."""
     _, pruning = bench.generate(schedule, 1)
     n = sum(image.count for image in pruning.images)
     stages = [
@@ -365,28 +365,28 @@ def _flops(model: Any, bench: Bench, schedule: Schedule | None) -> int:
     return Schedule(stages).flops(n, layers=size.layers, hidden=size.hidden, intermediate=size.intermediate, text=text)
 
 
-def _relate(
+def _add_comparisons(
     results: list[dict[str, Any]],
     tasks: Sequence[Task],
     rows: Sequence[Row],
     sums: Mapping[str, Sequence[np.ndarray]],
     against: str | None,
 ) -> None:
-    """Add each row's mean over tasks, and its differences from other rows' on the same questions."""
+    """Add to each row its mean over the tasks, and its differences from other rows on the same questions."""
 
     def estimates(schedules: Sequence[Schedule | None]) -> list[Estimate]:
-        runs = zip(*(sums[_key(schedule)] for schedule in schedules), strict=True)
+        runs = zip(*(sums[schedule_key(schedule)] for schedule in schedules), strict=True)
         return [estimate(task.metric, np.mean(own, axis=0)) for task, own in zip(tasks, runs, strict=True)]
 
     def around(value: float, error: float) -> dict[str, Any]:
-        return {"change": value, "change_interval": [value - Z * error, value + Z * error]}
+        return {"change": value, "change_interval": [value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error]}
 
     found = [estimates(row.schedules) for row in rows]
     rivals = {row.keep: own for row, own in zip(rows, found, strict=True) if row.method == against}
     full = mean_of(found[0])[0]
     for result, row, own in zip(results, rows, found, strict=True):
         value, error = mean_of(own)
-        interval = [max(0.0, value - Z * error), min(1.0, value + Z * error)]
+        interval = [max(0.0, value - NORMAL_QUANTILE * error), min(1.0, value + NORMAL_QUANTILE * error)]
         result["mean"] = {"score": value, "interval": interval, "relative": value / full if full else None}
         result["mean"] |= around(*mean_of([a - b for a, b in zip(own, found[0], strict=True)]))
         if len(row.schedules) > 1:
@@ -398,35 +398,35 @@ def _relate(
             result["against"] = around(*mean_of(apart)) | {"tasks": by_task}
 
 
-def shown(tasks: Sequence[Task], count: int) -> list[Sample]:
-    """The first sample of each task, of `count` tasks spread evenly over them all."""
+def samples_to_show(tasks: Sequence[Task], count: int) -> list[Sample]:
+    """The first sample of each of `count` tasks, which are spread evenly over all tasks."""
     count = min(count, len(tasks))
     return [tasks[i * len(tasks) // count].samples[0] for i in range(count)]
 
 
-def look(
-    model: Any,
-    processor: Any,
+def show_rows(
+    model: Model,
+    processor: Processor,
     samples: Sequence[Sample],
     rows: Sequence[Row],
     file: Path | None = None,
     max_new_tokens: int = 32,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[dict[str, Any]]:
-    """Answer a few questions under every row, and see what each kept.
+    """Answer a few questions under every row, and note which tokens each row kept.
 
     Parameters
     ----------
     file
-        Where every answer is kept; called again, the work goes on.
+        Journal of the answers: called again, the work goes on.
     done
-        Hears how many answers there are.
+        Called with the number of answers so far.
 
     Returns
     -------
-    For each sample `task`, `question`, `answer`, `grids` (rows and columns of each image's whole view, or first frame)
-    and `rows`: for each row `method`, `keep`, `text`, `score` (None without a right answer) and `kept`, for each image
-    the raster positions of the tokens in that view which stayed to the end
+    For each sample `task`, `question`, `answer`, `grids` (rows and columns of each image's whole view, or of its first
+    frame) and `rows`: for each row `method`, `keep`, `text`, `score` (None without a right answer) and `kept`: for each
+    image the raster positions of those tokens of that view that were kept to the end
     """
     journal = Journal(file, {"model": models.identity(model), "max_new_tokens": max_new_tokens})
     found, count = [], 0
@@ -435,7 +435,7 @@ def look(
         with remembering(model):
             for row in rows:
                 schedule = row.schedules[0]
-                name = f"{digest([sample])} {_key(schedule)}"
+                name = f"{samples_digest([sample])} {schedule_key(schedule)}"
                 if name not in journal:
                     [said] = ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)
                     seen = [image.view(kept) for image, kept in zip(said.images, said.kept, strict=True)]

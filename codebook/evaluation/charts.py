@@ -14,7 +14,7 @@ MARKS = ("circle", "square", "triangle", "diamond")
 
 @dataclass(frozen=True)
 class Point:
-    """`low` and `high` are of an interval of `y`; `text` is said on hovering."""
+    """One mark: `low` to `high` is the interval of `y`; `text` is shown on hovering."""
 
     x: float
     y: float
@@ -25,6 +25,8 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
+    """Marks of one colour and shape, joined by a line."""
+
     points: Sequence[Point]
     colour: str
     shape: str = "circle"
@@ -33,7 +35,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Axis:
-    """From data, `low` to `high`, to pixels, `start` to `stop`."""
+    """A linear map from data, `low` to `high`, to pixels, `start` to `stop`."""
 
     low: float
     high: float
@@ -45,13 +47,14 @@ class Axis:
 
 
 def tag(name: str, content: str = "", **attributes: object) -> str:
-    """An element; underscores of attributes become hyphens, floats are rounded, `content` is markup already."""
+    """An element. Underscores in attribute names become hyphens, floats are rounded, `content` is markup already."""
     texts = {k.rstrip("_").replace("_", "-"): f"{v:.1f}" if isinstance(v, float) else v for k, v in attributes.items()}
     given = "".join(f' {key}="{escape(str(value))}"' for key, value in texts.items())
     return f"<{name}{given}>{content}</{name}>"
 
 
 def path(points: Sequence[tuple[float, float]]) -> str:
+    """Points as SVG writes them."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
@@ -65,7 +68,7 @@ def ticks(low: float, high: float, count: int = 6) -> list[float]:
 
 
 def mark(shape: str, x: float, y: float, colour: str, text: str = "") -> str:
-    """A point of one of MARKS, which says `text` on hovering."""
+    """A mark of one of the shapes MARKS, which shows `text` on hovering."""
     title = tag("title", escape(text)) if text else ""
     style = {"fill": colour, "stroke": "var(--card)"}
     if shape == "circle":
@@ -79,7 +82,7 @@ def mark(shape: str, x: float, y: float, colour: str, text: str = "") -> str:
 
 
 def frame(x: Axis, y: Axis, percent: bool, counts: tuple[int, int]) -> list[str]:
-    """Grid lines with their numbers; those of the horizontal axis are about `counts[0]`."""
+    """Grid lines with their numbers: about `counts[0]` along the horizontal axis, `counts[1]` along the vertical."""
     parts = []
     for value in ticks(y.low, y.high, counts[1]):
         parts.append(tag("line", class_="grid", x1=x.start, x2=x.stop, y1=y(value), y2=y(value)))
@@ -115,7 +118,7 @@ def scatter(series: Sequence[Series], x_label: str, y_label: str, frontier: Sequ
 
 
 def pareto(points: Sequence[Point]) -> list[Point]:
-    """Those that no other is both left of and above, from left to right."""
+    """The points that no other point beats in both x (smaller) and y (larger), from left to right."""
     best: list[Point] = []
     for point in sorted(points, key=lambda p: (p.x, -p.y)):
         if not best or point.y > best[-1].y:
@@ -124,7 +127,7 @@ def pareto(points: Sequence[Point]) -> list[Point]:
 
 
 def curve(values: Sequence[float], errors: Sequence[float | None], start: int, layer: int, safe: int) -> str:
-    """A loss by layer with its 95% band; the horizon and, dashed, where it is safe to prune."""
+    """Loss by layer with its 95% band; the horizon and, dashed, the layer from which pruning is safe."""
     low = [v - 1.96 * (e or 0) for v, e in zip(values, errors, strict=True)]
     high = [v + 1.96 * (e or 0) for v, e in zip(values, errors, strict=True)]
     last = start + len(values) - 1
@@ -144,7 +147,7 @@ def curve(values: Sequence[float], errors: Sequence[float | None], start: int, l
 
 
 def steps(values: Sequence[float], whole: float) -> str:
-    """Counts layer by layer as bars, a bar 3 pixels wide."""
+    """Counts layer by layer as bars of 3 pixels."""
     height = 22
     bars = [
         tag("rect", x=4 * i, y=height * (1 - v / whole), width=3, height=height * v / whole, fill="var(--c0)")
@@ -155,7 +158,7 @@ def steps(values: Sequence[float], whole: float) -> str:
 
 
 def dropped(kept: Sequence[int], grid: tuple[int, int]) -> str:
-    """The tokens of a grid that are not kept as one path, a token a unit square."""
+    """The tokens of a grid that are not kept, as one path of unit squares."""
     rows, cols = grid
     stays, found = set(kept), []
     for row in range(rows):

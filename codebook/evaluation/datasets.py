@@ -1,4 +1,4 @@
-"""Public data sets from their own files on disk: what `codebook bench --data` names."""
+"""Public data sets, read from their own files on disk."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def load_tasks(
     Raises
     ------
     CodebookError
-        If a file is missing or cannot be read, an answer is, or two data sets have a task of one name.
+        If a file or an answer is missing, a file cannot be read, or two data sets have a task of the same name.
     """
     tasks: dict[str, Task] = {}
     for name in names:

@@ -1,4 +1,4 @@
-"""What an answer costs under a schedule: seconds by phase, peak memory, KV cache."""
+"""Cost of an answer under a schedule: seconds by phase, peak memory, KV cache."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 from transformers.generation.streamers import BaseStreamer
 
 from codebook import models
+from codebook.models.base import Model
 from codebook.pruning import Pruner, Schedule, VisualTokens
 
-TOKENS = 8
-"""Generated after the first one, whose mean time is that of decoding a token."""
+DECODED_TOKENS = 8
+"""Tokens generated after the first one; their mean time is the time per decoded token."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -30,7 +31,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Clock:
-    """Seconds by phase. Of nested phases only the innermost runs; the device is waited for at each border."""
+    """Seconds by phase. Only the innermost of nested phases runs; the device is synchronized at each border."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -62,8 +63,8 @@ class Clock:
             self.leave()
 
     @contextlib.contextmanager
-    def watching(self, model: Any) -> Iterator[None]:
-        """`vision` is tower and projector, `prefill` the decoder's layers, as long as this context lasts."""
+    def watching(self, model: Model) -> Iterator[None]:
+        """A context that times the phases `vision` (tower and projector) and `prefill` (the decoder)."""
         family = models.family(model)
         parts = [("vision", family.tower(model)), ("vision", family.projector(model)), ("prefill", model.get_decoder())]
         with contextlib.ExitStack() as undo:
@@ -79,7 +80,7 @@ class Clock:
         self.leave()
 
     def timed(self, schedule: Schedule) -> Schedule:
-        """The same schedule, whose pruners' work is the phase `selector`."""
+        """The same schedule, with the work of its pruners timed as the phase `selector`."""
         return replace(schedule, stages=[replace(s, pruner=_Timed(s.pruner, self)) for s in schedule.stages])
 
 
@@ -103,20 +104,20 @@ class _Timed(Pruner):
 
 
 @dataclass(frozen=True)
-class Bench:
-    """One prompt, to be answered under many schedules."""
+class TimedPrompt:
+    """One prompt whose answers are timed, under any schedule."""
 
-    model: Any
+    model: Model
     inputs: Any
 
     def generate(self, schedule: Schedule | None, tokens: int, **options: Any) -> Any:
-        """Greedy, `tokens` tokens whatever the model says."""
+        """Generate exactly `tokens` tokens, greedily; the output of `generate` and the pruning context."""
         with torch.inference_mode(), (schedule or Schedule([]))(self.model) as pruning:
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
             return self.model.generate(**self.inputs, **length, **options), pruning
 
     def seconds(self, schedule: Schedule | None) -> dict[str, float]:
-        """From pixels to the first token, for each token after it, and the first token's phases (in another run).
+        """Time to the first token, time per token after it, and, from a second run, the phases of the first token.
 
         Returns
         -------
@@ -125,7 +126,7 @@ class Bench:
         device, stamps = self.model.device, _Stamps()
         synchronize(device)
         start = time.perf_counter()
-        self.generate(schedule, 1 + TOKENS, streamer=stamps)
+        self.generate(schedule, 1 + DECODED_TOKENS, streamer=stamps)
         clock = Clock(device)
         with clock.watching(self.model):
             self.generate(clock.timed(schedule or Schedule([])), 1)
@@ -136,7 +137,7 @@ class Bench:
         }
 
     def memory(self, schedule: Schedule | None) -> dict[str, int]:
-        """Bytes at most allocated beyond the weights on the way to the first token, and in the KV cache after it."""
+        """Peak bytes beyond the weights up to the first token, and bytes of the KV cache after it."""
         kept: list[Any] = []
         peak = peak_bytes(self.model.device, lambda: kept.append(self._cache(schedule)))
         return {"peak_memory": peak, "kv_cache": kept[0]}
@@ -148,13 +149,13 @@ class Bench:
 
 
 class _Stamps(BaseStreamer):
-    """When each token came."""
+    """Time at which each token was generated."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
         self._prompt = True
 
-    def put(self, value: Tensor) -> None:  # on the CPU: whatever made it is done
+    def put(self, value: Tensor) -> None:  # on the CPU already, so its computation is done
         if not self._prompt:
             self.times.append(time.perf_counter())
         self._prompt = False
@@ -163,7 +164,7 @@ class _Stamps(BaseStreamer):
 
 
 def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
-    """The most memory that tensors made by `work` hold at once: as CUDA's allocator says, counted elsewhere."""
+    """Most bytes held at once by tensors that `work` makes: by CUDA's allocator, else counted storage by storage."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -176,7 +177,7 @@ def peak_bytes(device: torch.device, work: Callable[[], Any]) -> int:
 
 
 class _Storages(TorchDispatchMode):
-    """Counts the bytes of storages that operators return, until they are freed."""
+    """Counter of the bytes of storages that operators return, until they are freed."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""What the answers to a task are worth, and how sure that is.
+"""Metrics of the answers to a task, and their confidence intervals.
 
-Every metric is a smooth function of sums over groups of samples, those that show the same image. So one rule gives
-every confidence interval, that of a difference between two methods too: the delta method on group means. Methods are
-compared on the same groups, and what makes a group hard for both does not widen the interval of their difference.
+Every metric is a smooth function of sums over groups of samples, where a group shows one image. So one rule gives every
+confidence interval, also that of a difference between two methods: the delta method on group means. Methods are
+compared on the same groups, so a group that is hard for both does not widen the interval of their difference.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ import numpy as np
 
 from codebook.inference.samples import Sample
 
-Z = 1.96
-"""Of a 95% interval."""
+NORMAL_QUANTILE = 1.96
+"""Standard normal quantile of a 95% interval."""
 
 
 @dataclass(frozen=True)
 class Metric:
-    """How the answers to a task are counted.
+    """A rule that scores the answers to a task.
 
     Attributes
     ----------
     names
-        Of its values, all from 0 to 1; the first is what tables show.
+        Names of its values, which are all from 0 to 1; tables show the first.
     count
-        Sums of one group, from its samples and the predictions.
+        Computes the sums of one group from its samples and the predictions.
     values
-        (..., sums) to (..., names).
+        Computes the values (..., names) from sums (..., sums).
     """
 
     names: tuple[str, ...]
@@ -40,14 +40,14 @@ class Metric:
 
 @dataclass(frozen=True)
 class Task:
-    """Samples that one number is reported for."""
+    """Samples that are reported together, as one number."""
 
     name: str
     samples: list[Sample]
     metric: Metric
 
     def groups(self) -> list[list[int]]:
-        """Rows of samples that show the same image, and so are no independent draws."""
+        """Rows of samples by image: questions about one image are no independent draws."""
         found: dict[Hashable, list[int]] = {}
         for row, sample in enumerate(self.samples):
             first = sample.images[0] if sample.images else None
@@ -55,14 +55,14 @@ class Task:
         return list(found.values())
 
     def sums(self, texts: Sequence[str]) -> np.ndarray:
-        """(groups, sums) of the predictions; those of several runs, as of seeds, may be averaged."""
+        """(groups, sums) float64 of the predictions; the sums of several runs, such as seeds, may be averaged."""
         groups = [([self.samples[row] for row in rows], [texts[row] for row in rows]) for rows in self.groups()]
         return np.array([self.metric.count(*group) for group in groups], dtype=float)
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value and what each group moves it by, from which follows how sure it is."""
+    """A value with its uncertainty: `influence` (groups,) is what each group contributes to its deviation."""
 
     value: float
     influence: np.ndarray
@@ -75,24 +75,25 @@ class Estimate:
 
     @property
     def interval(self) -> list[float]:
-        """95%, by Wilson's formula with the number of independent samples that would have this error.
+        """95% interval, by Wilson's formula with the number of independent samples that would have this error.
 
-        So it stays between 0 and 1, and where all answers are right, or none, it is not empty.
+        So it stays between 0 and 1, and is not empty where all answers are right or all are wrong.
         """
         value, n = min(max(self.value, 0.0), 1.0), float(len(self.influence))
         if self.error and 0 < value < 1:
             n = value * (1 - value) / self.error**2
-        centre, scale = (value + Z**2 / (2 * n)) / (1 + Z**2 / n), Z / (1 + Z**2 / n)
-        half = scale * (value * (1 - value) / n + Z**2 / (4 * n**2)) ** 0.5
+        z = NORMAL_QUANTILE
+        centre, scale = (value + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n)
+        half = scale * (value * (1 - value) / n + z**2 / (4 * n**2)) ** 0.5
         return [max(0.0, centre - half), min(1.0, centre + half)]
 
     def __sub__(self, other: Estimate) -> Estimate:
-        """Of the same groups: the difference."""
+        """The paired difference of two estimates over the same groups."""
         return Estimate(self.value - other.value, self.influence - other.influence)
 
 
 def estimate(metric: Metric, sums: np.ndarray) -> Estimate:
-    """The metric's first value from the sums (groups, sums) of its groups."""
+    """The metric's first value, from the sums (groups, sums) of its groups."""
     mean = sums.mean(0)
 
     def first(at: np.ndarray) -> float:
@@ -104,12 +105,12 @@ def estimate(metric: Metric, sums: np.ndarray) -> Estimate:
 
 
 def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """Mean over tasks, each weighing the same, and its standard error."""
+    """Mean over the tasks, all weighing the same, and its standard error."""
     errors = [one.error for one in estimates]
     return float(np.mean([one.value for one in estimates])), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
 
 
-def _share(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
+def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     return np.divide(part, whole, out=np.zeros_like(part, dtype=float), where=np.abs(whole) > 1e-12)
 
 
@@ -117,7 +118,7 @@ def _scores(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
     return [sum(s.score(text) for s, text in zip(samples, texts, strict=True)), float(len(samples))]
 
 
-ACCURACY = Metric(("accuracy",), _scores, lambda sums: _share(sums[..., :1], sums[..., 1:2]))
+ACCURACY = Metric(("accuracy",), _scores, lambda sums: _ratio(sums[..., :1], sums[..., 1:2]))
 """Mean of the samples' own scores."""
 
 
@@ -134,21 +135,21 @@ def _confusion(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
     return sums
 
 
-def _pope(sums: np.ndarray) -> np.ndarray:
+def _pope_values(sums: np.ndarray) -> np.ndarray:
     hit, missed, false, right = np.moveaxis(sums, -1, 0)
     return np.stack(
         [
-            _share(2 * hit, 2 * hit + missed + false),
-            _share(hit + right, hit + missed + false + right),
-            _share(hit, hit + false),
-            _share(hit, hit + missed),
+            _ratio(2 * hit, 2 * hit + missed + false),
+            _ratio(hit + right, hit + missed + false + right),
+            _ratio(hit, hit + false),
+            _ratio(hit, hit + missed),
         ],
         axis=-1,
     )
 
 
-POPE = Metric(("f1", "accuracy", "precision", "recall"), _confusion, _pope)
-"""Of "yes" (arXiv 2305.10355)."""
+POPE = Metric(("f1", "accuracy", "precision", "recall"), _confusion, _pope_values)
+"""F1 of the answer "yes" (arXiv 2305.10355)."""
 
 
 def yes_or_no(prediction: str, answers: Sequence[str]) -> float:
@@ -163,11 +164,11 @@ def _pairs(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
     return [sum(scores), float(len(scores)), float(all(scores)), 1.0]
 
 
-def _mme(sums: np.ndarray) -> np.ndarray:
-    single, both = _share(sums[..., 0], sums[..., 1]), _share(sums[..., 2], sums[..., 3])
+def _mme_values(sums: np.ndarray) -> np.ndarray:
+    single, both = _ratio(sums[..., 0], sums[..., 1]), _ratio(sums[..., 2], sums[..., 3])
     return np.stack([(single + both) / 2, single, both], axis=-1)
 
 
-MME = Metric(("score", "accuracy", "accuracy_plus"), _pairs, _mme)
-"""A category: accuracy, and accuracy+ of images with both questions right; their sum in percent is the official score,
-of 200, so `score` is half of it (arXiv 2306.13394)."""
+MME = Metric(("score", "accuracy", "accuracy_plus"), _pairs, _mme_values)
+"""Accuracy over a category's questions, and accuracy+, the share of its images with both questions right. The official
+score is their sum in percent, 200 at most; `score` is half of it, from 0 to 1 (arXiv 2306.13394)."""

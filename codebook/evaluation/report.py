@@ -16,7 +16,7 @@ from codebook.evaluation.bench import BASELINES, UNPRUNED
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
 
 THUMBNAIL = 336
-"""Longest side of a picture in the report, pixels."""
+"""Longest side of a picture in the report, in pixels."""
 HUES = 8
 Results = Mapping[str, Any]
 
@@ -29,11 +29,11 @@ def html(
     Parameters
     ----------
     results
-        What results.json holds.
+        Contents of results.json.
     pictures
-        Of each of its `samples`.
+        For each of its `samples` the pictures.
     horizon
-        What a horizon.json holds.
+        Contents of a horizon.json.
     """
     rows, keeps = results["rows"], results["keeps"]
     styles = _styles([row["method"] for row in rows])
@@ -53,7 +53,7 @@ def html(
         title=f"Visual-token pruning of {results['name']}", r=results, keeps=keeps, middle=len(keeps) // 2, facts=facts,
         samples=sum(task["samples"] for task in results["tasks"].values()),
         rounds=rows[0]["cost"]["first_token"]["rounds"],
-        legend=[{"method": m, "mark": Markup(_key(style))} for m, style in styles.items()],
+        legend=[{"method": m, "mark": Markup(_legend_mark(style))} for m, style in styles.items()],
         frontier=Markup(scatter(series, "time to first token, share of the unpruned model's", "accuracy, %",
                                 pareto([point for own in series for point in own.points]))),
         budgets=Markup(scatter([_series(rows, method, styles[method], "kept") for method in styles],
@@ -72,7 +72,7 @@ def _name(row: Mapping[str, Any]) -> str:
 
 
 def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and a shape for each method; grey for what others must beat."""
+    """A colour and a shape for each method; the baselines are grey."""
     styles: dict[str, tuple[str, str]] = {}
     grey = 0
     for method in dict.fromkeys(methods):
@@ -84,7 +84,7 @@ def _styles(methods: Sequence[str]) -> dict[str, tuple[str, str]]:
     return dict(sorted(styles.items(), key=lambda item: list(methods).index(item[0])))
 
 
-def _key(style: tuple[str, str]) -> str:
+def _legend_mark(style: tuple[str, str]) -> str:
     line = tag("line", x1=0, x2=30, y1=6, y2=6, stroke=style[0])
     return tag("svg", line + mark(style[1], 15, 6, style[0]), viewBox="0 0 30 12")
 
@@ -110,7 +110,7 @@ COSTS = (
 
 
 def _ranked(rows: Sequence[Mapping[str, Any]], keep: float) -> list[Mapping[str, Any]]:
-    """The rows of a budget, the best first."""
+    """The rows at a budget, the best first."""
     own = [row for row in rows if row["keep"] == keep and row["method"] != UNPRUNED]
     return sorted(own, key=lambda row: -row["mean"]["score"])
 
@@ -121,8 +121,8 @@ def _tables(results: Results) -> list[dict[str, Any]]:
         own = _ranked(rows, keep)
         ranges = {task: _range([row["tasks"][task]["score"] for row in [rows[0], *own]]) for task in tasks}
         best = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
-        quality = [_row(row, _quality(row, changes, ranges, best, row in own[:1])) for row in [rows[0], *own]]
-        cost = [_row(row, _spent(row)) for row in [rows[0], *own]]
+        quality = [_table_row(row, _quality(row, changes, ranges, best, row in own[:1])) for row in [rows[0], *own]]
+        cost = [_table_row(row, _spent(row)) for row in [rows[0], *own]]
         columns, note = ["mean", *changes, *tasks], _ahead(results, own)
         tables.append({"title": f"keep {keep:g}: accuracy, %", "columns": columns, "rows": quality, "note": note})
         tables.append({"title": f"keep {keep:g}: cost", "columns": COSTS, "rows": cost})
@@ -130,11 +130,11 @@ def _tables(results: Results) -> list[dict[str, Any]]:
 
 
 def _range(scores: Sequence[float]) -> tuple[float, float]:
-    """What is shaded from nothing to full: at least ten points, or noise would look like a difference."""
+    """Scores at which shading is empty and full: ten points apart at least, or noise would look like a difference."""
     return min(min(scores), max(scores) - 0.1), max(scores)
 
 
-def _row(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
+def _table_row(row: Mapping[str, Any], cells: list[dict[str, Any]]) -> dict[str, Any]:
     return {"method": row["method"], "schedule": row["schedule"], "base": row["method"] in BASELINES, "cells": cells}
 
 
@@ -161,20 +161,20 @@ def _quality(
 
 
 def _changes(results: Results) -> dict[str, str]:
-    """The columns of differences, and where a row has them."""
+    """The columns of differences: title, and the key that a row has them under."""
     rival = results.get("against")
     return {"against full": "mean"} | ({} if rival is None else {f"against {rival}": "against"})
 
 
 def _change(row: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """A row's difference in percent and half of its interval; empty where it would be from itself."""
+    """A row's difference in percent and half of its interval; empty for the row that others are compared with."""
     if row["method"] == UNPRUNED or key not in row:
         return "", ""
     return f"{100 * row[key]['change']:+.1f}", f"± {_half(row[key]['change_interval']):.1f}"
 
 
 def _ahead(results: Results, rows: Sequence[Mapping[str, Any]]) -> str:
-    """Which rows are above the one that they are compared with, beyond the interval, and in which tasks."""
+    """A sentence that names the rows above the one they are compared with, beyond the interval, and the tasks."""
     rival, found = results.get("against"), []
     for row in rows:
         tasks = row["against"]["tasks"] if "against" in row else {}
@@ -235,12 +235,12 @@ def _look(i: int, one: Mapping[str, Any], pictures: Sequence[Image.Image], keeps
 
 
 def _tiny(picture: Image.Image) -> bool:
-    """Drawn rather than photographed, mostly: shown pixel by pixel."""
+    """Whether a picture is small, and so more likely drawn than photographed: it is shown pixel by pixel."""
     return max(picture.size) <= THUMBNAIL // 2
 
 
 def data_uri(picture: Image.Image) -> str:
-    """A picture, made small, as part of a page."""
+    """A picture, scaled down, as a data URI."""
     small, out = picture.convert("RGB"), io.BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     kind = "PNG" if _tiny(picture) else "JPEG"
@@ -249,7 +249,7 @@ def data_uri(picture: Image.Image) -> str:
 
 
 def markdown(results: Results) -> str:
-    """The tables: percent with 95% intervals, one table a budget, the best first; then what each row costs."""
+    """The tables, one pair per budget: accuracy in percent with 95% intervals, the best row first; then the costs."""
     rows, tasks, changes, lines = results["rows"], list(results["tasks"]), _changes(results), []
     for keep in results["keeps"]:
         own = [rows[0], *_ranked(rows, keep)]
@@ -284,5 +284,5 @@ def _line(name: str, cells: Sequence[str]) -> str:
 
 
 def _half(interval: Sequence[float]) -> float:
-    """Half its width, in percent."""
+    """Half the interval's width, in percent."""
     return 50 * (interval[1] - interval[0])

@@ -1,4 +1,4 @@
-"""How generated answers are scored, by the rules of the data sets they belong to."""
+"""Scores of generated answers, by the rules of the data sets that they belong to."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ they're they've 'twas wasn't we've weren't what'll what're what's what've when's
 who's who've why'll why're why's won't would've wouldn't y'all you'd you'll you're you've
 """
 CONTRACTIONS = {word.replace("'", ""): word for word in _SHORTENED.split()}
-"""Of the official evaluation, less those of two apostrophes; words such as "were" and "its" are words of their own."""
+"""Contractions of the official evaluation without an apostrophe, and with it. Contractions of two apostrophes are left
+out, and so are words in their own right, such as "were" and "its"."""
 
 
-@lru_cache(maxsize=2**16)  # people agree
+@lru_cache(maxsize=2**16)  # most people give the same few answers
 def normalised(text: str) -> str:
-    """An answer as the official VQA evaluation compares it: no articles, punctuation, or digits in words.
+    """An answer as the official VQA evaluation compares it: without articles and punctuation, numbers as digits.
 
-    Punctuation between two characters becomes a space, unless the text has it beside a space, or a comma in a number;
-    points stay in decimals (https://visualqa.org/evaluation.html).
+    A punctuation mark becomes a space; it is deleted instead if the text has it beside a space, or has a comma in a
+    number. Points stay in decimals (https://visualqa.org/evaluation.html).
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     commas = re.search(r"\d,\d", text) is not None
@@ -39,10 +40,10 @@ def normalised(text: str) -> str:
 
 
 def vqa(prediction: str, answers: Sequence[str]) -> float:
-    """Soft accuracy: of each choice of all people but one, a third for each who agrees, at most 1; their mean.
+    """Soft accuracy: a third for each person who gave the answer, at most 1.
 
-    With ten people that is min(1, 0.3 n) of n who agree (https://visualqa.org/evaluation.html; TextVQA and VizWiz use
-    the same).
+    It is averaged over leaving each person out in turn. With ten people of whom n agree that is min(1, 0.3 n)
+    (https://visualqa.org/evaluation.html; TextVQA and VizWiz use the same).
     """
     said, given = normalised(prediction), [normalised(answer) for answer in answers]
     if len(given) == 1:
@@ -52,7 +53,7 @@ def vqa(prediction: str, answers: Sequence[str]) -> float:
 
 
 def same(prediction: str, answers: Sequence[str]) -> float:
-    """1 if one of the answers is given, case, articles and punctuation aside."""
+    """1 if the prediction is one of the answers, up to case, articles and punctuation."""
     return float(normalised(prediction) in map(normalised, answers))
 
 
@@ -63,14 +64,15 @@ def letter(prediction: str, answers: Sequence[str]) -> float:
 
 
 def numbers(text: str) -> list[float]:
+    """All numbers in a text, in order."""
     return [float(x) for x in re.findall(r"\d+(?:\.\d+)?|\.\d+", text)]
 
 
 def box_overlap(prediction: str, answers: Sequence[str]) -> float:
     """1 if intersection over union with the right box is at least 0.5.
 
-    A prediction is the first four numbers: left, top, right, bottom as fractions of the image's sides, as the answer
-    is; or, where one is above 1, as thousandths of them (Qwen2-VL, Qwen3-VL and InternVL say so).
+    The prediction's first four numbers are its box: left, top, right, bottom, as fractions of the image's sides like
+    the answer; or, if one of them is above 1, as thousandths (Qwen2-VL, Qwen3-VL and InternVL answer so).
     """
     said, right = numbers(prediction)[:4], numbers(answers[0])
     if len(said) < 4:

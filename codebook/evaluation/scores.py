@@ -1,23 +1,23 @@
-"""Answers to questions with known answers, in several ways side by side, and their scores."""
+"""Scores of a model's answers to questions with known answers, under one schedule or several policies."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from codebook.inference.respond import Policy, Said, respond
+from codebook.inference.respond import Policy, Response, respond
 from codebook.inference.samples import Sample
+from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
 Scores = dict[str, list[float]]
-"""For each task the scores of its samples, 0 to 1."""
+"""For each task the scores of its samples, from 0 to 1."""
 
 
 def compare(
-    model: Any,
-    processor: Any,
+    model: Model,
+    processor: Processor,
     samples: Sequence[Sample],
     plans: Mapping[str, Policy],
     file: Path | None = None,
@@ -25,22 +25,22 @@ def compare(
     *,
     blind: bool = False,
 ) -> dict[str, Scores]:
-    """The scores of what `respond` gives."""
+    """The scores of the answers that `respond` gives, for each policy."""
     said = respond(model, processor, samples, plans, file, done, blind=blind)
     return {name: scored(samples, own) for name, own in said.items()}
 
 
-def scored(samples: Sequence[Sample], said: Sequence[Said]) -> Scores:
-    """The scores of what was said to the samples."""
+def scored(samples: Sequence[Sample], said: Sequence[Response]) -> Scores:
+    """The scores of the responses to the samples, by task."""
     scores: Scores = {}
     for sample, one in zip(samples, said, strict=True):
         scores.setdefault(sample.task, []).append(sample.score(one.text))
     return scores
 
 
-def score(
-    model: Any,
-    processor: Any,
+def evaluate(
+    model: Model,
+    processor: Processor,
     samples: Sequence[Sample],
     schedule: Schedule | None = None,
     done: Callable[[int], None] = lambda count: None,
@@ -68,8 +68,8 @@ def standard_error(scores: Scores) -> float:
     return float(sum(variances) ** 0.5 / len(variances))
 
 
-def table(rows: Mapping[str, Scores]) -> str:
-    """As Markdown: percent, a row a way of answering, a column a task; the mean with its standard error."""
+def accuracy_table(rows: Mapping[str, Scores]) -> str:
+    """A Markdown table in percent: one row per policy, one column per task, and the mean with its standard error."""
     tasks = next(iter(rows.values()))
     lines = [f"| | {' | '.join(tasks)} | mean |", f"|---|{'---|' * (len(tasks) + 1)}"]
     for name, scores in rows.items():

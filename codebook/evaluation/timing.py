@@ -1,4 +1,4 @@
-"""Timing side by side: every task once a round, so that whatever else the machine does falls on all of them."""
+"""Timing side by side: every round runs all tasks once, so other load on the machine falls on all of them alike."""
 
 import platform
 import statistics
@@ -11,7 +11,7 @@ import torch
 
 
 def interleaved(tasks: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, list[float]]:
-    """Seconds of each task in each round, after a warm-up: from 3 to 25 rounds, as many as start in `seconds`."""
+    """Seconds of each task in each round, after a warm-up: 3 to 25 rounds, as many as can start within `seconds`."""
     times: dict[str, list[float]] = {name: [] for name in tasks}
     for task in tasks.values():
         _time(task, device)
@@ -33,11 +33,13 @@ def _time(task: Callable[[], Any], device: str) -> float:
 
 
 def quartiles(values: list[float]) -> dict[str, float]:
+    """First quartile `q1`, `median` and third quartile `q3`, and how many `rounds` they are from."""
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return {"q1": first, "median": median, "q3": third, "rounds": len(values)}
 
 
 def machine(device: str) -> dict[str, Any]:
+    """Name of the processor or GPU, number of threads, and version of torch."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:

@@ -1,29 +1,33 @@
-"""Asking a model about images, pruned or not: what `codebook prune` and the demo run."""
+"""Asking a model about images, pruned or not."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from PIL import Image as Picture
 
 from codebook.inference.prompts import Prompts, prepare
 from codebook.models import Image
+from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and for each of its question's images what was kept.
+    """An answer, and which visual tokens were kept for it.
 
     Attributes
     ----------
+    text
+        The answer, without special tokens.
     kept
-        The visual tokens kept to the end, by places in the image.
+        For each image of the question the visual tokens kept to the end, as indices into the image's tokens.
+    images
+        For each image where its tokens are and how they are laid out.
     counts
-        How many there were, and were left after each stage.
+        For each image its number of visual tokens, then the number left after each stage.
     """
 
     text: str
@@ -33,8 +37,8 @@ class Answer:
 
 
 def ask(
-    model: Any,
-    processor: Any,
+    model: Model,
+    processor: Processor,
     images: Sequence[Sequence[Picture.Image]],
     questions: Sequence[str],
     schedule: Schedule | None = None,
@@ -49,27 +53,30 @@ def ask(
     questions
         In plain words: the model's own chat template is applied.
     schedule
-        None leaves the model as it is.
+        What to prune; None leaves the model as it is.
+    max_new_tokens
+        Most tokens per answer.
 
     Returns
     -------
-    list[Answer], one a question
+    One Answer per question, in their order
     """
-    return answer(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
+    return answer_prompts(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
 
 
-def answer(
-    model: Any, processor: Any, prompts: Prompts, schedule: Schedule | None = None, max_new_tokens: int = 32
+def answer_prompts(
+    model: Model, processor: Processor, prompts: Prompts, schedule: Schedule | None = None, max_new_tokens: int = 32
 ) -> list[Answer]:
     """Answer prepared prompts greedily under a schedule; None leaves the model as it is."""
     with torch.inference_mode(), (schedule or Schedule([]))(model) as pruning:
         out = model.generate(**prompts.inputs, max_new_tokens=max_new_tokens, do_sample=False)
-    words = processor.batch_decode(out[:, prompts.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    found = iter(zip(pruning.images, pruning.kept, strict=True))
+    texts = processor.batch_decode(out[:, prompts.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Pruning lists the images of the whole batch, prompt by prompt.
+    every_image = iter(zip(pruning.images, pruning.kept, strict=True))
     answers = []
-    for text, count in zip(words, prompts.images, strict=True):
-        own = [next(found) for _ in range(count)]
-        kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in own]
-        counts = [[image.count, *map(len, stages)] for image, stages in own]
-        answers.append(Answer(text.strip(), kept, [image for image, _ in own], counts))
+    for text, count in zip(texts, prompts.images, strict=True):
+        shown = [next(every_image) for _ in range(count)]
+        kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in shown]
+        counts = [[image.count, *map(len, stages)] for image, stages in shown]
+        answers.append(Answer(text.strip(), kept, [image for image, _ in shown], counts))
     return answers

@@ -1,4 +1,4 @@
-"""Pictures for people: which visual tokens were kept."""
+"""Pictures of which visual tokens were kept."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from PIL import Image, ImageDraw, ImageFont
 
 SIZE = 576
-"""Least side of an overlay in pixels: small images are enlarged so that single tokens can be seen."""
+"""Shortest side of an overlay in pixels: smaller images are enlarged, so that single tokens can be seen."""
 
 
 def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> Image.Image:
@@ -22,7 +22,7 @@ def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> I
     grid
         Rows and columns of visual tokens.
     """
-    plain, shown = _drawn(image, kept, grid)
+    plain, shown = _enlarge(image, kept, grid)
     width, height = plain.size
     both = Image.new("RGB", (2 * width + 16, height), "white")
     both.paste(plain, (0, 0))
@@ -31,12 +31,12 @@ def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> I
 
 
 Way = tuple[str, str, Iterable[int]]
-"""A heading, words, and the raster positions of the kept tokens."""
+"""One way of answering: a heading, the answer, and the raster positions of the kept tokens."""
 
 
 def comparison(image: Image.Image, ways: Sequence[Way], grid: tuple[int, int]) -> Image.Image:
-    """What each of several ways kept of the image, with two lines of words below each."""
-    drawn = [(heading, words, _drawn(image, kept, grid)) for heading, words, kept in ways]
+    """The tokens that each of several ways kept of the image, side by side, with two lines of text below each."""
+    drawn = [(heading, words, _enlarge(image, kept, grid)) for heading, words, kept in ways]
     width, height = drawn[0][2][0].size
     columns = min(len(drawn), max(2, round((len(drawn) * 1.6) ** 0.5)))
     lines, gap, font = 56, 16, ImageFont.load_default(20)
@@ -54,12 +54,12 @@ def comparison(image: Image.Image, ways: Sequence[Way], grid: tuple[int, int]) -
 
 
 def maps(ways: Sequence[Way], grid: tuple[int, int], width: int, marks: str = "■·") -> str:
-    """The same as characters, one a token, as many side by side as `width` columns hold.
+    """The same in characters, one per token, as many maps side by side as fit into `width` columns.
 
     Parameters
     ----------
     marks
-        Of a kept token and of a dropped one.
+        Two characters: for a kept token and for a dropped one.
     """
     rows, cols = grid
     column = max(cols, *(len(heading) for heading, _, _ in ways)) + 3
@@ -76,8 +76,8 @@ def maps(ways: Sequence[Way], grid: tuple[int, int], width: int, marks: str = "�
     return "\n".join(lines).rstrip()
 
 
-def _drawn(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
-    """The image enlarged, plain and with what was dropped darkened."""
+def _enlarge(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> tuple[Image.Image, Image.Image]:
+    """The enlarged image twice: as it is, and with the dropped tokens darkened."""
     scale = max(1, -(-SIZE // min(image.size)))
     # Whole patches in whole pixels, so that frames line up.
     width, height = (max(1, round(side * scale / n)) * n for side, n in zip(image.size, grid[::-1], strict=True))

@@ -1,4 +1,4 @@
-"""Answers of a model to many samples in several ways, kept in a journal."""
+"""Answers of a model to many samples under several policies, kept in a journal."""
 
 from __future__ import annotations
 
@@ -9,119 +9,122 @@ from pathlib import Path
 from typing import Any
 
 from codebook import models
-from codebook.inference.ask import answer
+from codebook.inference.ask import answer_prompts
 from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare
-from codebook.inference.samples import Sample, digest
+from codebook.inference.samples import Sample, samples_digest
+from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
 
-BATCH = 32
-
+BATCH_SIZE = 32
+"""Samples per batch of answers."""
 
 Policy = Callable[[Sequence[Sample]], Schedule | None]
 """The schedule for a batch of samples; None leaves the model as it is."""
 
+Shard = tuple[int, int]
+"""(i, n): the i-th of n equal parts of the batches, counted from 1."""
+
 
 @dataclass(frozen=True)
-class Said:
-    """What a model answered to one sample.
+class Response:
+    """The answer of a model to one sample.
 
     Attributes
     ----------
     text
+        The answer.
     counts
-        Visual tokens of all its images, unpruned and after each stage.
+        Visual tokens of all the sample's images together: unpruned, then after each stage.
     """
 
     text: str
     counts: list[int]
 
 
-Shard = tuple[int, int]
-"""(i, n): the i-th of n parts of the work, counted from 1."""
-
-
 def respond(
-    model: Any,
-    processor: Any,
+    model: Model,
+    processor: Processor,
     samples: Sequence[Sample],
-    plans: Mapping[str, Policy],
+    policies: Mapping[str, Policy],
     file: Path | None = None,
     done: Callable[[int], None] = lambda count: None,
     *,
     blind: bool = False,
-    batch: int = BATCH,
+    batch: int = BATCH_SIZE,
     max_new_tokens: int = 32,
-    part: Shard | None = None,
-) -> dict[str, list[Said]]:
-    """Answer the same questions in several ways, encoding each image once where the family's tower allows it.
+    shard: Shard | None = None,
+) -> dict[str, list[Response]]:
+    """Answer the same questions under several policies, encoding each image once where the family's tower allows it.
 
     Parameters
     ----------
-    plans
-        The ways. In a file they are known by their names: another way needs another name.
+    policies
+        By name. The journal knows a policy by its name only: another policy needs another name.
     file
-        Where every finished batch is kept; called again, the work goes on, with further plans or samples if there are
-        some. A file of another model is refused. What parts have kept beside it is not answered again.
+        Journal of the finished batches: called again, the work goes on, also with more policies or samples. A file of
+        another model is refused. Batches that other shards have journalled beside it are not answered again.
     done
-        Hears how many answers there are, of all plans.
+        Called with the number of answers so far, over all policies.
     blind
-        Leave the images out of the prompts: what the questions alone give away.
+        Leave the images out of the prompts, to see what the questions alone give away.
     batch, max_new_tokens
-        Samples of a batch; the longest answer.
-    part
-        Answer only these of the batches, into a file of the part's own: several processes share the work, each with
-        its part, and a call without `part` then finds all answers.
+        Samples per batch; most tokens per answer.
+    shard
+        Answer only these of the batches, into a journal of the shard's own: several processes share the work, and a
+        call without `shard` then finds all answers.
 
     Returns
     -------
-    For each plan what was said to each sample, in the samples' order; of a part nothing, {}
+    For each policy one Response per sample, in the samples' order; {} for a shard
     """
     about = {"model": models.identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
-    journal = _journal(file, about, part)
-    answered, own, keys = 0, batches(samples, batch, part), []
-    for rows in own:
+    journal = _open_journal(file, about, shard)
+    answered, own_batches, keys = 0, batches(samples, batch, shard), []
+    for rows in own_batches:
         group = [samples[row] for row in rows]
-        keys.append(key := digest(group))
-        todo = {name: plan for name, plan in plans.items() if f"{name} #{key}" not in journal}
-        done(answered := answered + len(group) * (len(plans) - len(todo)))
+        keys.append(key := samples_digest(group))
+        todo = {name: policy for name, policy in policies.items() if f"{name} #{key}" not in journal}
+        done(answered := answered + len(group) * (len(policies) - len(todo)))
         if todo:
             images = [() if blind else sample.pictures() for sample in group]
             prompts = prepare(model, processor, images, [sample.question for sample in group])
             with remembering(model):
-                for name, plan in todo.items():
-                    found = answer(model, processor, prompts, plan(group), max_new_tokens)
-                    values = [[one.text, list(map(sum, zip(*one.counts, strict=True)))] for one in found]
+                for name, policy in todo.items():
+                    answers = answer_prompts(model, processor, prompts, policy(group), max_new_tokens)
+                    # A sample's counts are the sums over its images, stage by stage.
+                    values = [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in answers]
                     journal.add(f"{name} #{key}", values)
                     done(answered := answered + len(group))
-    if part is not None:
+    if shard is not None:
         return {}
-    said: dict[str, dict[int, Said]] = {name: {} for name in plans}
-    for rows, key in zip(own, keys, strict=True):
-        for name in plans:
-            said[name] |= {row: Said(*value) for row, value in zip(rows, journal[f"{name} #{key}"], strict=True)}
-    return {name: [found[row] for row in range(len(samples))] for name, found in said.items()}
+    responses: dict[str, dict[int, Response]] = {name: {} for name in policies}
+    for rows, key in zip(own_batches, keys, strict=True):
+        for name in policies:
+            values = journal[f"{name} #{key}"]
+            responses[name] |= {row: Response(*value) for row, value in zip(rows, values, strict=True)}
+    return {name: [by_row[row] for row in range(len(samples))] for name, by_row in responses.items()}
 
 
-def _journal(file: Path | None, about: dict[str, Any], part: Shard | None) -> Journal:
-    """The file's, or its part's, with what all others beside it hold."""
+def _open_journal(file: Path | None, about: dict[str, Any], shard: Shard | None) -> Journal:
+    """The journal of a file, or of its shard, which also knows the records of all others beside it."""
     if file is None:
         return Journal(None, about)
-    own = file if part is None else file.with_stem(f"{file.stem}-{part[0]}-of-{part[1]}")
+    own = file if shard is None else file.with_stem(f"{file.stem}-{shard[0]}-of-{shard[1]}")
     every = {*file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"), *([file] if file.exists() else [])}
     return Journal(own, about, sorted(every - {own}))
 
 
-def remembering(model: Any) -> contextlib.AbstractContextManager[None]:
-    """`codebook.remember`, or nothing where the family's tower takes all images in one row."""
+def remembering(model: Model) -> contextlib.AbstractContextManager[None]:
+    """`codebook.remember`, or an empty context where the family's tower takes all images in one row."""
     return remember(model) if models.family(model).tower_rows else contextlib.nullcontext()
 
 
-def batches(samples: Sequence[Sample], size: int = BATCH, part: Shard | None = None) -> list[list[int]]:
-    """Batches of one task and one number of images: little padding, and answers of about one length."""
+def batches(samples: Sequence[Sample], size: int = BATCH_SIZE, shard: Shard | None = None) -> list[list[int]]:
+    """Rows of the samples, in batches of one task and one number of images: little padding, answers of like length."""
     groups: dict[str, dict[int, list[int]]] = {}
     for row, sample in enumerate(samples):
         groups.setdefault(sample.task, {}).setdefault(len(sample.images), []).append(row)
-    alike = [rows for own in groups.values() for _, rows in sorted(own.items())]
-    found = [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
-    return found if part is None else found[part[0] - 1 :: part[1]]
+    alike = [rows for by_images in groups.values() for _, rows in sorted(by_images.items())]
+    cut = [rows[start : start + size] for rows in alike for start in range(0, len(rows), size)]
+    return cut if shard is None else cut[shard[0] - 1 :: shard[1]]

@@ -1,4 +1,4 @@
-"""Samples to analyse a model with: pictures, a question, and where it is known the answer."""
+"""Samples: pictures, a question and, where it is known, the answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from codebook.errors import CodebookError
 from codebook.store.pictures import read_image, read_video
 
 Scorer = Callable[[str, Sequence[str]], float]
-"""How right a prediction is, 0 to 1, given the right answers."""
+"""Scores a prediction from 0 (wrong) to 1 (right), given all right answers."""
 
 
 def same_words(prediction: str, answers: Sequence[str]) -> float:
@@ -25,22 +25,22 @@ def same_words(prediction: str, answers: Sequence[str]) -> float:
 
 @dataclass(frozen=True)
 class Sample:
-    """One question.
+    """One question about images.
 
     Attributes
     ----------
     images
-        Its pictures, or the paths that they are read from when they are needed.
+        The pictures, or the paths that they are read from when they are needed.
     question, answer
-        In plain words; an answer of None means that the unpruned model's own one stands for it.
+        In plain words; an answer of None stands for the unpruned model's own.
     task
-        What results are grouped by.
+        Name that results are grouped by.
     scorer
         Scores a generated answer.
     answers
         All right answers where there are several; annotators may repeat each other.
     patches
-        Of each image the visual tokens that the answer needs, where that is known.
+        For each image the visual tokens that the answer needs, where they are known.
     """
 
     images: tuple[Picture.Image | Path, ...] = field(repr=False)
@@ -52,48 +52,51 @@ class Sample:
     patches: tuple[list[int], ...] = field(default=(), repr=False)
 
     def pictures(self) -> list[Picture.Image]:
+        """The images, read from disk where they are paths."""
         return [read_image(image) if isinstance(image, Path) else image for image in self.images]
 
     def score(self, prediction: str) -> float:
-        """How right a generated answer is, 0 to 1."""
+        """Score of a generated answer, from 0 (wrong) to 1 (right)."""
         assert self.answer is not None
         return self.scorer(prediction, self.answers or (self.answer,))
 
     def answered(self, answer: str) -> Sample:
+        """The same sample with this one right answer."""
         return replace(self, answer=answer, answers=())
 
 
 def read_samples(source: Path) -> list[Sample]:
     """The samples of a JSONL file of {"image" or "images" or "video", "question", "answer" or "answers", "task"}.
 
-    Paths are relative to the file; answers and `task` may be missing. Every line and every picture is checked first.
-    Frames of a video are images of the sample, as `codebook.store.pictures.read_video` gives them.
+    Paths are relative to the file; answers and `task` may be missing. Every line is checked, and every picture is
+    looked for, before anything else is done. The frames of a video become the images of its sample
+    (`codebook.store.pictures.read_video`).
 
     Raises
     ------
     CodebookError
-        Naming the line that is wrong, or the picture.
+        If a line is wrong or a picture is missing; the message names it.
     """
     try:
         lines = source.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise CodebookError(f"cannot read {source}: {error}; give a JSONL file or `miniature`") from None
-    samples = [_sample(source, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    samples = [_parse_line(source, i, line) for i, line in enumerate(lines, 1) if line.strip()]
     if not samples:
-        raise CodebookError(f"{source} holds no samples: {FORMAT}")
+        raise CodebookError(f"{source} holds no samples: {LINE_FORMAT}")
     for path in {image for sample in samples for image in sample.images if isinstance(image, Path)}:
         if not path.is_file():
             raise CodebookError(f"{source} names an image that is missing: {path}")
     return samples
 
 
-FORMAT = (
+LINE_FORMAT = (
     'write lines of {"image": "file.png", "question": "...", "answer": "...", "task": "..."}, the last two optional; '
     '"images" and "answers" are lists, "video" is a folder of frames or an animated picture'
 )
 
 
-def _sample(source: Path, number: int, line: str) -> Sample:
+def _parse_line(source: Path, number: int, line: str) -> Sample:
     try:
         record = json.loads(line)
         shown = (
@@ -106,7 +109,7 @@ def _sample(source: Path, number: int, line: str) -> Sample:
     except (ValueError, KeyError, TypeError, AttributeError):
         good = False
     if not good:
-        raise CodebookError(f"{source}, line {number}: {FORMAT}")
+        raise CodebookError(f"{source}, line {number}: {LINE_FORMAT}")
     question, task = texts
     paths = tuple(source.parent / name for name in shown)
     images = read_video(paths[0]) if "video" in record else paths
@@ -116,7 +119,7 @@ def _sample(source: Path, number: int, line: str) -> Sample:
 
 
 def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """The same samples in an order in which every stretch has all tasks in about equal numbers."""
+    """The same samples, shuffled and interleaved: any stretch of them has each task in about its share of the whole."""
     tasks: dict[str, list[Sample]] = {}
     for sample in samples:
         tasks.setdefault(sample.task, []).append(sample)
@@ -127,8 +130,8 @@ def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     return [sample for _, _, sample in sorted(placed, key=lambda item: item[:2])]
 
 
-def digest(samples: Sequence[Sample]) -> str:
-    """Tells one list of samples from another."""
+def samples_digest(samples: Sequence[Sample]) -> str:
+    """A short hash that identifies a list of samples."""
     hashed = hashlib.sha256()
     for sample in samples:
         hashed.update(json.dumps([sample.question, sample.answer, sample.task]).encode())

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.inference.ask import answer
+from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import prepare
 from codebook.pruning.plan import DEFAULT, DTYPES, Plan
 from codebook.store.pictures import read_video
 
 
 def manifest() -> ModelManifest:
-    """What the entry point `lmms_eval.models` announces."""
+    """The model's entry for lmms-eval, found by its entry point `lmms_eval.models`."""
     return ModelManifest(model_id="codebook", simple_class_path=f"{__name__}.PrunedModel")
 
 
@@ -36,11 +36,11 @@ class PrunedModel(lmms):
     Parameters
     ----------
     pretrained
-        As `codebook.load` takes it.
+        Name of the model, as for `codebook.load`.
     schedule, keep, positions, codebook, seed
-        As for `codebook prune`; `unpruned` is a schedule too.
+        Options of the same names of `codebook prune`; `unpruned` is a schedule too.
     device, dtype, batch_size
-        Where, in which precision (such as bfloat16), and how many questions at once.
+        Device of the model, its precision (such as bfloat16), and questions per batch.
 
     Raises
     ------
@@ -87,7 +87,7 @@ class PrunedModel(lmms):
         pictures, questions = [task.pictures() for task in tasks], [task.question for task in tasks]
         prompts = prepare(self.model, self.processor, pictures, questions)
         options = tasks[0].generation
-        found = answer(self.model, self.processor, prompts, self.schedule, options.get("max_new_tokens", 1024))
+        found = answer_prompts(self.model, self.processor, prompts, self.schedule, options.get("max_new_tokens", 1024))
         stops = options.get("until") or []
         return [_cut(one.text, [stops] if isinstance(stops, str) else stops) for one in found]
 
@@ -99,14 +99,14 @@ class PrunedModel(lmms):
 
 
 class _Task:
-    """One request: its question, its generation settings and, read when needed, its pictures."""
+    """One request: its question, its generation settings, and its pictures, which are read when they are needed."""
 
     def __init__(
         self, docs: Any, context: str, generation: dict[str, Any], show: Any, doc_id: int, task: str, split: str
     ) -> None:
         self.question = context.replace("<image>", "").strip()
         self.generation = generation
-        self.kind = task, json.dumps(generation, sort_keys=True)  # what can be in one batch
+        self.kind = task, json.dumps(generation, sort_keys=True)  # requests of one kind can share a batch
         self._show = lambda: show(docs[task][split][doc_id])
 
     def pictures(self) -> list[Image.Image]:

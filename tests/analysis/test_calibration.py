@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from codebook.analysis import calibrate
-from codebook.analysis import likelihood as answers
-from codebook.analysis.calibration import _Run, _survivors, candidates, work
+from codebook.analysis import calibrate, likelihood
+from codebook.analysis.calibration import _Search, _survivors, candidate_schedules, most_answers
 from codebook.errors import CodebookError
 from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare_samples
@@ -34,30 +33,30 @@ def samples(model, processor):
 
 
 def test_candidates_share_one_budget(model):
-    plain, found = candidates(model, "random", 0.25, at=[3, 5])
+    plain, found = candidate_schedules(model, "random", 0.25, at=[3, 5])
     assert str(plain) == "random:36" and plain.budget(N, LAYERS) == 0.25
     # 36 * 6 = 216 = 3 * (48 + 24) = 3 * 72, and 3 * (57 + 14) = 213: 58 and a quarter of it would be 73, rounded.
     assert {"random:48, random@3:24", "random:57, random@3:14", "random:72, drop@3"} <= {str(s) for s in found}
     assert all(0.24 < s.budget(N, LAYERS) <= 0.25 for s in found)
     assert len({str(s) for s in found}) == len(found) == 10
-    assert not any("drop" in str(s) for s in candidates(model, "random", 0.25, drop=False)[1])
+    assert not any("drop" in str(s) for s in candidate_schedules(model, "random", 0.25, drop=False)[1])
 
 
 def test_candidates_behind_a_first_stage_in_the_decoder(model):
-    plain, found = candidates(model, "fastv@2", 0.5)
+    plain, found = candidate_schedules(model, "fastv@2", 0.5)
     assert [stage.layer for stage in plain.stages] == [2]
     assert {tuple(stage.layer for stage in s.stages) for s in found} == {(2, 3), (2, 4), (2, 5)}
-    assert candidates(model, "random", 1.0)[1] == []  # all tokens stay: nothing to give up
+    assert candidate_schedules(model, "random", 1.0)[1] == []  # all tokens stay: nothing to give up
     with pytest.raises(CodebookError, match="layers 3 to 5"):
-        candidates(model, "fastv@2", 0.5, at=[2])
+        candidate_schedules(model, "fastv@2", 0.5, at=[2])
     for method in ("vtw", "random+drop", "random:1.0, random@3:0.5"):
         with pytest.raises(CodebookError, match="one method alone"):
-            candidates(model, method, 0.5)
+            candidate_schedules(model, method, 0.5)
 
 
 def test_candidates_have_the_settings_of_their_method(model):
-    plain, found = candidates(model, "random; spread=0.2; positions=compact", 0.25, at=[3])
-    bare, alike = candidates(model, "random", 0.25, at=[3])
+    plain, found = candidate_schedules(model, "random; spread=0.2; positions=compact", 0.25, at=[3])
+    bare, alike = candidate_schedules(model, "random", 0.25, at=[3])
     assert [s.stages for s in found] == [s.stages for s in alike] and plain.stages == bare.stages
     assert all(s.spread == 0.2 and s.positions == "compact" for s in (plain, *found))
 
@@ -67,7 +66,7 @@ def test_candidates_have_the_settings_of_their_method(model):
 ], ids=str)  # fmt: skip
 def test_probabilities_are_those_of_generation(model, processor, samples, schedule):
     """Answers of different lengths in one batch, against the steps of generate."""
-    group = [samples[i] for i in answers.groups(processor, samples, range(len(samples)), 3)[0]]
+    group = [samples[i] for i in likelihood.equal_lengths(processor, samples, range(len(samples)), 3)[0]]
     assert len(group) == 3
     inputs = prepare_samples(model, processor, group).inputs
     with schedule(model), torch.no_grad():
@@ -77,23 +76,23 @@ def test_probabilities_are_those_of_generation(model, processor, samples, schedu
         )  # fmt: skip
     ids = out.sequences[:, inputs["input_ids"].shape[1] :]
     p = torch.stack(out.logits, 1).softmax(-1).gather(-1, ids[..., None])[..., 0]
-    [batch] = answers.load(model, processor, group)
+    [batch] = likelihood.answer_batches(model, processor, group)
     known = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]).bool()
-    ours = answers.probabilities(model, replace(batch, answers=ids.where(known, 0), known=known), schedule)
+    ours = likelihood.probabilities(model, replace(batch, answers=ids.where(known, 0), known=known), schedule)
     assert torch.allclose(ours, p * known, atol=1e-5)
-    means = answers.values(model, replace(batch, answers=ids.where(known, 0), known=known), schedule)
+    means = likelihood.mean_probabilities(model, replace(batch, answers=ids.where(known, 0), known=known), schedule)
     assert means == pytest.approx([float(p[0].mean()), float(p[1, :2].mean()), float(p[2, 0])], abs=1e-5)
 
 
 def test_tokens_behind_the_horizon_are_spent_before_it(model, processor, samples, tmp_path):
     """Behind the layers that read, tokens are worth nothing: the budget of the blind half doubles the first."""
-    plain, found = candidates(model, "random", 0.125, at=range(READS, LAYERS))
+    plain, found = candidate_schedules(model, "random", 0.125, at=range(READS, LAYERS))
     assert str(plain) == "random:18"
     seen = []
     result = calibrate(model, processor, samples, plain, found, seed=1, done=seen.append)
     assert result.confirmed and result.gain > 1.645 * result.error > 0
     assert str(result.schedule) == f"random:36, drop@{READS}"
-    assert seen == sorted(seen) and seen[-1] == work(len(found), samples)
+    assert seen == sorted(seen) and seen[-1] == most_answers(len(found), samples)
     assert [len(means) for means in result.rounds] == [
         1 + len(found),
         1 + _survivors(len(found), 1),
@@ -106,19 +105,19 @@ def test_tokens_behind_the_horizon_are_spent_before_it(model, processor, samples
 def test_of_known_values_the_best_is_found(model, processor, samples, monkeypatch):
     """What a sample is worth is known: its tokens in the layers that read. Dropping them behind those doubles it."""
     worth = lambda m, batch, s: [sum(s.counts(N, LAYERS)[:READS]) / 1000] * len(batch.answers)  # noqa: E731
-    monkeypatch.setattr(answers, "values", worth)
-    monkeypatch.setattr(_Run, "generate", lambda self, schedule, rows: 1.0)
-    plain, found = candidates(model, "random", 0.25, at=range(READS, LAYERS))
+    monkeypatch.setattr(likelihood, "mean_probabilities", worth)
+    monkeypatch.setattr(_Search, "generate", lambda self, schedule, rows: 1.0)
+    plain, found = candidate_schedules(model, "random", 0.25, at=range(READS, LAYERS))
     result = calibrate(model, processor, samples, plain, found)
     assert str(result.schedule) == f"random:72, drop@{READS}" and result.gain == pytest.approx((72 - 36) * READS / 1000)
 
 
 def test_another_first_stage_can_win(model, processor, samples, monkeypatch):
     likes = lambda m, batch, s: [float(isinstance(s.stages[0].pruner, DivPrune))] * len(batch.answers)  # noqa: E731
-    monkeypatch.setattr(answers, "values", likes)
-    monkeypatch.setattr(_Run, "generate", lambda self, schedule, rows: 1.0)
-    plain, found = candidates(model, "random", 0.25, at=[READS])
-    other, deeper = candidates(model, "divprune", 0.25, at=[READS])
+    monkeypatch.setattr(likelihood, "mean_probabilities", likes)
+    monkeypatch.setattr(_Search, "generate", lambda self, schedule, rows: 1.0)
+    plain, found = candidate_schedules(model, "random", 0.25, at=[READS])
+    other, deeper = candidate_schedules(model, "divprune", 0.25, at=[READS])
     result = calibrate(model, processor, samples, plain, [*found, other, *deeper])
     assert result.schedule in (other, *deeper) and result.gain == 1
 
@@ -134,15 +133,15 @@ def test_noise_is_not_mistaken_for_a_gain(model, processor, samples):
 
 
 def test_what_scores_worse_when_generated_is_refused(model, processor, samples, monkeypatch):
-    plain, found = candidates(model, "random", 0.25, at=[READS])
-    monkeypatch.setattr(_Run, "generate", lambda self, schedule, rows: float(schedule is plain))
+    plain, found = candidate_schedules(model, "random", 0.25, at=[READS])
+    monkeypatch.setattr(_Search, "generate", lambda self, schedule, rows: float(schedule is plain))
     result = calibrate(model, processor, samples, plain, found)
     assert result.gain > 1.645 * result.error and result.schedule is plain and result.scores == (1, 0)
 
 
 def test_unlabelled_samples_are_answered_by_the_unpruned_model(model, processor, samples, monkeypatch):
     unlabelled = [Sample(s.images, s.question, None, s.task) for s in samples[:14]]
-    run = _Run(model, processor, unlabelled, Journal(None, {}), lambda count: None)
+    run = _Search(model, processor, unlabelled, Journal(None, {}), lambda count: None)
     said = iter(range(14))
     monkeypatch.setattr(
         "codebook.analysis.calibration.ask", lambda *args: [_Said("" if i == 2 else f"red {i}") for i in said]
@@ -157,7 +156,7 @@ class _Said:
 
 
 def test_a_search_goes_on_where_it_was(model, processor, samples, tmp_path, monkeypatch):
-    plain, found = candidates(model, "random", 0.25, at=[2])
+    plain, found = candidate_schedules(model, "random", 0.25, at=[2])
     samples = samples[:18]
     whole = calibrate(model, processor, samples, plain, found)
     file, calls = tmp_path / "search.jsonl", []
@@ -168,8 +167,10 @@ def test_a_search_goes_on_where_it_was(model, processor, samples, tmp_path, monk
 
     with pytest.raises(KeyboardInterrupt):
         calibrate(model, processor, samples, plain, found, file=file, done=stop)
-    values = answers.values
-    monkeypatch.setattr(answers, "values", lambda m, batch, s: calls.append(len(batch.answers)) or values(m, batch, s))
+    values = likelihood.mean_probabilities
+    monkeypatch.setattr(
+        likelihood, "mean_probabilities", lambda m, batch, s: calls.append(len(batch.answers)) or values(m, batch, s)
+    )
     again = calibrate(model, processor, samples, plain, found, file=file)
     assert (str(again.schedule), again.gain, again.rounds) == (str(whole.schedule), whole.gain, whole.rounds)
     first = sum(calls)
@@ -191,12 +192,12 @@ def test_halving():
     assert [_survivors(1, i) for i in range(4)] == [1, 1, 1, 1] and _survivors(0, 1) == 0
     # 24 samples, 8 to search with: 27, 9 and 3 candidates beside the plain one, with 2, 2 and 4 of them; then
     # the other 16 under two schedules, by probability and by generation.
-    assert work(27, [Sample((), "q", "a")] * 24) == 28 * 2 + 10 * 2 + 4 * 4 + 4 * 16
+    assert most_answers(27, [Sample((), "q", "a")] * 24) == 28 * 2 + 10 * 2 + 4 * 4 + 4 * 16
 
 
 def test_paired_differences_by_task():
     """By hand: task a has differences 0.1 and 0.3, mean 0.2, variance 0.02; task b has one, 0.4."""
-    run = _Run(None, None, [Sample((), "", "x", task) for task in "aab"], Journal(None, {}), lambda count: None)
+    run = _Search(None, None, [Sample((), "", "x", task) for task in "aab"], Journal(None, {}), lambda count: None)
     one, other = Schedule([Stage(0, 1, Random())]), Schedule([Stage(0, 2, Random())])
     run.values = {str(one): {0: 0.5, 1: 0.9, 2: 0.8}, str(other): {0: 0.4, 1: 0.6, 2: 0.4}}
     assert run.difference(one, other, range(3)) == pytest.approx((0.3, np.sqrt(0.02 / 2) / 2))

@@ -67,7 +67,7 @@ def test_every_stretch_of_mixed_samples_has_all_tasks():
     assert sorted(order, key=repr) == sorted(samples, key=repr)
     assert [sum(s.task == "a" for s in order[i : i + 3]) for i in range(0, 12, 3)] == [2, 2, 2, 2]
     assert order == data.mixed(samples, seed=3) != data.mixed(samples, seed=4)
-    assert data.digest(order) != data.digest(samples)
+    assert data.samples_digest(order) != data.samples_digest(samples)
 
 
 def test_samples_of_the_miniature_are_scored_its_way():

@@ -8,7 +8,7 @@ import torch
 
 from codebook import miniature
 from codebook.analysis import Sweep, horizons, plot, sweep
-from codebook.analysis.horizon import _runs, first_safe, table
+from codebook.analysis.horizon import _runs, first_safe, horizon_table
 from codebook.errors import CodebookError
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample
@@ -47,7 +47,7 @@ def test_a_hand_made_sweep():
     assert (b.layer, b.interval, b.safe, b.early, b.gains) == (2, (2, 2), 3, [], [3])
     assert (mean.layer, mean.samples, mean.full) == (3, 4, 1.0)
     assert mean.loss == pytest.approx([1, 0.4, 0.2, -0.05]) and mean.error == [0, 0, 0, 0]
-    shown = table(found, 4)
+    shown = horizon_table(found, 4)
     assert "a: not monotone, the loss is small at layer 1 too" in shown
     assert "b: removing all visual tokens helps at layer 3" in shown and "no layer is safe for every task" in shown
 
@@ -138,7 +138,7 @@ def test_a_sweep_goes_on_where_it_was(model, processor, samples, tmp_path):
 
 def test_the_curve_is_drawn(tmp_path):
     full, pruned = np.ones(3), np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 0.5]])
-    plot.draw(horizons(Sweep(["a", "a", "b"], full, pruned)), 0, "probability", tmp_path / "curve.png")
+    plot.draw_horizons(horizons(Sweep(["a", "a", "b"], full, pruned)), 0, "probability", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
 
 

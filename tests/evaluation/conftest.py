@@ -8,6 +8,6 @@ from codebook.evaluation import bench, latency
 @pytest.fixture(scope="package", autouse=True)
 def hurry():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(latency, "TOKENS", 2)
+        patch.setattr(latency, "DECODED_TOKENS", 2)
         patch.setattr(bench, "ROUNDS", (2, 2))
         yield

@@ -32,7 +32,7 @@ def loaded():
     return model, processor, tasks, rows, skipped
 
 
-SETTINGS = bench.Settings(seconds=0, against="uniform")
+SETTINGS = bench.BenchSettings(seconds=0, against="uniform")
 
 
 @pytest.fixture(scope="module")
@@ -42,19 +42,19 @@ def measured(loaded, tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
 
     def stop(count, note):
-        if count >= bench.work(tasks, rows) // 2:
+        if count >= bench.count_answers(tasks, rows) // 2:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench.run(model, processor, tasks, rows, folder, SETTINGS, stop)
+        bench.measure(model, processor, tasks, rows, folder, SETTINGS, stop)
     file = folder / "answers.jsonl"
     before = file.read_text()
     file.write_text(before + '{"name": "half')
-    results = bench.run(model, processor, tasks, rows, folder, SETTINGS)
+    results = bench.measure(model, processor, tasks, rows, folder, SETTINGS)
     assert file.read_text().startswith(before)  # nothing of the first half was done again
     assert len(file.read_text().splitlines()) == 1 + 2 * sum(len(row.schedules) for row in rows)
-    samples = bench.shown(tasks, 2)
-    looks = bench.look(model, processor, samples, rows, folder / "samples.jsonl")
+    samples = bench.samples_to_show(tasks, 2)
+    looks = bench.show_rows(model, processor, samples, rows, folder / "samples.jsonl")
     whole = {"name": "miniature", "data": ["miniature"], "keeps": KEEPS, **results, "samples": looks}
     return json.loads(json.dumps(whole | {"skipped": skipped + whole["skipped"]})), samples, folder
 
@@ -62,24 +62,24 @@ def measured(loaded, tmp_path_factory):
 def test_parts_make_the_whole(loaded, measured, tmp_path, monkeypatch):
     """Two parts, one of which was stopped, answer each question once; the run then has only to time."""
     model, processor, tasks, rows, _ = loaded
-    settings = bench.Settings(batch=2, seconds=0)
-    totals = [bench.work(tasks, rows, settings, part) for part in ((1, 3), (2, 3), (3, 3))]
-    assert sum(totals) == bench.work(tasks, rows) and totals[0] == 2 * totals[1] == 2 * totals[2]
+    settings = bench.BenchSettings(batch=2, seconds=0)
+    totals = [bench.count_answers(tasks, rows, settings, part) for part in ((1, 3), (2, 3), (3, 3))]
+    assert sum(totals) == bench.count_answers(tasks, rows) and totals[0] == 2 * totals[1] == 2 * totals[2]
 
     def stop(count, note):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        bench.run(model, processor, tasks, rows, tmp_path, settings, stop, (1, 2))
+        bench.measure(model, processor, tasks, rows, tmp_path, settings, stop, (1, 2))
     heard = []
     for part in ((1, 2), (2, 2)):
-        bench.run(model, processor, tasks, rows, tmp_path, settings, lambda n, note: heard.append(n), part)
-        assert heard[-1] == bench.work(tasks, rows, settings, part)
+        bench.measure(model, processor, tasks, rows, tmp_path, settings, lambda n, note: heard.append(n), part)
+        assert heard[-1] == bench.count_answers(tasks, rows, settings, part)
     files = [tmp_path / f"answers-{i}-of-2.jsonl" for i in (1, 2)]
     names = [json.loads(line)["name"] for file in files for line in file.read_text().splitlines()[1:]]
     assert len(set(names)) == len(names) == 4 * sum(len(row.schedules) for row in rows)
-    monkeypatch.setattr("codebook.inference.respond.answer", None)  # nothing is left to answer
-    results = bench.run(model, processor, tasks, rows, tmp_path, settings)
+    monkeypatch.setattr("codebook.inference.respond.answer_prompts", None)  # nothing is left to answer
+    results = bench.measure(model, processor, tasks, rows, tmp_path, settings)
     for ours, theirs in zip(results["rows"], measured[0]["rows"], strict=True):
         assert (ours["tasks"], ours["kept"]) == (theirs["tasks"], theirs["kept"])
 
@@ -108,22 +108,22 @@ def test_a_schedule_of_counts_is_measured_at_its_own_budget(loaded):
 
 def test_a_run_that_was_stopped_has_the_numbers_of_one_that_was_not(loaded, measured, tmp_path):
     model, processor, tasks, rows, _ = loaded
-    whole = bench.run(model, processor, tasks, rows, tmp_path, SETTINGS)
+    whole = bench.measure(model, processor, tasks, rows, tmp_path, SETTINGS)
     for ours, theirs in zip(measured[0]["rows"], json.loads(json.dumps(whole))["rows"], strict=True):
         assert all(ours[key] == theirs[key] for key in ("schedule", "kept", "tasks", "mean"))
     # Again: nothing is answered, timed or written anew.
     files = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    again = bench.run(model, processor, tasks, rows, tmp_path, SETTINGS)
+    again = bench.measure(model, processor, tasks, rows, tmp_path, SETTINGS)
     assert again == whole and files == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
 
 def test_scores_are_those_of_asking_one_way_after_the_other(loaded, measured):
-    from codebook.evaluation import score
+    from codebook.evaluation import evaluate
 
     model, processor, tasks, rows, _ = loaded
     samples = [sample for task in tasks for sample in task.samples]
     for i in (0, 1):
-        own = score(model, processor, samples, rows[i].schedules[0])
+        own = evaluate(model, processor, samples, rows[i].schedules[0])
         found = {task: one["score"] for task, one in measured[0]["rows"][i]["tasks"].items()}
         assert found == pytest.approx({task: np.mean(values) for task, values in own.items()})
     row = measured[0]["rows"][4]
@@ -131,11 +131,11 @@ def test_scores_are_those_of_asking_one_way_after_the_other(loaded, measured):
 
 
 def test_rows_are_compared_with_the_one_asked_for_on_the_same_questions(loaded, measured):
-    from codebook.evaluation import score
+    from codebook.evaluation import evaluate
 
     model, processor, tasks, rows, _ = loaded
     samples = [sample for task in tasks for sample in task.samples]
-    ours, theirs = (score(model, processor, samples, rows[i].schedules[0]) for i in (1, 3))  # codebook, uniform
+    ours, theirs = (evaluate(model, processor, samples, rows[i].schedules[0]) for i in (1, 3))  # codebook, uniform
     apart = {task: np.subtract(ours[task], theirs[task]) for task in ours}
     assert any(own.any() for own in apart.values())
     found = measured[0]["rows"][1]["against"]
@@ -197,7 +197,7 @@ def test_peak_memory_counts_what_is_alive_at_once():
 def test_a_timed_schedule_answers_alike(loaded):
     model, processor, tasks, rows, _ = loaded
     sample = tasks[0].samples[0]
-    one = latency.Bench(model, prepare(model, processor, [sample.pictures()], [sample.question]).inputs)
+    one = latency.TimedPrompt(model, prepare(model, processor, [sample.pictures()], [sample.question]).inputs)
     for row in rows[1:]:
         schedule = row.schedules[0]
         plain, pruning = one.generate(schedule, 4)
@@ -301,27 +301,27 @@ def test_what_is_shown_is_what_pruning_keeps(loaded, measured):
 def test_a_longer_run_asks_only_what_is_new(loaded, tmp_path, monkeypatch):
     """Four questions of each of two tasks after three of one, in batches of two: one batch is the same."""
     model, processor, _, rows, _ = loaded
-    rows, settings, asked = [rows[0], rows[3]], bench.Settings(batch=2, seconds=0), []
+    rows, settings, asked = [rows[0], rows[3]], bench.BenchSettings(batch=2, seconds=0), []
 
-    def noted(model, processor, prompts, *args, own=respond.answer):
+    def noted(model, processor, prompts, *args, own=respond.answer_prompts):
         asked.append(prompts.inputs["input_ids"].shape[0])
         return own(model, processor, prompts, *args)
 
-    monkeypatch.setattr(respond, "answer", noted)
+    monkeypatch.setattr(respond, "answer_prompts", noted)
     kinds = ["miniature:exist", "miniature:ocr"]
     short, long = load_data(kinds[:1], 3), load_data(kinds, 4)
-    bench.run(model, processor, short, rows, tmp_path, settings)
+    bench.measure(model, processor, short, rows, tmp_path, settings)
     assert asked == [2, 2, 1, 1]
-    found = bench.run(model, processor, long, rows, tmp_path, settings)
+    found = bench.measure(model, processor, long, rows, tmp_path, settings)
     assert asked == [2, 2, 1, 1] + 2 * 3 * [2]
-    anew = bench.run(model, processor, long, rows, tmp_path / "anew", settings)
+    anew = bench.measure(model, processor, long, rows, tmp_path / "anew", settings)
     assert [row["tasks"] for row in found["rows"]] == [row["tasks"] for row in anew["rows"]]
 
 
 def test_a_journal_of_another_kind_of_answers_is_refused(loaded, measured):
     model, processor, tasks, rows, _ = loaded
     with pytest.raises(CodebookError, match="another max_new_tokens: choose another file, or delete it"):
-        bench.run(model, processor, tasks, rows, measured[2], bench.Settings(seconds=0, max_new_tokens=3))
+        bench.measure(model, processor, tasks, rows, measured[2], bench.BenchSettings(seconds=0, max_new_tokens=3))
 
 
 def test_pictures_of_a_comparison():

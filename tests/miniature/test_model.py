@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codebook.errors import CodebookError
-from codebook.evaluation import mean, score
+from codebook.evaluation import evaluate, mean
 from codebook.miniature import FAMILIES, FOLDER, load, model, packing, prompt, tasks
 from codebook.miniature.samples import of_miniature
 from codebook.miniature.train import Recipe, Run, train
@@ -183,8 +183,8 @@ class TestShipped:
     def test_it_answers_from_the_image(self):
         built, processor = load()
         questions = of_miniature("test", 0, 20)
-        assert mean(score(built, processor, questions)) > 0.65
-        assert mean(score(built, processor, questions, blind=True)) < 0.35
+        assert mean(evaluate(built, processor, questions)) > 0.65
+        assert mean(evaluate(built, processor, questions, blind=True)) < 0.35
 
 
 def test_importing_the_package_does_not_import_torch():

@@ -3,7 +3,7 @@
 import pytest
 
 from codebook import Schedule, load
-from codebook.evaluation import mean, score
+from codebook.evaluation import evaluate, mean
 from codebook.miniature import tasks
 from codebook.miniature.samples import of_questions
 
@@ -16,7 +16,7 @@ def lost():
     def call(family):
         questions = of_questions(tasks(family, "test", 5, 60))
         keep, compact = (
-            mean(score(model, processor, questions, Schedule.parse(f"divprune:0.25; positions={positions}")))
+            mean(evaluate(model, processor, questions, Schedule.parse(f"divprune:0.25; positions={positions}")))
             for positions in ("keep", "compact")
         )
         return keep - compact
