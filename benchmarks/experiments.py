@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a finished batch")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS))
-    parser.add_argument("--families", nargs="+", choices=miniature.FAMILIES, default=list(miniature.FAMILIES))
+    parser.add_argument("--families", nargs="+", choices=miniature.TASK_FAMILIES, default=list(miniature.TASK_FAMILIES))
     parser.add_argument("--count", type=int, default=100, help="questions a family")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
     parser.add_argument("--books", type=Path, default=Path("books"), help="folder for the codebooks that are tried")

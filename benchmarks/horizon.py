@@ -108,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of journals and results")
     parser.add_argument("--questions", type=int, default=200, help="held-out, a family and seed")
-    parser.add_argument("--families", nargs="+", choices=miniature.FAMILIES, default=list(miniature.FAMILIES))
+    parser.add_argument("--families", nargs="+", choices=miniature.TASK_FAMILIES, default=list(miniature.TASK_FAMILIES))
     parser.add_argument("--calibration", type=int, default=100, help="samples a family, of the train split")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--eps", type=float, default=horizon.EPS)

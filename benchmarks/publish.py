@@ -17,9 +17,11 @@ import torch
 
 from codebook.cli.output import progress
 from codebook.evaluation import Scores, accuracy_table, compare, mean
-from codebook.miniature import FAMILIES, FOLDER, model, tasks
+from codebook.miniature import TASK_FAMILIES, tasks
+from codebook.miniature.model import load_weights
 from codebook.miniature.samples import of_questions
 from codebook.miniature.scenes import LOOKS
+from codebook.models.loading import SHIPPED_MODELS
 
 BLIND = "no image"
 CARD = """---
@@ -51,7 +53,7 @@ def ask(job: Job) -> Scores:
     """Scores of one family and look, on one thread: two such processes beat one of two threads."""
     run, name, family, look, count = job
     torch.set_num_threads(1)
-    built, processor = model.load(run / "weights")
+    built, processor = load_weights(run / "weights")
     samples, file = of_questions(tasks(family, "test", 0, count, look=look)), run / "answers" / f"{name}-{family}.jsonl"
     [scores] = compare(built, processor, samples, {name: lambda asked: None}, file, blind=name == BLIND).values()
     return scores
@@ -66,11 +68,11 @@ def main() -> None:
     parser.add_argument("--others", type=int, default=250, help="and of each other look")
     options = parser.parse_args()
     weights = options.run / "weights"
-    built, _ = model.load(weights)
+    built, _ = load_weights(weights)
     kinds = {"full": "plain", BLIND: "plain"} | {look: look for look in LOOKS if look != "plain"}
     counts = {name: options.count if look == "plain" else options.others for name, look in kinds.items()}
-    jobs = [(options.run, name, f, look, counts[name]) for name, look in kinds.items() for f in reversed(FAMILIES)]
-    rows: dict[str, Scores] = {name: {family: [] for family in FAMILIES} for name in kinds}
+    jobs = [(options.run, name, f, look, counts[name]) for name, look in kinds.items() for f in reversed(TASK_FAMILIES)]
+    rows: dict[str, Scores] = {name: {family: [] for family in TASK_FAMILIES} for name in kinds}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool, progress("ask", len(jobs), "parts") as tick:
         for i, (job, found) in enumerate(zip(jobs, pool.map(ask, jobs), strict=True), 1):
             rows[job[1]] |= found
@@ -87,7 +89,7 @@ def main() -> None:
     )
     (weights / "README.md").write_text(card)
     for file in weights.iterdir():
-        shutil.copyfile(file, FOLDER / file.name)
+        shutil.copyfile(file, SHIPPED_MODELS["miniature"] / file.name)
 
 
 if __name__ == "__main__":

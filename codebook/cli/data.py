@@ -8,7 +8,7 @@ from pathlib import Path
 from codebook.evaluation.datasets import load_tasks
 from codebook.evaluation.metrics import Task
 from codebook.inference.samples import Sample, read_samples
-from codebook.miniature import FAMILIES
+from codebook.miniature import TASK_FAMILIES
 from codebook.miniature.samples import of_miniature
 
 MINIATURE = "miniature"
@@ -26,4 +26,4 @@ def load_data(names: Sequence[str], count: int | None = None, seed: int = 0) -> 
 
 
 def _held_out(family: str, count: int | None, seed: int) -> list[Sample]:
-    return of_miniature("test", seed, count or 100, [family] if family else FAMILIES)
+    return of_miniature("test", seed, count or 100, [family] if family else TASK_FAMILIES)

@@ -60,25 +60,27 @@ def evaluate_command(
     as_json: JsonOption = False,
 ) -> None:
     """Accuracy of the embedded model on held-out questions, beside its accuracy without the image."""
+    from codebook import models
     from codebook.evaluation import accuracy_table, compare, evaluate, standard_error, task_means
-    from codebook.miniature import FAMILIES, FOLDER, model, tasks
+    from codebook.miniature import TASK_FAMILIES, tasks
     from codebook.miniature import check as instrument
+    from codebook.miniature.model import load_weights
     from codebook.miniature.samples import of_miniature, of_questions
 
-    loaded, processor = model.load(folder or FOLDER, device or "cpu")
+    loaded, processor = load_weights(folder, device or "cpu") if folder else models.load("miniature", device or "cpu")
     looks = look or ["plain"]
     rows: dict[str, Scores] = {}
     if check is not None:
-        plans = instrument.plans(len(loaded.get_decoder().layers))
+        plans = instrument.check_plans(models.shape(loaded).layers)
         samples = of_miniature("test", 0, count)
         with progress("check", len(plans) * len(samples), "answers") as tick:
             rows = compare(loaded, processor, samples, plans, check, tick)
     else:
         kinds = [(name, name, False) for name in looks] + [("no image", looks[0], True)]
-        with progress("evaluate", len(kinds) * len(FAMILIES), "families") as tick:
+        with progress("evaluate", len(kinds) * len(TASK_FAMILIES), "families") as tick:
             for name, style, blind in kinds:
                 rows[name] = {}
-                for family in FAMILIES:
+                for family in TASK_FAMILIES:
                     asked = of_questions(tasks(family, "test", 0, count, look=style))
                     rows[name] |= evaluate(loaded, processor, asked, blind=blind)
                     tick(sum(map(len, rows.values())), f"{name}: {family}")

@@ -1,7 +1,7 @@
 """A small vision-language model of our own, on which visual-token pruning can be measured anywhere.
 
-A stock ``LlavaForConditionalGeneration``, trained from scratch on procedural scenes; see
-``docs/miniature.md``. Importing this module does not import torch.
+A stock ``LlavaForConditionalGeneration``, trained from scratch on procedural scenes; see ``docs/miniature.md``.
+``codebook.load("miniature")`` loads it. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -10,25 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook.miniature.scenes import scene
-from codebook.miniature.tasks import FAMILIES, Question, score, tasks
+from codebook.miniature.tasks import TASK_FAMILIES, Question, score, tasks
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaProcessor
 
-FOLDER = Path(__file__).parent / "weights"
-
-__all__ = ["FAMILIES", "FOLDER", "Question", "load", "prompt", "score", "tasks", "write_images"]
-
-
-def load(device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load the shipped model (float32, evaluation mode) and its processor; no network is used."""
-    from codebook.miniature import model
-
-    return model.load(FOLDER, device)
+__all__ = ["TASK_FAMILIES", "Question", "prompt", "score", "tasks", "write_images"]
 
 
 def prompt(processor: LlavaProcessor, question: str, images: int = 1) -> str:
-    """Wrap a question about that many images into the chat template."""
+    """The prompt of a question about so many images: the model's own chat template, with both put in."""
     from codebook.models.chat import chat_text
 
     return chat_text(processor, question, images)

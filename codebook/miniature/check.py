@@ -1,4 +1,4 @@
-"""Does the miniature rank pruners, and how deep does it read the image? The rows of the instrument's own check."""
+"""The miniature's own check: whether it ranks pruners, and down to which layer it reads the image."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from codebook.inference.respond import Policy
 from codebook.inference.samples import Sample
 from codebook.pruning import DivPrune, Drop, Pruner, Random, Schedule, Stage, Uniform, VisualTokens
 
-KEEPS = (0.5, 0.25, 0.11)
+CHECK_KEEPS = (0.5, 0.25, 0.11)
+"""Budgets of the check's rows."""
 
 
 class Oracle(Pruner):
-    """Keeps the visual tokens that the answer needs and fills up with random ones; of too many, it keeps random ones.
+    """Keep the visual tokens that the answer needs and fill up with random ones; of too many, keep some at random.
 
     Parameters
     ----------
     patches
-        Those of each image, in the order in which the images will be pruned.
+        The tokens that the answer needs, for each image in the order in which the images will be pruned.
     """
 
     def __init__(self, patches: Iterator[list[int]]) -> None:
@@ -35,16 +36,16 @@ class Oracle(Pruner):
         return order[first[:keep]].sort().values
 
 
-def plans(layers: int) -> dict[str, Policy]:
-    """The check's rows: baselines and an oracle at three budgets, and no visual token from layer l on.
+def check_plans(layers: int) -> dict[str, Policy]:
+    """The check's rows: baselines and an oracle at three budgets, and no visual token from each layer on.
 
     Parameters
     ----------
     layers
-        Of the model's decoder.
+        Number of decoder layers.
     """
     rows: dict[str, Policy] = {"unpruned": lambda asked: None}
-    for keep in KEEPS:
+    for keep in CHECK_KEEPS:
         rows[f"oracle {keep}"] = partial(_oracle, keep)
         for name, pruner in (("divprune", DivPrune()), ("uniform", Uniform()), ("random", Random())):
             rows[f"{name} {keep}"] = partial(_fixed, Stage(0, keep, pruner))

@@ -9,14 +9,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codebook.errors import CodebookError
-from codebook.miniature.scenes import GRID, PATCH, SIDE
+from codebook.miniature.scenes import GRID, IMAGE_SIDE, PATCH
 from codebook.miniature.tasks import PLACES, vocabulary
 
 if TYPE_CHECKING:
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
+    from codebook.models import Model, Processor
+
 SPECIAL = ("<pad>", "<unk>", "<s>", "</s>", "<image>", "<user>", "<assistant>")
-PAD, UNK, BOS, EOS, IMAGE, USER, ASSISTANT = range(len(SPECIAL))
+PAD_ID, UNK_ID, BOS_ID, EOS_ID, IMAGE_ID, USER_ID, ASSISTANT_ID = range(len(SPECIAL))
 WORDS = (*SPECIAL, *vocabulary())
 
 VISION: dict[str, Any] = {
@@ -67,7 +69,7 @@ def processor() -> LlavaProcessor:
         model_max_length=2048,
     )
     images = CLIPImageProcessor(
-        size={"height": SIDE, "width": SIDE},
+        size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
@@ -90,29 +92,29 @@ def model(seed: int = 0) -> LlavaForConditionalGeneration:
 
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            **VISION, image_size=SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=64
+            **VISION, image_size=IMAGE_SIDE, patch_size=PATCH, hidden_act="gelu", projection_dim=64
         ),
         text_config=LlamaConfig(
             **TEXT,
             vocab_size=len(WORDS),
             max_position_embeddings=2048,
-            pad_token_id=PAD,
-            bos_token_id=BOS,
-            eos_token_id=EOS,
+            pad_token_id=PAD_ID,
+            bos_token_id=BOS_ID,
+            eos_token_id=EOS_ID,
             tie_word_embeddings=False,
         ),
-        image_token_index=IMAGE,
+        image_token_index=IMAGE_ID,
         image_seq_length=GRID * GRID,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
         tie_word_embeddings=False,
     )
-    config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD, BOS, EOS
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = PAD_ID, BOS_ID, EOS_ID
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         built = LlavaForConditionalGeneration(config).float()
         initialise(built)
-    built.generation_config.update(pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, max_new_tokens=24)
+    built.generation_config.update(pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID, max_new_tokens=24)
     return built
 
 
@@ -199,18 +201,16 @@ def save(built: LlavaForConditionalGeneration, folder: Path) -> None:
     draft.rmdir()
 
 
-def load(folder: Path, device: str = "cpu") -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
-    """Load a saved miniature in float32, ready for inference, without touching the network."""
-    import torch
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-    from transformers.utils import logging
+def load_weights(folder: Path, device: str = "cpu") -> tuple[Model, Processor]:
+    """Load the weights that a training run left in a folder.
 
-    if not (Path(folder) / "model.safetensors").exists():
+    Raises
+    ------
+    CodebookError
+        If there are none.
+    """
+    from codebook.models import load
+
+    if not (folder / "model.safetensors").exists():
         raise CodebookError(f"no miniature in {folder}: train one with `codebook miniature train`")
-    bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # it loads in a moment
-    built = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-    if bars:
-        logging.enable_progress_bar()
-    built.to(torch.device(device)).eval()  # type: ignore[arg-type]
-    return built, AutoProcessor.from_pretrained(folder, local_files_only=True)
+    return load(str(folder), device)

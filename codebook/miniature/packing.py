@@ -17,26 +17,27 @@ import torch.nn.functional as F
 from transformers import LlavaForConditionalGeneration
 
 from codebook.miniature import model as architecture
-from codebook.miniature.model import ASSISTANT, BOS, EOS, PAD, USER, WORDS
-from codebook.miniature.scenes import FRAMES, GRID, album, film, labels, scene
-from codebook.miniature.tasks import FAMILIES, PLACES, ask, scenes
+from codebook.miniature.model import ASSISTANT_ID, BOS_ID, EOS_ID, PAD_ID, USER_ID, WORDS
+from codebook.miniature.scenes import FILM_FRAMES, GRID, album, film, labels, scene
+from codebook.miniature.tasks import PLACES, TASK_FAMILIES, make_question, scenes_shown
 
-TOKENS = GRID * GRID
-PREFIX = 2  # <s> <user>, before the visual tokens
-LENGTH = 112  # text tokens of a row
-ONE = ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap")  # each first asked once about a scene
+IMAGE_TOKENS = GRID * GRID
+PREFIX = 2  # tokens before the visual ones: <s> <user>
+LENGTH = 112  # most text tokens in a row
+FIRST_ROUND = ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap")
+"""Families about one scene, of each of which it is first asked one question."""
 
 
 @dataclass(frozen=True)
 class Study:
-    """What the batches of a stage are about.
+    """The mix of questions in the batches of a stage.
 
     Attributes
     ----------
     extra : families asked about a scene after one question of each; none: no questions at all
-    emphasis : of families in the loss, where it is not 1
+    emphasis : weights of families in the loss, where they are not 1
     crowded : fraction of crowded scenes
-    shares : of 100 steps, how many are about scenes, and about scenes or albums; the others are about films
+    shares : how many of 100 steps are about scenes, and about scenes or albums; the others are about films
     """
 
     extra: tuple[str, ...] = ()
@@ -57,17 +58,17 @@ IDS = {word: i for i, word in enumerate(WORDS)}
 
 
 @dataclass
-class Batch:
+class PackedBatch:
     """A packed batch of B rows of N images; text arrays are (B, L), as long as the longest row needs.
 
     Attributes
     ----------
     pixels : float (B * N, 3, 96, 96)
-    shape, color, digit : int (B * N, 144), what a patch shows, -1 for nothing
+    shape, color, digit : int (B * N, 144), what each patch shows, -1 for nothing
     box : float (B * N, 144, 4)
-    kept : int (B * N, K), ascending: the visual tokens that the language model is given
+    kept : int (B * N, K), ascending; the visual tokens that the language model is given
     tokens, segment, position, target : int; segment -1 is padding, target -100 is not learned
-    family : int, the row of FAMILIES
+    family : int, the row of TASK_FAMILIES
     weight : float, of the target in the loss
     """
 
@@ -84,16 +85,16 @@ class Batch:
     family: torch.Tensor
     weight: torch.Tensor
 
-    def to(self, device: str) -> Batch:
-        return Batch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+    def to(self, device: str) -> PackedBatch:
+        return PackedBatch(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
 
-def encode(text: str) -> list[int]:
+def tokenize(text: str) -> list[int]:
     """Tokenize as the model's own tokenizer does."""
     return [IDS[word] for word in re.findall(r"\w+|[^\w\s]+", text.lower())]
 
 
-def batch(size: int, seed: int, step: int, worker: int, study: Study = ALL, *, drop: bool = True) -> Batch:
+def batch(size: int, seed: int, step: int, worker: int, study: Study = ALL, *, drop: bool = True) -> PackedBatch:
     """Make the batch of a step; it depends on the arguments alone, so a resumed run sees the same ones.
 
     Parameters
@@ -111,25 +112,25 @@ def batch(size: int, seed: int, step: int, worker: int, study: Study = ALL, *, d
     for i in range(max(1, size // count)):
         crowded = {"dense": True} if rng.random() < study.crowded else more
         shown = draw("train", 0, seed, step, worker, i, **crowded)
-        marks += [{"pixels": picture.pixels, **labels(picture)} for picture in scenes(shown)]
+        marks += [{"pixels": picture.pixels, **labels(picture)} for picture in scenes_shown(shown)]
         rows.append(_questions(shown, _order(study, draw, rng), study.emphasis, rng))
     used = max(16, *(int((row["segment"] >= 0).sum()) for row in rows))
     text = {name: torch.from_numpy(np.stack([row[name][:used] for row in rows])) for name in rows[0]}
-    text["position"] += PREFIX + count * (TOKENS + (count > 1))
+    text["position"] += PREFIX + count * (IMAGE_TOKENS + (count > 1))
     seen = {name: torch.from_numpy(np.stack([mark[name] for mark in marks])) for name in marks[0]}
     seen["pixels"] = seen["pixels"].permute(0, 3, 1, 2).float() / 127.5 - 1
     busy = (seen["shape"] >= 0) | (seen["digit"] >= 0)
-    return Batch(**seen, **text, kept=_kept(busy, shared if drop else None))
+    return PackedBatch(**seen, **text, kept=_kept_tokens(busy, shared if drop else None))
 
 
 def _subject(study: Study, rng: np.random.Generator) -> tuple[Callable[..., Any], int]:
-    kind, count = int(rng.integers(100)), int(rng.integers(FRAMES[0], FRAMES[1] + 1))
+    kind, count = int(rng.integers(100)), int(rng.integers(FILM_FRAMES[0], FILM_FRAMES[1] + 1))
     if kind < study.shares[0]:
         return scene, 1
     return (album, 2 + (kind % 10 >= 7)) if kind < study.shares[1] else (film, count)
 
 
-def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
+def _kept_tokens(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
     """Choose the visual tokens (B * N, K) that a batch keeps.
 
     Of ten batches four keep all, three lose background only, three lose tokens at random: losing
@@ -137,7 +138,7 @@ def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
     """
     kind = 0 if rng is None else int(rng.integers(10))
     if rng is None or kind < 4:
-        return torch.arange(TOKENS).expand(len(busy), -1)
+        return torch.arange(IMAGE_TOKENS).expand(len(busy), -1)
     count = int(rng.integers(48, 101)) if kind < 7 else int(rng.integers(104, 137))
     order = torch.from_numpy(rng.random(tuple(busy.shape)))
     if kind < 7:
@@ -146,12 +147,12 @@ def _kept(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
 
 
 def _order(study: Study, draw: Callable[..., Any], rng: np.random.Generator) -> list[str]:
-    """Families to ask about, in turn; more than fit."""
+    """The families to ask about, in turn; more than fit in a row."""
     if draw is not scene:
         return ["multi"] * 10 if draw is album else ["video"] * 24
     if not study.extra:
         return []
-    order = [ONE[i] for i in rng.permutation(len(ONE))]
+    order = [FIRST_ROUND[i] for i in rng.permutation(len(FIRST_ROUND))]
     if study.emphasis and rng.random() < 0.5:
         order.remove("cap")  # as long as three other questions
     return order + [study.extra[i] for i in rng.permutation(len(study.extra))]
@@ -161,7 +162,7 @@ def _questions(
     shown: Any, order: list[str], emphasis: dict[str, float], rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
     row = {
-        "tokens": np.full(LENGTH, PAD),
+        "tokens": np.full(LENGTH, PAD_ID),
         "segment": np.full(LENGTH, -1),
         "position": np.zeros(LENGTH, np.int64),
         "target": np.full(LENGTH, -100),
@@ -171,20 +172,20 @@ def _questions(
     seen: set[str] = set()
     start = 0
     for family in order:
-        parts = ask(shown, family, rng)
+        parts = make_question(shown, family, rng)
         if parts is None or parts[0] in seen:
             continue
         seen.add(parts[0])
-        question, answer = encode(parts[0]), encode(parts[1])
+        question, answer = tokenize(parts[0]), tokenize(parts[1])
         end = start + len(question) + 1 + len(answer)
         if end > LENGTH:
             continue
         spot, reply = slice(start, end), slice(start + len(question), end)
-        row["tokens"][spot] = [*question, ASSISTANT, *answer]
+        row["tokens"][spot] = [*question, ASSISTANT_ID, *answer]
         row["segment"][spot] = len(seen)
         row["position"][spot] = np.arange(end - start)
-        row["target"][reply] = [*answer, EOS]
-        row["family"][spot] = FAMILIES.index(family)
+        row["target"][reply] = [*answer, EOS_ID]
+        row["family"][spot] = TASK_FAMILIES.index(family)
         # Between "every token counts the same" and "every question does".
         row["weight"][reply] = emphasis.get(family, 1.0) * (len(answer) + 1) ** -0.5
         start = end
@@ -211,7 +212,7 @@ def see(
     return hidden[:, 1:], tower.post_layernorm(last[:, 0])
 
 
-def answer(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: Batch) -> torch.Tensor:
+def answer_logits(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
     """Run the language model on packed questions.
 
     Parameters
@@ -226,17 +227,19 @@ def answer(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: B
     size, count = len(packed.tokens), len(visual) // len(packed.tokens)
     visual = visual.gather(1, packed.kept[..., None].expand(-1, -1, visual.shape[-1]))
     embed, kept = language.embed_tokens, packed.kept
-    head = torch.tensor([BOS, USER], device=visual.device).expand(size, -1)
+    head = torch.tensor([BOS_ID, USER_ID], device=visual.device).expand(size, -1)
     start = torch.arange(PREFIX, device=visual.device).expand(size, -1)
     if count > 1:  # the template counts them aloud
         words = torch.tensor([IDS[place] for place in PLACES[:count]], device=visual.device).repeat(size)
         visual = torch.cat([embed(words)[:, None], visual], 1)
-        kept = F.pad(kept + 1, (1, 0)) + torch.arange(count, device=visual.device).repeat(size)[:, None] * (TOKENS + 1)
+        kept = F.pad(kept + 1, (1, 0)) + torch.arange(count, device=visual.device).repeat(size)[:, None] * (
+            IMAGE_TOKENS + 1
+        )
     hidden = torch.cat([embed(head), visual.reshape(size, -1, visual.shape[-1]), embed(packed.tokens)], 1)
     positions = torch.cat([start, PREFIX + kept.reshape(size, -1), packed.position], 1)
     cos, sin = (part[:, :, None] for part in language.rotary_emb(hidden, positions))
     prefix = hidden.shape[1] - packed.tokens.shape[1]
-    mask = _mask(packed.segment, prefix)
+    mask = _packed_mask(packed.segment, prefix)
     for layer in language.layers[:-1]:
         hidden = answer_layer(layer, hidden, cos, sin, mask, prefix, 0)
     # Nobody reads the prefix after the last layer.
@@ -244,7 +247,7 @@ def answer(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: B
     return built.lm_head(language.norm(hidden[packed.target >= 0]))
 
 
-def _mask(segment: torch.Tensor, prefix: int) -> torch.Tensor:
+def _packed_mask(segment: torch.Tensor, prefix: int) -> torch.Tensor:
     """Additive mask (B, 1, T, prefix + T): the prefix, and earlier tokens of the same question."""
     same = segment[:, :, None] == segment[:, None]
     causal = torch.ones(same.shape[1:], dtype=torch.bool, device=segment.device).tril()

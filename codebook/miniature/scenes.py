@@ -15,9 +15,9 @@ import numpy as np
 
 from codebook.errors import CodebookError
 
-SIDE = 96  # pixels
+IMAGE_SIDE = 96  # pixels
 PATCH = 8
-GRID = SIDE // PATCH  # 12 x 12 visual tokens
+GRID = IMAGE_SIDE // PATCH  # 12 x 12 visual tokens
 SHAPES = ("circle", "square", "triangle", "diamond", "cross", "ring")
 COLORS = {
     "red": (215, 40, 45),
@@ -41,8 +41,8 @@ LOOKS = ("plain", "photo", "noise", "scale")
 # PNG files of scikit-image's own data, which no training picture shows.
 PHOTOS = ("astronaut", "brick", "camera", "chelsea", "coffee", "grass", "gravel", "motorcycle_left")
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-FRAMES = (4, 8)  # of a film, at least and at most
-INK = 6  # pixels of an object in a patch, from which on the patch counts as showing it
+FILM_FRAMES = (4, 8)  # fewest and most frames of a film
+MIN_INK = 6  # fewest pixels of an object in a patch that shows it
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Thing:
     @property
     def patches(self) -> list[int]:
         """Visual tokens that show it, raster order in the 12 x 12 grid."""
-        return np.flatnonzero(_ink(self) >= INK).tolist()
+        return np.flatnonzero(_ink(self) >= MIN_INK).tolist()
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Scene:
     ----------
     pixels : ndarray of uint8, shape (96, 96, 3)
     things : the objects
-    numbers : none or one in an ordinary scene, up to three in a dense one
+    numbers : at most one in an ordinary scene, up to three in a dense one
     """
 
     pixels: np.ndarray
@@ -124,9 +124,9 @@ class Film:
     Attributes
     ----------
     frames : scenes with the same background
-    mover : what moves, as it is in the first frame; the first of every frame's things
+    mover : the object that moves, as it is in the first frame; the first of every frame's things
     move : left, right, up or down
-    newcomer : what is not in the first frame and is in the last; the last of its things
+    newcomer : the object that is missing in the first frame; the last of the last frame's things
     """
 
     frames: tuple[Scene, ...]
@@ -172,14 +172,14 @@ def film(split: str, *seed: int, count: int | None = None, look: str = "plain") 
     """Draw a film of four to eight frames (or `count`)."""
     painter = _Painter(split, 3, seed, look)
     rng = painter.rng
-    drawn = int(rng.integers(FRAMES[0], FRAMES[1] + 1))
+    drawn = int(rng.integers(FILM_FRAMES[0], FILM_FRAMES[1] + 1))
     count = count or drawn
     background = painter.background()
     painter.choose()
     move = tuple(MOVES)[rng.integers(len(MOVES))]
     right, down = (x * int(rng.integers(5, max(9, 48 // (count - 1)))) for x in MOVES[move])
     path: list[Thing] = []
-    while not path or not all(z > 0 and z + path[-1].side < SIDE for z in (path[-1].left, path[-1].top)):
+    while not path or not all(z > 0 and z + path[-1].side < IMAGE_SIDE for z in (path[-1].left, path[-1].top)):
         start = painter.thing([])
         assert start is not None  # an empty picture has room
         path = [replace(start, left=start.left + i * right, top=start.top + i * down) for i in range(count)]
@@ -205,7 +205,7 @@ def labels(picture: Scene) -> dict[str, np.ndarray]:
     """
     out = {name: np.full(GRID * GRID, -1) for name in ("shape", "color", "digit")}
     box = np.zeros((GRID * GRID, 4), np.float32)
-    most = np.full(GRID * GRID, INK - 1)
+    most = np.full(GRID * GRID, MIN_INK - 1)
     index = np.arange(GRID * GRID)
     centre = np.stack([index % GRID, index // GRID] * 2, 1) * PATCH + PATCH // 2
     for thing in picture.things:
@@ -214,9 +214,9 @@ def labels(picture: Scene) -> dict[str, np.ndarray]:
         most = np.where(mine, ink, most)
         out["shape"][mine] = SHAPES.index(thing.shape)
         out["color"][mine] = COLOR_NAMES.index(thing.color)
-        box[mine] = (np.array(thing.box) - centre[mine]) / SIDE
+        box[mine] = (np.array(thing.box) - centre[mine]) / IMAGE_SIDE
     for number in picture.numbers:
-        box[number.patches] = (np.array(number.box) - centre[number.patches]) / SIDE
+        box[number.patches] = (np.array(number.box) - centre[number.patches]) / IMAGE_SIDE
         for place in number.patches:
             column = (place % GRID * PATCH - number.left) // DIGIT
             out["digit"][place] = int(number.digits[column])
@@ -238,7 +238,7 @@ class _Painter:
         self.split, self.look = split, look
 
     def scene(self, count: tuple[int, int], *, dense: bool = False, echo: Thing | None = None) -> Scene:
-        """Draw a scene of `count` things at least and at most; if `echo` is given, one that nothing else resembles."""
+        """Draw a scene of `count[0]` to `count[1]` things; one of them is `echo`, if given, and unlike the others."""
         rng = self.rng
         background = self.background()
         numbers: list[Number] = []
@@ -273,7 +273,7 @@ class _Painter:
         size = "big" if rng.integers(100) < 40 else "small"
         tint = tuple(rng.integers(-14, 15, size=3).tolist())
         growth = SIZES[size] // 5 if self.look == "scale" else 0
-        for left, top in rng.integers(1, SIDE - SIZES[size] - growth, size=(24, 2)).tolist():
+        for left, top in rng.integers(1, IMAGE_SIDE - SIZES[size] - growth, size=(24, 2)).tolist():
             thing = Thing(shape, color, size, left, top, tint, growth)
             if _free(thing.box, taken):
                 return thing
@@ -304,7 +304,7 @@ class _Painter:
         for thing in things:
             left, top, right, bottom = thing.box
             color = np.clip(np.array(COLORS[thing.color]) + thing.tint, 0, 255)
-            pixels[top:bottom, left:right][_mask(thing.shape, thing.side)] = color
+            pixels[top:bottom, left:right][_shape_mask(thing.shape, thing.side)] = color
         if self.look == "noise":
             pixels = np.clip(pixels + self.rng.integers(-30, 31, size=pixels.shape), 0, 255)
         return pixels.astype(np.uint8)
@@ -326,13 +326,13 @@ class _Painter:
             pixels = (tones[0] * (255 - slope[..., None]) + tones[1] * slope[..., None]) // 255
         elif kind == "noise":
             cell = (1, 2, 4)[rng.integers(3)]
-            small = rng.integers(-28, 29, size=(SIDE // cell, SIDE // cell, 1))
+            small = rng.integers(-28, 29, size=(IMAGE_SIDE // cell, IMAGE_SIDE // cell, 1))
             pixels = tones[0] + small.repeat(cell, 0).repeat(cell, 1)
         else:
             scale = max(abs(dx), abs(dy))
             dark = (x * dx + y * dy) // (period * scale) if kind == "stripe" else x // period + y // period
             pixels = tones[dark % 2]
-        return np.clip(pixels + rng.integers(-5, 6, size=(SIDE, SIDE, 1)), 0, 255)
+        return np.clip(pixels + rng.integers(-5, 6, size=(IMAGE_SIDE, IMAGE_SIDE, 1)), 0, 255)
 
 
 def _free(box: Box, taken: Sequence[Box]) -> bool:
@@ -356,9 +356,14 @@ def _draw_number(pixels: np.ndarray, number: Number) -> None:
 def _photo(rng: np.random.Generator) -> np.ndarray:
     """A crop of a photograph, its contrast halved."""
     picture = _picture(PHOTOS[rng.integers(len(PHOTOS))])
-    stride = int(rng.integers(1, min(picture.shape[:2]) // SIDE + 1))
-    top, left = (int(rng.integers(size - SIDE * stride + 1)) for size in picture.shape[:2])
-    return 40 + picture[top:, left:][: SIDE * stride : stride, : SIDE * stride : stride].astype(np.int64) * 140 // 255
+    stride = int(rng.integers(1, min(picture.shape[:2]) // IMAGE_SIDE + 1))
+    top, left = (int(rng.integers(size - IMAGE_SIDE * stride + 1)) for size in picture.shape[:2])
+    return (
+        40
+        + picture[top:, left:][: IMAGE_SIDE * stride : stride, : IMAGE_SIDE * stride : stride].astype(np.int64)
+        * 140
+        // 255
+    )
 
 
 @cache
@@ -375,12 +380,12 @@ def _picture(name: str) -> np.ndarray:
 
 @cache
 def _plane() -> tuple[np.ndarray, np.ndarray]:
-    rows, columns = np.indices((SIDE, SIDE))
+    rows, columns = np.indices((IMAGE_SIDE, IMAGE_SIDE))
     return columns, rows
 
 
 @cache
-def _mask(shape: str, side: int) -> np.ndarray:
+def _shape_mask(shape: str, side: int) -> np.ndarray:
     """Pixels of a shape, boolean (side, side), in doubled coordinates to stay with integers."""
     grid = 2 * np.indices((side, side)) + 1
     y, x = grid[0], grid[1]
@@ -399,9 +404,9 @@ def _mask(shape: str, side: int) -> np.ndarray:
 
 def _ink(thing: Thing) -> np.ndarray:
     """Pixels of the object in every patch, int (144,)."""
-    canvas = np.zeros((SIDE, SIDE), np.int64)
+    canvas = np.zeros((IMAGE_SIDE, IMAGE_SIDE), np.int64)
     left, top, right, bottom = thing.box
-    canvas[top:bottom, left:right] = _mask(thing.shape, thing.side)
+    canvas[top:bottom, left:right] = _shape_mask(thing.shape, thing.side)
     return canvas.reshape(GRID, PATCH, GRID, PATCH).sum((1, 3)).ravel()
 
 

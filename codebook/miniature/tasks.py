@@ -15,9 +15,9 @@ from codebook.errors import CodebookError
 from codebook.miniature.scenes import (
     COLOR_NAMES,
     GRID,
+    IMAGE_SIDE,
     MOVES,
     SHAPES,
-    SIDE,
     Film,
     Number,
     Scene,
@@ -31,7 +31,7 @@ COUNTS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight"
 CELLS = 4  # localization names a cell of a 4 x 4 board: a1 (top left) .. d4
 BINS = 24  # box edges are named by bins of 4 pixels: p0 .. p23
 SIDES = ("left", "right", "above", "below")
-RATHER = 8  # pixels by which one axis must win before "left" beats "above"
+RATHER = 8  # pixels by which one axis must exceed the other before "left" beats "above"
 PLACES = COUNTS[1:9]  # images of an album and frames of a film are counted from one
 
 
@@ -43,8 +43,8 @@ class Question:
     ----------
     images : pictures, 96 x 96 RGB: one, an album's two or three, or a film's four to eight frames
     question, answer : plain text, without the chat template
-    family : one of FAMILIES
-    patches : of each image the visual tokens that the answer needs, raster order in the 12 x 12 grid; empty where
+    family : one of TASK_FAMILIES
+    patches : for each image the visual tokens that the answer needs, raster order in the 12 x 12 grid; empty where
         the answer rests on something being absent
     """
 
@@ -156,7 +156,7 @@ def _count(picture: Scene, rng: np.random.Generator) -> Parts | None:
 
 
 def _loc(picture: Scene, rng: np.random.Generator) -> Parts | None:
-    cell = SIDE // CELLS
+    cell = IMAGE_SIDE // CELLS
     for name, item in _referents(picture, rng, number=True):
         x, y = _centre(item)
         # A centre on the border of two cells has no right answer.
@@ -168,7 +168,7 @@ def _loc(picture: Scene, rng: np.random.Generator) -> Parts | None:
 def _box(picture: Scene, rng: np.random.Generator) -> Parts | None:
     for name, item in _referents(picture, rng, number=True):
         left, top, right, bottom = item.box
-        size = SIDE // BINS
+        size = IMAGE_SIDE // BINS
         bins = (left // size, top // size, (right - 1) // size, (bottom - 1) // size)
         return _one(f"locate the {name}.", " ".join(f"p{b}" for b in bins), item)
     return None
@@ -295,41 +295,41 @@ def _words(text: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Family:
-    """What questions of a family are about (a scene, an album, a film), how they are asked and scored."""
+class TaskFamily:
+    """A kind of question: what it is drawn about (a scene, an album, a film), how it is asked and how it is scored."""
 
     draw: Callable[..., Any]
     ask: Callable[[Any, np.random.Generator], Parts | None]
     score: Callable[[str, str], float] = _exact
 
 
-TABLE = {
-    "exist": Family(scene, _exist),
-    "attr": Family(scene, _attr),
-    "count": Family(scene, _count),
-    "loc": Family(scene, _loc),
-    "box": Family(scene, _box, _overlap),
-    "ocr": Family(scene, _ocr),
-    "rel": Family(scene, _rel),
-    "word": Family(scene, _word),
-    "cap": Family(scene, _cap, _phrases),
-    "multi": Family(album, _multi),
-    "video": Family(film, _video),
+TASK_TABLE = {
+    "exist": TaskFamily(scene, _exist),
+    "attr": TaskFamily(scene, _attr),
+    "count": TaskFamily(scene, _count),
+    "loc": TaskFamily(scene, _loc),
+    "box": TaskFamily(scene, _box, _overlap),
+    "ocr": TaskFamily(scene, _ocr),
+    "rel": TaskFamily(scene, _rel),
+    "word": TaskFamily(scene, _word),
+    "cap": TaskFamily(scene, _cap, _phrases),
+    "multi": TaskFamily(album, _multi),
+    "video": TaskFamily(film, _video),
 }
-FAMILIES = tuple(TABLE)
+TASK_FAMILIES = tuple(TASK_TABLE)
 
 
-def ask(shown: Any, family: str, rng: np.random.Generator) -> Parts | None:
-    """Ask one question of a family about a scene, an album or a film, or None where it does not allow one.
+def make_question(shown: Any, family: str, rng: np.random.Generator) -> Parts | None:
+    """One question of a family about a scene, an album or a film, or None if the picture does not allow one.
 
     Returns
     -------
     question, answer, and for each image the indices of the patches that the answer needs
     """
-    return TABLE[_known(family)].ask(shown, rng)
+    return TASK_TABLE[_require_family(family)].ask(shown, rng)
 
 
-def scenes(shown: Scene | tuple[Scene, ...] | Film) -> tuple[Scene, ...]:
+def scenes_shown(shown: Scene | tuple[Scene, ...] | Film) -> tuple[Scene, ...]:
     """The images of a scene, an album or a film."""
     if isinstance(shown, Scene):
         return (shown,)
@@ -343,22 +343,22 @@ def tasks(
 
     Parameters
     ----------
-    family : one of FAMILIES
+    family : one of TASK_FAMILIES
     split : "test" is disjoint from what the miniature was trained on
     seed : same seed, same questions, on every machine
     look : one of `codebook.miniature.scenes.LOOKS`
     """
-    draw = TABLE[_known(family)].draw
+    draw = TASK_TABLE[_require_family(family)].draw
     index = found = 0
     while found < count:
         # Streams of seed 0.. with a leading 1 are for questions; training leads with 0.
         shown = draw(split, 1, seed, index, look=look)
-        rng = np.random.Generator(np.random.PCG64([FAMILIES.index(family), seed, index]))
-        parts = ask(shown, family, rng)
+        rng = np.random.Generator(np.random.PCG64([TASK_FAMILIES.index(family), seed, index]))
+        parts = make_question(shown, family, rng)
         index += 1
         if parts is not None:
             found += 1
-            images = tuple(Image.fromarray(picture.pixels) for picture in scenes(shown))
+            images = tuple(Image.fromarray(picture.pixels) for picture in scenes_shown(shown))
             yield Question(images, parts[0], parts[1], family, parts[2])
 
 
@@ -368,17 +368,17 @@ def score(family: str, prediction: str, answer: str) -> float:
     Exact words, except box (1 if the intersection over union is at least 0.5) and cap (F1 over the
     comma-separated phrases, in any order).
     """
-    return TABLE[_known(family)].score(prediction, answer)
+    return TASK_TABLE[_require_family(family)].score(prediction, answer)
 
 
-def _known(family: str) -> str:
-    if family not in TABLE:
-        raise CodebookError(f"unknown task family {family!r}: choose one of {', '.join(TABLE)}")
+def _require_family(family: str) -> str:
+    if family not in TASK_TABLE:
+        raise CodebookError(f"unknown task family {family!r}: choose one of {', '.join(TASK_TABLE)}")
     return family
 
 
 def vocabulary() -> list[str]:
-    """Every word of the questions and answers."""
+    """Every word that the questions and answers are made of."""
     text = (
         "is there a an the what which where who how many are do does did in one word of to relative same or different "
         "describe read locate find object objects number color shape size small big yes no image images picture frame "

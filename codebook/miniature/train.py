@@ -34,9 +34,9 @@ from codebook.errors import CodebookError
 from codebook.miniature import model as architecture
 from codebook.miniature import packing
 from codebook.miniature.optimizer import Muon
-from codebook.miniature.packing import IDS, Batch
-from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, SIDE
-from codebook.miniature.tasks import BINS, CELLS, FAMILIES
+from codebook.miniature.packing import IDS, PackedBatch
+from codebook.miniature.scenes import COLOR_NAMES, GRID, IMAGE_SIDE, SHAPES
+from codebook.miniature.tasks import BINS, CELLS, TASK_FAMILIES
 
 NAMES = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789")}
 STUDIES = {"vision": packing.CROWDED, "words": packing.SCENES, "places": packing.ALL}
@@ -48,12 +48,12 @@ STAGES = ("vision", "words", "places")
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a run is made of; it is written beside the checkpoint.
+    """The settings of a training run; they are written beside the checkpoint.
 
     Attributes
     ----------
-    steps : of each stage (vision, words, places)
-    batch : images a step and worker, for each stage
+    steps : steps of each stage (vision, words, places)
+    batch : images per step and worker, for each stage
     muon, adam : peak learning rates of each stage
     fade : last fraction of each stage, over which the rate fades as a cosine
     warm : steps of a stage until the rate is at its peak
@@ -75,7 +75,7 @@ class Recipe:
 
 
 class Heads(nn.Module):
-    """Readers that exist in training only: they say what the vision tower has to know."""
+    """Linear readers that exist in training only: what they must read off, the vision tower has to know."""
 
     def __init__(self):
         super().__init__()
@@ -103,10 +103,11 @@ def train(
     Parameters
     ----------
     out : folder for ``checkpoint.pt``, ``recipe.json``, ``log.jsonl`` and ``weights/``
-    steps : of the last stage; of the others no more than that
+    steps : steps of the last stage; the others take no more than that
     resume : go on from ``out/checkpoint.pt`` if there is one
     device : "cpu" or "cuda"; default a GPU if there is one
-    workers : processes of one thread each; two of one beat one of two on a CPU; default the cores
+    workers : processes of one thread each (on a CPU, two of one thread are faster than one of two); default: 1 on a
+        GPU, else up to 2
     **options : fields of `Recipe`
 
     Raises
@@ -237,7 +238,7 @@ class Run:
         saved = told = time.monotonic()
         tally: dict[str, list[float]] = {}
         if self.device == "cpu" and steps > 100 and shutil.which("g++"):
-            # A quarter less time a step; not worth the minute of compilation in a run of a few steps.
+            # A quarter less time per step; not worth the minute of compilation in a run of a few steps.
             packing.answer_layer = torch.compile(packing.plain_layer, dynamic=True)
         while self.step < steps:
             progress, now = self.step / steps, time.monotonic()
@@ -279,7 +280,7 @@ class Run:
         print(f"{progress:5.1%}, {left:.0f} min left", line, flush=True)
 
     def advance(self) -> dict[str, tuple[float, float]]:
-        """Take one step; return sums and counts of what was measured on the way."""
+        """Take one step; return the sum and count of each measurement."""
         which = STAGES.index(self.stage)
         size, seed = self.recipe.batch[which], self.recipe.seed
         packed = packing.batch(
@@ -312,7 +313,7 @@ class Run:
                 parameter.grad = part.view_as(parameter)
         nn.utils.clip_grad_norm_(self.adam.param_groups[0]["params"], 1.0)
 
-    def _vision(self, packed: Batch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def _vision(self, packed: PackedBatch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         features, summary = packing.see(self.model, packed.pixels, summary=True)
         assert summary is not None
         loss = self._summarise(packed, summary) + pull * self._align(packed, features)
@@ -330,12 +331,12 @@ class Run:
         loss = loss + 10 * F.smooth_l1_loss(self.heads.box(features)[busy], packed.box[busy], beta=0.05)
         return loss, seen
 
-    def _summarise(self, packed: Batch, summary: torch.Tensor) -> torch.Tensor:
+    def _summarise(self, packed: PackedBatch, summary: torch.Tensor) -> torch.Tensor:
         """[CLS] says which shapes, colours and digits are in the picture."""
         truth = torch.cat([F.one_hot(getattr(packed, n) + 1, len(v) + 1).amax(1)[:, 1:] for n, v in NAMES.items()], 1)
         return F.binary_cross_entropy_with_logits(self.heads.summary(summary), truth.float())
 
-    def _align(self, packed: Batch, features: torch.Tensor) -> torch.Tensor:
+    def _align(self, packed: PackedBatch, features: torch.Tensor) -> torch.Tensor:
         """Pull each projected token towards the words for what it shows, and keep its box readable."""
         projected = self.model.model.multi_modal_projector(features)
         words = self.model.model.language_model.embed_tokens.weight
@@ -347,8 +348,8 @@ class Run:
         if places:
             # Through one matrix an edge, the bins' own words: what an answering layer has to do.
             edges = self.heads.edges(projected[busy]).unflatten(-1, (4, -1)) @ self.model.lm_head.weight[BIN_IDS].T
-            pixels = (place[busy] * SIDE).round().long() - torch.tensor([0, 0, 1, 1], device=place.device)
-            loss = loss + 0.5 * F.cross_entropy(edges.flatten(0, 1), (pixels // (SIDE // BINS)).flatten())
+            pixels = (place[busy] * IMAGE_SIDE).round().long() - torch.tensor([0, 0, 1, 1], device=place.device)
+            loss = loss + 0.5 * F.cross_entropy(edges.flatten(0, 1), (pixels // (IMAGE_SIDE // BINS)).flatten())
         truths = {name: (getattr(packed, name), values) for name, values in NAMES.items()}
         if places:
             # Without this pull, localization stays at chance for a tenth of the training.
@@ -366,11 +367,11 @@ class Run:
                 loss = loss + cosine[~busy].square().sum(-1).mean()
         return loss
 
-    def _answers(self, packed: Batch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
+    def _answers(self, packed: PackedBatch, pull: float) -> tuple[torch.Tensor, dict[str, tuple[float, float]]]:
         often = self.step % 4 == 0  # keeps [CLS] in step with the layers below it
         features, summary = packing.see(self.model, packed.pixels, summary=often)
         visual = self.model.model.multi_modal_projector(features)
-        logits = packing.answer(self.model, visual, packed)
+        logits = packing.answer_logits(self.model, visual, packed)
         there = packed.target >= 0
         truth, weight = packed.target[there], packed.weight[there]
         loss = (F.cross_entropy(logits, truth, reduction="none") * weight).sum() / weight.sum()
@@ -390,7 +391,7 @@ def _edges(box: torch.Tensor) -> torch.Tensor:
     return box + (centre + 0.5) / GRID
 
 
-def _by_family(packed: Batch, wrong: torch.Tensor) -> dict[str, tuple[float, float]]:
+def _by_family(packed: PackedBatch, wrong: torch.Tensor) -> dict[str, tuple[float, float]]:
     """Count the questions of each family whose every answer token was right, given those before it."""
     rows = torch.arange(len(wrong), device=wrong.device)[:, None] * packing.LENGTH
     key = (rows + packed.segment.clamp(min=0)).flatten()
@@ -401,5 +402,5 @@ def _by_family(packed: Batch, wrong: torch.Tensor) -> dict[str, tuple[float, flo
     family[rows.flatten()] = -1  # segment 0 holds the padding
     return {
         name: (float(((family == i) & (misses == 0)).sum()), float((family == i).sum()))
-        for i, name in enumerate(FAMILIES)
+        for i, name in enumerate(TASK_FAMILIES)
     }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +44,13 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     source = str(SHIPPED_MODELS.get(name, name))
     if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
         raise CodebookError(f"{name} holds no config.json: name a transformers model folder")
+    local: dict[str, Any] = {"local_files_only": Path(source).is_dir()}
     try:
-        family_of_config(AutoConfig.from_pretrained(source))  # before gigabytes are read
+        family_of_config(AutoConfig.from_pretrained(source, **local))  # before gigabytes are read
         chosen: Any = dtype or (torch.float32 if device == "cpu" else "auto")
-        model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen)
-        return model.to(device).eval(), AutoProcessor.from_pretrained(source)
+        with _silent() if name in SHIPPED_MODELS else contextlib.nullcontext():
+            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, **local)
+        return model.to(device).eval(), AutoProcessor.from_pretrained(source, **local)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         if isinstance(error, ImportError) and "torchvision" in reason.lower():
@@ -55,3 +59,17 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
                 f"with torch {torch.__version__.split('+')[0]}"
             ) from None
         raise CodebookError(f"cannot load {name}: {reason}; name `miniature`, a folder or a hub model") from None
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """A context without transformers' progress bars, for weights that load in a moment."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

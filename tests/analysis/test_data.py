@@ -72,7 +72,7 @@ def test_every_stretch_of_mixed_samples_has_all_tasks():
 
 def test_samples_of_the_miniature_are_scored_its_way():
     samples = of_miniature("train", 0, 1)
-    assert [s.task for s in samples] == list(miniature.FAMILIES)
+    assert [s.task for s in samples] == list(miniature.TASK_FAMILIES)
     box = next(s for s in samples if s.task == "box")
     assert box.score(box.answer) == 1 and box.score("p0") == 0
 

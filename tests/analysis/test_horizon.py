@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from codebook import miniature
+from codebook import load
 from codebook.analysis import Sweep, horizons, plot, sweep
 from codebook.analysis.horizon import _runs, first_safe, horizon_table
 from codebook.errors import CodebookError
@@ -103,7 +103,7 @@ def test_a_sweep_equals_pruned_forwards(model, processor, samples):
 
 
 def test_answers_are_scored_by_generation(samples):
-    loaded, own = miniature.load()
+    loaded, own = load("miniature", "cpu")
     one = [sample for sample in samples if sample.task == "exist"]
     swept, cost = sweep(loaded, own, one, "generated")
     assert swept.start == 1 and swept.pruned.shape == (2, swept.layers - 1) and not cost.processed

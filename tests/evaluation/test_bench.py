@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from codebook import CodebookError, Random, RedundancyCodebook, Schedule, Stage, Uniform, miniature, prebuilt
+from codebook import CodebookError, Random, RedundancyCodebook, Schedule, Stage, Uniform, load, prebuilt
 from codebook.cli.data import load_data
 from codebook.evaluation import bench, charts, latency, report
 from codebook.evaluation.timing import quartiles
@@ -23,7 +23,7 @@ METHODS = ["codebook", "fastv", "uniform"]
 
 @pytest.fixture(scope="module")
 def loaded():
-    model, processor = miniature.load()
+    model, processor = load("miniature", "cpu")
     book = prebuilt(model)
     rows, skipped = bench.plan(
         model, METHODS, KEEPS, lambda name: RedundancyCodebook(book) if name == "codebook" else make(name), [3, 4]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from codebook import Schedule, Stage, Uniform, ask, miniature
+from codebook import Schedule, Stage, Uniform, ask, load, miniature
 from codebook.errors import CodebookError
 
 INSTALLED = find_spec("lmms_eval") is not None
@@ -25,7 +25,7 @@ def questions():
 @pytest.fixture(scope="module")
 def expected():
     """The library's own answers."""
-    model, processor = miniature.load()
+    model, processor = load("miniature", "cpu")
     own, schedule = questions(), Schedule([Stage(0, KEEP, Uniform())])
     return [ask(model, processor, [q.images], [q.question], schedule)[0].text for q in own]
 

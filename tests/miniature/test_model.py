@@ -6,14 +6,18 @@ import warnings
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
 
+from codebook import load
 from codebook.errors import CodebookError
 from codebook.evaluation import evaluate, mean
-from codebook.miniature import FAMILIES, FOLDER, load, model, packing, prompt, tasks
+from codebook.miniature import TASK_FAMILIES, model, packing, prompt, tasks
 from codebook.miniature.samples import of_miniature
 from codebook.miniature.train import Recipe, Run, train
+from codebook.models.loading import SHIPPED_MODELS
 
-SHIPPED = (FOLDER / "model.safetensors").exists()
+WEIGHTS = SHIPPED_MODELS["miniature"]
+SHIPPED = (WEIGHTS / "model.safetensors").exists()
 
 
 @pytest.fixture(scope="module")
@@ -34,13 +38,13 @@ def processor():
 
 
 def test_the_tokenizer_covers_every_word_and_agrees_with_the_packed_encoding(processor):
-    for family in FAMILIES:
+    for family in TASK_FAMILIES:
         for question in tasks(family, "train", 3, 20):
             for text in (question.question, question.answer):
                 ids = processor.tokenizer(text)["input_ids"]
-                assert model.UNK not in ids
-                assert ids == packing.encode(text)
-    special = {"pad": model.PAD, "bos": model.BOS, "eos": model.EOS, "unk": model.UNK}
+                assert model.UNK_ID not in ids
+                assert ids == packing.tokenize(text)
+    special = {"pad": model.PAD_ID, "bos": model.BOS_ID, "eos": model.EOS_ID, "unk": model.UNK_ID}
     assert {k: getattr(processor.tokenizer, f"{k}_token_id") for k in special} == special
 
 
@@ -49,10 +53,10 @@ def test_a_prompt_ends_with_text_and_batches_pad_on_the_left(processor):
     texts = [prompt(processor, q.question) for q in asked]
     inputs = processor(images=[i for q in asked for i in q.images], text=texts, padding=True, return_tensors="pt")
     ids = inputs["input_ids"]
-    assert (ids == model.IMAGE).sum(1).tolist() == [144, 144]
-    assert ids[:, -1].tolist() == [model.ASSISTANT] * 2
-    assert ids[0, 0] == model.PAD and inputs["attention_mask"][0, 0] == 0
-    assert ids[1, :3].tolist() == [model.BOS, model.USER, model.IMAGE]
+    assert (ids == model.IMAGE_ID).sum(1).tolist() == [144, 144]
+    assert ids[:, -1].tolist() == [model.ASSISTANT_ID] * 2
+    assert ids[0, 0] == model.PAD_ID and inputs["attention_mask"][0, 0] == 0
+    assert ids[1, :3].tolist() == [model.BOS_ID, model.USER_ID, model.IMAGE_ID]
 
 
 def test_several_images_are_counted_aloud(processor):
@@ -81,16 +85,16 @@ def test_the_packed_forward_equals_the_stock_model_on_each_question(fresh, proce
     with torch.no_grad():
         features, _ = packing.see(fresh, packed.pixels)
         visual = fresh.model.multi_modal_projector(features)
-        logits = packing.answer(fresh, visual, packed)
+        logits = packing.answer_logits(fresh, visual, packed)
         stock_features = fresh.model.get_image_features(packed.pixels, return_dict=True).pooler_output
         torch.testing.assert_close(visual, torch.stack(tuple(stock_features)), atol=1e-5, rtol=1e-5)
         start = 0
         for row, own in enumerate(visual.unflatten(0, (-1, images))[:2]):
             # As the template writes it: <s> <user>, then each image, counted aloud if there are several.
-            head = [model.BOS, model.USER]
+            head = [model.BOS_ID, model.USER_ID]
             for place in packing.PLACES[:images]:
-                head += [*[packing.IDS[place]] * (images > 1), *[model.IMAGE] * 144]
-            image = torch.tensor(head) == model.IMAGE
+                head += [*[packing.IDS[place]] * (images > 1), *[model.IMAGE_ID] * 144]
+            image = torch.tensor(head) == model.IMAGE_ID
             stays = ~image
             stays[image.nonzero()[:, 0].view(images, 144)[:, kept]] = True
             for segment in packed.segment[row][packed.segment[row] > 0].unique():
@@ -146,14 +150,14 @@ def test_a_run_of_another_seed_or_of_other_workers_and_an_unknown_option_are_ref
 
 def test_two_workers_train_and_leave_a_model_that_loads(tmp_path):
     folder = train(tmp_path, steps=2, workers=2, device="cpu", batch=(2, 2, 2))
-    built, _ = model.load(folder)
+    built, _ = model.load_weights(folder)
     assert built.dtype == torch.float32 and not built.training
     assert (tmp_path / "log.jsonl").read_text().count("\n") == 3
 
 
 def test_a_missing_model_says_how_to_get_one(tmp_path):
     with pytest.raises(CodebookError, match="codebook miniature train"):
-        model.load(tmp_path)
+        model.load_weights(tmp_path)
 
 
 @pytest.mark.skipif(not SHIPPED, reason="no weights")
@@ -163,8 +167,8 @@ class TestShipped:
             "import sys; sys.modules['torchvision'] = None\n"
             "from transformers import AutoProcessor, LlavaForConditionalGeneration, logging\n"
             "logging.disable_progress_bar()\n"
-            f"LlavaForConditionalGeneration.from_pretrained({str(FOLDER)!r})\n"
-            f"AutoProcessor.from_pretrained({str(FOLDER)!r})\n"
+            f"LlavaForConditionalGeneration.from_pretrained({str(WEIGHTS)!r})\n"
+            f"AutoProcessor.from_pretrained({str(WEIGHTS)!r})\n"
         )
         environment = {"HF_HUB_OFFLINE": "1", "PATH": "", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -174,14 +178,21 @@ class TestShipped:
         assert not done.stderr.strip(), done.stderr
 
     def test_it_is_small_and_in_float32(self):
-        assert (FOLDER / "model.safetensors").stat().st_size < 16e6
+        assert (WEIGHTS / "model.safetensors").stat().st_size < 16e6
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            built, _ = load()
+            built, _ = load("miniature", "cpu")
         assert {p.dtype for p in built.parameters()} == {torch.float32}
 
+    def test_its_name_stands_for_its_folder(self):
+        named, _ = load("miniature", "cpu")
+        stock = LlavaForConditionalGeneration.from_pretrained(WEIGHTS, dtype=torch.float32)
+        assert named.config.to_dict() == stock.config.to_dict()
+        weights, theirs = named.state_dict(), stock.state_dict()
+        assert weights.keys() == theirs.keys() and all(torch.equal(weights[name], theirs[name]) for name in theirs)
+
     def test_it_answers_from_the_image(self):
-        built, processor = load()
+        built, processor = load("miniature", "cpu")
         questions = of_miniature("test", 0, 20)
         assert mean(evaluate(built, processor, questions)) > 0.65
         assert mean(evaluate(built, processor, questions, blind=True)) < 0.35

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from codebook.errors import CodebookError
-from codebook.miniature import FAMILIES, score, tasks
+from codebook.miniature import TASK_FAMILIES, score, tasks
 from codebook.miniature.scenes import SHAPES, Film, Scene, Thing, film, scene
-from codebook.miniature.tasks import TABLE, ask, vocabulary
+from codebook.miniature.tasks import TASK_TABLE, make_question, vocabulary
 
 
 def picture(*things):
@@ -41,7 +41,7 @@ def test_scores_by_hand(family, prediction, answer, expected):
     assert score(family, prediction, answer) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TASK_FAMILIES)
 def test_true_answers_score_one_and_use_the_vocabulary(family):
     import re
 
@@ -62,7 +62,7 @@ def test_existence_is_balanced_and_its_negatives_are_hard():
     answers = Counter()
     for i in range(600):
         scenery = scene("test", 9, i)
-        text, answer, _ = ask(scenery, "exist", np.random.default_rng(i))
+        text, answer, _ = make_question(scenery, "exist", np.random.default_rng(i))
         answers[answer] += 1
         words = text.removeprefix("is there a ").removesuffix("?").split()
         if answer == "no" and len(words) == 2 and words[1] in SHAPES:
@@ -79,17 +79,17 @@ def test_relations_localization_and_boxes_by_hand():
     scenery = picture(red, blue)
     rng = np.random.default_rng(0)
     for _ in range(20):
-        text, answer, patches = ask(scenery, "rel", rng)
+        text, answer, patches = make_question(scenery, "rel", rng)
         first = text.split(" relative ")[0]
         assert answer == ("left" if "red" in first or "circle" in first else "right")
         assert patches == (sorted({*red.patches, *blue.patches}),)
-        text, answer, patches = ask(scenery, "loc", rng)
+        text, answer, patches = make_question(scenery, "loc", rng)
         assert (answer, *patches) in [("a1", red.patches), ("a4", blue.patches)]
-        text, answer, _ = ask(scenery, "box", rng)
+        text, answer, _ = make_question(scenery, "box", rng)
         assert answer in ("p1 p1 p4 p4", "p17 p2 p19 p4")
-    assert ask(scenery, "word", rng)[1] == "circle"
-    assert ask(scenery, "cap", rng)[1] == "red circle, blue square"
-    assert ask(scenery, "ocr", rng) is None
+    assert make_question(scenery, "word", rng)[1] == "circle"
+    assert make_question(scenery, "cap", rng)[1] == "red circle, blue square"
+    assert make_question(scenery, "ocr", rng) is None
 
 
 def test_albums_by_hand():
@@ -102,7 +102,7 @@ def test_albums_by_hand():
     }  # fmt: skip
     seen = set()
     for _ in range(200):
-        question, answer, patches = ask((picture(red, blue), picture(green)), "multi", rng)
+        question, answer, patches = make_question((picture(red, blue), picture(green)), "multi", rng)
         if "same or different" in question:
             assert question == "is the color of the circle the same or different?" and answer == "different"
             assert patches == (red.patches, green.patches)
@@ -112,7 +112,7 @@ def test_albums_by_hand():
             seen.add(what)
             assert patches[("one", "two").index(answer) - 1] == []
     assert seen == set(held)
-    assert ask((picture(red), picture(red)), "multi", rng)[1] == "same"
+    assert make_question((picture(red), picture(red)), "multi", rng)[1] == "same"
 
 
 def test_films_by_hand():
@@ -122,7 +122,7 @@ def test_films_by_hand():
     shot = Film(frames, path[0], "right", new)
     answers = {}
     for i in range(400):
-        question, answer, patches = ask(shot, "video", np.random.default_rng(i))
+        question, answer, patches = make_question(shot, "video", np.random.default_rng(i))
         answers[question] = answer
         if question == "what appeared?":
             assert patches == ([], [], new.patches, new.patches)
@@ -157,7 +157,7 @@ def test_films_show_what_they_say():
 def test_an_ambiguous_object_is_never_asked_about():
     twins = picture(Thing("circle", "red", "big", 4, 4), Thing("circle", "red", "small", 70, 10))
     for family in ("attr", "loc", "box", "rel"):
-        assert ask(twins, family, np.random.default_rng(0)) is None
+        assert make_question(twins, family, np.random.default_rng(0)) is None
 
 
 def test_an_unknown_family_names_the_known_ones():
@@ -165,4 +165,4 @@ def test_an_unknown_family_names_the_known_ones():
         score("ocrr", "", "")
     with pytest.raises(CodebookError, match="exist"):
         next(tasks("ocrr"))
-    assert tuple(TABLE) == FAMILIES
+    assert tuple(TASK_TABLE) == TASK_FAMILIES

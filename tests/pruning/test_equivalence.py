@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import StaticCache
 
-from codebook import miniature
+from codebook import load
 from codebook.errors import CodebookError
 from codebook.pruning import (
     Downsample,
@@ -45,7 +45,7 @@ def model(request):
     name, attention = request.param.split(", ")
     if name == "tiny":
         return llava(attention)
-    model, processor = miniature.load()
+    model, processor = load("miniature", "cpu")
     model.set_attn_implementation(attention)
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.eos_token_id = None  # never stops early

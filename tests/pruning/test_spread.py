@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from codebook import miniature
+from codebook import load
 from codebook.errors import CodebookError
 from codebook.pruning import Random, RedundancyCodebook, RedundancyThreshold, Schedule, Stage, Uniform
 from codebook.pruning.text import make
@@ -30,7 +30,7 @@ def test_spread_by_hand():
 def model(request):
     if request.param == "tiny":
         return llava("sdpa")
-    model, processor = miniature.load()
+    model, processor = load("miniature", "cpu")
     model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
     model.generation_config.eos_token_id = None
     return model
