@@ -10,8 +10,10 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(READY)
 	$(VENV)/bin/codebook demo --out out/demo
 
+# Whole files go to each of so many processes: fixtures of a module are made once. WORKERS=0 runs all in one process.
+WORKERS ?= 2
 test: lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
 
 # The compatibility table in docs/models.md, from its full grid: minutes.
 table: $(READY)

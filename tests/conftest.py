@@ -1,4 +1,11 @@
-"""Running the command line in tests."""
+"""Running the command line in tests, each process on one thread.
+
+On models this small threads only wait for each other, and several workers of pytest-xdist share the cores.
+"""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
 import pytest
 

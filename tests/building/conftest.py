@@ -4,19 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from tests.building.tiny import model, processor
-
-
-@pytest.fixture(scope="package", autouse=True)
-def one_thread():
-    """Threads only get in each other's way on a model this small."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
