@@ -1,6 +1,6 @@
 """How much of the speed-up that FLOPs promise arrives: prefill of a random LLaVA under several schedules.
 
-    python benchmarks/prefill.py
+    python -m benchmarks.cost.prefill
 
 A 12-layer, 512-wide random Llama (8 heads, feed-forward 1376) behind a tiny tower; a prompt of 576 visual tokens and 32
 of text, one image, fp32. The image is encoded beforehand: timed is the language model's prefill, with hooks, selection,
@@ -14,10 +14,10 @@ import statistics
 from contextlib import nullcontext
 
 import torch
-from timing import interleaved, measured, quartiles
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from benchmarks.cost.timing import interleaved, measured, quartiles
 from codebook import Codebook, RedundancyCodebook, Schedule
 from codebook.pruning import METHODS
 

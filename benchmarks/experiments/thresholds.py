@@ -1,6 +1,6 @@
 """How the miniature's thresholds were chosen: on training scenes and training questions only.
 
-    python benchmarks/thresholds.py --images 60 --questions 30 [--model runs/miniature/weights]
+    python -m benchmarks.experiments.thresholds --images 60 --questions 30 [--model runs/miniature/weights]
 
 The scenes' tokens are probed once; then each pair of thresholds makes a codebook of those probes, and each codebook
 prunes the same training questions. Prints the distribution of the probes and a row for each pair.

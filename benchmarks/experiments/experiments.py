@@ -1,12 +1,12 @@
 """Which choice of tokens, with or without mass-preserving attention: experiments on scenes like the training ones.
 
-    python -m benchmarks.experiments --out experiments.jsonl --count 100
-    python -m benchmarks.experiments --out deep.jsonl --groups deep --horizon 9 --families count ocr cap
+    python -m benchmarks.experiments.experiments --out experiments.jsonl --count 100
+    python -m benchmarks.experiments.experiments --out deep.jsonl --groups deep --horizon 9 --families count ocr cap
 
 New questions about new scenes of the miniature's training split, so that nothing is chosen by looking at the test
 split. Every row runs at every budget, averaged over the layers; one that is out of a row's reach is left out. Each
 image is encoded once for all rows. Finished batches are kept in --out: the command can be stopped and run again, also
-with other options. A row is a schedule's text, and behind a comma what is tried with it (`benchmarks/trials.py`).
+with other options. A row is a schedule's text, and behind a comma what is tried with it (`trials.py`).
 """
 
 import argparse
@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from benchmarks import trials
+from benchmarks.experiments import trials
 from codebook import Codebook, Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
 from codebook.cli.output import progress
 from codebook.errors import CodebookError

@@ -1,7 +1,7 @@
 """What choosing costs: the time of each method's selection, merging included, as a share of the model's prefill.
 
-    python benchmarks/selection.py
-    python benchmarks/selection.py --widths 4096 --tokens 576 --json
+    python -m benchmarks.cost.selection
+    python -m benchmarks.cost.selection --widths 4096 --tokens 576 --json
 
 At width 512 the prefill is that of a 12-layer random Llama (8 heads, feed-forward 1376), at width 4096 one measured
 layer of LLaVA-1.5-7B's size (32 heads, feed-forward 11008) times 32. The prompt is the visual tokens and 32 of text,
@@ -16,10 +16,10 @@ import math
 import sys
 
 import torch
-from timing import interleaved, machine, quartiles
 from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaModel
 
+from benchmarks.cost.timing import interleaved, machine, quartiles
 from codebook import Codebook, Pruner, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision

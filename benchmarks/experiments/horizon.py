@@ -1,8 +1,10 @@
 """Where the miniature stops reading its images, and what calibrated random pruning behind that horizon is worth.
 
-Run as `python -m benchmarks.horizon --out FOLDER`; run again, it goes on where it was. Held-out questions measure and
-never tune: schedules are calibrated, once, on scenes of the train split. Each seed then has its own held-out questions
-and draws its own random tokens. Prints Markdown, and writes FOLDER/horizon.json.
+    python -m benchmarks.experiments.horizon --out FOLDER
+
+Run again, it goes on where it was. Held-out questions measure and never tune: schedules are calibrated, once, on scenes
+of the train split. Each seed then has its own held-out questions and draws its own random tokens. Prints Markdown, and
+writes FOLDER/horizon.json.
 """
 
 import argparse
@@ -14,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.timing import machine
+from benchmarks.cost.timing import machine
 from codebook import miniature, models
 from codebook.analysis import calibration, horizon
 from codebook.cli.output import progress

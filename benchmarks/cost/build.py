@@ -1,9 +1,9 @@
 """What a build costs: the published procedure, beside the cascade, on the same images of the miniature.
 
-    python benchmarks/build.py compare            # both, at the preset and at about 3% of the tokens surviving
-    python benchmarks/build.py grow --counts 100 1000 10000 --settings selective   # cost against images
-    python benchmarks/build.py kills --count 50   # kill -9 at random moments, resume, compare bytes
-    python benchmarks/build.py cluster --counts 10000 40000   # clustering of many survivors, time and memory
+    python -m benchmarks.cost.build compare            # both, at the preset and at about 3% of the tokens surviving
+    python -m benchmarks.cost.build grow --counts 100 1000 10000 --settings selective   # cost against images
+    python -m benchmarks.cost.build kills --count 50   # kill -9 at random moments, resume, compare bytes
+    python -m benchmarks.cost.build cluster --counts 10000 40000   # clustering of many survivors, time and memory
 
 `compare` runs each way in a process of its own, for its peak memory, one after the other: `published` is one forward a
 probe of whole sequences, on every candidate; `exhaustive` the same probes in batches that share what they can;

@@ -1,8 +1,8 @@
 """What mass-preserving attention costs: the same schedules with and without it, side by side, at equal kept counts.
 
-    python benchmarks/mass.py
+    python -m benchmarks.cost.mass
 
-The model and prompt of benchmarks/prefill.py: 12 layers, 512 wide, 576 visual tokens and 32 of text, one image, fp32.
+The model and prompt of `benchmarks.cost.prefill`: 12 layers, 512 wide, 576 visual tokens and 32 of text, fp32.
 Prefill holds hooks, selection, counting and cache; decoding is 8 further tokens, one by one, on a pruned cache. Every
 pair runs once a round, and ratios are taken round by round.
 """
@@ -10,10 +10,10 @@ pair runs once a round, and ratios are taken round by round.
 from functools import partial
 
 import torch
-from prefill import DECODER, IMAGE, KEEPS, SIDE, TEXT, llava
-from timing import interleaved, measured, quartiles
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from benchmarks.cost.prefill import DECODER, IMAGE, KEEPS, SIDE, TEXT, llava
+from benchmarks.cost.timing import interleaved, measured, quartiles
 from codebook import Codebook, Schedule
 from codebook.pruning import METHODS
 from codebook.pruning.text import needs

@@ -1,6 +1,6 @@
 """Measure a trained miniature on held-out questions and put it, with its model card, where it ships.
 
-    python benchmarks/publish.py runs/miniature --command "..." --time "..."
+    python -m benchmarks.publish.publish runs/miniature --command "..." --time "..."
 
 Answers are kept in the run's folder: the command can be stopped and run again.
 """

@@ -1,4 +1,4 @@
-"""What `benchmarks/experiments.py` tries: choices of tokens, and codebooks built in other ways, that are no methods."""
+"""What `experiments.py` tries: choices of tokens, and codebooks built in other ways, that are no methods."""
 
 from __future__ import annotations
 

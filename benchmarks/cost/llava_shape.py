@@ -1,7 +1,7 @@
 """What pruning saves on a model of LLaVA-1.5-7B's shape: prefill, decoding, KV cache; and what choosing costs.
 
-    python benchmarks/llava_shape.py --layers 1
-    python benchmarks/llava_shape.py --device cuda --json
+    python -m benchmarks.cost.llava_shape --layers 1
+    python -m benchmarks.cost.llava_shape --device cuda --json
 
 Random weights: the time does not depend on them. One image as the real processor prepares it (336 x 336 pixels, 576
 visual tokens) and 64 tokens of text. The vision tower is timed by itself and is not part of the prefill. Tokens are
@@ -15,9 +15,9 @@ import json
 from contextlib import nullcontext
 
 import torch
-from timing import interleaved, machine, quartiles
 from transformers import CLIPImageProcessor, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from benchmarks.cost.timing import interleaved, machine, quartiles
 from codebook import Codebook, RedundancyCodebook, Schedule, Stage, VisualTokens
 
 KEEPS = (1.0, 0.5, 0.22, 0.11)

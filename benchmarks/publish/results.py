@@ -1,6 +1,6 @@
 """docs/results.md from a results.json of `codebook bench`.
 
-    python benchmarks/results.py benchmarks/miniature.json > docs/results.md
+    python -m benchmarks.publish.results benchmarks/publish/miniature.json > docs/results.md
 
 `make results` does that.
 """
