@@ -203,6 +203,17 @@ def test_every_public_name_can_be_reached():
     assert set(codebook.__all__) <= set(dir(codebook))
 
 
+def test_hooks_and_workflows_run_what_make_runs():
+    """One set of commands: what is green here is green there."""
+    targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    files = [ROOT / ".pre-commit-config.yaml", *(ROOT / ".github/workflows").iterdir()]
+    commands = [command for file in files for command in re.findall(r"(?:run|entry): (.*)", file.read_text())]
+    assert {"make lint", "make test"} <= set(commands)
+    for command in commands:
+        program, *words = command.split()
+        assert command == "git diff --exit-code" or (program == "make" and set(words) <= targets), command
+
+
 def test_no_test_module_imports_another():
     """What tests share lives in modules of its own: a test file can be moved, split or deleted alone."""
     for file in (ROOT / "tests").rglob("*.py"):
