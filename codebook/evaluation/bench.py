@@ -15,8 +15,7 @@ from typing import Any
 
 import numpy as np
 
-import codebook
-from codebook import models
+from codebook import __version__, models
 from codebook.errors import CodebookError
 from codebook.evaluation.latency import TimedPrompt
 from codebook.evaluation.metrics import NORMAL_QUANTILE, Estimate, Task, estimate, mean_of
@@ -211,7 +210,7 @@ def measure(
     size = models.shape(model)
     return {
         "format": RESULTS_FORMAT,
-        "version": codebook.__version__,
+        "version": __version__,
         "model": models.identity(model),
         "tokens": size.tokens,
         "layers": size.layers,
