@@ -55,10 +55,16 @@ def breaches(graph, table: dict[str, set[str]]) -> list[str]:
             continue
         for other in sorted(graph.find_modules_directly_imported_by(module)):
             there = room_of(other, table)
-            lines = {d["line_contents"] for d in graph.get_import_details(importer=module, imported=other)}
-            if there not in table[here] | {here} and not all(line.endswith("import __version__") for line in lines):
+            if there not in table[here] | {here} and not (there == "" and only_version(graph, module, other)):
                 found.append(f"{module} imports {other}")
     return found
+
+
+def only_version(graph, module: str, whole: str) -> bool:
+    """Whether all that the module takes from the package itself, beside its modules, is its version."""
+    lines = [d["line_contents"] for d in graph.get_import_details(importer=module, imported=whole)]
+    names = [set(line.partition(" import ")[2].split(", ")) for line in lines]
+    return all(line - {name.rpartition(".")[2] for name in graph.modules} == {"__version__"} for line in names)
 
 
 def circles(graph) -> list[str]:
@@ -140,6 +146,8 @@ def test_a_reach_up_is_found(made_up):
         "high.b": "from typing import TYPE_CHECKING\nimport madeup.low.a\nif TYPE_CHECKING:\n    import madeup.attic",
         "low.d": "from madeup import low\nfrom madeup.low.cellar.c import late",
         "low.e": "import madeup",
+        "low.f": "from madeup import __version__, low",
+        "low.g": "from madeup import __version__, Public",
         "attic": "",
     })  # fmt: skip
     assert breaches(graph, rooms(MAP)) == [
@@ -147,6 +155,7 @@ def test_a_reach_up_is_found(made_up):
         "madeup.low.a imports madeup.high.b",
         "madeup.low.d imports madeup.low.cellar.c",
         "madeup.low.e imports madeup",
+        "madeup.low.g imports madeup",
     ]
 
 
