@@ -26,7 +26,23 @@ TEXT = {
 
 @dataclass
 class Tiny:
-    """One family: how to make a model, and what its prompts and pixels look like."""
+    """One family: how to make a model, and what its prompts and pixels look like.
+
+    Attributes
+    ----------
+    name, config, cls
+        The `model_type`, a function that makes the config, and the name of transformers' class.
+    videos
+        Whether prompts may show "video".
+    axes
+        Axes of its position ids.
+    patches
+        Rows, and columns, of the patches that the tower makes of one image or crop.
+    crops
+        Most crops of an image, where its pixels are (1, 1 + crops, 3, H, W), the whole view first; else None.
+    resizes
+        Whether the tower takes images of any size, so that `downsample` works.
+    """
 
     name: str
     config: object
@@ -34,6 +50,7 @@ class Tiny:
     videos: bool = False
     axes: int = 1
     seed: int = 0
+    patches, crops, resizes = 8, None, False
 
     def make(self, attention="sdpa"):
         torch.manual_seed(self.seed)
@@ -106,7 +123,7 @@ class Fixed(Tiny):
 
 
 class Llava(Fixed):
-    side, tokens = 24, 36
+    side, tokens, patches, resizes = 24, 36, 6, True
 
     def make(self, attention="sdpa"):
         return llava(attention)
@@ -115,7 +132,7 @@ class Llava(Fixed):
 class LlavaNext(Tiny):
     """Base view of 4 x 4 tokens; a large image has two crops, of which padding takes a row away."""
 
-    crops = 2
+    crops, patches = 2, 4
 
     def image(self, draw):
         pixels = torch.cat([draw(1, 1, 3, 16, 16), torch.zeros(1, self.crops, 3, 16, 16)], 1)
@@ -221,6 +238,8 @@ class Gemma3(Fixed):
 
 
 class PaliGemma(Fixed):
+    patches = 4
+
     def types(self, ids):
         return {"token_type_ids": torch.zeros_like(ids)}
 

@@ -214,12 +214,12 @@ def places(tiny, target, call):
             index, _ = get_vision_window_index(grid, 2, config.window_size, config.patch_size)
             position = position.view(-1, 4, 2)[index].flatten(0, 1)
         return list(position.split([int(h * w) for t, h, w in grid for _ in range(t)]))
-    side = {"llava": 6, "llava_next": 4, "llava_onevision": 4, "paligemma": 4}.get(tiny.name, 8)
+    side = tiny.patches
     at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1)
     pixels = call.given.get("pixel_values", call.given.get("pixel_values_videos"))
     count = pixels.shape[0] if pixels.dim() == 4 else pixels.shape[0] * pixels.shape[1]
     out = [at.clone() for _ in range(count)]
-    if tiny.name in ("llava_next", "llava_onevision") and call.kind == "image":
+    if tiny.crops and call.kind == "image":
         out[2][:, 0] += side  # the second crop is below the first
     return out
 
