@@ -23,11 +23,11 @@ from codebook.cli.output import progress
 from codebook.evaluation import evaluate
 from codebook.evaluation.bench import reseeded
 from codebook.inference import samples as data
-from codebook.inference.journal import Journal
 from codebook.miniature.samples import of_miniature, of_questions
 from codebook.pruning import Schedule, remember
 from codebook.pruning.plan import Plan, find_codebook
 from codebook.store.files import replacing
+from codebook.store.journal import Journal
 
 METHODS = ("codebook", "divprune", "dart", "fastv", "seeded")
 KEEPS = (0.5, 0.25, 0.11)
@@ -79,8 +79,11 @@ def answers(model, processor, options: argparse.Namespace, seed: int, plans: lis
     """Scores (questions,) of each schedule on the held-out questions, in the order of `questions`."""
     asked = list(questions(options.questions, seed, options.families))
     about = {"model": models.identity(model), "families": options.families, "questions": len(asked), "seed": seed}
-    journal, values = Journal(options.out / f"held-out-{seed}.jsonl", about), {}
-    with progress(f"held-out, seed {seed}", len(plans) * sum(map(len, asked)), "answers") as tick:
+    values: dict[str, list[float]] = {}
+    with (
+        Journal(options.out / f"held-out-{seed}.jsonl", about) as journal,
+        progress(f"held-out, seed {seed}", len(plans) * sum(map(len, asked)), "answers") as tick,
+    ):
         done = 0
         for i, group in enumerate(asked):
             with remember(model):

@@ -21,7 +21,6 @@ from codebook import models
 from codebook.analysis import likelihood
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
-from codebook.inference.journal import Journal
 from codebook.inference.respond import BATCH_SIZE
 from codebook.inference.samples import Sample, mixed, samples_digest
 from codebook.models.base import Model, Processor
@@ -29,6 +28,7 @@ from codebook.pruning import Schedule, remember
 from codebook.pruning.stage import Keep
 from codebook.pruning.text import Make, make
 from codebook.pruning.tokens import digest_rows
+from codebook.store.journal import Journal
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
 """Token counts tried for the deep stage, as shares of the first stage's."""
@@ -206,8 +206,12 @@ def calibrate(
         "seed": seed,
         "codebook": _codebooks([plain, *candidates]),
     }
-    journal = Journal(file, about | {"plain": str(plain)})
-    run = _Search(model, processor, mixed(samples, seed), journal, done)
+    with Journal(file, about | {"plain": str(plain)}) as journal:
+        return _halve(_Search(model, processor, mixed(samples, seed), journal, done), plain, candidates)
+
+
+def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Calibration:
+    """The rounds of the search, and the test of their winner."""
     skipped = run.fill_answers()
     search = len(run.samples) // SEARCH
     if search < 2 * len(RUNGS):

@@ -14,11 +14,11 @@ from codebook import models
 from codebook.analysis.prefill import Cost, Prefill
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
-from codebook.inference.journal import Journal
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample, samples_digest
 from codebook.models.base import Model, Processor
 from codebook.pruning import Drop, Schedule, Stage, remember
+from codebook.store.journal import Journal
 
 EPS = 0.01
 """Largest loss that counts as none."""
@@ -214,16 +214,17 @@ def sweep(
         "data": samples_digest(samples),
         "kind": "generated" if metric == "generated" else "first",
     }
-    journal, cost = Journal(file, about), Cost()
-    if metric == "generated":
-        _generate(model, processor, samples, journal, done)
-    else:
-        for i, sample in enumerate(samples):
-            if str(i) not in journal:
-                record, own = _first_token(model, processor, sample)
-                journal.add(str(i), record)
-                cost += own
-            done(i + 1)
+    cost = Cost()
+    with Journal(file, about) as journal:
+        if metric == "generated":
+            _generate(model, processor, samples, journal, done)
+        else:
+            for i, sample in enumerate(samples):
+                if str(i) not in journal:
+                    record, own = _first_token(model, processor, sample)
+                    journal.add(str(i), record)
+                    cost += own
+                done(i + 1)
     records = [journal[str(i)] for i in range(len(samples))]
     full, pruned = (np.array([r[metric][part] for r in records], dtype=np.float64) for part in ("full", "pruned"))
     return Sweep([sample.task for sample in samples], full, pruned, start=int(metric == "generated")), cost

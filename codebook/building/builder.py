@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -15,15 +16,18 @@ from torch import Tensor
 
 from codebook import models
 from codebook.building.cascade import Survivors, survivors
-from codebook.building.journal import FOLDER, Journal, differences
 from codebook.building.pool import STEPS, Pool, digest
 from codebook.building.presets import Settings, preset
 from codebook.building.probes import Prober
 from codebook.building.sources import Images, Source, open_images
 from codebook.errors import CodebookError
 from codebook.store.codebook import CONFIG, Codebook
+from codebook.store.files import read_json
+from codebook.store.journal import Journal, differences
 
 PROBES = "probes.jsonl"
+UNFINISHED = ".build"
+"""Folder inside `out` of a build's journal, until the codebook is whole."""
 REMEDY = {
     "probed": "use larger images",
     "isolated": "raise max_cluster_size or clusters_per_image",
@@ -145,7 +149,7 @@ def build(
     model, processor
         A stock model and its processor, as `codebook.load` returns them.
     images
-        A folder, a list of files, a JSONL file, tar shards or a saved data set: see `open_images`.
+        A folder, a list of files, a JSONL file, tar shards, a saved data set, or what `open_images` made of one.
     out
         Folder of the codebook.
     model_id
@@ -153,14 +157,14 @@ def build(
     settings
         Default: the preset that `model_id` names.
     limit
-        Use only so many images, the first in order of their names.
+        Use at most this many images, the first by name.
     options
         Fields of `Options`.
 
     Raises
     ------
     CodebookError
-        For anything that the caller can mend. Finished images are kept in `out`.
+        For anything that the caller can fix. Finished images are kept in `out`.
     """
     settings = settings or preset(model_id)
     source = open_images(images, limit)
@@ -221,14 +225,13 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
     key = {**keys[0], "model": a.config["model"], "images_sha256": both.digest}
     if (complete := _complete(out, key)) is not None:
         return complete
-    with Journal(out, key) as journal:
+    with _journal(out, key) as journal:
         made = both.codebook(settings, {**key, "grid": a.config["grid"]})
         if made is None:
-            journal.remove()
-            _remove_empty(out)
+            _forget(journal, out)
             raise CodebookError(f"no prototype left of {len(both.rows)} survivors: {REMEDY['recurrent']}")
         made[0].save(out, made[1])
-        journal.remove()
+        _forget(journal, out)
     return made[0]
 
 
@@ -257,7 +260,7 @@ def _build(
         return complete
 
     worker = Worker(model, processor, source, settings, options)
-    with Journal(out, key) as journal:
+    with _journal(out, key) as journal:
         finished = _probe_all(worker, stamps, journal, out)
         pool = _pool(journal, stamps)
         if base is not None:
@@ -271,7 +274,7 @@ def _build(
         if options.exhaustive:
             others[PROBES] = _probes(journal, stamps)
         book.save(out, others)
-        journal.remove()
+        _forget(journal, out)
     return book
 
 
@@ -280,7 +283,7 @@ def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Pa
     records, options = journal.records, worker.options
     if records and not any(record.get("stamp") == stamps.get(name) for name, record in records.items()):
         raise CodebookError(
-            f"{out} holds an unfinished build of other images: choose another --out, or delete {journal.folder}"
+            f"{out} holds an unfinished build of other images: choose another --out, or delete {out / UNFINISHED}"
         )
     held = {name for name, stamp in stamps.items() if _finished(records.get(name), stamp)}
     todo = [name for name in stamps if name not in held]
@@ -292,7 +295,7 @@ def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Pa
         if isinstance(found, str):
             if options.strict:
                 raise CodebookError(
-                    f"cannot read image {worker.source.where}/{name}: {found}; mend or remove it and run again, "
+                    f"cannot read image {worker.source.where}/{name}: {found}; fix or remove it and run again, "
                     "finished images are kept"
                 )
             journal.add(name, {**record, "error": found})
@@ -301,14 +304,13 @@ def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Pa
             record |= {"tokens": found.tokens, "funnel": found.funnel, "spread": found.spread}
             if options.exhaustive:
                 record["probes"] = found.probes
-            journal.add(name, record, found.features)
+            journal.add(name, record, found.features if len(found.features) else None)
             total = {step: total[step] + found.funnel[step] for step in total}
         done += 1
         options.progress(Progress(done, len(stamps), len(held), tuple(sorted(skipped)), dict(total)))
     if stamps and len(skipped) == len(stamps):
         first, error = skipped[0], records[skipped[0]]["error"]
-        journal.remove()
-        _remove_empty(out)
+        _forget(journal, out)
         raise CodebookError(f"none of the {len(stamps)} images can be read, {first} first ({error}): give whole images")
     return len(held)
 
@@ -326,7 +328,7 @@ def _pool(journal: Journal, stamps: dict[str, Any]) -> Pool:
     features = torch.empty(0)
     start = 0
     for name in owners:  # into one tensor: all parts and their concatenation would be twice the memory
-        part = journal.features(name)
+        part = journal.tensor(name)
         if not start:
             features = torch.empty(len(rows), part.shape[1])
         features[start : start + len(part)] = part
@@ -345,9 +347,9 @@ def _complete(out: Path, key: dict[str, Any]) -> Codebook | None:
         raise CodebookError(f"{out} is a file: choose another --out")
     if (out / CONFIG).exists():
         try:
-            config = json.loads((out / CONFIG).read_text())
+            config = read_json(out / CONFIG)
             other = {name: config[name] for name in key}
-        except (OSError, ValueError, KeyError, TypeError):
+        except (CodebookError, KeyError, TypeError):
             raise CodebookError(f"{out} holds something else than a build: choose another --out") from None
         if other != key:
             raise CodebookError(
@@ -355,9 +357,9 @@ def _complete(out: Path, key: dict[str, Any]) -> Codebook | None:
                 "choose another --out, or delete it"
             )
         book = Codebook.load(out)
-        rmtree(out / FOLDER, ignore_errors=True)  # killed while it was cleaning up
+        rmtree(out / UNFINISHED, ignore_errors=True)  # killed while it was cleaning up
         return book
-    if out.is_dir() and not (out / FOLDER).is_dir() and any(out.iterdir()):
+    if out.is_dir() and not (out / UNFINISHED).is_dir() and any(out.iterdir()):
         raise CodebookError(f"{out} is not empty and holds no build: choose another --out")
     return None
 
@@ -369,11 +371,22 @@ def _nothing_left(journal: Journal, out: Path, funnel: dict[str, int]) -> Codebo
     if step == "recurrent":
         kept = "; finished images are kept, only the last step is repeated"
     else:  # their records answer to these very thresholds
-        journal.remove()
-        _remove_empty(out)
+        _forget(journal, out)
     return CodebookError(f"no prototype left ({counts}): {REMEDY[step]}{kept}")
 
 
-def _remove_empty(out: Path) -> None:
+def _journal(out: Path, key: dict[str, Any]) -> Journal:
+    """The journal of an unfinished build into `out`."""
+    folder = out / UNFINISHED
+    if (folder / "journal.sqlite").exists():
+        raise CodebookError(f"{out} holds an unfinished build of an earlier version: delete {folder} and run again")
+    return Journal(folder / "journal.jsonl", key, output="--out")
+
+
+def _forget(journal: Journal, out: Path) -> None:
+    """Delete the journal, and `out` if it holds nothing else."""
+    journal.remove()
+    with contextlib.suppress(OSError):
+        (out / UNFINISHED).rmdir()
     if not any(out.iterdir()):
         out.rmdir()

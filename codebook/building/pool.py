@@ -18,6 +18,7 @@ from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook, verify
+from codebook.store.files import read_lines
 
 STEPS = ("probed", "isolated", "P1", "JSD", "recurrent")
 SURVIVORS, IMAGES = "survivors.safetensors", "images.jsonl"
@@ -139,7 +140,7 @@ class Pool:
             )
         verify(folder, book.config, (SURVIVORS, IMAGES))
         try:
-            lines = [json.loads(line) for line in (folder / IMAGES).read_text().splitlines()]
+            lines = [line for _, line in read_lines(folder / IMAGES, "build the codebook again")]
             rest = [{"image": line["image"], **row} for line in lines for row in line.get("survivors", ())]
             images = {
                 line["image"]: {k: v for k, v in line.items() if k not in ("image", "survivors")} for line in lines

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from typing import Any, BinaryIO
 from PIL import Image, ImageOps
 
 from codebook.errors import CodebookError
+from codebook.store.files import read_lines
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-Images = Path | str | Sequence[Path | str]
 
 
 @dataclass(frozen=True)
@@ -44,6 +43,9 @@ class Source:
             return ImageOps.exif_transpose(image).convert("RGB")
 
 
+Images = Source | Path | str | Sequence[Path | str]
+
+
 def open_images(images: Images, limit: int | None = None) -> Source:
     """Find out what `images` is, and list what it holds; no image is read yet.
 
@@ -51,10 +53,10 @@ def open_images(images: Images, limit: int | None = None) -> Source:
     ----------
     images
         A folder, searched recursively; a list of files; a JSONL file of paths relative to it, each line a string or
-        an object with `image`; a `.tar` shard, or a folder of shards (WebDataset); or a folder written by
-        `save_to_disk` of Hugging Face `datasets`.
+        an object with `image`; a `.tar` shard, or a folder of shards (WebDataset); a folder written by `save_to_disk`
+        of Hugging Face `datasets`; or what this function returned before.
     limit
-        Take only so many, the first in order of their names.
+        Use at most this many images, the first by name.
 
     Raises
     ------
@@ -63,14 +65,14 @@ def open_images(images: Images, limit: int | None = None) -> Source:
     """
     if limit is not None and limit < 1:
         raise CodebookError(f"limit is {limit}: it must be at least 1")
-    source = _open(images)
+    source = images if isinstance(images, Source) else _open(images)
     if not source.stamps:
         raise CodebookError(f"no image in {source.where}: give {', '.join(sorted(SUFFIXES))} files")
     ordered = sorted(source.stamps.items())
     return Source(source.where, dict(islice(ordered, limit)), source.find)
 
 
-def _open(images: Images) -> Source:
+def _open(images: Path | str | Sequence[Path | str]) -> Source:
     if not isinstance(images, (str, Path)):
         files = [Path(path).absolute() for path in images]
         if missing := [path for path in files if not path.is_file()]:
@@ -102,18 +104,8 @@ def _files(root: Path, files: Sequence[Path]) -> Source:
 
 def _listed(path: Path) -> Source:
     stamps = {}
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CodebookError(f"cannot read {path}: {error}; give a JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            name = record["image"] if isinstance(record, dict) else record
-        except (ValueError, KeyError):
-            name = None
+    for number, record in read_lines(path, "give a JSONL file"):
+        name = record.get("image") if isinstance(record, dict) else record
         if not isinstance(name, str):
             raise CodebookError(f'{path}, line {number}: write {{"image": "file.png"}} or "file.png"')
         stamps[name] = _size(path.parent / name)

@@ -70,11 +70,11 @@ def build_command(
         "min_image_fraction": min_image_fraction,
     }  # fmt: skip
     settings = building.preset(preset or model, **{k: v for k, v in changes.items() if v is not None})
-    count = len(building.open_images(images, limit).stamps)  # before a model is loaded for nothing
+    source = building.open_images(images, limit)  # before a model is loaded for nothing
     loaded, processor = probing.load(model)
-    with building_progress(count) as tick:
+    with building_progress(len(source.stamps)) as tick:
         options = probing.options(model, images, settings)
         book = building.build(
-            loaded, processor, images, out, model_id=model, settings=settings, progress=tick, **options
+            loaded, processor, source, out, model_id=model, settings=settings, progress=tick, **options
         )  # fmt: skip
     report_codebook(book, out, as_json)

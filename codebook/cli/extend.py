@@ -42,9 +42,9 @@ def extend_command(
 
     probing = Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
     book, _ = building.Pool.load(folder)
-    count = len(building.open_images(images, limit).stamps)  # before a model is loaded for nothing
+    source = building.open_images(images, limit)  # before a model is loaded for nothing
     model, processor = probing.load(name := book.config["model"])
-    with building_progress(count) as tick:
+    with building_progress(len(source.stamps)) as tick:
         options = probing.options(name, images, building.Settings(**book.config["settings"]))
-        book = building.extend(model, processor, folder, images, out, progress=tick, **options)
+        book = building.extend(model, processor, folder, source, out, progress=tick, **options)
     report_codebook(book, out, as_json)

@@ -53,8 +53,8 @@ class Probing:
 
             gpus = 1 if (self.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else 0
             engine = ray_engine(make, self.workers, self.address, gpus)
-            return options | {"strict": self.strict, "limit": self.limit, "engine": engine}
-        return options | {"strict": self.strict, "limit": self.limit}
+            return options | {"strict": self.strict, "engine": engine}
+        return options | {"strict": self.strict}
 
 
 def report_codebook(book: Codebook, out: Path, as_json: bool) -> None:

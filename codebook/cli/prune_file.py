@@ -12,7 +12,7 @@ from codebook.cli.output import describe, note, progress, summary
 from codebook.errors import CodebookError
 from codebook.inference.ask import Answer, ask
 from codebook.pruning.plan import Plan
-from codebook.store.files import replacing
+from codebook.store.files import read_lines, replacing
 from codebook.store.pictures import read_image
 
 
@@ -77,19 +77,12 @@ def prune_file(
 
 def read_questions(source: Path) -> Iterator[dict[str, Any]]:
     """The records of a JSONL file, each with `images` (paths) and `question`, all of them checked first."""
-    try:
-        lines = source.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CodebookError(f"cannot read {source}: {error}; give a JSONL file") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
+    for number, record in read_lines(source, "give a JSONL file"):
         try:
-            record = json.loads(line)
             images = record["images"] if "images" in record else [record["image"]]
             question = record["question"]
             good = images and all(isinstance(image, str) for image in images) and isinstance(question, str)
-        except (ValueError, KeyError, TypeError):
+        except (KeyError, TypeError):
             good = False
         if not good:
             raise CodebookError(f'{source}, line {number}: write {{"image": "file.png", "question": "..."}}')

@@ -21,7 +21,6 @@ from codebook.evaluation.latency import TimedPrompt
 from codebook.evaluation.metrics import NORMAL_QUANTILE, Estimate, Task, estimate, mean_of
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.ask import ask
-from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare
 from codebook.inference.respond import Policy, Response, Shard, batches, remembering, respond
 from codebook.inference.samples import Sample, samples_digest
@@ -29,6 +28,7 @@ from codebook.models.base import Model, Processor
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
 from codebook.pruning.text import UNPRUNED, Make
 from codebook.pruning.tokens import digest_rows
+from codebook.store.journal import Journal
 
 RESULTS_FORMAT = 1
 """Version of the layout of results.json."""
@@ -277,23 +277,23 @@ def _costs(
     about["prompt"] = int(digest_rows(bench.inputs["input_ids"])[0])
     # Times of other rows, or of another machine, must not enter this comparison: each has a file of its own.
     code = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-    journal = Journal(out / f"timing-{code}.jsonl", about)
-    for i, (row, name) in enumerate(zip(rows, names, strict=True)):
-        if f"memory {name}" not in journal:
-            note(f"memory {i + 1}/{len(rows)}")
-            journal.add(f"memory {name}", bench.memory(row.schedules[0]))
-    if "seconds" not in journal:
-        start = time.monotonic()
-        for number in range(ROUNDS[1]):
-            if f"round {number}" not in journal:
-                order = list(range(len(rows)))
-                random.Random(f"{settings.seed} {number}").shuffle(order)
-                note(f"timing, round {number + 1}")
-                measured = {names[i]: bench.seconds(rows[i].schedules[0]) for i in order}
-                journal.add(f"round {number}", measured)
-            if number + 1 >= ROUNDS[0] and time.monotonic() - start > settings.seconds:
-                break
-        journal.add("seconds", number + 1)
+    with Journal(out / f"timing-{code}.jsonl", about) as journal:
+        for i, (row, name) in enumerate(zip(rows, names, strict=True)):
+            if f"memory {name}" not in journal:
+                note(f"memory {i + 1}/{len(rows)}")
+                journal.add(f"memory {name}", bench.memory(row.schedules[0]))
+        if "seconds" not in journal:
+            start = time.monotonic()
+            for number in range(ROUNDS[1]):
+                if f"round {number}" not in journal:
+                    order = list(range(len(rows)))
+                    random.Random(f"{settings.seed} {number}").shuffle(order)
+                    note(f"timing, round {number + 1}")
+                    measured = {names[i]: bench.seconds(rows[i].schedules[0]) for i in order}
+                    journal.add(f"round {number}", measured)
+                if number + 1 >= ROUNDS[0] and time.monotonic() - start > settings.seconds:
+                    break
+            journal.add("seconds", number + 1)
     rounds = [journal[f"round {number}"] for number in range(journal["seconds"])]
     return [_cost(rounds, name, names[0]) | journal[f"memory {name}"] for name in names]
 
@@ -427,24 +427,26 @@ def show_rows(
     frame) and `rows`: for each row `method`, `keep`, `text`, `score` (None without a right answer) and `kept`: for each
     image the raster positions of those tokens of that view that were kept to the end
     """
-    journal = Journal(file, {"model": models.identity(model), "max_new_tokens": max_new_tokens})
     found, count = [], 0
-    for sample in samples:
-        pictures, views, grids = sample.pictures(), [], []
-        with remembering(model):
-            for row in rows:
-                schedule = row.schedules[0]
-                name = f"{samples_digest([sample])} {schedule_key(schedule)}"
-                if name not in journal:
-                    [said] = ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)
-                    seen = [image.view(kept) for image, kept in zip(said.images, said.kept, strict=True)]
-                    journal.add(name, {"text": said.text, "kept": [s[0] for s in seen], "grids": [s[1] for s in seen]})
-                record = journal[name]
-                grids = record["grids"]
-                score = None if sample.answer is None else sample.score(record["text"])
-                own = {"text": record["text"], "score": score, "kept": record["kept"]}
-                views.append({"method": row.method, "keep": row.keep, **own})
-                done(count := count + 1)
-        about = {"task": sample.task, "question": sample.question, "answer": sample.answer}
-        found.append({**about, "grids": grids, "rows": views})
+    with Journal(file, {"model": models.identity(model), "max_new_tokens": max_new_tokens}) as journal:
+        for sample in samples:
+            pictures, views, grids = sample.pictures(), [], []
+            with remembering(model):
+                for row in rows:
+                    schedule = row.schedules[0]
+                    name = f"{samples_digest([sample])} {schedule_key(schedule)}"
+                    if name not in journal:
+                        [said] = ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)
+                        seen = [image.view(kept) for image, kept in zip(said.images, said.kept, strict=True)]
+                        journal.add(
+                            name, {"text": said.text, "kept": [s[0] for s in seen], "grids": [s[1] for s in seen]}
+                        )
+                    record = journal[name]
+                    grids = record["grids"]
+                    score = None if sample.answer is None else sample.score(record["text"])
+                    own = {"text": record["text"], "score": score, "kept": record["kept"]}
+                    views.append({"method": row.method, "keep": row.keep, **own})
+                    done(count := count + 1)
+            about = {"task": sample.task, "question": sample.question, "answer": sample.answer}
+            found.append({**about, "grids": grids, "rows": views})
     return found

@@ -10,11 +10,11 @@ from typing import Any
 
 from codebook import models
 from codebook.inference.ask import answer_prompts
-from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare
 from codebook.inference.samples import Sample, samples_digest
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
+from codebook.store.journal import Journal
 
 BATCH_SIZE = 32
 """Samples per batch of answers."""
@@ -79,23 +79,23 @@ def respond(
     For each policy one Response per sample, in the samples' order; {} for a shard
     """
     about = {"model": models.identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
-    journal = _open_journal(file, about, shard)
     answered, own_batches, keys = 0, batches(samples, batch, shard), []
-    for rows in own_batches:
-        group = [samples[row] for row in rows]
-        keys.append(key := samples_digest(group))
-        todo = {name: policy for name, policy in policies.items() if f"{name} #{key}" not in journal}
-        done(answered := answered + len(group) * (len(policies) - len(todo)))
-        if todo:
-            images = [() if blind else sample.pictures() for sample in group]
-            prompts = prepare(model, processor, images, [sample.question for sample in group])
-            with remembering(model):
-                for name, policy in todo.items():
-                    answers = answer_prompts(model, processor, prompts, policy(group), max_new_tokens)
-                    # A sample's counts are the sums over its images, stage by stage.
-                    values = [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in answers]
-                    journal.add(f"{name} #{key}", values)
-                    done(answered := answered + len(group))
+    with _open_journal(file, about, shard) as journal:
+        for rows in own_batches:
+            group = [samples[row] for row in rows]
+            keys.append(key := samples_digest(group))
+            todo = {name: policy for name, policy in policies.items() if f"{name} #{key}" not in journal}
+            done(answered := answered + len(group) * (len(policies) - len(todo)))
+            if todo:
+                images = [() if blind else sample.pictures() for sample in group]
+                prompts = prepare(model, processor, images, [sample.question for sample in group])
+                with remembering(model):
+                    for name, policy in todo.items():
+                        answers = answer_prompts(model, processor, prompts, policy(group), max_new_tokens)
+                        # A sample's counts are the sums over its images, stage by stage.
+                        values = [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in answers]
+                        journal.add(f"{name} #{key}", values)
+                        done(answered := answered + len(group))
     if shard is not None:
         return {}
     responses: dict[str, dict[int, Response]] = {name: {} for name in policies}

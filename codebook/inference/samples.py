@@ -8,10 +8,12 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from PIL import Image as Picture
 
 from codebook.errors import CodebookError
+from codebook.store.files import read_lines
 from codebook.store.pictures import read_image, read_video
 
 Scorer = Callable[[str, Sequence[str]], float]
@@ -77,11 +79,8 @@ def read_samples(source: Path) -> list[Sample]:
     CodebookError
         If a line is wrong or a picture is missing; the message names it.
     """
-    try:
-        lines = source.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise CodebookError(f"cannot read {source}: {error}; give a JSONL file or `miniature`") from None
-    samples = [_parse_line(source, i, line) for i, line in enumerate(lines, 1) if line.strip()]
+    lines = read_lines(source, "give a JSONL file or `miniature`")
+    samples = [_parse_line(source, number, record) for number, record in lines]
     if not samples:
         raise CodebookError(f"{source} holds no samples: {LINE_FORMAT}")
     for path in {image for sample in samples for image in sample.images if isinstance(image, Path)}:
@@ -96,9 +95,8 @@ LINE_FORMAT = (
 )
 
 
-def _parse_line(source: Path, number: int, line: str) -> Sample:
+def _parse_line(source: Path, number: int, record: Any) -> Sample:
     try:
-        record = json.loads(line)
         shown = (
             [record["video"]] if "video" in record else record["images"] if "images" in record else [record["image"]]
         )
@@ -106,7 +104,7 @@ def _parse_line(source: Path, number: int, line: str) -> Sample:
         texts = [record["question"], record.get("task") or ""]
         lists = isinstance(shown, list) and shown and isinstance(answers, list)
         good = lists and all(isinstance(text, str) for text in [*shown, *answers, *texts])
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, AttributeError):
         good = False
     if not good:
         raise CodebookError(f"{source}, line {number}: {LINE_FORMAT}")

@@ -6,29 +6,21 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError
 from codebook.models import Model, fingerprint, same_fingerprint
-from codebook.store.files import one_line, read_json, sha256, write_files
+from codebook.store.files import cannot_write, one_line, read_json, read_lines, sha256, write_files
+from codebook.store.search import Backend, PrototypeSearch
 
 FORMAT_VERSION = 1
 CONFIG, PROTOTYPES, PROVENANCE, CARD = "config.json", "prototypes.safetensors", "provenance.jsonl", "README.md"
 REQUIRED = ("format_version", "model", "fingerprint", "dimension", "prototypes", "sha256")
-
-# Measured on 2 cores, 576 tokens, d = 160 to 4096: torch and faiss are level up to 10 000 prototypes, and at
-# 20 000 faiss is 1.3 times faster for d >= 1024.
-FAISS_FROM = 20_000
-CHUNK = 2**24
-"""Similarities held at once: 64 MiB in float32, whatever the number of tokens and prototypes."""
-
-Backend = Literal["auto", "torch", "faiss"]
 
 
 class Codebook:
@@ -68,8 +60,7 @@ class Codebook:
             **(config or {}),
             "dimension": prototypes.shape[1], "prototypes": len(prototypes),
         }  # fmt: skip
-        self._normalised: dict[torch.device, Tensor] = {}
-        self._faiss: Any = None
+        self._search = PrototypeSearch(self.prototypes)
 
     def __len__(self) -> int:
         return len(self.prototypes)
@@ -105,7 +96,7 @@ class Codebook:
     def similarity(self, tokens: Tensor) -> Tensor:
         """The cosine similarity of each token (n, d) to each prototype: (n, N) float32, on the tokens' device."""
         self._check_dimension(tokens)
-        return normalize(tokens.float(), dim=1) @ self._unit(tokens.device).T
+        return self._search.similarity(tokens)
 
     def search(self, tokens: Tensor, k: int = 1, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
         """The `k` most similar prototypes of each token, by exact cosine similarity in float32.
@@ -125,36 +116,7 @@ class Codebook:
         self._check_dimension(tokens)
         if not 1 <= k <= len(self):
             raise CodebookError(f"k is {k}: it must be from 1 to the {len(self)} prototypes of this codebook")
-        if backend not in ("auto", "torch", "faiss"):
-            raise CodebookError(f"no search backend {backend!r}: use auto, torch or faiss")
-        large = backend == "auto" and tokens.device.type == "cpu" and len(self) >= FAISS_FROM
-        if backend == "faiss" or (large and _faiss_or_none() is not None):
-            return self._search_faiss(tokens, k)
-        return self._search_torch(tokens, k)
-
-    def _search_torch(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        prototypes = self._unit(tokens.device)
-        found = []
-        for part in tokens.split(max(1, CHUNK // len(self))):
-            similarity = normalize(part.float(), dim=1) @ prototypes.T
-            # max is several times faster than topk, and pruning only ever asks for the first
-            found.append(similarity.max(dim=1, keepdim=True) if k == 1 else similarity.topk(k, dim=1))
-        if not found:
-            return tokens.new_empty(0, k, dtype=torch.float32), tokens.new_empty(0, k, dtype=torch.int64)
-        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
-
-    def _search_faiss(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        faiss = _faiss_or_none()
-        if faiss is None:
-            raise CodebookError(
-                "faiss is not installed: `pip install codebook[cpu]` or `codebook[gpu]`, or use backend torch"
-            )
-        if self._faiss is None:
-            self._faiss = faiss.IndexFlatIP(self.dimension)
-            self._faiss.add(self._unit(torch.device("cpu")).numpy())
-        query = normalize(tokens.detach().float(), dim=1).cpu().numpy()
-        similarity, index = self._faiss.search(query, k)
-        return torch.from_numpy(similarity).to(tokens.device), torch.from_numpy(index).to(tokens.device)
+        return self._search.nearest(tokens, k, backend)
 
     def _check_dimension(self, tokens: Tensor) -> None:
         if tokens.dim() != 2 or tokens.shape[1] != self.dimension:
@@ -162,11 +124,6 @@ class Codebook:
                 f"tokens are {tuple(tokens.shape)} but this codebook, built for {self.config['model']}, has dimension "
                 f"{self.dimension}: use projector outputs of that model, or `codebook build` one for yours"
             )
-
-    def _unit(self, device: torch.device) -> Tensor:
-        if device not in self._normalised:
-            self._normalised[device] = normalize(self.prototypes.to(device), dim=1)
-        return self._normalised[device]
 
     # Making
 
@@ -249,9 +206,7 @@ class Codebook:
             path.mkdir(parents=True, exist_ok=True)
             write_files(path, {**files, CARD: _card(config).encode(), CONFIG: text})
         except OSError as error:
-            raise CodebookError(
-                f"cannot write the codebook to {path}: {error.strerror}; free space or choose another folder"
-            ) from None
+            raise cannot_write(path, error) from None
         self.config = config
 
     @classmethod
@@ -291,14 +246,14 @@ class Codebook:
                 f"{path / PROTOTYPES} must hold one tensor named prototypes: rebuild with `codebook build`"
             )
         prototypes = tensors["prototypes"]
-        try:
-            rows = [json.loads(line) for line in (path / PROVENANCE).read_text().splitlines()]
-            if not all(isinstance(row, dict) for row in rows):
-                raise ValueError("a line is not a JSON object")
-        except (OSError, ValueError) as error:
-            raise CodebookError(
-                f"cannot read {path / PROVENANCE}: {one_line(error)}; rebuild with `codebook build`"
-            ) from None
+        rows = []
+        for number, row in read_lines(path / PROVENANCE, "rebuild with `codebook build`"):
+            if not isinstance(row, dict):
+                raise CodebookError(
+                    f"cannot read {path / PROVENANCE}: line {number} is not a JSON object; "
+                    "rebuild with `codebook build`"
+                )
+            rows.append(row)
         try:
             book = cls(prototypes, rows, config)
         except CodebookError as error:
@@ -334,14 +289,6 @@ def _card(config: dict[str, Any]) -> str:
     if funnel:
         lines += ["", "| step | tokens |", "|---|---|", *(f"| {k} | {v} |" for k, v in funnel.items())]
     return "\n".join(lines) + "\n"
-
-
-def _faiss_or_none() -> Any:
-    try:
-        import faiss
-    except ImportError:
-        return None
-    return faiss
 
 
 def verify(folder: Path, config: dict[str, Any], names: Sequence[str]) -> None:

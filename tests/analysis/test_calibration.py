@@ -9,11 +9,11 @@ import torch
 from codebook.analysis import calibrate, likelihood
 from codebook.analysis.calibration import _Search, _survivors, candidate_schedules, most_answers
 from codebook.errors import CodebookError
-from codebook.inference.journal import Journal
 from codebook.inference.prompts import prepare_samples
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_miniature
 from codebook.pruning import DivPrune, Drop, FastV, Random, Schedule, Stage
+from codebook.store.journal import Journal
 from tests.analysis.conftest import LAYERS, READS
 
 N = 144

@@ -5,7 +5,6 @@ import pathlib
 import resource
 import shutil
 import signal
-import sqlite3
 import time
 
 import numpy
@@ -13,10 +12,10 @@ import pytest
 import torch
 from PIL import Image
 
-from codebook.building import STEPS, build, journal
-from codebook.building.journal import Journal
+from codebook.building import STEPS, build
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
+from codebook.store.journal import Journal
 from tests.building.folders import contents, run
 from tests.building.tiny import build_tiny, settings
 
@@ -93,8 +92,8 @@ def test_a_list_of_images_is_the_same_as_their_folder(tiny, pictures, tmp_path, 
 
 
 def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch):
-    """Stop before each fsync, rename and commit in turn, resume every time: the same bytes, and no half codebook."""
-    real_fsync, real_replace, real_commit = os.fsync, pathlib.Path.replace, journal.SqliteDict.commit
+    """Stop before each fsync and rename in turn, resume every time: the same bytes, and no half codebook."""
+    real_fsync, real_replace = os.fsync, pathlib.Path.replace
     fuse = [0]
 
     def burning(real):
@@ -108,11 +107,10 @@ def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch
 
     monkeypatch.setattr(os, "fsync", burning(real_fsync))
     monkeypatch.setattr(pathlib.Path, "replace", burning(real_replace))
-    monkeypatch.setattr(journal.SqliteDict, "commit", burning(real_commit))
     out, last = tmp_path / "out", 0
     for attempt in range(200):
         # while there are images, two to four calls get through a run; then the last step is stopped at each in turn
-        images = len(list((out / ".build" / "parts").glob("*.safetensors")))
+        images = len(list((out / ".build" / "journal.parts").glob("*.safetensors")))
         last += images == 8
         fuse[0] = last or 3 + attempt % 3
         try:
@@ -266,7 +264,7 @@ def interrupt(tiny, images, out, at=2, **options):
 def test_unfinished_of_another_build(tiny, pictures, tmp_path):
     out = tmp_path / "out"
     interrupt(tiny, pictures, out)
-    with pytest.raises(CodebookError, match="unfinished build with another tau_j"):
+    with pytest.raises(CodebookError, match=r"is from a run with another tau_j: choose another --out, or delete it"):
         run(tiny, pictures, out, settings=settings(tau_j=0.3))
     (tmp_path / "in").mkdir()
     Image.new("RGB", (20, 20)).save(tmp_path / "in" / "x.png")
@@ -275,55 +273,34 @@ def test_unfinished_of_another_build(tiny, pictures, tmp_path):
 
 
 def test_two_at_once(tiny, pictures, tmp_path):
-    with Journal(tmp_path, {}), pytest.raises(CodebookError, match="another build is running"):
-        Journal(tmp_path, {})
-    Journal(tmp_path, {}).close()
-
-
-@pytest.mark.parametrize("name", ["key.json", "journal.sqlite"])
-def test_damaged_journal(tiny, pictures, tmp_path, name):
     interrupt(tiny, pictures, tmp_path)
-    for path in (tmp_path / ".build").glob(name + "*"):
-        path.write_bytes(b"garbage " * 1000)
-    with pytest.raises(CodebookError, match="damaged: delete it and run again"):
+    file = tmp_path / ".build" / "journal.jsonl"
+    about = json.loads(file.read_text().partition("\n")[0])["about"]
+    with Journal(file, about), pytest.raises(CodebookError, match=r"another run is writing .*: wait for it, or choose"):
+        run(tiny, pictures, tmp_path)
+    run(tiny, pictures, tmp_path)
+
+
+def test_damaged_journal(tiny, pictures, tmp_path):
+    interrupt(tiny, pictures, tmp_path)
+    (tmp_path / ".build" / "journal.jsonl").write_bytes(b"garbage " * 1000)
+    with pytest.raises(CodebookError, match="no journal, or damaged: choose another --out, or delete it"):
+        run(tiny, pictures, tmp_path)
+
+
+def test_journal_of_an_earlier_version(tiny, pictures, tmp_path):
+    (tmp_path / ".build").mkdir()
+    (tmp_path / ".build" / "journal.sqlite").write_bytes(b"")
+    with pytest.raises(CodebookError, match=r"of an earlier version: delete .*\.build and run again"):
         run(tiny, pictures, tmp_path)
 
 
 def test_damaged_part(tiny, pictures, tmp_path):
     interrupt(tiny, pictures, tmp_path)
-    for path in (tmp_path / ".build" / "parts").iterdir():
+    for path in (tmp_path / ".build" / "journal.parts").iterdir():
         path.write_bytes(path.read_bytes()[:50])
-    with pytest.raises(CodebookError, match=r"damaged.*delete it and run again"):
+    with pytest.raises(CodebookError, match=r"safetensors is damaged.*delete it"):
         run(tiny, pictures, tmp_path)
-
-
-def test_full_disk_while_committing_is_an_error_and_not_a_hang(tmp_path):
-    with Journal(tmp_path, {}) as records:
-        records.add("a", {"stamp": 1})
-        records._records.conn.execute("PRAGMA max_page_count=1")  # the database may not grow any more
-        with pytest.raises(CodebookError, match="database or disk is full; finished images are kept: free space"):
-            for i in range(100):
-                records.add(f"b{i}", {"stamp": 1, "error": "x" * 5000})
-    with Journal(tmp_path, {}) as records:
-        assert "a" in records.records
-
-
-def test_commit_that_fails_in_the_thread_is_an_error_and_not_a_hang(tmp_path):
-    records = Journal(tmp_path, {})
-
-    class Dead:
-        def __getattr__(self, name):
-            raise sqlite3.OperationalError("disk I/O error")
-
-    connect = records._records.conn.__class__._connect
-    try:
-        records.close()
-        records._records = None
-        journal._Connection._connect = lambda self: (Dead(), sqlite3.connect(":memory:").cursor())
-        with pytest.raises(CodebookError, match="disk I/O error; finished images are kept"):
-            Journal(tmp_path, {})
-    finally:
-        journal._Connection._connect = connect
 
 
 def test_full_disk_for_files(tiny, pictures, tmp_path, whole):

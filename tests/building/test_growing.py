@@ -81,7 +81,7 @@ def test_interrupted_extension_goes_on(tiny, halves, parts, tmp_path, whole):
 
     with pytest.raises(KeyboardInterrupt):
         extend(*tiny, halves[0], parts[1], tmp_path / "out", progress=stop)
-    with pytest.raises(CodebookError, match="unfinished build with another extends"):
+    with pytest.raises(CodebookError, match="is from a run with another extends"):
         extend(*tiny, halves[1], parts[1], tmp_path / "out")
     states = []
     extend(*tiny, halves[0], parts[1], tmp_path / "out", progress=states.append)

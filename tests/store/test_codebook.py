@@ -11,7 +11,7 @@ from safetensors.torch import save
 
 from codebook.errors import CodebookError
 from codebook.models import fingerprint
-from codebook.store import codebook as index
+from codebook.store import search
 from codebook.store.codebook import Codebook
 from tests import tiny
 
@@ -51,17 +51,19 @@ def test_backends_agree(k):
 def test_auto_takes_faiss_for_large_codebooks_only(monkeypatch):
     pytest.importorskip("faiss")
     book, x, used = make(), tokens(), []
-    monkeypatch.setattr(Codebook, "_search_faiss", lambda self, *a: used.append("faiss") or self._search_torch(*a))
+    monkeypatch.setattr(
+        search.PrototypeSearch, "_by_faiss", lambda self, *a: used.append("faiss") or self._by_torch(*a)
+    )
     book.search(x)
     assert not used
-    monkeypatch.setattr(index, "FAISS_FROM", 50)
+    monkeypatch.setattr(search, "FAISS_FROM", 50)
     book.search(x)
     assert used == ["faiss"]
 
 
 def test_without_faiss_torch_answers(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
-    monkeypatch.setattr(index, "FAISS_FROM", 1)
+    monkeypatch.setattr(search, "FAISS_FROM", 1)
     book = make()
     assert torch.equal(book.search(tokens())[1], book.search(tokens(), backend="torch")[1])
     with pytest.raises(CodebookError, match=r"pip install codebook\[cpu\]. or .codebook\[gpu\]"):
@@ -71,7 +73,7 @@ def test_without_faiss_torch_answers(monkeypatch):
 def test_chunks_change_nothing(monkeypatch):
     book, x = make(), tokens()
     whole = book.search(x, 2)
-    monkeypatch.setattr(index, "CHUNK", 150)
+    monkeypatch.setattr(search, "SIMILARITIES_HELD", 150)
     parts = book.search(x, 2)
     torch.testing.assert_close(parts[0], whole[0])
     assert torch.equal(parts[1], whole[1])

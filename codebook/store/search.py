@@ -1,0 +1,112 @@
+"""Search for the prototypes most like a visual token: by a matrix product on any device, or by FAISS on the CPU."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from codebook.errors import CodebookError
+
+# Measured on 2 cores, 576 tokens, d = 160 to 4096: torch and faiss are level up to 10 000 prototypes, and at
+# 20 000 faiss is 1.3 times faster for d >= 1024.
+FAISS_FROM = 20_000
+"""Prototypes from which `auto` searches with FAISS on the CPU."""
+SIMILARITIES_HELD = 2**24
+"""Similarities held at once: 64 MiB in float32, whatever the number of tokens and prototypes."""
+
+Backend = Literal["auto", "torch", "faiss"]
+
+
+class PrototypeSearch:
+    """Exact cosine similarity of tokens to prototypes, in float32.
+
+    Normalised prototypes are kept once per device, and FAISS's copy of them from its first use on.
+
+    Parameters
+    ----------
+    prototypes : (N, d) float32
+    """
+
+    def __init__(self, prototypes: Tensor) -> None:
+        self.prototypes = prototypes
+        self._unit: dict[torch.device, Tensor] = {}
+        self._faiss: Any = None
+
+    def similarity(self, tokens: Tensor) -> Tensor:
+        """The cosine similarity of each token to each prototype.
+
+        Parameters
+        ----------
+        tokens : (n, d) float of any precision, on any device
+
+        Returns
+        -------
+        (n, N) float32, on the tokens' device
+        """
+        return normalize(tokens.float(), dim=1) @ self._on(tokens.device).T
+
+    def nearest(self, tokens: Tensor, k: int, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
+        """The `k` most similar prototypes of each token, best first.
+
+        Parameters
+        ----------
+        tokens : (n, d) float
+
+        Returns
+        -------
+        similarity : (n, k) float32
+        index : (n, k) int64, rows of the prototypes
+
+        Raises
+        ------
+        CodebookError
+            If the backend is unknown or not installed.
+        """
+        if backend not in ("auto", "torch", "faiss"):
+            raise CodebookError(f"no search backend {backend!r}: use auto, torch or faiss")
+        large = backend == "auto" and tokens.device.type == "cpu" and len(self.prototypes) >= FAISS_FROM
+        if backend == "faiss" or (large and _faiss_or_none() is not None):
+            return self._by_faiss(tokens, k)
+        return self._by_torch(tokens, k)
+
+    def _by_torch(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        found = []
+        for part in tokens.split(max(1, SIMILARITIES_HELD // len(self.prototypes))):
+            similarity = self.similarity(part)
+            # max is several times faster than topk, and pruning only ever asks for the first
+            found.append(similarity.max(dim=1, keepdim=True) if k == 1 else similarity.topk(k, dim=1))
+        if not found:
+            return tokens.new_empty(0, k, dtype=torch.float32), tokens.new_empty(0, k, dtype=torch.int64)
+        return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
+
+    def _by_faiss(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        faiss = _faiss_or_none()
+        if faiss is None:
+            raise CodebookError(
+                "faiss is not installed: `pip install codebook[cpu]` or `codebook[gpu]`, or use backend torch"
+            )
+        if self._faiss is None:
+            self._faiss = faiss.IndexFlatIP(self.prototypes.shape[1])
+            self._faiss.add(self._on(torch.device("cpu")).numpy())
+        query = normalize(tokens.detach().float(), dim=1).cpu().numpy()
+        similarity, index = self._faiss.search(query, k)
+        return torch.from_numpy(similarity).to(tokens.device), torch.from_numpy(index).to(tokens.device)
+
+    def _on(self, device: torch.device) -> Tensor:
+        """The prototypes on a device, each of length 1."""
+        if device not in self._unit:
+            # A tensor that is first made in inference mode could not be part of a backward pass later.
+            with torch.inference_mode(False), torch.no_grad():
+                self._unit[device] = normalize(self.prototypes.to(device), dim=1)
+        return self._unit[device]
+
+
+def _faiss_or_none() -> Any:
+    try:
+        import faiss
+    except ImportError:
+        return None
+    return faiss
