@@ -21,7 +21,7 @@ from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.models.base import Model
 from codebook.pruning import Schedule
-from codebook.pruning.engine.forward import window
+from codebook.pruning.engine.views import window
 
 VARIANTS_PER_FORWARD = 64
 """Most variants per forward."""

@@ -18,8 +18,6 @@ class Encoded:
         `image` or `video`.
     given
         The call's arguments, by name.
-    output
-        The call's result.
     attention
         Queries and keys (B, heads, N, d) and their scaling in the tower's layer that feeds the projector, one entry per
         call of its attention function; empty unless a pruner needs them.
@@ -29,6 +27,5 @@ class Encoded:
 
     kind: str
     given: dict[str, Any]
-    output: Any = None
     attention: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
     shown: bool = False

@@ -77,8 +77,15 @@ class Schedule:
                     f"({before.keep}): dropped tokens do not come back"
                 )
 
-    def __call__(self, model: Any) -> Pruning:
+    def __call__(self, model: Any, scope: Literal["model", "thread"] = "model") -> Pruning:
         """A context manager inside which the model's visual tokens are pruned; leaving it restores the model.
+
+        Parameters
+        ----------
+        scope
+            `model`: all calls of the model that start while the context is open are pruned, whatever their thread.
+            `thread`: only those of the thread, or asyncio task, that opens it; so different schedules and plain calls
+            run side by side on one model.
 
         Raises
         ------
@@ -87,7 +94,7 @@ class Schedule:
         """
         from codebook.pruning.engine.context import Pruning
 
-        return Pruning(model, self)
+        return Pruning(model, self, scope)
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.stages)) or UNPRUNED

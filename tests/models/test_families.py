@@ -1,6 +1,8 @@
 """Every family: a part of the compatibility table, keeping everything, leaving the context, maps, quotas."""
 
+import contextlib
 import random
+import re
 import sys
 
 import pytest
@@ -164,6 +166,20 @@ def test_grids_of_different_shapes_cannot_share_a_budget():
         target(**tiny.inputs([["image", 5]]))
 
 
+@contextlib.contextmanager
+def noted(target):
+    """The calls that encoded what the prompts show, as they reach the family."""
+    calls, pixels = [], type(models.family(target)).pixels
+
+    def watched(self, model, call):
+        calls.extend([] if call in calls else [call])
+        return pixels(self, model, call)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(models.family(target)), "pixels", watched)
+        yield calls
+
+
 @torch.no_grad()
 def test_patches_become_tokens_as_in_the_model(tiny):
     """Rows and columns of patches, packed, are those of tokens: even steps down and across each grid."""
@@ -171,9 +187,9 @@ def test_patches_become_tokens_as_in_the_model(tiny):
     schedule = Schedule([Stage(0, 0.5, Random())])
     for rows in [["large", 5]], *([[["video", 5]]] if tiny.videos else []):
         inputs = tiny.inputs(rows)
-        with schedule(target) as pruning:
+        with noted(target) as calls, schedule(target) as pruning:
             target.generate(**inputs, max_new_tokens=1)
-            [call] = pruning._encoded.values()
+            [call] = calls
         [image] = pruning.images
         values = [at.float() for at in places(tiny, target, call)]
         pieces = family.pack(target, call, values)
@@ -246,9 +262,9 @@ def test_tower_scores_are_the_stock_attention_of_the_patches(tiny, monkeypatch):
 
     monkeypatch.setattr(module, "eager_attention_forward", watched)
     rows = [["large", 5, 6]] if not tiny.videos else [[3, "video", 7]]
-    with Schedule([Stage(0, 0.5, Look())])(target) as pruning:
+    with noted(target) as calls, Schedule([Stage(0, 0.5, Look())])(target) as pruning:
         target(**tiny.inputs(rows))
-        [call] = pruning._encoded.values()
+        [call] = calls
     scores = [w[0, 1:] if family.has_cls(target) else w.mean(0) for w in weights]
     packed = torch.cat(family.pack(target, call, [score[:, None] for score in scores]))[:, 0]
     for score, grid in zip(seen, pruning.images[0].layout.grids, strict=True):

@@ -1,6 +1,7 @@
 """Pruning through hooks and a shorter cache equals masking in a full forward without a cache."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -325,13 +326,14 @@ def test_a_row_is_the_same_alone_and_in_a_batch(model, positions):
 @torch.no_grad()
 def test_what_tokens_stand_for_adds_up(model, ragged, monkeypatch):
     """The kept tokens of an image stand for all of it, stage after stage, but for what a stage without mass forgets."""
-    seen, weigh = [], Forward._weigh
+    seen, prune = [], Forward.prune
 
-    def watched(self):
-        weigh(self)
+    def watched(self, stage, hidden):
+        hidden = prune(self, stage, hidden)
         seen.append([int(unit.mass.sum()) for unit in self.units])
+        return hidden
 
-    monkeypatch.setattr(Forward, "_weigh", watched)
+    monkeypatch.setattr(Forward, "prune", watched)
     with Schedule([Stage(0, 0.5, Random(), mass=True), Stage(1, 5, Random(), mass=True), Stage(2, 2, Random())])(model):
         model(**ragged)
     assert seen[:2] == [[size(model)] * 5] * 2
@@ -396,13 +398,11 @@ def test_a_second_question_generated_on_the_pruned_cache(model, one):
     schedule, turn = SCHEDULES["pre+1+2"], torch.tensor([[21, 22, 23]])
     with schedule(model) as pruning:
         first = model.generate(**one, max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
-        kept = pruning.kept
         ids = torch.cat([first.sequences, turn], 1)
         second = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values,
             max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
-    pruning.kept = kept
     gone = torch.full_like(ids, 10**6)
     gone[:, : one["input_ids"].shape[1]] = gone_from(one, pruning, schedule)
     # generated image tokens are text: their embeddings are the word's
@@ -466,9 +466,8 @@ def test_beam_scores_equal_the_masked_reference(model, one):
             **one, max_new_tokens=5, num_beams=3, do_sample=False, return_dict_in_generate=True, output_scores=True,
             length_penalty=0.0,
         )  # fmt: skip
-    kept = pruning.kept[:1]
-    pruning.kept = kept
-    gone = gone_from(one, pruning, schedule)
+    first = SimpleNamespace(model=model, kept=pruning.kept[:1])
+    gone = gone_from(one, first, schedule)
     new = out.sequences[:, one["input_ids"].shape[1] :]
     total, embeds = 0.0, reference.merged(model, one["input_ids"], one["pixel_values"])
     for token in new[0]:

@@ -6,7 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from codebook import Codebook
 from codebook.pruning import METHODS, Pruner, Schedule, Stage
-from codebook.pruning.engine import context as hooks
+from codebook.pruning.engine import selection
+from codebook.pruning.engine.forward import Forward
+from codebook.pruning.engine.views import Viewer
 from tests.prompts import prompt
 from tests.tiny import SIDE, llava
 
@@ -96,23 +98,22 @@ class NoSync(TorchDispatchMode):
 @pytest.mark.parametrize("tower", TOWERS)
 @pytest.mark.parametrize("name", sorted({*METHODS} - {"codebook-threshold"}))
 def test_no_method_waits_for_the_device(name, tower, monkeypatch):
-    watch(monkeypatch, "_choose")
-    watch(monkeypatch, "_together")
+    watch(monkeypatch, selection, "choose")
     kept(tower, "sdpa", schedule(name, tower), BATCH)
 
 
 def test_mass_does_not_wait_for_the_device(monkeypatch):
-    for name in ("prune", "_weigh", "_mask"):
-        watch(monkeypatch, name)
+    watch(monkeypatch, Forward, "prune")
+    watch(monkeypatch, Viewer, "_mask")
     stages = [Stage(0, KEEP, METHODS["divprune"](), mass=True), Stage(2, 3, METHODS["random"](), mass=True)]
     kept("clip", "sdpa", Schedule(stages), BATCH)
 
 
-def watch(monkeypatch, name):
-    method = getattr(hooks.Forward, name)
+def watch(monkeypatch, owner, name):
+    method = getattr(owner, name)
 
     def watched(*args):
         with NoSync():
             return method(*args)
 
-    monkeypatch.setattr(hooks.Forward, name, watched)
+    monkeypatch.setattr(owner, name, watched)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import threading
+import weakref
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,16 +14,22 @@ from transformers.utils import ModelOutput
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.models.base import Family, Model
 from codebook.pruning.engine.tap import replay, tap
 from codebook.pruning.tokens import digest_rows
 
+_lock = threading.Lock()
+_memories: weakref.WeakKeyDictionary[Any, _Memory] = weakref.WeakKeyDictionary()
+"""The memory of each tower that has one, for all contexts that are open on it."""
+
 
 @contextlib.contextmanager
-def remember(model: Any) -> Iterator[None]:
+def remember(model: Model) -> Iterator[None]:
     """A context in which the vision tower runs once for each image, however many questions are asked about it.
 
     Images are known by their pixels. Each question may be under another schedule, inside this context: what is
-    remembered is unpruned. Memory grows with the number of images, by the tower's outputs, and is freed on leaving.
+    remembered is unpruned. Any thread may ask, and contexts of several threads share what they remember. Memory grows
+    with the number of images, by the tower's outputs, and is freed when the last context is left.
 
     Raises
     ------
@@ -34,42 +42,77 @@ def remember(model: Any) -> Iterator[None]:
             f"the tower of {family.name} takes all images in one sequence and cannot remember single ones: encode them "
             "once with get_image_features and pass mm_encoder_outputs"
         )
-    tower, attention = family.tower(model), family.vision_attention(model)
-    known: dict[tuple[int, str], tuple[Any, tuple[Tensor, Tensor, float]]] = {}
-    latest: list[tuple[Tensor, Tensor, float]] = []
-    stock, own = tower.forward, tower.__dict__.get("forward")
-
-    def forward(pixel_values: Tensor, **kwargs: Any) -> Any:
-        setting = f"{tuple(pixel_values.shape[1:])} {sorted(kwargs.items())}"
-        keys = [(digest, setting) for digest in digest_rows(pixel_values).tolist()]
-        new = [i for i, key in enumerate(keys) if key not in known]
-        if new:
-            output = stock(pixel_values[new], **kwargs)
-            query, key, scaling = latest.pop()
-            for row, i in enumerate(new):
-                known[keys[i]] = _row(output, row), (query[row : row + 1], key[row : row + 1], scaling)
-        outputs, heads = zip(*(known[key] for key in keys), strict=True)
-        queries, attended, scalings = zip(*heads, strict=True)
-        # For a schedule that listens to the tower: it may have heard the new images only.
-        replay(attention, torch.cat(queries), torch.cat(attended), scalings[0])
-        latest.clear()
-        return _join(outputs)
-
-    undo = tap(attention, lambda query, key, scaling: latest.append((query.detach(), key.detach(), scaling)))
-    tower.forward = forward
+    tower = family.tower(model)
+    with _lock:
+        memory = _memories.get(tower)
+        if memory is None:
+            memory = _memories[tower] = _Memory(family, model)
+        memory.users += 1
     try:
         yield
     finally:
-        del tower.forward
-        if own is not None:  # another context's, or that of a library that moves weights between devices
-            tower.forward = own
-        undo()
+        with _lock:
+            memory.users -= 1
+            if not memory.users:
+                del _memories[tower]
+                memory.undo()
+
+
+class _Memory:
+    """What a tower put out for each image, and what its layer that feeds the projector attended with."""
+
+    def __init__(self, family: Family, model: Model) -> None:
+        self.users = 0
+        self._known: dict[tuple[int, str], tuple[Any, tuple[Tensor, Tensor, float]]] = {}
+        self._latest = threading.local()
+        self._attention = family.vision_attention(model)
+        tower = family.tower(model)
+        self._stock: Callable[..., Any] = tower.forward
+        own = vars(tower).get("forward")  # of a library that moves weights between devices
+        tower.forward = self._forward
+        untap = tap(self._attention, self._note)
+
+        def undo() -> None:
+            del tower.forward
+            if own is not None:
+                tower.forward = own
+            untap()
+
+        self.undo = undo
+
+    def __reduce_ex__(self, _: Any) -> Any:
+        raise CodebookError("a model inside `remember` cannot be copied or saved: leave the context first")
+
+    def _note(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        self._latest.heads = _kept(query), _kept(key), scaling
+
+    def _forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+        setting = f"{tuple(pixel_values.shape[1:])} {sorted(kwargs.items())}"
+        keys = [(digest, setting) for digest in digest_rows(pixel_values).tolist()]
+        new = [i for i, key in enumerate(keys) if key not in self._known]
+        if new:
+            output = self._stock(pixel_values[new], **kwargs)
+            query, key, scaling = self._latest.heads
+            for row, i in enumerate(new):
+                self._known[keys[i]] = _row(output, row), (query[row : row + 1], key[row : row + 1], scaling)
+        outputs, heads = zip(*(self._known[key] for key in keys), strict=True)
+        queries, attended, scalings = zip(*heads, strict=True)
+        # For a schedule that listens to the tower: it may have heard the new images only.
+        replay(self._attention, torch.cat(queries), torch.cat(attended), scalings[0])
+        self._latest.heads = None
+        return _join(outputs)
+
+
+def _kept(value: Tensor) -> Tensor:
+    """A copy that outlives the caller's mode: a tensor made in inference mode could not be in a later backward."""
+    with torch.inference_mode(False):
+        return value.detach().clone()
 
 
 def _row(value: Any, row: int) -> Any:
     """One image's part of the tower's output."""
     if isinstance(value, Tensor):
-        return value[row : row + 1].detach()
+        return _kept(value[row : row + 1])
     if isinstance(value, ModelOutput):
         return type(value)(**{name: _row(part, row) for name, part in value.items()})
     return tuple(_row(part, row) for part in value) if isinstance(value, tuple) else value

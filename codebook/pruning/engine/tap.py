@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -14,39 +15,47 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 Receive = Callable[[Tensor, Tensor, float], None]
 
-
 _taps: weakref.WeakKeyDictionary[Any, tuple[Any, list[Receive]]] = weakref.WeakKeyDictionary()
-"""Each tapped module's own config and who listens."""
+"""The config of each tapped module, as it was, and its receivers."""
+_taps_lock = threading.Lock()
 
 
 def tap(module: Any, receive: Receive) -> Callable[[], None]:
     """Hand an attention module's queries (B, heads, Q, d), keys (B, key heads, K, d) and scaling to `receive`.
 
-    They are as the attention function gets them: rotated in an LLM. Returns the function that undoes it.
+    They are as the attention function gets them: rotated in an LLM. A receiver that taps a module twice is called once.
+    Answers are the same with and without taps, so other threads may run the module meanwhile. Returns the function that
+    undoes it.
     """
-    if module not in _taps:
-        stock = module.config
-        name = f"codebook|{stock._attn_implementation}"
-        if name not in ALL_ATTENTION_FUNCTIONS:
-            AttentionInterface.register(name, _tapped(stock._attn_implementation))
-        module.config = copy.copy(stock)
-        module.config._attn_implementation_internal = name
-        _taps[module] = stock, []
-    _taps[module][1].append(receive)
+    with _taps_lock:
+        if module not in _taps:
+            stock = module.config
+            name = f"codebook|{stock._attn_implementation}"
+            if name not in ALL_ATTENTION_FUNCTIONS:
+                AttentionInterface.register(name, _tapped(stock._attn_implementation))
+            # A config of its own: only this module's attention is looked up under the new name.
+            config = copy.copy(stock)
+            config._attn_implementation_internal = name
+            module.config = config
+            _taps[module] = stock, []
+        _taps[module][1].append(receive)
 
     def undo() -> None:
-        stock, receivers = _taps[module]
-        receivers.remove(receive)
-        if not receivers:
-            module.config = stock
-            del _taps[module]
+        with _taps_lock:
+            stock, receivers = _taps[module]
+            receivers.remove(receive)
+            if not receivers:
+                module.config = stock
+                del _taps[module]
 
     return undo
 
 
 def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
-    """Hand to whoever taps the module what it attended with in an earlier forward."""
-    for receive in _taps[module][1] if module in _taps else ():
+    """Hand to whoever taps the module what it attended with, now or in an earlier forward."""
+    with _taps_lock:
+        receivers = dict.fromkeys(_taps[module][1]) if module in _taps else {}
+    for receive in receivers:
         receive(query, key, scaling)
 
 

@@ -1,0 +1,152 @@
+"""What a decoder layer needs to know of a shortened sequence: its cache's index, its mask, its rotary embeddings.
+
+Stock models make one mask per forward from one layer's cache length. Here layers have caches of different lengths, so
+each gets a mask of its own, made from columns alone: which columns its cache stores, and which the sequence holds.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from codebook.models import Family
+from codebook.models.base import Model
+from codebook.pruning.engine.cache import PAD, KeptIndex, visible
+from codebook.pruning.engine.sequence import Given, Shortened
+
+
+class View(NamedTuple):
+    """What a layer is given: the index of its cache after this forward, its mask, its rotary embeddings (cos, sin)."""
+
+    kept: KeptIndex
+    mask: Tensor | None
+    rotary: tuple[Tensor, Tensor]
+
+
+class Cached(NamedTuple):
+    """A layer's KV cache before this forward: its index if it was pruned, its logical length, its stored keys."""
+
+    kept: KeptIndex | None
+    logical: int
+    stored: int
+
+
+@dataclass(frozen=True)
+class Viewer:
+    """Makes views of one forward.
+
+    Attributes
+    ----------
+    given
+        The forward's input.
+    lengths
+        Tokens of each row of it, padding not counted; empty if it shows no image.
+    blocks : (B, L) int64 or None
+        Tokens that see each other in both directions, as `Family.blocks` gives them.
+    compact
+        Whether positions are renumbered without gaps.
+    """
+
+    family: Family
+    model: Model
+    given: Given
+    lengths: list[int]
+    blocks: Tensor | None
+    compact: bool
+
+    def view(self, layer: Any, cached: Cached, sequence: Shortened | None, kwargs: dict[str, Any]) -> View:
+        """The view of one layer, whose own arguments are `kwargs`."""
+        index = self._index(cached, sequence)
+        return View(
+            index, self._mask(index, window(layer), sequence), self._rotary(layer, cached.kept, sequence, kwargs)
+        )
+
+    def _index(self, cached: Cached, sequence: Shortened | None) -> KeptIndex:
+        """Which columns the layer stores once this forward is through: those of its cache, then the sequence's."""
+        past = self._unpruned(cached) if cached.kept is None else cached.kept
+        places = torch.arange(self.given.length, device=self.given.device)
+        if sequence is not None:
+            source, padded, bias = sequence.source, sequence.padded, sequence.bias
+            less = [a - b for a, b in zip(self.lengths, sequence.lengths, strict=True)]
+            dropped = torch.tensor(less, device=self.given.device)
+        else:
+            on = self.given.valid().bool()
+            # Decoding one token: it is valid, and asking the device would cost a sync at every step.
+            padded = self.given.length > 1 and self.given.mask is not None and not bool(on.all())
+            source, dropped, bias = torch.where(on, places, -1), torch.zeros_like(past.dropped), None
+        own = torch.where(source < 0, PAD, past.logical + source)
+        if bias is not None or past.bias is not None:
+            bias = torch.cat([_or_zeros(past.bias, past.columns), _or_zeros(bias, own)], dim=1)
+        return KeptIndex(
+            torch.cat([past.columns, own], dim=1),
+            past.logical + self.given.length,
+            past.dropped + dropped,
+            past.padded or padded,
+            bias,
+        )
+
+    def _unpruned(self, cached: Cached) -> KeptIndex:
+        """The index of a cache that no stage has touched, or of none."""
+        given, first = self.given, cached.logical - cached.stored
+        columns = torch.arange(first, cached.logical, device=given.device).expand(given.batch, -1)
+        padded = False
+        if given.mask is not None and cached.stored:
+            on = given.mask[:, first : cached.logical].bool()
+            columns, padded = columns.masked_fill(~on, PAD), not bool(on.all())
+        dropped = torch.zeros(given.batch, dtype=torch.long, device=given.device)
+        return KeptIndex(columns, cached.logical, dropped, padded)
+
+    def _mask(self, index: KeptIndex, window: int | None, sequence: Shortened | None) -> Tensor | None:
+        """(B, 1, Q, K), bool for sdpa where nothing is added to logits, else float; None where the kernel is causal."""
+        keys, blocks = index.columns, self.blocks
+        queries = keys[:, -(self.given.length if sequence is None else sequence.source.shape[1]) :]
+        window = None if window is None or index.logical <= window else window
+        sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"
+        # Without a mask sdpa is causal by itself, but aligned to the upper left: only where nothing is cached.
+        whole = keys.shape == queries.shape and sdpa
+        plain = not index.padded and window is None and blocks is None and index.bias is None
+        if plain and (queries.shape[1] == 1 or whole):
+            return None
+        both = None
+        if blocks is not None:
+            mine = blocks if sequence is None else sequence.gather(blocks)
+            # What is cached belongs to no block: a block's tokens come in one forward.
+            both = mine, torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
+        seen = visible(queries, keys, window, both, self.family.window_last)[:, None]
+        if sdpa and index.bias is None:
+            return seen
+        bias = _or_zeros(index.bias, keys).to(self.given.embeds.dtype)[:, None, None]
+        return torch.where(seen, bias, torch.finfo(bias.dtype).min)
+
+    def _rotary(
+        self, layer: Any, past: KeptIndex | None, sequence: Shortened | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Kept positions are gathered; compact ones are counted anew, less what each row has dropped before them."""
+        if not self.compact:
+            cos, sin = kwargs["position_embeddings"]
+            return (cos, sin) if sequence is None else (sequence.gather(cos), sequence.gather(sin))
+        positions = kwargs["position_ids"].expand(self.given.batch, -1)
+        if past is not None:
+            positions = positions - past.dropped[:, None]
+        if sequence is not None:
+            before = sequence.gather(self.given.valid().long().cumsum(1)) - 1
+            left = torch.tensor([sequence.source.shape[1] - n for n in sequence.lengths], device=before.device)
+            rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
+            positions = sequence.gather(positions) - (before - rank)
+        return self.family.rotary(self.model, self.given.embeds, positions, layer)
+
+
+def window(layer: Any) -> int | None:
+    """How far back a decoder layer looks, if not to the beginning."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    # Where the attention does not know, all layers are alike.
+    return None if getattr(attention.config, "layer_types", None) else getattr(attention.config, "sliding_window", None)
+
+
+def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros(like.shape, device=like.device) if bias is None else bias
