@@ -120,9 +120,10 @@ class Pruning:
         _encoded.set(())
         _scoped.set(tuple(other for other in _scoped.get() if other is not self))
         with _lock:
-            self.open = False
+            self.open, idle = False, not self.calls
             self._attachment.settle(self)
-        if kind is None and self.seen_images and not self.seen_prompt:
+        # What calls in flight have encoded they will still show.
+        if kind is None and idle and self.seen_images and not self.seen_prompt:
             raise CodebookError(
                 "images were encoded in this context, but no forward of the model showed them, so nothing was pruned: "
                 f"call the {type(self.model).__name__} itself with input_ids and pixel_values, not its parts"
@@ -140,7 +141,6 @@ class Pruning:
 
     def show(self, forward: Forward) -> None:
         """Take a forward with images for the latest, of its thread and of all."""
-        self.seen_prompt = True
         self._own.last = self._latest = forward
 
 
@@ -382,11 +382,12 @@ class Attachment:
         call = self._current()
         running = _Running(call or self._begin(), call is None)
         _running.set(running)
-        if running.call.pruning is None:
+        if (pruning := running.call.pruning) is None:
             return
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         kinds = tuple(kind for kind, pixels in models.KINDS.items() if _has_images(given, kind, pixels))
+        pruning.seen_prompt |= bool(kinds)  # from here on its images are pruned, or the caller is told why not
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if ids is None and (kinds or (embeds is not None and embeds.shape[1] > 1)):
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
