@@ -76,7 +76,7 @@ def probabilities(model: Model, batch: AnswerBatch, schedule: Schedule) -> Tenso
     -------
     (b, t) float32; 0 where the answer is padded
     """
-    with torch.inference_mode(), schedule(model):
+    with torch.inference_mode(), schedule(model, "thread"):
         out = model(**batch.inputs, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1:]
         if batch.answers.shape[1] > 1:

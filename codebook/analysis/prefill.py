@@ -91,7 +91,7 @@ class Prefill:
         CodebookError
             If the model or the prompt is not supported.
         """
-        watch = Schedule([])(model)  # drops nothing, refuses what cannot be pruned and finds the images
+        watch = Schedule([])(model, "thread")  # drops nothing, refuses what cannot be pruned and finds the images
         ids = inputs["input_ids"]
         if len(ids) != 1 or not bool(inputs["attention_mask"].all()):
             raise CodebookError("a shared prefill is of one sample: pass one row without padding")

@@ -112,7 +112,7 @@ class TimedPrompt:
 
     def generate(self, schedule: Schedule | None, tokens: int, **options: Any) -> Any:
         """Generate exactly `tokens` tokens, greedily; the output of `generate` and the pruning context."""
-        with torch.inference_mode(), (schedule or Schedule([]))(self.model) as pruning:
+        with torch.inference_mode(), (schedule or Schedule([]))(self.model, "thread") as pruning:
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
             return self.model.generate(**self.inputs, **length, **options), pruning
 

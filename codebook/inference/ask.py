@@ -68,7 +68,7 @@ def answer_prompts(
     model: Model, processor: Processor, prompts: Prompts, schedule: Schedule | None = None, max_new_tokens: int = 32
 ) -> list[Answer]:
     """Answer prepared prompts greedily under a schedule; None leaves the model as it is."""
-    with torch.inference_mode(), (schedule or Schedule([]))(model) as pruning:
+    with torch.inference_mode(), (schedule or Schedule([]))(model, "thread") as pruning:
         out = model.generate(**prompts.inputs, max_new_tokens=max_new_tokens, do_sample=False)
     texts = processor.batch_decode(out[:, prompts.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     # Pruning lists the images of the whole batch, prompt by prompt.

@@ -2,7 +2,6 @@
 
 import contextlib
 import random
-import re
 import sys
 
 import pytest

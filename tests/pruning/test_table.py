@@ -10,33 +10,8 @@ from codebook.pruning.engine import selection
 from codebook.pruning.engine.forward import Forward
 from codebook.pruning.engine.views import Viewer
 from tests.prompts import prompt
+from tests.pruning.stages import ATTENTIONS, BATCH, KEEP, MODELS, ROWS, TOWERS, schedule
 from tests.tiny import SIDE, llava
-
-KEEP = 9
-ROWS = [["image", 7, 8, 9, 10], [5, 6, 11, "image", 12, "image", 13, 4]]
-TOWERS, ATTENTIONS = ("clip", "siglip"), ("sdpa", "eager")
-MODELS = {(tower, attention): llava(attention, tower=tower) for tower in TOWERS for attention in ATTENTIONS}
-BATCH = prompt(MODELS["clip", "sdpa"], ROWS)
-
-
-def features(tower, pixels):
-    with torch.no_grad():
-        out = MODELS[tower, "sdpa"].get_image_features(pixel_values=pixels, return_dict=True)
-    return torch.cat(list(out.pooler_output))
-
-
-def schedule(name: str, tower: str) -> Schedule:
-    """One stage of a method: nine tokens, or as many as it likes, from layer 2 on where it needs attention."""
-    settings = {}
-    if name.startswith("codebook"):
-        pixels = torch.rand(2, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(9))
-        settings["codebook"] = Codebook(features(tower, pixels)[::5].contiguous())
-    if name == "codebook-threshold":  # half-way between two of the tokens' scores, lest rounding decides
-        scores = settings["codebook"].redundancy(features(tower, BATCH["pixel_values"])).sort().values
-        settings["threshold"] = float(scores[40:42].mean())
-    pruner: Pruner = METHODS[name](**settings)
-    layer = 2 if pruner.uses_attention or name == "drop" else 0
-    return Schedule([Stage(layer, None if pruner.adaptive else 0 if name == "drop" else KEEP, pruner)])
 
 
 def kept(tower, attention, plan, inputs):
