@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codebook import Codebook
-from codebook.pruning import METHODS, Pruner, Schedule, Stage
+from codebook.pruning import METHODS, Schedule, Stage
 from codebook.pruning.engine import selection
 from codebook.pruning.engine.forward import Forward
 from codebook.pruning.engine.views import Viewer
 from tests.prompts import prompt
 from tests.pruning.stages import ATTENTIONS, BATCH, KEEP, MODELS, ROWS, TOWERS, schedule
-from tests.tiny import SIDE, llava
+from tests.tiny import SIDE
 
 
 def kept(tower, attention, plan, inputs):

@@ -5,7 +5,7 @@ import torch
 
 from codebook.pruning import METHODS
 from tests.prompts import ONE, RAGGED, prompt
-from tests.pruning.test_table import schedule
+from tests.pruning.stages import schedule
 from tests.tiny import llava
 
 
