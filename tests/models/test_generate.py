@@ -146,18 +146,21 @@ def test_manual_loop(tiny):
 
 
 @torch.no_grad()
-def test_a_second_turn_on_the_pruned_cache(tiny):
+@pytest.mark.parametrize("types", [False, True])
+def test_a_second_turn_on_the_pruned_cache(tiny, types):
+    """With and without the token types of the whole conversation, which some processors make."""
     first, (target, inputs, gone, weight), _ = generate(tiny, ROWS[:1], max_new_tokens=3)
     more = torch.cat([first.sequences, torch.tensor([[31, 32, 33]])], 1)
-    with SCHEDULE(target):
-        second = target.generate(
-            input_ids=more, attention_mask=torch.ones_like(more), past_key_values=first.past_key_values,
-            max_new_tokens=4, return_dict_in_generate=True, output_logits=True, **PLAIN,
-        )  # fmt: skip
     added = more.shape[1] - gone.shape[1]
     whole = inputs | {"input_ids": more, "attention_mask": torch.ones_like(more)}
     for name in {"mm_token_type_ids", "token_type_ids"} & set(inputs):
         whole[name] = torch.nn.functional.pad(inputs[name], (0, added))
+    given = {name: whole[name] for name in ("token_type_ids",) if types and name in whole}
+    with SCHEDULE(target):
+        second = target.generate(
+            input_ids=more, attention_mask=torch.ones_like(more), past_key_values=first.past_key_values,
+            max_new_tokens=4, return_dict_in_generate=True, output_logits=True, **PLAIN, **given,
+        )  # fmt: skip
     gone = torch.nn.functional.pad(gone, (0, added), value=10**6)
     tokens, logits = masked((target, whole, gone, weight), 4, suppress=[IMAGE, VIDEO])
     assert_close(torch.stack(second.logits, 1), logits)
