@@ -15,8 +15,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from benchmarks.cost.prefill import DECODER, IMAGE, KEEPS, SIDE, TEXT, llava
 from benchmarks.cost.timing import interleaved, measured, quartiles
 from codebook import Codebook, Schedule
-from codebook.pruning import METHODS
-from codebook.pruning.text import needs
 
 ROWS = ("uniform", "codebook-farthest")
 STEPS = 8
@@ -41,15 +39,12 @@ def compare(seconds: float, device: str) -> list[dict]:
                 model(input_ids=ids[:, -1:], past_key_values=cache)
         cache.crop(-STEPS)
 
-    def make(name: str):
-        return METHODS[name](book) if needs(name) else METHODS[name]()
-
     rows = [(row, keep) for keep in KEEPS for row in ROWS]
     tasks = {}
     with torch.inference_mode():
         for row, keep in rows:
             for mass in ("", "+mass"):
-                plan = Schedule.solve(row + mass, make, keep=keep, n=n, layers=layers)
+                plan = Schedule.solve(row + mass, book, keep=keep, n=n, layers=layers)
                 tasks["prefill", row, keep, mass] = partial(prefill, plan)
                 tasks["decode", row, keep, mass] = partial(decode, plan, prefill(plan))
         times = interleaved(tasks, seconds, device)

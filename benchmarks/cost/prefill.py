@@ -18,8 +18,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from benchmarks.cost.timing import interleaved, measured, quartiles
-from codebook import Codebook, RedundancyCodebook, Schedule
-from codebook.pruning import METHODS
+from codebook import Codebook, Schedule
 
 SIDE, TEXT, IMAGE = 24, 32, 99
 DECODER = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12, "num_attention_heads": 8}
@@ -58,12 +57,9 @@ def compare(seconds: float, device: str) -> list[dict]:
         prompt = ids[:, -TEXT:].repeat(1, count // TEXT + 1)[:, -count:]
         model(input_ids=prompt, attention_mask=torch.ones_like(prompt), logits_to_keep=1)
 
-    def make(name: str):
-        return RedundancyCodebook(book) if name == "codebook" else METHODS[name]()
-
     layers = DECODER["num_hidden_layers"]
     plans = {
-        (name, keep): Schedule.solve(name, make, keep=keep, n=n, layers=layers) for keep in KEEPS for name in SCHEDULES
+        (name, keep): Schedule.solve(name, book, keep=keep, n=n, layers=layers) for keep in KEEPS for name in SCHEDULES
     }
     counts = {keep: plans["uniform", keep].counts(n, layers)[0] for keep in KEEPS}
     tasks = {None: lambda: prefill(None)}

@@ -24,7 +24,6 @@ from codebook import Codebook, Pruner, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision
 from codebook.pruning.methods.base import nearest_kept
-from codebook.pruning.text import needs
 
 TEXT = 32
 SIMILARITIES, TEXTBOOK, MASS = "similarities, n x n", "divprune, textbook", "+mass"
@@ -99,7 +98,7 @@ def compare(width: int, n: int, keeps: list[float], seconds: float, device: str)
     tasks = {("prefill", n): lambda: decoder(inputs_embeds=inputs), (SIMILARITIES, n): lambda: similarities(tokens)}
     for name, factory in METHODS.items():
         if name != "drop":
-            pruner = factory(book) if needs(name) else factory()
+            pruner = factory(book) if factory.needs_codebook else factory()
             tasks |= {(name, c): lambda pruner=pruner, c=c: choose(pruner, tokens, c) for c in counts}
     tasks |= {(TEXTBOOK, c): lambda c=c: textbook(tokens, c) for c in counts}
     tasks |= {(MASS, c): lambda c=c: mass(tokens, tokens.ordinal[:c]) for c in counts}

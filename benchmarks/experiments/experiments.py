@@ -15,16 +15,14 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.experiments import trials
-from codebook import Codebook, Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
+from codebook import Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
 from codebook.cli.output import progress
 from codebook.errors import CodebookError
 from codebook.evaluation import Scores, accuracy_table, mean, scored
 from codebook.inference.respond import Policy, Response, respond
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_questions
-from codebook.pruning import METHODS
 from codebook.pruning.presets import HORIZON, scaled
-from codebook.pruning.text import make, needs
 
 KEEPS = (0.5, 0.25, 0.11, 0.05)
 SELECTORS = (
@@ -75,9 +73,6 @@ def schedules(
     tried = {trial for row in rows if (trial := row.partition(", ")[2]) in trials.BOOKS}
     books = trials.books(model, processor, folder, sorted(tried))
 
-    def own(name: str, book: Codebook = shipped) -> Pruner:
-        return METHODS[name](book) if needs(name) else make(name)
-
     def replaced(pruner: Pruner, trial: str, keep: int) -> tuple[Pruner, int | None]:
         kind, _, number = trial.rpartition(" ")
         if trial == "merged":
@@ -97,7 +92,7 @@ def schedules(
         for row in rows:
             text, _, trial = row.format(h=horizon).partition(", ")
             try:
-                schedule = Schedule.solve(text, partial(own, book=books.get(trial, shipped)), keep=keep, **shape)
+                schedule = Schedule.solve(text, books.get(trial, shipped), keep=keep, **shape)
             except CodebookError as error:
                 if "out of reach" not in str(error):
                     raise

@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -25,9 +24,9 @@ from codebook.evaluation.bench import reseeded
 from codebook.inference import samples as data
 from codebook.miniature.samples import of_miniature, of_questions
 from codebook.pruning import Schedule, remember
-from codebook.pruning.plan import Plan, find_codebook
 from codebook.store.files import replacing
 from codebook.store.journal import Journal
+from codebook.store.shipped import find_codebook
 
 METHODS = ("codebook", "divprune", "dart", "fastv", "seeded")
 KEEPS = (0.5, 0.25, 0.11)
@@ -59,18 +58,17 @@ def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, 
     """Of each method and budget: alone, with the paper's deep stage, and calibrated."""
     found, seed = {}, 0  # of the calibration, whatever seeds measure
     samples = of_miniature("train", seed, options.calibration, options.families)
-    size = models.shape(model)
+    size, codebook = models.shape(model), find_codebook(model, options.codebook)
     for method in METHODS:
-        make = Plan(method, 0.5, None, options.codebook, seed).maker(partial(find_codebook, model, options.codebook))
         for keep in KEEPS:
-            plain, candidates = calibration.candidate_schedules(model, method, keep, make)
+            plain, candidates = calibration.candidate_schedules(model, method, keep, codebook, seed=seed)
             work = calibration.most_answers(len(candidates), samples)
             with progress(f"calibrate {method} at {keep}", work, "answers") as tick:
                 file = options.out / f"calibration-{method}-{keep}-{seed}.jsonl"
                 result = calibration.calibrate(
                     model, processor, samples, plain, candidates, seed=seed, file=file, done=tick
                 )
-            fixed = Schedule.solve(f"{method}+random", make, keep=keep, n=size.tokens, layers=size.layers)
+            fixed = Schedule.solve(f"{method}+random", codebook, keep=keep, n=size.tokens, layers=size.layers)
             found[method, keep] = {"alone": plain, "fixed": fixed, "calibrated": result.schedule}
     return found
 

@@ -26,8 +26,8 @@ from codebook.inference.samples import Sample, mixed, samples_digest
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
 from codebook.pruning.stage import Keep
-from codebook.pruning.text import Make, make
 from codebook.pruning.tokens import digest_rows
+from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
 
 SHARES = (0.75, 0.5, 0.25, 0.125)
@@ -101,7 +101,14 @@ class Calibration:
 
 
 def candidate_schedules(
-    model: Model, method: str, keep: Keep, make: Make = make, *, drop: bool = True, at: Sequence[int] | None = None
+    model: Model,
+    method: str,
+    keep: Keep,
+    codebook: Codebook | None = None,
+    *,
+    drop: bool = True,
+    at: Sequence[int] | None = None,
+    seed: int = 0,
 ) -> tuple[Schedule, list[Schedule]]:
     """A method alone at a budget, and schedules of the same budget with a deep stage that gives up tokens.
 
@@ -111,12 +118,14 @@ def candidate_schedules(
         One method in the text form of schedules, without a keep: `codebook`, `fastv@3`, `seeded; spread=codebook`.
     keep
         The budget: visual tokens averaged over the layers, a fraction or a count as in `Schedule.fit`.
-    make
-        Makes the pruner of a method's name; needed for `codebook`.
+    codebook
+        Prototypes, for methods that need them.
     drop
         Also try to drop all tokens.
     at
         Layers to try for the deep stage; default: up to 12, evenly spaced behind the first stage.
+    seed
+        Seed of methods that draw at random.
 
     Returns
     -------
@@ -128,13 +137,17 @@ def candidate_schedules(
         If the method is more than one stage, or cannot meet the budget.
     """
     size = models.shape(model)
-    shape = {"n": size.tokens, "layers": size.layers}
-    plain = Schedule.solve(method, make, keep=keep, **shape)
+    n, layers = size.tokens, size.layers
+
+    def solved(text: str) -> Schedule:
+        return Schedule.solve(text, codebook, keep=keep, n=n, layers=layers, seed=seed)
+
+    plain = solved(method)
     if len(plain.stages) != 1 or not plain.stages[0].keep:
         raise CodebookError(
             f"calibration puts a deep stage behind one method alone, not behind {method!r}: name a method"
         )
-    first, layers = plain.stages[0].layer, shape["layers"]
+    first = plain.stages[0].layer
     if at is None:
         deeper = layers - 1 - first
         at = [round(x) for x in np.linspace(first + 1, layers - 1, min(DEEP_LAYERS, deeper))]
@@ -145,7 +158,7 @@ def candidate_schedules(
     for layer in at:
         for deep in [*(f"random@{layer}:{share}" for share in SHARES), *([f"drop@{layer}"] if drop else [])]:
             try:
-                schedule = Schedule.solve(f"{name}+{deep}{semicolon}{settings}", make, keep=keep, **shape)
+                schedule = solved(f"{name}+{deep}{semicolon}{settings}")
             except CodebookError:  # the first stage cannot keep as many more tokens as this one saves
                 continue
             if schedule.stages[0].keep != plain.stages[0].keep:

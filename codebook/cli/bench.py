@@ -66,7 +66,7 @@ def bench_command(
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
     from codebook import models
     from codebook.cli.data import load_data
-    from codebook.cli.methods import parse_methods, pruner_maker
+    from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
@@ -82,8 +82,7 @@ def bench_command(
     named = data or ["miniature"]
     tasks = load_data(named, count, seed)
     loaded, processor = models.load(model, device)
-    make = pruner_maker(loaded, codebook, seed)
-    rows, skipped = bench.plan(loaded, chosen, budgets, make, range(seed, seed + seeds))
+    rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
     try:
         out.mkdir(parents=True, exist_ok=True)
     except FileExistsError:

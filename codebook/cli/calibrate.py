@@ -41,7 +41,7 @@ def calibrate_command(
     from codebook import models
     from codebook.analysis import calibration
     from codebook.cli.data import load_samples
-    from codebook.cli.methods import pruner_maker
+    from codebook.cli.methods import codebook_for
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 
@@ -53,9 +53,10 @@ def calibrate_command(
         raise CodebookError(f"no folder {out.parent}: create it first")
     samples = load_samples(data, "train", seed, count)
     loaded, processor = models.load(model, device)
-    make = pruner_maker(loaded, codebook, seed)
+    methods = [plan.schedule for plan in plans]
+    book = codebook_for(loaded, methods, codebook)
     (plain, found), *others = (
-        calibration.candidate_schedules(loaded, plan.schedule, keep, make, drop=drop) for plan in plans
+        calibration.candidate_schedules(loaded, text, keep, book, drop=drop, seed=seed) for text in methods
     )
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
     journal = out.with_suffix(".journal.jsonl")

@@ -33,9 +33,9 @@ def explain_command(
     from codebook.analysis.explain import explain, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
-    from codebook.pruning.plan import find_codebook
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
+    from codebook.store.shipped import find_codebook
 
     try:
         row, col = (int(number) for number in patch.split(","))

@@ -9,7 +9,8 @@ from codebook.cli.options import JsonOption
 
 def list_command(as_json: JsonOption = False) -> None:
     """List the codebooks that ship with the package, the methods, and the presets."""
-    from codebook.pruning import METHODS, presets
+    from codebook.pruning import METHODS
+    from codebook.pruning.presets import SCHEDULE_PRESETS
     from codebook.pruning.text import WITH_MASS
     from codebook.store.shipped import folders
 
@@ -19,7 +20,7 @@ def list_command(as_json: JsonOption = False) -> None:
         books.append({"name": folder.name, "model": config["model"], "prototypes": config["prototypes"],
                       "dimension": config["dimension"], "folder": str(folder)})  # fmt: skip
     methods = sorted(METHODS)
-    named = {name: f"{method}+mass" for name, method in WITH_MASS.items()} | presets.PRESETS
+    named = {name: f"{method}+mass" for name, method in WITH_MASS.items()} | SCHEDULE_PRESETS
     if as_json:
         print(json.dumps({"codebooks": books, "methods": methods, "presets": named}, indent=1))
         return

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
 from codebook.errors import CodebookError
 from codebook.evaluation.bench import UNPRUNED
 from codebook.models.base import Model
-from codebook.pruning import Pruner
-from codebook.pruning.plan import Plan, find_codebook
+from codebook.pruning.plan import Plan
+from codebook.pruning.presets import needs_codebook
 from codebook.pruning.text import split
+from codebook.store.codebook import Codebook
+from codebook.store.shipped import find_codebook
 
 
 def parse_methods(text: str) -> list[str]:
@@ -23,6 +24,6 @@ def parse_methods(text: str) -> list[str]:
     return [plan.schedule for plan in plans if plan.schedule != UNPRUNED]
 
 
-def pruner_maker(model: Model, codebook: Path | None, seed: int) -> Callable[[str], Pruner]:
-    """A function that makes a pruner by its name; it reads the codebook once, and only if a pruner needs one."""
-    return Plan("codebook", None, None, codebook, seed).maker(functools.cache(lambda: find_codebook(model, codebook)))
+def codebook_for(model: Model, methods: Sequence[str], folder: Path | None) -> Codebook | None:
+    """The one codebook for all methods that need one, from a folder or shipped; None if no method needs one."""
+    return find_codebook(model, folder) if any(map(needs_codebook, methods)) else None

@@ -55,7 +55,8 @@ def prune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
-    from codebook.pruning.plan import DEFAULT, KEEP, Plan
+    from codebook.pruning.plan import Plan
+    from codebook.pruning.presets import DEFAULT, KEEP
 
     if tokens is not None:
         from codebook.cli.prune_tokens import prune_tokens

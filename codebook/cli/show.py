@@ -36,7 +36,7 @@ def show_command(
 ) -> None:
     """Draw what each of several methods keeps of a picture, and what the model then answers."""
     from codebook import models
-    from codebook.cli.methods import parse_methods, pruner_maker
+    from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
     from codebook.inference.overlay import comparison, maps
     from codebook.inference.samples import Sample
@@ -47,9 +47,9 @@ def show_command(
     check_keep(keep)
     picture = read_image(image)
     loaded, processor = models.load(model, device)
-    make, rows = pruner_maker(loaded, codebook, seed), [bench.Row(bench.UNPRUNED, 1.0, (None,))]
+    book, rows = codebook_for(loaded, chosen, codebook), [bench.Row(bench.UNPRUNED, 1.0, (None,))]
     for method in chosen:
-        rows.append(bench.row(loaded, method, keep, make, [seed]))
+        rows.append(bench.row(loaded, method, keep, book, [seed]))
     [found] = bench.show_rows(loaded, processor, [Sample((picture,), question)], rows)
     grid = tuple(found["grids"][0])
     ways = [

@@ -26,9 +26,12 @@ from codebook.inference.respond import Policy, Response, Shard, batches, remembe
 from codebook.inference.samples import Sample, samples_digest
 from codebook.models.base import Model, Processor
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
-from codebook.pruning.text import UNPRUNED, Make
+from codebook.pruning.presets import needs_codebook
+from codebook.pruning.text import UNPRUNED
 from codebook.pruning.tokens import digest_rows
+from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
+from codebook.store.shipped import find_codebook
 
 RESULTS_FORMAT = 1
 """Version of the layout of results.json."""
@@ -90,7 +93,11 @@ class BenchSettings:
 
 
 def plan(
-    model: Model, methods: Sequence[str], keeps: Sequence[float], make: Make, seeds: Sequence[int] = (0,)
+    model: Model,
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    codebook: Codebook | Path | None = None,
+    seeds: Sequence[int] = (0,),
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of a benchmark, `unpruned` first, then budget by budget; and the impossible ones, each with its reason.
 
@@ -98,22 +105,24 @@ def plan(
     ----------
     methods
         Methods in the text form of schedules; BASELINES are added.
-    make
-        Makes the pruner of a method's name.
+    codebook
+        Prototypes for methods that need them, or their folder; default: the model's own.
     seeds
         Seeds of methods that draw at random.
     """
+    the_codebook = functools.cache(lambda: find_codebook(model, codebook))  # once, and only if a method needs it
     found, skipped = [Row(UNPRUNED, 1.0, (None,))], []
     for keep in keeps:
         for method in dict.fromkeys((*methods, *BASELINES)):
             try:
-                found.append(row(model, method, keep, make, seeds))
+                own = the_codebook() if needs_codebook(method) else None
+                found.append(row(model, method, keep, own, seeds))
             except CodebookError as error:
                 skipped.append({"method": method, "keep": keep, "reason": str(error)})
     return found, skipped
 
 
-def row(model: Model, method: str, keep: float, make: Make, seeds: Sequence[int]) -> Row:
+def row(model: Model, method: str, keep: float, codebook: Codebook | None, seeds: Sequence[int]) -> Row:
     """One row of `plan`: a method at a budget.
 
     Raises
@@ -122,13 +131,13 @@ def row(model: Model, method: str, keep: float, make: Make, seeds: Sequence[int]
         If the budget cannot be met.
     """
     rows, cols = models.family(model).grid(model)
-    schedule = _fitted(method, make, rows * cols, models.shape(model).layers, keep)
+    schedule = _fitted(method, codebook, rows * cols, models.shape(model).layers, keep)
     schedule = _shrunk(schedule, rows, cols).shares(rows * cols)
     return Row(method, keep, tuple(reseeded(schedule, seeds)))
 
 
-def _fitted(method: str, make: Make, n: int, layers: int, keep: float) -> Schedule:
-    schedule, _ = Schedule.draft(method, make, layers)
+def _fitted(method: str, codebook: Codebook | None, n: int, layers: int, keep: float) -> Schedule:
+    schedule, _ = Schedule.draft(method, codebook, layers=layers)
     counts = [stage.keep for stage in schedule.stages if isinstance(stage.keep, int)]
     if len(counts) < len(schedule.stages) or counts == [0]:  # a single drop moves its layer
         return schedule.fit(keep, n=n, layers=layers)

@@ -21,7 +21,8 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import prepare
-from codebook.pruning.plan import DEFAULT, DTYPES, Plan
+from codebook.pruning.plan import DTYPES, Plan
+from codebook.pruning.presets import DEFAULT
 from codebook.store.pictures import read_video
 
 

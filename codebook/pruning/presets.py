@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 from codebook.errors import CodebookError
-from codebook.pruning.text import DROP, Make, Part, read, split
+from codebook.pruning.text import DROP, ScheduleText, StageText, read_text, split
+
+DEFAULT = "seeded"
+"""Schedule where the user says none: docs/method.md."""
+
+KEEP = 0.2
+"""Budget where neither the user nor the schedule says one."""
 
 DEPTH = 32
 """Decoder layers of the models that the authors' layers belong to; other depths scale (`scaled`)."""
 
 ATTENTION_LAYER = 2
-"""Of a method that needs attention and stands alone: FastV's and DART's K (arXiv 2403.06764, 2502.11494)."""
+"""Default layer (of 32) of a method that needs attention: K of FastV and DART (arXiv 2403.06764, 2502.11494)."""
 
 HORIZON, DROP_HORIZON = 20, 21
-"""Second stages of LLaVA-1.5-7B: random pruning, dropping all (arXiv 2512.07580)."""
+"""Layers of a hybrid's second stage in LLaVA-1.5-7B, where it is random and where it drops all (arXiv 2512.07580)."""
 
 DEEP_SHARE = 1 / 7
-"""Tokens of a hybrid's second stage, as a share of its first's. The paper's rows have 38/284, 38/252, 10/96 and 27/60:
-their median is 0.14."""
+"""Tokens of a hybrid's second stage, as a share of the first stage's. The paper's rows have 38/284, 38/252, 10/96 and
+27/60: their median is 0.14."""
 
-PRESETS: dict[str, str] = {
+SCHEDULE_PRESETS: dict[str, str] = {
     "feather": "feather-ensemble@8:0.3772, fastv-norope@16:0.0329",
     "pyramiddrop": "fastv@8:0.5, fastv@16:0.25, fastv@24:0.125",
     "sparsevlm": "sparsevlm@2:0.5208, sparsevlm@6:0.3472, sparsevlm@15:0.191",
@@ -35,24 +40,20 @@ and 110 of 576 tokens: arXiv 2410.04417. VTW at K = 16: arXiv 2405.05803.
 
 
 def scaled(layer: int, layers: int) -> int:
-    """Where a layer of a 32-layer decoder is in one of `layers`: round(layer * layers / 32), at least 1 unless 0."""
+    """Layer of a decoder of `layers` in the place of one of 32: round(layer * layers / 32), at least 1 unless it is 0."""
     return max(1, (2 * layer * layers + DEPTH) // (2 * DEPTH)) if layer else 0
 
 
-def expand(
-    text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
-) -> tuple[list[Part], dict[str, Any], bool]:
-    """The parts of a schedule's text or of the preset that it names, each with layer and keep.
+def expand(text: str, layers: int, horizon: int | None = None, deep: int | None = None) -> tuple[ScheduleText, bool]:
+    """The stages of a schedule's text or of the preset that it names, each with layer and keep.
 
     Parameters
     ----------
     text
-        A schedule's text; a preset of `PRESETS`; one method alone, before the LLM or at layer 2 of 32 if it needs
-        attention, unless it names its layer; or a hybrid `first+second`, two methods that may name their layers.
-    make
-        Makes the pruner of a method's name.
+        A schedule's text; a preset of `SCHEDULE_PRESETS`; one method alone, before the LLM or at layer 2 of 32 if it
+        needs attention, unless it names its layer; or a hybrid `first+second`, two methods that may name their layers.
     layers
-        Of the decoder. A preset's layers scale to it (`scaled`) and stay ascending.
+        Number of decoder layers. A preset's layers scale to it (`scaled`) and stay ascending.
     horizon
         Layer of a hybrid's second stage; default: 20 of 32, or 21 to drop all.
     deep
@@ -60,24 +61,28 @@ def expand(
 
     Returns
     -------
-    parts
-    settings
-    whether the parts only say proportions, and a budget is still to be given
+    stages and settings
+    whether the keeps are proportions only, so that a budget is still to be given
     """
     name, semicolon, rest = text.partition(";")
-    preset = PRESETS.get(name.strip())
+    preset = SCHEDULE_PRESETS.get(name.strip())
     hybrid = preset is None and len(split(name, "+")) > 1
     if (horizon is not None or deep is not None) and not hybrid:
         raise CodebookError(f"horizon and deep are a hybrid's, as in codebook+random; {name.strip()!r} is none")
     source = text if preset is None else preset + semicolon + rest
-    parts, settings = read(source, make, "+" if hybrid else ",", PRESETS)
+    written = read_text(source, "+" if hybrid else ",", SCHEDULE_PRESETS)
     if preset is not None:
-        return _placed(parts, layers), settings, False
+        return replace(written, stages=_ascending(written.stages, layers)), False
     if hybrid:
-        return _hybrid(parts, layers, horizon, deep), settings, True
-    if len(parts) == 1 and _open(parts[0]):
-        return [_first(parts[0], layers)], settings, True
-    return parts, settings, False
+        return replace(written, stages=_hybrid(written.stages, layers, horizon, deep)), True
+    if len(written.stages) == 1 and _is_open(written.stages[0]):
+        return replace(written, stages=(_first(written.stages[0], layers),)), True
+    return written, False
+
+
+def needs_codebook(text: str) -> bool:
+    """Whether a schedule's text, a preset or a hybrid names a method that is made with a codebook."""
+    return expand(text, layers=1)[0].needs_codebook
 
 
 def feather(removed: float, n: int) -> str:
@@ -91,28 +96,30 @@ def feather(removed: float, n: int) -> str:
     return f"feather-ensemble(share={share})@8:{round(first)}, fastv-norope@16:{int(first * (1 - removed) ** 2)}"
 
 
-def _open(part: Part) -> bool:
-    return part.keep is None and part.method != DROP and not getattr(part.pruner, "adaptive", False)
+def _is_open(stage: StageText) -> bool:
+    """Whether a budget decides how many tokens the stage keeps."""
+    return stage.keep is None and stage.method != DROP and not stage.entry.adaptive
 
 
-def _placed(parts: list[Part], layers: int) -> list[Part]:
-    placed, before = [], -1
-    for part in parts:
-        before = max(scaled(part.layer or 0, layers), before + 1)
-        placed.append(replace(part, layer=before))
-    return placed
+def _ascending(stages: tuple[StageText, ...], layers: int) -> tuple[StageText, ...]:
+    placed: list[StageText] = []
+    before = -1
+    for stage in stages:
+        before = max(scaled(stage.layer or 0, layers), before + 1)
+        placed.append(replace(stage, layer=before))
+    return tuple(placed)
 
 
-def _first(part: Part, layers: int) -> Part:
-    default = scaled(ATTENTION_LAYER, layers) if part.pruner.uses_attention else 0
-    return replace(part, layer=default if part.layer is None else part.layer, keep=1.0)
+def _first(stage: StageText, layers: int) -> StageText:
+    default = scaled(ATTENTION_LAYER, layers) if stage.entry.uses_attention else 0
+    return replace(stage, layer=default if stage.layer is None else stage.layer, keep=1.0)
 
 
-def _hybrid(parts: list[Part], layers: int, horizon: int | None, deep: int | None) -> list[Part]:
-    if len(parts) != 2:
-        parts[-1].fail("a hybrid is two methods, first+second")
-    first, second = parts
-    if not _open(first):
+def _hybrid(stages: tuple[StageText, ...], layers: int, horizon: int | None, deep: int | None) -> tuple[StageText, ...]:
+    if len(stages) != 2:
+        stages[-1].fail("a hybrid is two methods, first+second")
+    first, second = stages
+    if not _is_open(first):
         first.fail("the first method of a hybrid must leave its keep to the budget")
     drop = second.method == DROP
     if deep is not None and (drop or second.keep is not None):
@@ -125,4 +132,4 @@ def _hybrid(parts: list[Part], layers: int, horizon: int | None, deep: int | Non
         second = replace(second, layer=default if horizon is None else horizon)
     if second.keep is None and not drop:
         second = replace(second, keep=DEEP_SHARE if deep is None else deep)
-    return [first, second]
+    return first, second

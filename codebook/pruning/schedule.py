@@ -8,19 +8,34 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
+from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning import presets
+from codebook.models.base import Model
 from codebook.pruning.methods import Pruner
-from codebook.pruning.stage import Keep, Stage, check_keep
-from codebook.pruning.text import CODEBOOK, DROP, SETTINGS, UNPRUNED, Make, Part, make, read, spell
+from codebook.pruning.presets import DEFAULT, KEEP, SCHEDULE_PRESETS, expand
+from codebook.pruning.stage import Keep, Stage, check_keep, check_stage
+from codebook.pruning.text import (
+    DROP,
+    FROM_CODEBOOK,
+    SETTINGS,
+    UNPRUNED,
+    ScheduleText,
+    StageText,
+    read_text,
+    spell,
+)
+from codebook.store.codebook import Codebook
+from codebook.store.shipped import find_codebook
 
 if TYPE_CHECKING:
     from codebook.pruning.engine.context import Pruning
 
-FORMAT = 1
+SCHEDULE_FORMAT = 1
+"""Version of the layout of schedule files."""
 
 
 @dataclass(frozen=True)
@@ -58,26 +73,9 @@ class Schedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        if self.positions not in ("keep", "compact"):
-            raise CodebookError(f"positions must be 'keep' or 'compact', not {self.positions!r}")
-        if self.quotas not in ("each", "shared"):
-            raise CodebookError(f"quotas must be 'each' or 'shared', not {self.quotas!r}")
-        if self.spread is not None and not 0 < self.spread < math.inf:
-            raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {self.spread}")
-        if self.spread is not None and self.adaptive:
-            raise CodebookError("a stage decides how many tokens stay of each image: leave spread out")
-        for before, after in zip(self.stages, self.stages[1:], strict=False):
-            if after.layer <= before.layer:
-                raise CodebookError(f"stages must be at ascending layers: {after.layer} follows {before.layer}")
-            if before.keep == 0:
-                raise CodebookError(f"nothing is left for the stage at layer {after.layer}: leave it out")
-            if before.keep and type(after.keep) is type(before.keep) and after.keep > before.keep:
-                raise CodebookError(
-                    f"the stage at layer {after.layer} keeps more ({after.keep}) than the one before it "
-                    f"({before.keep}): dropped tokens do not come back"
-                )
+        check_schedule(self.stages, self.positions, self.quotas, self.spread)
 
-    def __call__(self, model: Any, scope: Literal["model", "thread"] = "model") -> Pruning:
+    def __call__(self, model: Model, scope: Literal["model", "thread"] = "model") -> Pruning:
         """A context manager inside which the model's visual tokens are pruned; leaving it restores the model.
 
         Parameters
@@ -95,6 +93,9 @@ class Schedule:
         from codebook.pruning.engine.context import Pruning
 
         return Pruning(model, self, scope)
+
+    def __repr__(self) -> str:
+        return f"Schedule({str(self)!r})"
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.stages)) or UNPRUNED
@@ -180,7 +181,7 @@ class Schedule:
         self.check_layers(layers)
         if self.adaptive:
             raise CodebookError(f"'{self}' decides how many tokens stay: it cannot be fitted to a budget")
-        # In units of one token in one layer. What a float lacks of a whole number by its rounding is no shortfall.
+        # In units of one token in one layer. Tolerate float rounding: 1e-6 of a token is not a missing token.
         room = math.floor((keep * n if isinstance(keep, float) else keep) * layers + 1e-6)
         if len(self.stages) == 1 and self.stages[0].keep == 0:
             self._check_reach(keep, room, n, n * (layers - 1), n * layers)
@@ -208,11 +209,11 @@ class Schedule:
 
     def shares(self, n: int) -> Schedule:
         """The same counts of an image of `n` tokens as fractions, the shortest ones: other images keep their share."""
-        stages = [replace(stage, keep=_share(stage.keep, n)) if stage.keep else stage for stage in self.stages]
+        stages = [replace(stage, keep=_shortest_share(stage.keep, n)) if stage.keep else stage for stage in self.stages]
         return replace(self, stages=stages)
 
     @classmethod
-    def parse(cls, text: str, make: Make = make) -> Schedule:
+    def parse(cls, text: str, codebook: Codebook | None = None, seed: int = 0) -> Schedule:
         """Read the text form `method[(option=value)][@layer][:keep][+mass], ...`, as in `codebook:0.25, random@9:0.05`.
 
         A keep with a decimal point is a fraction of the image's tokens, one without is a count.
@@ -221,31 +222,34 @@ class Schedule:
         ----------
         text
             The schedule, as `codebook.pruning.text` describes it.
-        make
-            Makes the pruner of a method's name; needed for `codebook`, whose prototypes no text holds.
+        codebook
+            Prototypes for the stages whose methods need them; no text holds them.
+        seed
+            Seed of methods that draw at random, where the text says none.
 
         Raises
         ------
         CodebookError
             Naming the part that cannot be read.
         """
-        if text.partition(";")[0].strip() in presets.PRESETS:
+        if text.partition(";")[0].strip() in SCHEDULE_PRESETS:
             raise CodebookError(
                 f"preset {text!r} depends on the model: use Schedule.solve, which takes its n and layers"
             )
-        return cls._of(*read(text, make, others=presets.PRESETS))
+        return cls._made(read_text(text, others=SCHEDULE_PRESETS), codebook, seed)
 
     @classmethod
     def solve(
         cls,
         text: str,
-        make: Make = make,
+        codebook: Codebook | None = None,
         *,
         n: int,
         layers: int,
         keep: Keep | None = None,
         horizon: int | None = None,
         deep: int | None = None,
+        seed: int = 0,
     ) -> Schedule:
         """A preset, a hybrid or any schedule's text for a model, with the counts that meet a budget.
 
@@ -253,65 +257,219 @@ class Schedule:
         ----------
         text
             As in `codebook+random`, `pyramiddrop`, `fastv@3:1.0`; see `codebook.pruning.presets`.
-        make
-            Makes the pruner of a method's name; needed for `codebook`.
+        codebook
+            Prototypes for the stages whose methods need them.
         n
             Visual tokens of an image, unpruned.
         layers
-            Of the decoder.
+            Number of decoder layers.
         keep
             The budget, as `fit` takes it; None leaves the keeps as the text or the preset's authors have them.
         horizon
             Layer of a hybrid's second stage; default: 20 of 32, or 21 of 32 to drop all.
         deep
             Tokens of a hybrid's second stage; default: 1/7 of the first's.
+        seed
+            Seed of methods that draw at random, where the text says none.
 
         Raises
         ------
         CodebookError
             If the text cannot be read or the budget cannot be met.
         """
-        schedule, open_ = cls.draft(text, make, layers, horizon, deep)
+        schedule, needs_budget = cls.draft(text, codebook, layers=layers, horizon=horizon, deep=deep, seed=seed)
         if keep is not None:
             return schedule.fit(keep, n=n, layers=layers)
-        if open_:
+        if needs_budget:
             raise CodebookError(f"{text!r} needs a budget: say how many visual tokens stay, averaged over the layers")
         return schedule
 
     @classmethod
     def draft(
-        cls, text: str, make: Make, layers: int, horizon: int | None = None, deep: int | None = None
+        cls,
+        text: str,
+        codebook: Codebook | None = None,
+        *,
+        layers: int,
+        horizon: int | None = None,
+        deep: int | None = None,
+        seed: int = 0,
     ) -> tuple[Schedule, bool]:
-        """What `solve` starts from, and whether its keeps are proportions only, which need a budget."""
-        parts, settings, open_ = presets.expand(text, make, layers, horizon, deep)
-        return cls._of(parts, settings), open_
+        """The schedule that `solve` starts from, and whether its keeps are proportions only, which need a budget."""
+        written, needs_budget = expand(text, layers, horizon, deep)
+        return cls._made(written, codebook, seed), needs_budget
 
     @classmethod
-    def _of(cls, parts: Sequence[Part], settings: dict[str, Any]) -> Schedule:
-        stages = []
-        if settings.get("spread") == CODEBOOK:
-            settings = settings | {"spread": _spread([part.pruner for part in parts])}
-        for part in parts:
-            if part.method == DROP and (not part.layer or part.keep):
-                part.fail("drop needs a layer, 1 or later, and keeps nothing: write drop@21")
-            try:
-                keep = 0 if part.method == DROP else part.keep
-                stages.append(Stage(part.layer or 0, keep, part.pruner, part.mass))
-            except CodebookError as error:
-                part.fail(str(error))
+    def for_model(
+        cls,
+        model: Model,
+        text: str = DEFAULT,
+        keep: Keep | None = None,
+        codebook: Codebook | Path | str | None = None,
+        *,
+        seed: int = 0,
+    ) -> Schedule:
+        """The schedule that a text says for a loaded model, as `codebook prune` has it.
+
+        Parameters
+        ----------
+        model
+            Any supported model.
+        text
+            A schedule's text, a preset or a hybrid, as `solve` takes it.
+        keep
+            The budget, as `fit` takes it. A fraction holds for images of every size: counts that the text leaves to the
+            budget become shares. Default: 0.2 where the text leaves its keep to the budget, else what the text says.
+        codebook
+            Prototypes for the stages whose methods need them: a codebook or its folder, checked to be this model's.
+            Default: the one that ships for the model.
+        seed
+            Seed of methods that draw at random, where the text says none.
+
+        Raises
+        ------
+        CodebookError
+            If the text cannot be read, the budget cannot be met, or the codebook is missing or another model's.
+        """
+        if keep is not None:
+            check_keep(keep)
+        size = models.shape(model)
+        written, needs_budget = expand(text, size.layers)
+        schedule = cls._made(written, find_codebook(model, codebook) if written.needs_codebook else None, seed)
+        if keep is None and not needs_budget:
+            return schedule
+        return schedule._fit_images(KEEP if keep is None else keep, size.tokens, size.layers)
+
+    def _fit_images(self, keep: Keep, n: int, layers: int) -> Schedule:
+        """At a budget; where that is a share, images of other sizes keep the same one, unless the text says a count."""
+        fitted = self.fit(keep, n=n, layers=layers)
+        if isinstance(keep, int):
+            return fitted
+        stages = [
+            count if isinstance(own.keep, int) else share
+            for own, count, share in zip(self.stages, fitted.stages, fitted.shares(n).stages, strict=True)
+        ]
+        return replace(fitted, stages=stages)
+
+    @classmethod
+    def _made(cls, written: ScheduleText, codebook: Codebook | None, seed: int) -> Schedule:
+        """The schedule of a text that can be read, its pruners made with one codebook."""
+        parts, settings = checked(written), dict(written.settings)
+        stages = [Stage(part.layer or 0, part.keep, _pruner(part, codebook, seed), part.mass) for part in parts]
+        if settings.get("spread") == FROM_CODEBOOK:
+            assert codebook is not None  # `checked`: a stage needs it
+            if codebook.spread is None:
+                raise CodebookError("the codebook does not say the spread of its images: build it again with this "
+                                    "version, or write the usual spread, as in spread=0.2")  # fmt: skip
+            settings["spread"] = float(codebook.spread)
         return cls(stages, **settings)
 
     def save(self, path: Path | str) -> None:
-        """Write the schedule to a small JSON file, which `load` and `codebook prune --schedule` read."""
+        """Write the schedule to a small JSON file, which `load` and `codebook prune --schedule` read.
+
+        Prototypes are no part of it: `load` takes the codebook or finds the model's.
+        """
         for stage in self.stages:
             if stage.keep != 0 and spell(stage.pruner) is None:
                 raise CodebookError(f"{stage.pruner!r} has no text form: only methods of METHODS can be saved")
-        Path(path).write_text(json.dumps({"format": FORMAT, "schedule": str(self)}) + "\n")
+        Path(path).write_text(json.dumps({"format": SCHEDULE_FORMAT, "schedule": str(self)}) + "\n")
 
     @classmethod
-    def load(cls, path: Path | str, make: Make = make) -> Schedule:
-        """Read what `save` wrote."""
-        return cls.parse(load_text(path), make)
+    def load(
+        cls,
+        path: Path | str,
+        codebook: Codebook | Path | str | None = None,
+        *,
+        model: Model | None = None,
+        seed: int = 0,
+    ) -> Schedule:
+        """Read what `save` wrote.
+
+        Parameters
+        ----------
+        path
+            The JSON file.
+        codebook
+            Prototypes for the stages whose methods need them, or their folder.
+        model
+            The model to prune: its own codebook is found where none is given, and one that is given is checked.
+        seed
+            Seed of methods that draw at random, where the file says none.
+
+        Raises
+        ------
+        CodebookError
+            If the file cannot be read or holds no schedule, or the codebook is missing or another model's.
+        """
+        text = load_text(path)
+        if model is not None:
+            return cls.for_model(model, text, codebook=codebook, seed=seed)
+        return cls.parse(text, Codebook.load(codebook) if isinstance(codebook, (Path, str)) else codebook, seed)
+
+
+def check_schedule(stages: Sequence[Stage | StageText], positions: str, quotas: str, spread: float | None) -> None:
+    """Raise a CodebookError unless these stages, each of them good, and settings make a schedule.
+
+    Stages as written stand for those that are made of them, so that a text is checked before there is a codebook.
+    """
+    if positions not in ("keep", "compact"):
+        raise CodebookError(f"positions must be 'keep' or 'compact', not {positions!r}")
+    if quotas not in ("each", "shared"):
+        raise CodebookError(f"quotas must be 'each' or 'shared', not {quotas!r}")
+    if spread is not None and not 0 < spread < math.inf:
+        raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {spread}")
+    if spread is not None and any(stage.adaptive for stage in stages):
+        raise CodebookError("a stage decides how many tokens stay of each image: leave spread out")
+    for before, after in pairwise(stages):
+        earlier, later = before.layer or 0, after.layer or 0
+        if later <= earlier:
+            raise CodebookError(f"stages must be at ascending layers: {later} follows {earlier}")
+        if before.keep == 0:
+            raise CodebookError(f"nothing is left for the stage at layer {later}: leave it out")
+        if before.keep and after.keep and type(after.keep) is type(before.keep) and after.keep > before.keep:
+            raise CodebookError(
+                f"the stage at layer {later} keeps more ({after.keep}) than the one before it "
+                f"({before.keep}): dropped tokens do not come back"
+            )
+
+
+def checked(written: ScheduleText) -> list[StageText]:
+    """The stages of a text, each with its layer, if they make a schedule.
+
+    Raises
+    ------
+    CodebookError
+        Whatever is wrong with them that does not depend on the model and its codebook.
+    """
+    settings = SETTINGS | written.settings
+    if settings["spread"] == FROM_CODEBOOK:
+        if not written.needs_codebook:
+            raise CodebookError("no stage has a codebook that could say the usual spread: write it, as in spread=0.2")
+        settings["spread"] = 1.0  # the codebook will say another one
+    stages = []
+    for part in written.stages:
+        if part.method == DROP and (not part.layer or part.keep):
+            part.fail("drop needs a layer, 1 or later, and keeps nothing: write drop@21")
+        stage = replace(part, layer=part.layer or 0, keep=0 if part.method == DROP else part.keep)
+        try:
+            check_stage(stage.layer or 0, stage.keep, stage.mass, stage.entry, stage.entry.kind.__name__)
+        except CodebookError as error:
+            part.fail(str(error))
+        stages.append(stage)
+    check_schedule(stages, **settings)
+    return stages
+
+
+def _pruner(stage: StageText, codebook: Codebook | None, seed: int) -> Pruner:
+    options = dict(stage.options)
+    if stage.entry.needs_codebook:
+        if codebook is None:
+            stage.fail(f"method {stage.method!r} needs a codebook, which no text holds: pass codebook=, or take "
+                       "Schedule.for_model, which finds the model's")  # fmt: skip
+        options["codebook"] = codebook
+    if stage.entry.draws:
+        options.setdefault("seed", seed)
+    return stage.entry(**options)
 
 
 def _scaled(stages: Sequence[Stage], n: int, t: int) -> list[Stage]:
@@ -332,18 +490,7 @@ def _scaled(stages: Sequence[Stage], n: int, t: int) -> list[Stage]:
     return out
 
 
-def _spread(pruners: Sequence[Pruner]) -> float | None:
-    """What the pruners' codebook says; None if the schedule is only checked and there is none yet."""
-    books = [pruner.codebook for pruner in pruners if hasattr(pruner, "codebook")]
-    if not books:
-        raise CodebookError("no stage has a codebook that could say the usual spread: write it, as in spread=0.2")
-    if books[0] is not None and books[0].spread is None:
-        raise CodebookError("the codebook does not say the spread of its images: build it again with this version, or "
-                            "write the usual spread, as in spread=0.2")  # fmt: skip
-    return None if books[0] is None else float(books[0].spread)
-
-
-def _share(keep: Keep, n: int) -> float:
+def _shortest_share(keep: Keep, n: int) -> float:
     if isinstance(keep, float):
         return keep
     return next(share for digits in range(3, 17) if round((share := round(keep / n, digits)) * n) == keep)
@@ -360,8 +507,8 @@ def load_text(path: Path | str) -> str:
         raise CodebookError(f"cannot read schedule {path}: {error}") from None
     except (ValueError, KeyError, TypeError):
         raise CodebookError(
-            f'{path} is no schedule: it should hold {{"format": {FORMAT}, "schedule": "..."}}'
+            f'{path} is no schedule: it should hold {{"format": {SCHEDULE_FORMAT}, "schedule": "..."}}'
         ) from None
-    if version != FORMAT:
-        raise CodebookError(f"{path} has schedule format {version!r}; this version reads format {FORMAT}")
+    if version != SCHEDULE_FORMAT:
+        raise CodebookError(f"{path} has schedule format {version!r}; this version reads format {SCHEDULE_FORMAT}")
     return text

@@ -6,10 +6,11 @@ import math
 from dataclasses import dataclass
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods import Pruner
+from codebook.pruning.methods import Method, Pruner
 from codebook.pruning.text import DROP, spell
 
 Keep = int | float
+"""Number of visual tokens that stay: a count, or a fraction of the image's."""
 
 
 @dataclass(frozen=True)
@@ -43,27 +44,12 @@ class Stage:
     mass: bool = False
 
     def __post_init__(self) -> None:
-        name = type(self.pruner).__name__
-        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
-            raise CodebookError(
-                f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {self.layer}"
-            )
-        if self.adaptive != (self.keep is None):
-            if self.adaptive:
-                raise CodebookError(f"{name} decides how many tokens stay: leave keep out")
-            raise CodebookError(f"say how many tokens {name} keeps, or fit its schedule to a budget (Schedule.solve)")
-        drops = self.layer and isinstance(self.keep, int) and not isinstance(self.keep, bool) and self.keep == 0
-        if self.keep is not None and not drops:
-            check_keep(self.keep)
-        if self.mass and drops:
-            raise CodebookError("a stage that drops all tokens leaves none to stand for them: leave mass out")
-        if self.layer == 0 and self.pruner.uses_attention:
-            raise CodebookError(f"{name} needs the attention of the layer before: use it at layer 1 or later")
+        check_stage(self.layer, self.keep, self.mass, self.pruner, type(self.pruner).__name__)
 
     @property
     def adaptive(self) -> bool:
         """Whether the pruner decides how many tokens stay."""
-        return bool(getattr(self.pruner, "adaptive", False))
+        return self.pruner.adaptive
 
     def count(self, total: int) -> int:
         """Tokens that stay of an image that had `total` unpruned."""
@@ -76,12 +62,35 @@ class Stage:
             raise CodebookError(f"cannot keep {self.keep} tokens of an image that has {total}: lower the count")
         return self.keep
 
+    def __repr__(self) -> str:
+        return f"Stage({str(self)!r})"
+
     def __str__(self) -> str:
         at = f"@{self.layer}" if self.layer else ""
         if self.keep == 0:
             return DROP + at
         method = spell(self.pruner) or repr(self.pruner)
         return method + at + ("" if self.keep is None else f":{self.keep}") + ("+mass" if self.mass else "")
+
+
+def check_stage(layer: int, keep: Keep | None, mass: bool, pruner: Pruner | Method, name: str) -> None:
+    """Raise a CodebookError unless these make a stage; `name` is the pruner's class in the message.
+
+    A method stands for its pruner, so that a text is checked before there is a codebook to make the pruner with.
+    """
+    if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+        raise CodebookError(f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {layer}")
+    if pruner.adaptive != (keep is None):
+        if pruner.adaptive:
+            raise CodebookError(f"{name} decides how many tokens stay: leave keep out")
+        raise CodebookError(f"say how many tokens {name} keeps, or fit its schedule to a budget (Schedule.solve)")
+    drops = layer and isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
+    if keep is not None and not drops:
+        check_keep(keep)
+    if mass and drops:
+        raise CodebookError("a stage that drops all tokens leaves none to stand for them: leave mass out")
+    if layer == 0 and pruner.uses_attention:
+        raise CodebookError(f"{name} needs the attention of the layer before: use it at layer 1 or later")
 
 
 def check_keep(keep: Keep) -> None:

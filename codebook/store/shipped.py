@@ -35,3 +35,18 @@ def prebuilt(model: Model) -> Codebook:
         "no codebook ships for this model: build one with `codebook build` and name it with --codebook, or prune "
         "without one: --schedule farthest+mass"
     )
+
+
+def find_codebook(model: Model, source: Codebook | Path | str | None) -> Codebook:
+    """A model's codebook: the one that is given, or that lies in a folder, if it is this model's, or the shipped one.
+
+    Raises
+    ------
+    CodebookError
+        If there is none, or it is another model's.
+    """
+    if source is None:
+        return prebuilt(model)
+    book = source if isinstance(source, Codebook) else Codebook.load(source)
+    book.check(model)
+    return book

@@ -9,13 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
-from codebook import CodebookError, Random, RedundancyCodebook, Schedule, Stage, Uniform, load, prebuilt
+from codebook import CodebookError, Random, Schedule, Stage, Uniform, load, prebuilt
 from codebook.cli.data import load_data
 from codebook.evaluation import bench, charts, latency, report
 from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
 from codebook.inference.prompts import prepare
-from codebook.pruning.text import make
 
 KEEPS = [0.25, 0.05]
 METHODS = ["codebook", "fastv", "uniform"]
@@ -25,9 +24,7 @@ METHODS = ["codebook", "fastv", "uniform"]
 def loaded():
     model, processor = load("miniature", "cpu")
     book = prebuilt(model)
-    rows, skipped = bench.plan(
-        model, METHODS, KEEPS, lambda name: RedundancyCodebook(book) if name == "codebook" else make(name), [3, 4]
-    )
+    rows, skipped = bench.plan(model, METHODS, KEEPS, book, [3, 4])
     tasks = [task for task in load_data(["miniature"], 4) if task.name in ("exist", "ocr")]
     return model, processor, tasks, rows, skipped
 
@@ -94,16 +91,16 @@ def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
     assert (one["method"], one["keep"]) == ("fastv", 0.05) and "out of reach" in one["reason"]
     assert [s.stages[0].pruner for s in rows[4].schedules] == [Random(3), Random(4)]
     assert rows[-1].schedules[0].counts(144, 12) == [7] * 12  # 0.05 of 144
-    assert bench.row(loaded[0], "downsample", 0.12, make, [0]).schedules[0].counts(144, 12) == [16] * 12  # not 17
+    assert bench.row(loaded[0], "downsample", 0.12, None, [0]).schedules[0].counts(144, 12) == [16] * 12  # not 17
 
 
 def test_a_schedule_of_counts_is_measured_at_its_own_budget(loaded):
     text = "uniform:36, random@6:10"  # 6 * (36 + 10) of 12 * 144: 0.16
-    found = bench.row(loaded[0], text, 0.16, make, [0])
+    found = bench.row(loaded[0], text, 0.16, None, [0])
     assert found.schedules[0].counts(144, 12) == [36] * 6 + [10] * 6
     with pytest.raises(CodebookError, match=r"a budget of 0\.160: give that"):
-        bench.row(loaded[0], text, 0.25, make, [0])
-    assert bench.row(loaded[0], "vtw", 0.25, make, [0]).schedules[0].counts(144, 12) == [144] * 3 + [0] * 9
+        bench.row(loaded[0], text, 0.25, None, [0])
+    assert bench.row(loaded[0], "vtw", 0.25, None, [0]).schedules[0].counts(144, 12) == [144] * 3 + [0] * 9
 
 
 def test_a_run_that_was_stopped_has_the_numbers_of_one_that_was_not(loaded, measured, tmp_path):

@@ -10,17 +10,13 @@ from hypothesis import strategies as st
 
 from codebook.errors import CodebookError
 from codebook.pruning import METHODS, Schedule
-from codebook.pruning.presets import PRESETS, feather, scaled
+from codebook.pruning.presets import SCHEDULE_PRESETS, feather, scaled
 
 VICUNA = {"layers": 32, "hidden": 4096, "intermediate": 11008}
 
 
-def make(name):
-    return METHODS[name]("book") if name.startswith("codebook") else METHODS[name]()
-
-
 def solve(text, keep=None, n=576, layers=32, **options):
-    return Schedule.solve(text, make, n=n, layers=layers, keep=keep, **options)
+    return Schedule.solve(text, "book", n=n, layers=layers, keep=keep, **options)
 
 
 @pytest.mark.parametrize(
@@ -171,7 +167,7 @@ def test_a_budget_is_met_or_refused(text, keep, n, layers):
 
 
 @settings(max_examples=50, deadline=None)
-@given(text=st.sampled_from(sorted(PRESETS) + HYBRIDS), n=st.integers(2, 3000), layers=st.integers(4, 80))
+@given(text=st.sampled_from(sorted(SCHEDULE_PRESETS) + HYBRIDS), n=st.integers(2, 3000), layers=st.integers(4, 80))
 def test_a_larger_budget_keeps_no_fewer(text, n, layers):
     before = [0] * layers
     for keep in (0.1, 0.2, 0.3, 0.45, 0.6):

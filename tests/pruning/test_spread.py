@@ -9,8 +9,7 @@ import torch
 
 from codebook import load
 from codebook.errors import CodebookError
-from codebook.pruning import Random, RedundancyCodebook, RedundancyThreshold, Schedule, Stage, Uniform
-from codebook.pruning.text import make
+from codebook.pruning import Random, RedundancyThreshold, Schedule, Stage, Uniform
 from codebook.store.codebook import Codebook
 from codebook.store.spread import spread
 from tests import reference
@@ -101,15 +100,11 @@ def book(**config):
     return Codebook(torch.eye(4), None, config)
 
 
-def maker(own):
-    return lambda name: RedundancyCodebook(own) if name == "codebook" else make(name)
-
-
 def test_text():
     schedule = Schedule.parse("uniform:9, random@2:3; spread=0.25; positions=compact")
     assert schedule == Schedule([Stage(0, 9, Uniform()), Stage(2, 3, Random())], "compact", spread=0.25)
     assert str(schedule) == "uniform:9, random@2:3; positions=compact; spread=0.25"
-    of_book = Schedule.solve("codebook; spread=codebook", maker(book(spread=0.125)), keep=0.25, n=16, layers=4)
+    of_book = Schedule.solve("codebook; spread=codebook", book(spread=0.125), keep=0.25, n=16, layers=4)
     assert of_book.spread == 0.125 and str(of_book) == "codebook:4; spread=0.125"
     assert of_book.counts(16, 4) == [4] * 4  # of an image with the usual spread
 
@@ -127,7 +122,7 @@ def test_text():
 )
 def test_refusals(text, own, says):
     with pytest.raises(CodebookError, match=says):
-        Schedule.parse(text, maker(own))
+        Schedule.parse(text, own)
 
 
 def test_adaptive_stages_have_budgets_of_their_own():

@@ -1,7 +1,4 @@
-"""The pruning methods, one small file each. `METHODS` names them as schedules spell them."""
-
-from collections.abc import Callable
-from functools import partial
+"""The pruning methods, one small file each. `METHODS` is their registry: every list of methods is made from it."""
 
 from codebook.pruning.methods.alpha import Alpha
 from codebook.pruning.methods.base import FeaturePruner, Pruner, ScoringPruner
@@ -18,6 +15,7 @@ from codebook.pruning.methods.phi_knn import DensityPeaks
 from codebook.pruning.methods.pool import Pool
 from codebook.pruning.methods.random import Random
 from codebook.pruning.methods.redundancy import RedundancyCodebook, RedundancyThreshold
+from codebook.pruning.methods.registry import Method
 from codebook.pruning.methods.sparsevlm import SparseVLM
 from codebook.pruning.methods.uniform import Uniform
 from codebook.pruning.methods.visionzip import VisionZip
@@ -50,29 +48,30 @@ __all__ = [
     "Window",
 ]
 
-METHODS: dict[str, Callable[..., Pruner]] = {
-    "alpha": Alpha,
-    "cdpruner": CDPruner,
-    "cls": Cls,
-    "codebook": RedundancyCodebook,
-    "codebook-farthest": SeededFarthestPoint,
-    "codebook-threshold": RedundancyThreshold,
-    "dart": Dart,
-    "divprune": DivPrune,
-    "downsample": Downsample,
-    "drop": Drop,
-    "farthest": FarthestPoint,
-    "fastv": FastV,
-    "fastv-image": partial(FastV, image_only=True),
-    "fastv-norope": partial(FastV, rotated=False, image_only=True),
-    "fastv-reverse": partial(FastV, reverse=True),
-    "fastv-vis": partial(FastV, query="visual"),
-    "fastv-window": partial(Window, FastV()),
-    "feather-ensemble": partial(Union, Uniform(), FastV(rotated=False, image_only=True)),
-    "phi-knn": DensityPeaks,
-    "pool": Pool,
-    "random": Random,
-    "sparsevlm": SparseVLM,
-    "uniform": Uniform,
-    "visionzip": VisionZip,
+METHODS: dict[str, Method] = {
+    "alpha": Method(Alpha),
+    "cdpruner": Method(CDPruner),
+    "cls": Method(Cls),
+    "codebook": Method(RedundancyCodebook),
+    "codebook-farthest": Method(SeededFarthestPoint),
+    "codebook-threshold": Method(RedundancyThreshold),
+    "dart": Method(Dart),
+    "divprune": Method(DivPrune),
+    "downsample": Method(Downsample),
+    "drop": Method(Drop),
+    "farthest": Method(FarthestPoint),
+    "fastv": Method(FastV),
+    "fastv-image": Method(FastV, image_only=True),
+    "fastv-norope": Method(FastV, rotated=False, image_only=True),
+    "fastv-reverse": Method(FastV, reverse=True),
+    "fastv-vis": Method(FastV, query="visual"),
+    "fastv-window": Method(Window, ranking=FastV()),
+    "feather-ensemble": Method(Union, first=Uniform(), second=FastV(rotated=False, image_only=True)),
+    "phi-knn": Method(DensityPeaks),
+    "pool": Method(Pool),
+    "random": Method(Random),
+    "sparsevlm": Method(SparseVLM),
+    "uniform": Method(Uniform),
+    "visionzip": Method(VisionZip),
 }
+"""The methods by the names that schedules have for them."""

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping, Sequence
+from dataclasses import field, fields, is_dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +26,10 @@ class Pruner(ABC):
     """Whether it needs `tokens.vision`."""
 
     adaptive: ClassVar[bool] = False
-    """Whether it can say itself how many tokens stay; its stage's `keep` is then None."""
+    """Whether the pruner itself decides how many tokens stay; its stage's `keep` is then None."""
+
+    def __post_init__(self) -> None:
+        check_options(type(self), vars(self))
 
     @abstractmethod
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
@@ -67,7 +73,7 @@ class ScoringPruner(Pruner):
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Tensor:
-        """(n,) scores: the higher, the rather kept."""
+        """(n,) scores; the tokens with the highest are kept."""
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         return self.score(tokens).topk(keep).indices.sort().values
@@ -94,6 +100,34 @@ class FeaturePruner(Pruner):
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         return self.select_each(tokens.features[None], keep)[0]
+
+
+def option(
+    default: Any, least: float | None = None, most: float | None = None, choices: Sequence[str] | None = None
+) -> Any:
+    """A field of a pruner's dataclass, with the values that it may have: a choice, or numbers from least to most.
+
+    The bounds of a field that holds several numbers are each number's.
+    """
+    return field(default=default, metadata={"least": least, "most": most, "choices": choices})
+
+
+def check_options(kind: type[Pruner], values: Mapping[str, Any]) -> None:
+    """Raise a CodebookError unless these values of a pruner's fields are such as their `option` allows."""
+    for known in fields(kind) if is_dataclass(kind) else []:
+        if known.name not in values or "least" not in known.metadata:
+            continue
+        name, value = known.name, values[known.name]
+        least, most, choices = (known.metadata[key] for key in ("least", "most", "choices"))
+        if choices is not None:
+            if value not in choices:
+                raise CodebookError(f"{name} is {value!r}: give {' or '.join(map(repr, choices))}")
+            continue
+        low, high = -math.inf if least is None else least, math.inf if most is None else most
+        for number in value if isinstance(value, tuple) else (value,):
+            if not low <= number <= high:
+                bounds = f"{least:g} or more" if most is None else f"{low:g} to {high:g}"
+                raise CodebookError(f"{name} is {value}: give {bounds}")
 
 
 def unit_range(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.pruning.methods.base import Pruner
-from codebook.pruning.methods.uniform import spread
+from codebook.pruning.methods.uniform import evenly_spaced
 from codebook.pruning.tokens import VisualTokens, needed
 
 
@@ -29,16 +29,16 @@ class Downsample(Pruner):
         rows, cols = tokens.grid
         if len(tokens) < rows * cols:
             raise CodebookError("downsample needs the whole image: make it the first stage")
-        down, across = _size(rows, cols, keep)
+        down, across = _patches(rows, cols, keep)
         device = tokens.ordinal.device
-        return (spread(rows, down, device)[:, None] * cols + spread(cols, across, device)).flatten()
+        return (evenly_spaced(rows, down, device)[:, None] * cols + evenly_spaced(cols, across, device)).flatten()
 
     def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor:
         encode = needed(tokens.encode, "the image's pixels, before the LLM (layer 0)")
-        return encode(*_size(*tokens.grid, len(index))).to(tokens.hidden)
+        return encode(*_patches(*tokens.grid, len(index))).to(tokens.hidden)
 
 
-def _size(rows: int, cols: int, keep: int) -> tuple[int, int]:
+def _patches(rows: int, cols: int, keep: int) -> tuple[int, int]:
     def fits(count: int) -> list[tuple[int, int]]:
         return [(r, count // r) for r in range(1, rows + 1) if count % r == 0 and count // r <= cols]
 

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from codebook.errors import CodebookError
-from codebook.pruning.methods.base import FeaturePruner
+from codebook.pruning.methods.base import FeaturePruner, option
 
 if TYPE_CHECKING:
     from codebook.store.codebook import Codebook
@@ -62,10 +61,7 @@ class Farthest(FeaturePruner):
 class FarthestPoint(Farthest):
     """Farthest-point sampling (Gonzalez, 1985), begun with the token least like the image's mean."""
 
-    representatives: int = 0
-
-    def __post_init__(self) -> None:
-        check_representatives(self.representatives)
+    representatives: int = option(0, least=0)
 
     def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
         features = features.float()
@@ -85,19 +81,10 @@ class SeededFarthestPoint(Farthest):
     """
 
     codebook: Codebook
-    representatives: int = 4
-
-    def __post_init__(self) -> None:
-        check_representatives(self.representatives)
+    representatives: int = option(4, least=0)
 
     def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
         return self.codebook.redundancy(features)
-
-
-def check_representatives(count: int) -> None:
-    """Raise a CodebookError unless `count` is 0 or more."""
-    if count < 0:
-        raise CodebookError(f"representatives is {count}: give 0 or more")
 
 
 def farthest_points(similarity: Tensor, nearest: Tensor, keep: int, representatives: int = 0) -> Tensor:

@@ -25,15 +25,15 @@ class Uniform(Pruner):
         n, device = len(tokens), tokens.ordinal.device
         rows, cols = tokens.grid
         if n < rows * cols:
-            return spread(n, keep, device)
+            return evenly_spaced(n, keep, device)
         down = min(rows, max(1, round(math.sqrt(keep * rows / cols))))
         across = math.ceil(keep / down)
         if across > cols:
             down, across = math.ceil(keep / cols), cols
-        cells = spread(rows, down, device)[:, None] * cols + spread(cols, across, device)
-        return cells.flatten()[spread(down * across, keep, device)]
+        cells = evenly_spaced(rows, down, device)[:, None] * cols + evenly_spaced(cols, across, device)
+        return cells.flatten()[evenly_spaced(down * across, keep, device)]
 
 
-def spread(n: int, keep: int, device: torch.device) -> Tensor:
+def evenly_spaced(n: int, keep: int, device: torch.device) -> Tensor:
     """(keep,) distinct ascending indices at the centres of `keep` equal parts of range(n)."""
     return (2 * torch.arange(keep, device=device) + 1) * n // (2 * keep)

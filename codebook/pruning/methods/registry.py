@@ -1,0 +1,78 @@
+"""What a name in the registry of methods stands for, and what can be known of it before its pruner is made."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import fields
+from functools import cached_property
+from typing import Any
+
+from codebook.errors import CodebookError
+from codebook.pruning.methods.base import Pruner, check_options
+
+
+class Method:
+    """A pruner's class and the arguments that make it this method; called, it makes the pruner.
+
+    Parameters
+    ----------
+    kind
+        The pruner's class, a dataclass.
+    given
+        Arguments of the class where they differ from its defaults, as in `Method(FastV, reverse=True)`. Those that are
+        pruners are not options.
+    """
+
+    def __init__(self, kind: type[Pruner], **given: Any) -> None:
+        self.kind, self.given = kind, given
+
+    def __call__(self, *args: Any, **options: Any) -> Pruner:
+        return self.kind(*args, **{**self.given, **options})
+
+    def __repr__(self) -> str:
+        return f"Method({', '.join([self.kind.__name__, *(f'{k}={v!r}' for k, v in self.given.items())])})"
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """Values of the pruner's fields where nothing else is said; a codebook has none."""
+        signature = inspect.signature(self.kind).parameters.values()
+        return {p.name: p.default for p in signature if p.default is not p.empty} | self.given
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a schedule's text can set, with the defaults."""
+        return {name: value for name, value in self.defaults.items() if not isinstance(value, Pruner)}
+
+    @property
+    def needs_codebook(self) -> bool:
+        """Whether it is made with a codebook."""
+        return "codebook" in (field.name for field in fields(self.kind))  # type: ignore[arg-type]
+
+    @property
+    def draws(self) -> bool:
+        """Whether it draws at random, from a seed."""
+        return "seed" in self.defaults
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it decides itself how many tokens stay."""
+        return self.kind.adaptive
+
+    @property
+    def uses_attention(self) -> bool:
+        """Whether it needs the attention of the layer before: itself, or a method that it is made of."""
+        own = self.kind.uses_attention
+        parts = (value for value in self.defaults.values() if isinstance(value, Pruner))
+        return own is True or any(part.uses_attention for part in parts)
+
+    def check(self, name: str, options: dict[str, Any]) -> None:
+        """Raise a CodebookError unless these are options of the method, named `name`, with values that it takes."""
+        known = self.options
+        for option, value in options.items():
+            if option not in known:
+                what = f"its options are {', '.join(known)}" if known else "it has none"
+                raise CodebookError(f"{name} has no option {option!r}: {what}")
+            kind = type(known[option])
+            if kind not in (type(value), type(None)) and (kind, type(value)) != (float, int):
+                raise CodebookError(f"option {option} of {name} must be like {known[option]!r}, not {value!r}")
+        check_options(self.kind, options)
