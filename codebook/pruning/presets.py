@@ -40,7 +40,7 @@ and 110 of 576 tokens: arXiv 2410.04417. VTW at K = 16: arXiv 2405.05803.
 
 
 def scaled(layer: int, layers: int) -> int:
-    """Layer of a decoder of `layers` in the place of one of 32: round(layer * layers / 32), at least 1 unless it is 0."""
+    """Layer of a decoder of `layers` in the place of one of 32: round(layer * layers / 32), 1 or later unless 0."""
     return max(1, (2 * layer * layers + DEPTH) // (2 * DEPTH)) if layer else 0
 
 

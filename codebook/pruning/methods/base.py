@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import field, fields, is_dataclass
+from dataclasses import Field, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -114,7 +114,8 @@ def option(
 
 def check_options(kind: type[Pruner], values: Mapping[str, Any]) -> None:
     """Raise a CodebookError unless these values of a pruner's fields are such as their `option` allows."""
-    for known in fields(kind) if is_dataclass(kind) else []:
+    own: tuple[Field[Any], ...] = fields(kind) if is_dataclass(kind) else ()
+    for known in own:
         if known.name not in values or "least" not in known.metadata:
             continue
         name, value = known.name, values[known.name]
