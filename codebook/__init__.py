@@ -1,53 +1,37 @@
 """Training-free visual-token pruning for vision-language models.
 
-The public names are imported when first used, so that `import codebook` costs nothing.
+The public names are imported when first used, so that `import codebook` costs nothing. `__init__.pyi` says the same to
+type checkers and editors.
 """
 
 from importlib import import_module
 from typing import Any
 
 _HOME = {
-    "Alpha": "codebook.pruning",
-    "CDPruner": "codebook.pruning",
-    "Cls": "codebook.pruning",
     "Codebook": "codebook.store.codebook",
     "CodebookError": "codebook.errors",
-    "Dart": "codebook.pruning",
-    "DensityPeaks": "codebook.pruning",
-    "DivPrune": "codebook.pruning",
-    "Downsample": "codebook.pruning",
-    "Drop": "codebook.pruning",
-    "FarthestPoint": "codebook.pruning",
-    "FastV": "codebook.pruning",
-    "FeaturePruner": "codebook.pruning",
-    "Pool": "codebook.pruning",
-    "Pruner": "codebook.pruning",
-    "Random": "codebook.pruning",
-    "RedundancyCodebook": "codebook.pruning",
-    "RedundancyThreshold": "codebook.pruning",
-    "Schedule": "codebook.pruning",
-    "ScoringPruner": "codebook.pruning",
-    "SeededFarthestPoint": "codebook.pruning",
-    "SparseVLM": "codebook.pruning",
-    "Stage": "codebook.pruning",
-    "Uniform": "codebook.pruning",
-    "Union": "codebook.pruning",
-    "VisionZip": "codebook.pruning",
-    "VisualTokens": "codebook.pruning",
-    "Weighted": "codebook.pruning",
-    "Window": "codebook.pruning",
     "ask": "codebook.inference.ask",
     "build": "codebook.building",
     "load": "codebook.models",
     "prebuilt": "codebook.store.shipped",
     "remember": "codebook.pruning",
 }
+"""Module of each public name that is not one of `codebook.pruning`'s classes."""
 
-__all__ = sorted(_HOME)
 __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
+    if name == "__all__":
+        return sorted({*_HOME, *import_module("codebook.pruning").__all__})
+    # Only capitals: asking `codebook.pruning` for every name would import it for `from codebook import models`, which
+    # it does itself.
+    if name[0].isupper() and name in (pruning := import_module("codebook.pruning")).__all__:
+        return getattr(pruning, name)
     raise AttributeError(f"module 'codebook' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*__getattr__("__all__"), "__version__"]

@@ -144,6 +144,60 @@ def test_text_with_a_codebook():
         Schedule.parse("codebook:0.25")
 
 
+def test_one_codebook_for_all_stages():
+    book = object()
+    schedule = Schedule.solve("seeded:0.5, codebook@2:0.2, codebook-threshold@3", book, n=576, layers=4)
+    assert all(stage.pruner.codebook is book for stage in schedule.stages)
+
+
+def test_a_seed_for_the_methods_that_draw():
+    assert Schedule.parse("random:9, uniform@1:3, random(seed=2)@2:1", seed=7) == Schedule(
+        [Stage(0, 9, Random(7)), Stage(1, 3, Uniform()), Stage(2, 1, Random(2))]
+    )
+    assert [name for name, method in METHODS.items() if method.draws] == ["random"]
+
+
+def test_what_a_method_needs_is_known_before_its_pruner_is_made():
+    needing = [name for name, method in METHODS.items() if method.needs_codebook]
+    assert needing == ["codebook", "codebook-farthest", "codebook-threshold"]
+    for name, method in METHODS.items():
+        pruner = method("book") if name in needing else method()
+        assert type(pruner) is method.kind
+        assert (method.adaptive, method.uses_attention) == (pruner.adaptive, pruner.uses_attention)
+        assert all(getattr(pruner, option) == value for option, value in method.options.items())
+
+
+@pytest.mark.parametrize(
+    "text,says",
+    [
+        ("codebook", "say how many tokens RedundancyCodebook keeps"),
+        ("seeded:1.5", "not 1.5"),
+        ("seeded(representatives=-1):5", r"part 1, 'seeded\(.*representatives is -1: give 0 or more"),
+        ("codebook-threshold:0.5", "leave keep out"),
+        ("codebook:0.1, codebook@1:0.5", "come back"),
+        ("codebook@2:0.5, seeded@1:0.1", "ascending"),
+        ("codebook-threshold; spread=codebook", "leave spread out"),
+        ("codebook:0.5; positions=odd", "not 'odd'"),
+        ("codebook:0.5", "needs a codebook, which no text holds"),
+    ],
+)
+def test_what_is_wrong_is_said_before_there_is_a_codebook(text, says):
+    with pytest.raises(CodebookError, match=says):
+        Schedule.parse(text)
+
+
+def test_pruners_refuse_what_their_text_would():
+    for make in (FarthestPoint, lambda count: SeededFarthestPoint("book", count)):
+        with pytest.raises(CodebookError, match="representatives is -2: give 0 or more"):
+            make(-2)
+
+
+def test_schedules_print_as_their_text():
+    schedule = Schedule.parse("uniform:0.25+mass, drop@3; quotas=shared")
+    assert repr(schedule) == "Schedule('uniform:0.25+mass, drop@3; quotas=shared')"
+    assert list(map(repr, schedule.stages)) == ["Stage('uniform:0.25+mass')", "Stage('drop@3')"]
+
+
 def test_a_name_for_a_method_with_mass():
     schedule = Schedule.parse("seeded(representatives=2):0.25, random@9:4", "book")
     assert schedule.stages[0] == Stage(0, 0.25, SeededFarthestPoint("book", 2), mass=True)
