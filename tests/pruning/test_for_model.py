@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from codebook import Codebook, CodebookError, Schedule, miniature, prebuilt
+from codebook import Codebook, CodebookError, Schedule, load, prebuilt
 from codebook.pruning import Drop, FastV, Random, SeededFarthestPoint, Stage
 from codebook.pruning.plan import Plan
 from codebook.store import shipped
@@ -13,14 +13,14 @@ from tests.tiny import llava
 
 @pytest.fixture(scope="module")
 def model():
-    return miniature.load()[0]
+    return load("miniature", "cpu")[0]
 
 
 @pytest.fixture
 def loads(monkeypatch):
     """The folders that codebooks are read from."""
-    seen, load = [], Codebook.load
-    monkeypatch.setattr(Codebook, "load", lambda path: (seen.append(Path(path)), load(path))[1])
+    seen, read = [], Codebook.load
+    monkeypatch.setattr(Codebook, "load", lambda path: (seen.append(Path(path)), read(path))[1])
     return seen
 
 
