@@ -1,0 +1,375 @@
+"""The hooks on one model, shared by all contexts that are open on it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from codebook import models
+from codebook.errors import CodebookError
+from codebook.models import Encoded
+from codebook.models.base import Model
+from codebook.pruning.engine import prompt
+from codebook.pruning.engine.cache import PrunedLayer, pruned_layer
+from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Running
+from codebook.pruning.engine.forward import Chosen, Forward, unusable_mask
+from codebook.pruning.engine.sequence import Given
+from codebook.pruning.engine.tap import tap
+from codebook.pruning.engine.views import Cached
+
+if TYPE_CHECKING:
+    from codebook.pruning.engine.context import Pruning
+
+ATTACHING = threading.RLock()
+"""Guards what the contexts of several threads share: who is open, and who is in flight, on which model."""
+
+_attached: weakref.WeakKeyDictionary[Model, Attachment] = weakref.WeakKeyDictionary()
+
+
+class Attachment:
+    """The hooks on one model, for all contexts that are open on it."""
+
+    def __init__(self, model: Model) -> None:
+        self.family, self.lm = models.family(model), model.get_decoder()
+        self._model = weakref.ref(model)
+        self._pruning: list[Pruning] = []  # open, or closed with calls in flight
+        self._outputs: dict[int, tuple[weakref.ref[Any], Encoded]] = {}
+        self._signature = inspect.signature(model.base_model.forward)
+        self._undo = contextlib.ExitStack()
+
+    @classmethod
+    def of(cls, model: Model) -> Attachment:
+        """The attachment of a model that has one, or a new one."""
+        return _attached.get(model) or cls(model)
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        # The copy's hooks would belong to contexts of the original, and answers of the copy would silently be wrong.
+        raise CodebookError("a model inside a pruning context cannot be copied or saved: leave the context first")
+
+    @property
+    def model(self) -> Model:
+        return self._model()
+
+    # Contexts: under the lock
+
+    def add(self, pruning: Pruning, owner: object) -> None:
+        """Open a context of a thread or task, or refuse it beside those that are open."""
+        for other in self._pruning:
+            if other is pruning:
+                raise CodebookError("this pruning context is open already: make another one by calling the schedule")
+            mine = other.owner == owner
+            if other.open and other.scope == pruning.scope and (mine or pruning.scope == "model"):
+                raise CodebookError(
+                    "the model is already being pruned: join the stages in one schedule instead of nesting"
+                    if mine
+                    else "the model is already being pruned by a context of another thread: call the model inside that "
+                    "one, or open this one with scope='thread'"
+                )
+        if not self._pruning:
+            self._attach()
+            _attached[self.model] = self
+        self._pruning.append(pruning)
+        pruning.owner, pruning.seen_images, pruning.seen_prompt = owner, False, False
+        try:
+            for stage in pruning.schedule.stages:
+                if stage.pruner.uses_attention:
+                    layer = self.lm.layers[stage.layer - 1]
+                    pruning.taps.callback(tap(layer.self_attn, partial(self._on_attention, stage.layer)))
+            if any(stage.pruner.uses_vision for stage in pruning.schedule.stages):
+                pruning.taps.callback(tap(self.family.vision_attention(self.model), self._on_vision_attention))
+            pruning.open = True
+        finally:
+            self.settle(pruning)  # where a tap failed
+
+    def settle(self, pruning: Pruning) -> None:
+        """Take down what a context that is closed needs no longer, and the hooks with the last one.
+
+        Calls that started in it may outlive it, as in a thread that streams: they end as they began.
+        """
+        if pruning.open or pruning.calls:
+            return
+        pruning.taps.close()
+        self._pruning.remove(pruning)
+        if not self._pruning:
+            self._undo.close()
+            _attached.pop(self.model, None)
+
+    def _attach(self) -> None:
+        model, base = self.model, self.model.base_model
+        with contextlib.ExitStack() as undo:
+            for module, hook in (
+                (base, self._on_base),
+                (self.lm, self._on_decoder),
+                *((layer, partial(self._on_layer, i)) for i, layer in enumerate(self.lm.layers)),
+            ):
+                undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            undo.callback(self.family.tower(model).register_forward_pre_hook(self._on_tower).remove)
+            # Called after an error too, so that no state is left for the next forward.
+            undo.callback(self.lm.register_forward_hook(self._after_decoder, always_call=True).remove)
+            undo.callback(base.register_forward_hook(self._after_base, always_call=True).remove)
+            undo.enter_context(_replaced(model, "generate", self._generate))
+            for kind in models.KINDS:
+                # `generate` calls it before the first forward, and no module's arguments hold as much.
+                if hasattr(base, name := f"get_{kind}_features"):
+                    undo.enter_context(_replaced(base, name, partial(self._encode, kind)))
+            undo.enter_context(self.family.patched_extra_inputs(model, self._gather))
+            self._undo = undo.pop_all()
+
+    # Calls
+
+    def _begin(self, length: int | None = None) -> Call:
+        """A call that starts now: what prunes it is decided here, once."""
+        with ATTACHING:
+            pruning = self._in_force()
+            if pruning is not None:
+                pruning.calls += 1
+        return Call(self, pruning, length)
+
+    def _in_force(self) -> Pruning | None:
+        """What prunes a call of this thread that starts now: its innermost own context, else the model's."""
+        for pruning in reversed(SCOPED.get()):
+            if pruning.open and pruning.attachment is self:
+                return pruning
+        return next((pruning for pruning in self._pruning if pruning.open and pruning.scope == "model"), None)
+
+    def _pruning_now(self) -> Pruning | None:
+        """What prunes the call that this thread is in, or one that it started now."""
+        running = self._own_running()
+        call = self._current() or (None if running is None else running.call)
+        return self._in_force() if call is None else call.pruning
+
+    def _finish(self, call: Call) -> None:
+        if call.pruning is not None:
+            with ATTACHING:
+                call.pruning.calls -= 1
+                self.settle(call.pruning)
+
+    def _current(self) -> Call | None:
+        call = CALL.get()
+        return call if call is not None and call.attachment is self else None
+
+    def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if self._current() is not None:  # a part of the generation that is running
+            return stock(*args, **kwargs)
+        ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
+        call = self._begin(ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None)
+        token, encoded = CALL.set(call), ENCODED.set(ENCODED.get())
+        try:
+            return stock(*args, **kwargs)
+        finally:
+            self.end()
+            CALL.reset(token)
+            ENCODED.reset(encoded)
+            self._finish(call)
+
+    def end(self) -> None:
+        """Forget the forward that this thread is in, if it is this model's: it is over, or was interrupted."""
+        running = RUNNING.get()
+        if running is None or running.call.attachment is not self:
+            return
+        RUNNING.set(None)
+        FORWARD.set(None)
+        ENCODED.set(tuple((output, call) for output, call in ENCODED.get() if not call.shown))
+        if running.lone:
+            self._finish(running.call)
+
+    # Encoding
+
+    def _encode(self, kind: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if ENCODING.get() is not None or self._pruning_now() is None:
+            return stock(*args, **kwargs)  # a part of the encoding that is being noted, or of a plain call
+        noted = Encoded(kind, dict(inspect.signature(stock).bind_partial(*args, **kwargs).arguments))
+        token = ENCODING.set(noted)
+        try:
+            output = stock(*args, **kwargs)
+        finally:
+            ENCODING.reset(token)
+        ENCODED.set((*((o, c) for o, c in ENCODED.get() if c.kind != kind), (output, noted)))
+        with contextlib.suppress(TypeError):  # a plain tuple or tensor is known in this thread alone
+            key = id(output)
+            self._outputs[key] = weakref.ref(output, lambda _: self._outputs.pop(key, None)), noted
+        return output
+
+    def _call_of(self, kind: str, given: dict[str, Any]) -> Encoded | None:
+        """The call that encoded a forward's images, if it was made in a context of this model."""
+        output = (given.get("mm_encoder_outputs") or {}).get(kind)
+        found = [call for own, call in ENCODED.get() if call.kind == kind and (output is None or own is output)]
+        if not found and output is not None and id(output) in self._outputs:
+            reference, call = self._outputs[id(output)]
+            found = [call] if reference() is output and call.kind == kind else []
+        if not found:
+            return None
+        found[-1].shown = True
+        return found[-1]
+
+    def _on_tower(self, *_: Any) -> None:
+        if (pruning := self._pruning_now()) is not None:
+            pruning.seen_images = True
+
+    def _on_vision_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
+        if (encoding := ENCODING.get()) is not None:
+            if self.family.tower_rows:  # in one call; `remember` may have let the new images through before
+                encoding.attention.clear()
+            encoding.attention.append((query, key, scaling))
+
+    # Forwards
+
+    def _own_running(self) -> Running | None:
+        running = RUNNING.get()
+        return running if running is not None and running.call.attachment is self else None
+
+    def _on_base(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.end()
+        call = self._current()
+        running = Running(call or self._begin(), call is None)
+        RUNNING.set(running)
+        if (pruning := running.call.pruning) is None:
+            return
+        given = self._signature.bind_partial(*args, **kwargs).arguments
+        given |= given.pop("kwargs", {})
+        kinds = tuple(kind for kind, pixels in models.KINDS.items() if _has_images(given, kind, pixels))
+        pruning.seen_prompt |= bool(kinds)  # from here on its images are pruned, or the caller is told why not
+        ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
+        if ids is None and (kinds or (embeds is not None and embeds.shape[1] > 1)):
+            raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
+        for _, noted in ENCODED.get():  # chunked prefill of some versions loses the images without a word
+            waits = not noted.shown and noted.kind not in kinds
+            if waits and ids is not None and torch.isin(ids, self.family.token(self.model, noted.kind)).any():
+                raise models.whole_images_error(
+                    noted.kind, f"{noted.kind} tokens came without the {noted.kind}s that were encoded for them"
+                )
+        # Without kinds, image tokens are text: generated ones, or of an earlier turn.
+        blocks = self.family.blocks(self.model, given)
+        length = None if ids is None else ids.shape[1]
+        # A later turn's token types may speak of the cached tokens too: those of this forward are the last ones.
+        running.blocks = blocks if blocks is None or length is None else blocks[:, -length:]
+        running.given, running.kinds = given, kinds
+
+    def _on_decoder(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        running, embeds = self._own_running(), kwargs.get("inputs_embeds")
+        if running is None:  # text alone, straight to the decoder: only shape and device matter
+            call = self._current()
+            running = Running(call or self._begin(), call is None, direct=True)
+            RUNNING.set(running)
+            if running.call.pruning is not None and embeds is not None and embeds.shape[1] > 1:
+                raise CodebookError(
+                    "the decoder was called with inputs_embeds: from those alone the visual tokens cannot be found; "
+                    f"call the {type(self.model).__name__} itself with input_ids and pixels"
+                )
+        pruning, given = running.call.pruning, running.given
+        if pruning is None:
+            return
+        if embeds is None:
+            ids = args[0] if args else kwargs["input_ids"]
+            embeds = torch.empty(*ids.shape, 0, device=ids.device, dtype=self.model.dtype)
+        # Some base models make masks of their own from the one that they were given.
+        mask = (kwargs if given is None else given).get("attention_mask")
+        compact = pruning.schedule.positions == "compact"
+        if given is None or not running.kinds:
+            plain = Given(embeds, mask)
+            FORWARD.set(Forward(self.family, self.model, plain, {}, blocks=running.blocks, compact=compact))
+            return
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            raise unusable_mask()
+        whole = Given(embeds, mask, self._extra(running.call, embeds, given.get("past_key_values")))
+        encoded = {kind: self._call_of(kind, given) for kind in running.kinds}
+        found = prompt.find(
+            self.family, self.model, whole, given["input_ids"], encoded,
+            shared=pruning.schedule.quotas == "shared", usual=pruning.schedule.spread,
+        )  # fmt: skip
+        chosen = self._chosen(running.call, given["input_ids"])
+        forward = Forward(self.family, self.model, whole, pruning.stages, found, running.blocks, compact, chosen)
+        FORWARD.set(forward)
+        pruning.show(list(found.images), forward.log)
+
+    def _extra(self, call: Call, embeds: Tensor, cache: Any) -> int:
+        """How many of a forward's tokens come after the prompt of its generation."""
+        if call.length is None:
+            return 0
+        past = 0 if cache is None else int(cache.get_seq_length())
+        return min(max(0, past + embeds.shape[1] - call.length), embeds.shape[1] - 1)
+
+    def _chosen(self, call: Call, ids: Tensor) -> Chosen:
+        """What this generation has chosen for this very prompt; empty for a new one, to be filled."""
+        if call.length is None:
+            return {}
+        own = ids[:, : call.length]
+        if call.ids is None or not torch.equal(call.ids, own):
+            call.ids, call.chosen = own, {}
+        return call.chosen
+
+    def _on_layer(self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        forward = FORWARD.get()
+        if forward is None or self._own_running() is None:
+            return None
+        hidden, before = args[0], ENCODED.get()
+        hidden = forward.enter(i, hidden)
+        ENCODED.set(before)  # a stage may encode an image anew: that call is no prompt's
+        cache = kwargs.get("past_key_values")
+        entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
+        past = entry.index if isinstance(entry, PrunedLayer) else None
+        if forward.sequence is None and past is None:
+            forward.before = layer, kwargs["position_embeddings"]
+            return None
+        pruned = None if cache is None else pruned_layer(cache, i)
+        cached = Cached(past, 0, 0) if pruned is None else Cached(past, pruned.get_seq_length(), pruned.physical)
+        index, mask, rotary = forward.view(layer, cached, kwargs)
+        if pruned is not None:
+            pruned.index = index
+        forward.before = layer, rotary
+        # Without position ids, or flash attention would take the gaps in them for packed sequences.
+        changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
+        return (hidden, *args[1:]), kwargs | changed
+
+    def _gather(self, x: Tensor) -> Tensor:
+        forward = FORWARD.get()
+        return x if forward is None or forward.sequence is None else forward.sequence.gather(x)
+
+    def _on_attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        forward = FORWARD.get()
+        if forward is not None and forward.prompt is not None and layer in forward.stages:
+            forward.heard = query, key, scaling
+
+    def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:
+        forward, running = FORWARD.get(), self._own_running()
+        FORWARD.set(None)
+        if running is not None and running.direct:
+            self.end()
+        if forward is None or forward.sequence is None or output is None:
+            return None
+        if isinstance(output, tuple):
+            return (forward.restore(output[0]), *output[1:])
+        output.last_hidden_state = forward.restore(output.last_hidden_state)
+        return output
+
+    def _after_base(self, *_: Any) -> None:
+        self.end()
+
+
+@contextlib.contextmanager
+def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
+    """A context in which `owner.name(...)` is `function(stock, ...)`, for this object alone."""
+    stock, own = getattr(owner, name), vars(owner).get(name)
+
+    @functools.wraps(stock)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return function(stock, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+def _has_images(given: dict[str, Any], kind: str, pixels: str) -> bool:
+    return given.get(pixels) is not None or (given.get("mm_encoder_outputs") or {}).get(kind) is not None
