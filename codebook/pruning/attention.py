@@ -21,7 +21,7 @@ QUERIES = 128
 
 @dataclass(frozen=True)
 class Attention:
-    """What one layer attends with, for one sample, and where in it the image is.
+    """Queries and keys of one layer for one sample, and the places of the image in it.
 
     Attributes
     ----------
@@ -32,13 +32,13 @@ class Attention:
     cos, sin : (P, d) float
         The rotary embedding that rotated them.
     scaling : float
-        Of the logits.
+        Factor of the logits.
     span : slice or (n,) int64
         The image's tokens.
     visible : callable
-        `visible(query)` tells which of the P keys some queries (q,) see: (q, P) bool. None: all up to their own.
+        `visible(query)` gives the keys of the P that some queries (q,) see: (q, P) bool. None: all up to their own.
     bias : (P,) float32 or None
-        What is added to the logits towards each of the P: tokens that stand for several get more attention.
+        Number added to the logits towards each of the P: tokens that stand for several get more attention.
     """
 
     query: Tensor
@@ -62,7 +62,7 @@ class Attention:
         return self.rows(place, rotated=rotated, image_only=image_only)[0]
 
     def rows(self, query: Tensor, *, rotated: bool = True, image_only: bool = False) -> Tensor:
-        """How much some tokens attend to each of the image's, averaged over heads.
+        """Attention of some tokens to each of the image's, averaged over heads.
 
         Parameters
         ----------
@@ -96,11 +96,11 @@ class Attention:
 
 
 class TowerAttention(ABC):
-    """How one layer of the vision tower attends to the tokens of an image."""
+    """Attention of one layer of the vision tower to the tokens of an image."""
 
     @abstractmethod
     def received(self) -> Tensor:
-        """(n,) float32: the attention that each gets from [CLS], without one from all patches, over all heads."""
+        """(n,) float32: the attention that each gets from [CLS] (from all patches if there is none), over all heads."""
 
     @abstractmethod
     def descriptors(self) -> Tensor:
@@ -109,14 +109,14 @@ class TowerAttention(ABC):
 
 @dataclass(frozen=True)
 class Vision(TowerAttention):
-    """What one layer of the vision tower attends with, for one image, crop or frame.
+    """Queries and keys of one layer of the vision tower, for one image, crop or frame.
 
     Attributes
     ----------
     query, key : (heads, N, d) float
-        Of the [CLS] token, where the tower has one, and the patches in raster order.
+        Queries and keys of the [CLS] token, where the tower has one, and the patches in raster order.
     scaling : float
-        Of the logits.
+        Factor of the logits.
     has_cls : bool
         Whether the first of the N is [CLS].
     """
@@ -139,12 +139,12 @@ class Vision(TowerAttention):
 
 @dataclass(frozen=True)
 class Tower:
-    """What one layer of the vision tower attends with, for all that one call encoded.
+    """Queries and keys of one layer of the vision tower, for all images of one call.
 
     Attributes
     ----------
     parts
-        One an image, crop or frame.
+        Attention per image, crop or frame.
     pack
         Brings their patches' values into the order of visual tokens: `Family.pack`.
     """

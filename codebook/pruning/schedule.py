@@ -51,13 +51,13 @@ class Schedule:
     positions
         `keep`: kept tokens keep their original position ids. `compact`: tokens are renumbered without gaps.
     quotas
-        Of images with several crops and of videos, whose quota is that of all their visual tokens. `each`: every crop
-        or frame keeps the same share. `shared`: they compete for it, as if they were one tall image.
+        How the quota of an image with several crops, or of a video, is divided. `each`: every crop or frame keeps the
+        same share of its tokens. `shared`: they compete for the whole quota, as if they were one tall image.
     spread
-        None: every image keeps what the stages say. A number: images keep in proportion to their spread
-        (`codebook.store.spread`; of crops and frames, their mean), and one with this spread keeps what the stages say;
-        none less than half of that or more than twice. Where it is the images' mean spread, as `Codebook.spread` is of
-        those of a codebook, the stages say what images keep on average.
+        None: every image keeps as many tokens as the stages say. A number: images keep in proportion to their own
+        spread (`codebook.store.spread`; with crops or frames, the mean over them), and an image with this spread keeps
+        as many as the stages say; no image keeps less than half or more than twice as many. If the number is the mean
+        over the images, as `Codebook.spread` is over a codebook's, the stages say what images keep on average.
 
     Notes
     -----
@@ -170,7 +170,7 @@ class Schedule:
         n
             Visual tokens of an image, unpruned.
         layers
-            Of the decoder.
+            Number of decoder layers.
 
         Raises
         ------

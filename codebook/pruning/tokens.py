@@ -39,11 +39,11 @@ class VisualTokens:
     ordinal : (n,) int64
         Raster position of each token in its image, from 0 to `rows * cols - 1`.
     grid : (rows, cols)
-        Of the whole image.
+        Rows and columns of the whole image.
     key : () int64
         Digest of the image's pixels and of its place among the prompt's images: the same alone or in any batch.
     attention : Attention or None
-        Of the layer before the stage; only for pruners that say `uses_attention`.
+        Attention of the layer before the stage; only for pruners that say `uses_attention`.
     vision : TowerAttention or None
         Attention in the vision tower, over the whole image; only for pruners that say `uses_vision`.
     encode : callable or None
@@ -102,7 +102,7 @@ def digest_rows(values: Tensor) -> Tensor:
     return mix((flat * _places(flat.shape[1], flat.device)).sum(1))
 
 
-@lru_cache(maxsize=8)  # the same for every image of one size, and dearer than the rest of the digest
+@lru_cache(maxsize=8)  # the same for every image of one size, and slower than the rest of the digest
 def _places(count: int, device: torch.device) -> Tensor:
     with torch.inference_mode(False):  # it outlives the caller's mode
         return mix(torch.arange(1, count + 1, device=device))

@@ -23,7 +23,7 @@ def features(tower, pixels):
 def schedule(name: str, tower: str) -> Schedule:
     """One stage of a method: nine tokens, or as many as it likes, from layer 2 on where it needs attention."""
     settings = {}
-    if name.startswith("codebook"):
+    if METHODS[name].needs_codebook:
         pixels = torch.rand(2, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(9))
         settings["codebook"] = Codebook(features(tower, pixels)[::5].contiguous())
     if name == "codebook-threshold":  # half-way between two of the tokens' scores, lest rounding decides

@@ -138,7 +138,7 @@ def test_refusals(text, keep, options, says):
     assert "\n" not in str(caught.value)
 
 
-METHODS_WITH_A_COUNT = [name for name in METHODS if name not in ("drop", "codebook-threshold")]
+METHODS_WITH_A_COUNT = [name for name, method in METHODS.items() if name != "drop" and not method.adaptive]
 HYBRIDS = [f"{first}+{second}" for first in ("codebook", "dart", "divprune") for second in ("random", "drop")]
 
 

@@ -20,7 +20,7 @@ class Combination(Pruner):
     @property
     @abstractmethod
     def parts(self) -> Sequence[Pruner]:
-        """What it is made of."""
+        """The pruners that it is made of."""
 
     @property
     def uses_attention(self) -> bool:  # type: ignore[override]
@@ -38,9 +38,9 @@ class Weighted(Combination, ScoringPruner):
     Attributes
     ----------
     pruners
-        Whose scores are added.
+        Pruners whose scores are added.
     weights
-        One a pruner.
+        One weight per pruner.
     """
 
     pruners: Sequence[ScoringPruner]
@@ -61,7 +61,7 @@ class Weighted(Combination, ScoringPruner):
 
 @dataclass(frozen=True)
 class Union(Combination):
-    """What one pruner keeps, filled up by the ranking of another (the ensembles of FEATHER, arXiv 2412.13180).
+    """Tokens that one pruner keeps, filled up by the ranking of another (the ensembles of FEATHER, arXiv 2412.13180).
 
     The paper joins two fixed selections, a grid and the top of a ranking, to a set of whatever size; here the size is
     given, and `share` of it, rounded, is `first`'s. That is the paper's set where size and share are: its ensemble of

@@ -29,16 +29,16 @@ class Downsample(Pruner):
         rows, cols = tokens.grid
         if len(tokens) < rows * cols:
             raise CodebookError("downsample needs the whole image: make it the first stage")
-        down, across = _patches(rows, cols, keep)
+        down, across = _patch_grid(rows, cols, keep)
         device = tokens.ordinal.device
         return (evenly_spaced(rows, down, device)[:, None] * cols + evenly_spaced(cols, across, device)).flatten()
 
     def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor:
         encode = needed(tokens.encode, "the image's pixels, before the LLM (layer 0)")
-        return encode(*_patches(*tokens.grid, len(index))).to(tokens.hidden)
+        return encode(*_patch_grid(*tokens.grid, len(index))).to(tokens.hidden)
 
 
-def _patches(rows: int, cols: int, keep: int) -> tuple[int, int]:
+def _patch_grid(rows: int, cols: int, keep: int) -> tuple[int, int]:
     def fits(count: int) -> list[tuple[int, int]]:
         return [(r, count // r) for r in range(1, rows + 1) if count % r == 0 and count // r <= cols]
 

@@ -37,7 +37,7 @@ class Farthest(FeaturePruner):
         Parameters
         ----------
         features : (n, d) float
-            Of one image.
+            Projector outputs of one image.
         similarity : (n, n) float32
             Cosine similarities of its tokens.
 
@@ -77,7 +77,7 @@ class SeededFarthestPoint(Farthest):
     Attributes
     ----------
     codebook
-        Of the model that is pruned.
+        Prototypes of the model that is pruned.
     """
 
     codebook: Codebook

@@ -10,8 +10,8 @@ from torch import Tensor
 from codebook.pruning.methods.base import ScoringPruner
 from codebook.pruning.tokens import VisualTokens
 
-TIE_BREAK = 1e-6
-"""Upper end of what is added to the densities, so that no two are equal."""
+LARGEST_TIE_BREAK = 1e-6
+"""Largest number added to a density, so that no two are equal."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,10 @@ class DensityPeaks(ScoringPruner):
 def peakedness(x: Tensor, neighbours: int, tie: Tensor) -> Tensor:
     """Density times distance to the nearest denser point, of points (n, d), as `DensityPeaks` says: (n,) float64.
 
-    `tie` (n,), in [0, 1], tells equal densities apart.
+    `tie` (n,), in [0, 1], orders equal densities.
     """
     # In float64: densities near 1 would leave float32 no room for the tie-break.
     distance = (torch.cdist(x.double(), x.double()) / x.shape[1] ** 0.5).fill_diagonal_(0)
     near = distance.topk(min(neighbours, len(x)), dim=1, largest=False).values
-    density = (-near.square().mean(dim=1)).exp() + TIE_BREAK * tie
+    density = (-near.square().mean(dim=1)).exp() + LARGEST_TIE_BREAK * tie
     return density * distance.where(density[None] > density[:, None], distance.max()).amin(dim=1)

@@ -21,11 +21,11 @@ class RedundancyCodebook(ScoringPruner):
     Attributes
     ----------
     codebook
-        Of the model that is pruned.
+        Prototypes of the model that is pruned.
     scoring
-        How like a token is to the prototypes. `max`: its highest cosine similarity to any. `double_softmax`, the
-        authors' for OneVision: the similarities' softmax over the image's tokens times that over the prototypes, the
-        highest of a token.
+        How a token's likeness to the prototypes is measured. `max`: its highest cosine similarity to any prototype.
+        `double_softmax`, the authors' for OneVision: the softmax of the similarities over the image's tokens times
+        their softmax over the prototypes, and of these products the token's highest.
     """
 
     codebook: Codebook
@@ -45,8 +45,8 @@ class RedundancyThreshold(RedundancyCodebook):
     Attributes
     ----------
     threshold
-        Of the `scoring`; for `max` a cosine similarity. What it keeps on average depends on codebook and images, and
-        is tuned on some of them.
+        Likeness from which on tokens are dropped, in the units of `scoring`: for `max` a cosine similarity. How many
+        tokens it keeps depends on codebook and images, so tune it on some of them.
     """
 
     threshold: float = 0.6
