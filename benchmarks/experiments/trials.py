@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from codebook import Codebook, Pruner, SeededFarthestPoint, VisualTokens, build, miniature, models
-from codebook.building.pool import Pool
+from codebook.building.pool import SurvivorPool
 from codebook.building.presets import preset
 from codebook.cli.output import progress
 from codebook.miniature.samples import of_miniature
@@ -186,7 +186,7 @@ def _built(model: Any, processor: Any, folder: Path, name: str, **changes: Any) 
     return Codebook(pool.features[pool.recurring(preset("miniature", **changes))[0]])
 
 
-def _pool(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -> Pool:
+def _pool(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -> SurvivorPool:
     out = folder / name.replace(" ", "-")
     if not (out / "config.json").exists():
         scenes = folder / "scenes"
@@ -196,7 +196,7 @@ def _pool(model: Any, processor: Any, folder: Path, name: str, **changes: Any) -
         with progress(f"build {name}", IMAGES, "images") as tick:
             build(model, processor, scenes, out, model_id="miniature", settings=settings,
                   progress=lambda state: tick(state.done))  # fmt: skip
-    return Pool.load(out)[1]
+    return SurvivorPool.load(out)[1]
 
 
 def _under_all(made: partial, questions: list[str]) -> Codebook:

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from codebook import models
 from codebook.building.cascade import Survivors, survivors
-from codebook.building.pool import STEPS, Pool, digest
+from codebook.building.pool import STEPS, SurvivorPool, images_digest
 from codebook.building.presets import Settings, preset
 from codebook.building.probes import Prober
 from codebook.building.sources import Images, Source, open_images
 from codebook.errors import CodebookError
+from codebook.models import Model, Processor
 from codebook.store.codebook import CONFIG, Codebook
 from codebook.store.files import read_json
 from codebook.store.journal import Journal, differences
@@ -37,23 +38,23 @@ REMEDY = {
 }
 
 Outcome = tuple[str, Survivors | str]
-"""An image's name, and what it yields or why it cannot be read."""
+"""Name of an image, and what it yields or why it cannot be read."""
 Engine = Callable[["Worker", list[str]], Iterable[Outcome]]
-"""Probes the named images, in any order."""
+"""Function that probes the named images, in any order."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a build is.
+    """How far a build has come.
 
     Attributes
     ----------
     done, total
-        Images.
+        Numbers of images.
     resumed
-        Of `done`, those that an earlier run finished.
+        How many of the images done were finished by an earlier run.
     skipped
-        Of `done`, names of those that cannot be read.
+        Names of the images done that cannot be read.
     funnel
         Tokens left by each step of `STEPS`, over the images done; `recurrent` only once all are.
     """
@@ -74,14 +75,14 @@ class Options:
     strict
         Stop at the first image that cannot be read, instead of skipping it.
     batch_size
-        Sequences in one forward; None: found by itself. It is halved when memory runs out.
+        Sequences per forward pass; None: chosen automatically. It is halved when memory runs out.
     exhaustive
-        Run every probe on every candidate token, and write their values to `probes.jsonl`: for analysis, the
-        prototypes are the same.
+        Run every probe on every candidate token, and write their values to `probes.jsonl`. This is slow and serves
+        analysis only; the prototypes are the same.
     progress
-        Called before the first image, after each, and at the end.
+        Called before the first image, after each image, and at the end.
     engine
-        Where images are probed; by default one after the other in this process.
+        Probes the images; by default one after the other in this process.
     """
 
     strict: bool = False
@@ -93,10 +94,10 @@ class Options:
 
 @dataclass
 class Worker:
-    """Probes images, given by their names."""
+    """Callable that reads and probes an image, given its name."""
 
-    model: Any
-    processor: Any
+    model: Model
+    processor: Processor
     source: Source
     settings: Settings
     options: Options
@@ -129,8 +130,8 @@ class Worker:
 
 
 def build(
-    model: Any,
-    processor: Any,
+    model: Model,
+    processor: Processor,
     images: Images,
     out: Path | str,
     *,
@@ -172,8 +173,8 @@ def build(
 
 
 def extend(
-    model: Any,
-    processor: Any,
+    model: Model,
+    processor: Processor,
     folder: Path | str,
     images: Images,
     out: Path | str,
@@ -193,7 +194,7 @@ def extend(
     folder
         A codebook that keeps its survivors, built for this model; it stays as it is.
     """
-    book, pool = Pool.load(folder)
+    book, pool = SurvivorPool.load(folder)
     book.check(model)
     if book.config["dtype"] != str(model.dtype):
         raise CodebookError(
@@ -207,7 +208,7 @@ def extend(
         stamps = {before + name: stamp for name, stamp in source.stamps.items()}
         find = source.find
         source = Source(source.where, stamps, lambda name: find(name.removeprefix(before)))
-        pool.join(Pool({name: {"stamp": stamp} for name, stamp in stamps.items()}, pool.features[:0], []))
+        pool.join(SurvivorPool({name: {"stamp": stamp} for name, stamp in stamps.items()}, pool.features[:0], []))
     settings = Settings(**book.config["settings"])
     return _build(model, processor, source, Path(out), book.config["model"], settings, pool, Options(**options))
 
@@ -217,7 +218,7 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
 
     No model is needed. An image that both were built from, by name and size, counts once.
     """
-    (a, pool), (b, other) = Pool.load(first), Pool.load(second)
+    (a, pool), (b, other) = SurvivorPool.load(first), SurvivorPool.load(second)
     keys = [{k: book.config.get(k) for k in ("fingerprint", "dtype", "settings")} for book in (a, b)]
     if keys[0] != keys[1]:
         raise CodebookError(f"{first} and {second} were built with another {differences(*keys)}: they do not merge")
@@ -236,8 +237,8 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
 
 
 def _build(
-    model: Any, processor: Any, source: Source, out: Path, model_id: str, settings: Settings, base: Pool | None,
-    options: Options,
+    model: Model, processor: Processor, source: Source, out: Path, model_id: str, settings: Settings,
+    base: SurvivorPool | None, options: Options,
 ) -> Codebook:  # fmt: skip
     key: dict[str, Any] = {
         "model": model_id, "fingerprint": models.fingerprint(model), "dtype": str(model.dtype),
@@ -251,7 +252,7 @@ def _build(
         stamps = {name: stamp for name, stamp in stamps.items() if name not in base.images}
     known = {} if base is None else {name: image["stamp"] for name, image in base.images.items()}
     whole = {k: v for k, v in key.items() if k != "extends"} | {
-        "settings": asdict(settings), "images_sha256": digest(dict(sorted({**known, **stamps}.items()))),
+        "settings": asdict(settings), "images_sha256": images_digest(dict(sorted({**known, **stamps}.items()))),
     }  # fmt: skip
     if (complete := _complete(out, whole)) is not None:
         count = complete.config["images"]
@@ -279,7 +280,7 @@ def _build(
 
 
 def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Path) -> int:
-    """Probe all images that the journal does not hold yet; how many it held."""
+    """Probe all images that the journal does not hold yet, and return how many it held."""
     records, options = journal.records, worker.options
     if records and not any(record.get("stamp") == stamps.get(name) for name, record in records.items()):
         raise CodebookError(
@@ -319,7 +320,7 @@ def _finished(record: dict[str, Any] | None, stamp: Any) -> bool:
     return record is not None and {"tokens", "spread"} <= record.keys() and record["stamp"] == stamp
 
 
-def _pool(journal: Journal, stamps: dict[str, Any]) -> Pool:
+def _pool(journal: Journal, stamps: dict[str, Any]) -> SurvivorPool:
     records = {name: journal.records[name] for name in stamps}
     public = {"stamp", "funnel", "spread", "error"}
     images = {name: {k: v for k, v in record.items() if k in public} for name, record in records.items()}
@@ -333,7 +334,7 @@ def _pool(journal: Journal, stamps: dict[str, Any]) -> Pool:
             features = torch.empty(len(rows), part.shape[1])
         features[start : start + len(part)] = part
         start += len(part)
-    return Pool(images, features, rows)
+    return SurvivorPool(images, features, rows)
 
 
 def _probes(journal: Journal, stamps: dict[str, Any]) -> bytes:

@@ -26,7 +26,7 @@ def candidates(kind: str, grid: tuple[int, int], patches: Tensor, cls: Tensor | 
     patches : (n, D)
         Tower features before the projector.
     cls : (D,) or None
-        Of the same layer.
+        The [CLS] feature of the same layer; None where the tower has none.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""From one image to its redundant, isolated tokens: the cheapest condition first, the dearest on what is left."""
+"""From one image to its redundant, isolated tokens: cheapest condition first, the most expensive on what is left."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from codebook.building.candidates import candidates
 from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.building.probes import Prober
-from codebook.models import Family
+from codebook.models import Family, Model
 from codebook.store.spread import spread
 
 MARGIN = 0.002
-"""A value this close to its threshold, relatively, is computed again in a forward of its own before it decides."""
+"""Relative distance to a threshold within which a value is computed again, in a forward pass of its own."""
 
 
 @dataclass(frozen=True)
@@ -27,15 +27,15 @@ class Survivors:
     Attributes
     ----------
     features : (m, d) float32
-        Raw projector outputs of its tokens that are redundant and isolated, in raster order.
+        Raw projector outputs of the image's tokens that are redundant and isolated, in raster order.
     tokens
         For each of them `row`, `col`, `p1`, `jsd_region`, `jsd_global`.
     funnel
-        How many of its tokens each step left.
+        Numbers of the image's tokens that each step left.
     spread
-        Of all its tokens: `codebook.store.spread`, to six decimals.
+        Spread of all the image's tokens (`codebook.store.spread`), to six decimals.
     probes
-        Of an exhaustive run: for each probed token what `tokens` says, and `cluster_size`; else empty.
+        In an exhaustive run, for each probed token what `tokens` says, and `cluster_size`; else empty.
     """
 
     features: Tensor
@@ -47,21 +47,21 @@ class Survivors:
 
 @torch.inference_mode()
 def survivors(
-    pixels: Tensor, model: Any, family: Family, prober: Prober, settings: Settings, exhaustive: bool = False
+    pixels: Tensor, model: Model, family: Family, prober: Prober, settings: Settings, exhaustive: bool = False
 ) -> Survivors:
     """Probe one image, `pixels` (1, 3, H, W) (https://arxiv.org/abs/2503.20540, section 3.2).
 
-    The conditions are joined by AND, so each is tested only where the ones before hold, from the cheapest to the
-    dearest: isolation, which needs no LLM and is among all probed tokens, redundant or not; then P1; then the two
+    The conditions are joined by AND, so each is tested only where the ones before hold, from the cheapest to the most
+    expensive: isolation, which needs no LLM and is among all probed tokens, redundant or not; then P1; then the two
     divergences, the first of which drops a token alone if it exceeds the threshold, since neither is negative.
 
     Batches differ in the last bits of their values. A value within `MARGIN` of its threshold is therefore computed
-    again in a forward of its own, so that in float32 no batch size changes which tokens are found.
+    again in a forward pass of its own, so that in float32 no batch size changes which tokens are found.
 
     Parameters
     ----------
     exhaustive
-        Run every probe on every probed token, for analysis; which are found stays the same.
+        Run every probe on every probed token, for analysis; the survivors are the same.
     """
     projected, patches, cls = family.image_features(model, pixels.to(model.device, model.dtype))
     tokens = projected[0]

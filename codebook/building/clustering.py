@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-TIE_BREAK = 1e-6
-"""Upper end of the random numbers added to the densities, so that no two are equal."""
+DENSITY_NOISE = 1e-6
+"""Largest of the random numbers that are added to the densities, so that no two are equal."""
 EXACT = 20_000
 """Points up to which every neighbour is found by comparing all pairs: 81 s on one core for d = 1024."""
 HELD = 2**24
 """Distances held at once: 128 MiB in float64, whatever the number of points."""
-BLOCK = 1024
-"""Points, in the order of their densities, that the others are compared with at once."""
+PEAK_BLOCK = 1024
+"""Points that the others are compared with at once, taken in the order of their densities."""
 PROBED = 64
 """Lists of an inverted file, of 4 sqrt(n), that are searched for a point's neighbours. At 20 000 points: recall 1.0 of
 visual tokens (d = 160), 0.98 to 1.0 of synthetic clusters (d = 32, 1024)."""
@@ -39,7 +39,7 @@ def dpc_knn(features: Tensor, clusters: int, neighbours: int = 5, seed: int = 0,
     neighbours
         Neighbours in a point's density. The point itself is the first, at distance 0, as in the authors' code.
     seed
-        Of the tie-break and of the inverted file.
+        Seed of the tie-break and of the inverted file.
     exact
         Points up to which no search is approximate.
 
@@ -58,7 +58,7 @@ def dpc_knn(features: Tensor, clusters: int, neighbours: int = 5, seed: int = 0,
     nearest = _nearest(x.double(), min(neighbours, n)) if n <= exact else _nearest_of_many(x, neighbours, seed)
     square, index = nearest
     noise = torch.rand(n, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    density = (-square[:, :neighbours].mean(dim=1)).exp() + TIE_BREAK * noise
+    density = (-square[:, :neighbours].mean(dim=1)).exp() + DENSITY_NOISE * noise
     # the densest point has no denser one, and its gap stays infinite
     gap = square.sqrt().masked_fill_(density[index] <= density[:, None], math.inf).amin(dim=1)
     centres = _peaks(x, density, gap, min(clusters, n))
@@ -108,7 +108,7 @@ def _searcher(x: Tensor, seed: int) -> Callable[[Tensor, int], Tensor]:
     index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 40
     index.nprobe = PROBED
     index.train(x.numpy())
-    for part in x.split(BLOCK):
+    for part in x.split(PEAK_BLOCK):
         index.add(part.numpy())
     return lambda query, k: torch.from_numpy(index.search(query.numpy(), k)[1])
 
@@ -136,15 +136,15 @@ def _peaks(x: Tensor, density: Tensor, gap: Tensor, count: int) -> Tensor:
     x : (n, d) float
     density : (n,) float64
     gap : (n,) float64
-        Of each point, the distance to some denser point, or infinity; changed in place.
+        Distance of each point to some denser point, or infinity; changed in place.
     """
     order = density.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
     left, final, least = order, order[:0], -math.inf
-    for start in range(0, len(x), BLOCK):
-        block = order[start : start + BLOCK]
-        taken = int((rank[left] < start + BLOCK).sum())
+    for start in range(0, len(x), PEAK_BLOCK):
+        block = order[start : start + PEAK_BLOCK]
+        taken = int((rank[left] < start + PEAK_BLOCK).sum())
         inside, beyond = left[:taken], left[taken:]
         _narrow(gap, x, inside, block, rank)
         final = torch.cat([final, inside])

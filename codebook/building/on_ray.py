@@ -14,9 +14,9 @@ from codebook.errors import CodebookError
 PATIENCE = 5.0
 """Seconds to wait for a cluster's address to answer."""
 RETRIES = 3
-"""Times that images go to another actor when the one that had them dies."""
-BLOCK = 4
-"""Images that go to an actor, and come back, together."""
+"""How often images go to another actor when the one that had them dies."""
+IMAGES_PER_BLOCK = 4
+"""Images per message to an actor and back."""
 
 
 def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = None, gpus: float = 0) -> Engine:
@@ -32,9 +32,9 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
     workers
         Actors; each holds the model.
     address
-        Of a running cluster, as in `ray.init`; by default one is started on this machine, for this build.
+        Address of a running cluster, as in `ray.init`; by default one is started on this machine, for this build.
     gpus
-        That each actor takes.
+        GPUs per actor.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
                 raise CodebookError(f"cannot reach Ray: {reason}; check --address") from None
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
-            images = ray.data.from_items(names, override_num_blocks=math.ceil(len(names) / BLOCK))
+            images = ray.data.from_items(names, override_num_blocks=math.ceil(len(names) / IMAGES_PER_BLOCK))
             probe: Any = Probe
             outcomes = images.map(
                 probe, compute=ray.data.ActorPoolStrategy(size=min(workers, images.num_blocks())), num_gpus=gpus,

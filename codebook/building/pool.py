@@ -21,11 +21,11 @@ from codebook.store.codebook import Codebook, verify
 from codebook.store.files import read_lines
 
 STEPS = ("probed", "isolated", "P1", "JSD", "recurrent")
-SURVIVORS, IMAGES = "survivors.safetensors", "images.jsonl"
+SURVIVORS, IMAGE_RECORDS = "survivors.safetensors", "images.jsonl"
 
 
 @dataclass(frozen=True)
-class Pool:
+class SurvivorPool:
     """The survivors of some images: tokens that are redundant and isolated in their image.
 
     Attributes
@@ -64,10 +64,10 @@ class Pool:
 
     @property
     def digest(self) -> str:
-        """Of the images' names and stamps."""
-        return digest({name: image["stamp"] for name, image in self.images.items()})
+        """A hash that identifies the images, by names and stamps."""
+        return images_digest({name: image["stamp"] for name, image in self.images.items()})
 
-    def join(self, other: Pool) -> Pool:
+    def join(self, other: SurvivorPool) -> SurvivorPool:
         """The survivors of both. Of an image that both have, this one's count.
 
         Raises
@@ -85,7 +85,7 @@ class Pool:
         rows = [*self.rows, *(other.rows[i] for i in new)]
         order = sorted(range(len(rows)), key=lambda i: (rows[i]["image"], rows[i]["row"], rows[i]["col"]))
         features = torch.cat([self.features, other.features[new]])[order]
-        return Pool(dict(sorted({**other.images, **self.images}.items())), features, [rows[i] for i in order])
+        return SurvivorPool(dict(sorted({**other.images, **self.images}.items())), features, [rows[i] for i in order])
 
     def recurring(self, settings: Settings) -> tuple[list[int], list[int]]:
         """Positions of the survivors that recur across images, and the cluster of every survivor (section 3.2).
@@ -120,10 +120,10 @@ class Pool:
             for name, image in self.images.items()
         ]
         text = "".join(json.dumps(line) + "\n" for line in lines)
-        return book, {SURVIVORS: save({"features": self.features[rest]}), IMAGES: text.encode()}
+        return book, {SURVIVORS: save({"features": self.features[rest]}), IMAGE_RECORDS: text.encode()}
 
     @classmethod
-    def load(cls, folder: Path | str) -> tuple[Codebook, Pool]:
+    def load(cls, folder: Path | str) -> tuple[Codebook, SurvivorPool]:
         """A codebook, and the survivors that it was made from.
 
         Raises
@@ -133,14 +133,14 @@ class Pool:
         """
         folder = Path(folder)
         book = Codebook.load(folder)
-        if not {SURVIVORS, IMAGES} <= book.config["sha256"].keys():
+        if not {SURVIVORS, IMAGE_RECORDS} <= book.config["sha256"].keys():
             raise CodebookError(
                 f"{folder} does not keep the survivors that were not recurrent, which may recur among more images: "
                 "build it again with this version"
             )
-        verify(folder, book.config, (SURVIVORS, IMAGES))
+        verify(folder, book.config, (SURVIVORS, IMAGE_RECORDS))
         try:
-            lines = [line for _, line in read_lines(folder / IMAGES, "build the codebook again")]
+            lines = [line for _, line in read_lines(folder / IMAGE_RECORDS, "build the codebook again")]
             rest = [{"image": line["image"], **row} for line in lines for row in line.get("survivors", ())]
             images = {
                 line["image"]: {k: v for k, v in line.items() if k not in ("image", "survivors")} for line in lines
@@ -153,12 +153,12 @@ class Pool:
             order = sorted(range(len(rows)), key=lambda i: (rows[i]["image"], rows[i]["row"], rows[i]["col"]))
             both = torch.cat([book.prototypes, features])[order]
         except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise CodebookError(f"cannot read {folder / IMAGES}: {error}; build the codebook again") from None
+            raise CodebookError(f"cannot read {folder / IMAGE_RECORDS}: {error}; build the codebook again") from None
         return book, cls(dict(sorted(images.items())), both, [rows[i] for i in order])
 
 
-def digest(stamps: dict[str, Any]) -> str:
-    """Of images' names and stamps, in sorted order."""
+def images_digest(stamps: dict[str, Any]) -> str:
+    """A hash that identifies a list of images: their names and stamps, sorted by name."""
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
 
 

@@ -33,7 +33,7 @@ class Settings:
     clusters, min_image_fraction
         Recurrent tokens are those in clusters whose members come from more than that fraction of the images.
     neighbours, seed
-        Of the clusterings.
+        Neighbours in a point's density, and the seed of the tie-breaks, for both clusterings.
     """
 
     prompt: str = PROMPT
@@ -71,7 +71,7 @@ class Settings:
         return {k: v for k, v in asdict(self).items() if k not in ("clusters", "min_image_fraction")}
 
 
-PRESETS = {
+BUILD_PRESETS = {
     "llava-1.5-7b": Settings(),
     "llava-1.5-13b": Settings(tau_p=0.077, tau_j=1.8e-3),
     "llava-next-8b": Settings(tau_p=0.10),
@@ -101,7 +101,7 @@ def preset(name: str, **changes: Any) -> Settings:
         Fields of `Settings`.
     """
     last = name.rstrip("/").rsplit("/", 1)[-1].lower()
-    chosen = last if last in PRESETS else next((p for parts, p in ALIASES if any(x in last for x in parts)), None)
+    chosen = last if last in BUILD_PRESETS else next((p for parts, p in ALIASES if any(x in last for x in parts)), None)
     if chosen is None:
-        raise CodebookError(f"no thresholds are known for {name}: choose a preset of {', '.join(PRESETS)}")
-    return replace(PRESETS[chosen], **changes)
+        raise CodebookError(f"no thresholds are known for {name}: choose a preset of {', '.join(BUILD_PRESETS)}")
+    return replace(BUILD_PRESETS[chosen], **changes)

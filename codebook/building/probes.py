@@ -15,15 +15,16 @@ from transformers import DynamicCache
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.models import Model, Processor
 from codebook.models.chat import chat_text
 
 TOP_P1 = 50
 """Logits over which P1 is renormalised."""
 TOP_JSD = 10
 """Logits over which two answers are compared: the top of the intact one."""
-TOKENS = {"cpu": 1024}
-"""In one forward where no batch size is asked for, by device; measured on the CPU, where more is slower again."""
-TOKENS_ELSEWHERE = 16384
+TOKENS_PER_PASS = {"cpu": 1024}
+"""Tokens per forward pass when no batch size is given, by device; on the CPU larger passes were slower."""
+TOKENS_PER_PASS_ELSEWHERE = 16384
 
 
 def p1(logits: Tensor) -> Tensor:
@@ -92,26 +93,26 @@ class Prober:
     grid
         Rows and columns of the visual tokens.
     batch_size
-        Sequences in one forward at most; None: as many as make up `TOKENS`. Halved when memory runs out.
+        Most sequences per forward pass; None: as many as make up `TOKENS_PER_PASS`. Halved when memory runs out.
     whole
         Compute every sequence of every token from its first position to its last, as the published code does.
     """
 
-    model: Any
+    model: Model
     prefix: Tensor
     suffix: Tensor
     pad: Tensor
     grid: tuple[int, int]
     batch_size: int | None = None
     whole: bool = False
-    _most: int = field(default=sys.maxsize, init=False, repr=False)  # tokens that a forward has memory for
+    _most: int = field(default=sys.maxsize, init=False, repr=False)  # tokens that a forward pass has memory for
     _prompt: Any = field(default=None, init=False, repr=False)
 
     @classmethod
     def of(
         cls,
-        model: Any,
-        processor: Any,
+        model: Model,
+        processor: Processor,
         prompt: str,
         grid: tuple[int, int],
         batch_size: int | None = None,
@@ -139,7 +140,7 @@ class Prober:
             return cls(model, vectors(before)[None], vectors(after)[None], vectors([pad]), grid, batch_size, whole)
 
     def one_by_one(self) -> Prober:
-        """The same probes, each in a forward of its own: values that no batch and no sharing has touched."""
+        """The same probes, each in a forward pass of its own: values that no batch and no sharing has touched."""
         return replace(self, batch_size=1, whole=True)
 
     def answer(self, visual: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -148,7 +149,7 @@ class Prober:
         Parameters
         ----------
         visual : (b, n, width)
-            One row a sequence: the visual tokens in the place of the image.
+            For each sequence the visual tokens in the place of the image.
         grid
             Their rows and columns.
 
@@ -238,7 +239,7 @@ class Prober:
         rows: list[Tensor] = []
         done = 0
         while done < count:
-            usual = TOKENS.get(self.prefix.device.type, TOKENS_ELSEWHERE)
+            usual = TOKENS_PER_PASS.get(self.prefix.device.type, TOKENS_PER_PASS_ELSEWHERE)
             most = min(self.batch_size or max(1, usual // length), max(1, self._most // length))
             stop = min(count, done + most)
             try:
@@ -267,7 +268,7 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
 
 
-def split_prompt(model: Any, processor: Any, prompt: str) -> tuple[list[int], list[int]]:
+def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int]]:
     """Token ids of the prompt before and after the image, as the processor makes them for `generate`."""
     text = chat_text(processor, prompt)
     options = models.family(model).one_view

@@ -1,4 +1,4 @@
-"""A picture of where a codebook's prototypes come from: a row a cluster, in each image the token framed."""
+"""A picture of where a codebook's prototypes come from: one row per cluster, the token framed in each image."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from PIL import Image, ImageDraw, ImageFont
 from codebook.building.sources import Source
 from codebook.errors import CodebookError
 
-CLUSTERS, IMAGES = 12, 8
-"""Rows and columns at most."""
-SIDE, GAP, LABEL = 168, 12, 150
-"""Of an image, between images, and of the words before a row: pixels."""
-FRAME, INK, MUTED = (255, 196, 0), (30, 30, 30), (120, 120, 120)
+SHEET_ROWS, SHEET_COLUMNS = 12, 8
+"""Most rows (clusters) and columns (images) of the picture."""
+TILE_SIDE, GAP, LABEL = 168, 12, 150
+"""Side of an image, gap between images, and width of the words before a row, in pixels."""
+FRAME_COLOUR, TEXT_COLOUR, LABEL_COLOUR = (255, 196, 0), (30, 30, 30), (120, 120, 120)
 
 
 def sheet(
@@ -25,7 +25,7 @@ def sheet(
     Parameters
     ----------
     provenance
-        Of a codebook: `image`, `row`, `col`, `cluster`.
+        A codebook's provenance, with `image`, `row`, `col` and `cluster`.
     grid
         Rows and columns of an image's visual tokens.
     sources
@@ -39,35 +39,35 @@ def sheet(
     clusters: dict[int, dict[str, dict[str, Any]]] = {}
     sizes: dict[int, int] = {}
     for row in provenance:
-        clusters.setdefault(row["cluster"], {}).setdefault(row["image"], row)  # one token an image: more to see
+        clusters.setdefault(row["cluster"], {}).setdefault(row["image"], row)  # one token per image
         sizes[row["cluster"]] = sizes.get(row["cluster"], 0) + 1
-    chosen = sorted(clusters, key=lambda cluster: (-sizes[cluster], cluster))[:CLUSTERS]
-    width = LABEL + IMAGES * (SIDE + GAP) + GAP
-    page = Image.new("RGB", (width, 60 + len(chosen) * (SIDE + GAP) + GAP), "white")
+    chosen = sorted(clusters, key=lambda cluster: (-sizes[cluster], cluster))[:SHEET_ROWS]
+    width = LABEL + SHEET_COLUMNS * (TILE_SIDE + GAP) + GAP
+    page = Image.new("RGB", (width, 60 + len(chosen) * (TILE_SIDE + GAP) + GAP), "white")
     draw, font, large = ImageDraw.Draw(page), ImageFont.load_default(18), ImageFont.load_default(24)
-    draw.text((GAP, 18), title, INK, large)
+    draw.text((GAP, 18), title, TEXT_COLOUR, large)
     shown, missing = 0, ""
     for i, cluster in enumerate(chosen):
-        top = 60 + i * (SIDE + GAP)
+        top = 60 + i * (TILE_SIDE + GAP)
         rows = list(clusters[cluster].values())
         words = (f"cluster {cluster}", f"{sizes[cluster]} prototypes", f"{len(rows)} images")
-        for line, (text, colour) in enumerate(zip(words, (INK, MUTED, MUTED), strict=True)):
-            draw.text((GAP, top + SIDE // 2 - 36 + 24 * line), text, colour, font)
-        count = min(IMAGES, len(rows))
+        for line, (text, colour) in enumerate(zip(words, (TEXT_COLOUR, LABEL_COLOUR, LABEL_COLOUR), strict=True)):
+            draw.text((GAP, top + TILE_SIDE // 2 - 36 + 24 * line), text, colour, font)
+        count = min(SHEET_COLUMNS, len(rows))
         for column in range(count):
             row = rows[column * len(rows) // count]
-            picture = _read(row["image"], sources)
+            picture = _find_picture(row["image"], sources)
             if picture is None:
                 missing = missing or row["image"]
                 continue
-            page.paste(_tile(picture, row, grid), (LABEL + column * (SIDE + GAP), top))
+            page.paste(_tile(picture, row, grid), (LABEL + column * (TILE_SIDE + GAP), top))
             shown += 1
     if not shown:
         raise CodebookError(f"none of the codebook's images is there ({missing} first): give the --images it came from")
     return page
 
 
-def _read(name: str, sources: Sequence[Source]) -> Image.Image | None:
+def _find_picture(name: str, sources: Sequence[Source]) -> Image.Image | None:
     for source in sources:
         for known in (name, name.partition("/")[2]):  # `extend` may have put the folder's name before it
             if known in source.stamps:
@@ -80,16 +80,16 @@ def _read(name: str, sources: Sequence[Source]) -> Image.Image | None:
 
 def _tile(picture: Image.Image, row: dict[str, Any], grid: tuple[int, int]) -> Image.Image:
     """The image, slightly faded, its token bright and framed, and enlarged in the corner farthest from it."""
-    sharp = Image.Resampling.NEAREST if max(picture.size) < SIDE else Image.Resampling.LANCZOS
-    tile = picture.resize((SIDE, SIDE), sharp)
-    left, right = (round((row["col"] + step) * SIDE / grid[1]) for step in (0, 1))
-    top, bottom = (round((row["row"] + step) * SIDE / grid[0]) for step in (0, 1))
+    sharp = Image.Resampling.NEAREST if max(picture.size) < TILE_SIDE else Image.Resampling.LANCZOS
+    tile = picture.resize((TILE_SIDE, TILE_SIDE), sharp)
+    left, right = (round((row["col"] + step) * TILE_SIDE / grid[1]) for step in (0, 1))
+    top, bottom = (round((row["row"] + step) * TILE_SIDE / grid[0]) for step in (0, 1))
     patch = tile.crop((left, top, right, bottom))
     page = Image.blend(tile, Image.new("RGB", tile.size, "white"), 0.35)
     page.paste(patch, (left, top))
-    draw, zoom = ImageDraw.Draw(page), SIDE // 4
-    draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=FRAME, width=2)
-    corner = (0 if left > SIDE // 2 else SIDE - zoom, 0 if top > SIDE // 2 else SIDE - zoom)
+    draw, zoom = ImageDraw.Draw(page), TILE_SIDE // 4
+    draw.rectangle((left - 2, top - 2, right + 1, bottom + 1), outline=FRAME_COLOUR, width=2)
+    corner = (0 if left > TILE_SIDE // 2 else TILE_SIDE - zoom, 0 if top > TILE_SIDE // 2 else TILE_SIDE - zoom)
     page.paste(patch.resize((zoom, zoom), sharp), corner)
-    draw.rectangle((*corner, corner[0] + zoom - 1, corner[1] + zoom - 1), outline=FRAME, width=2)
+    draw.rectangle((*corner, corner[0] + zoom - 1, corner[1] + zoom - 1), outline=FRAME_COLOUR, width=2)
     return page

@@ -25,12 +25,12 @@ class Source:
     Attributes
     ----------
     where
-        For messages.
+        The place that was opened, for messages.
     stamps
-        For each image's name, in sorted order, what tells it from another one of that name: its size in bytes, -1 if
-        there is no such file, or its data set's fingerprint.
+        For each image's name, in sorted order, what distinguishes it from another image of the same name: its size in
+        bytes, -1 if there is no such file, or its data set's fingerprint.
     find
-        From an image's name to its file, or to its bytes.
+        Function from an image's name to its file, or to its bytes.
     """
 
     where: str
@@ -65,14 +65,14 @@ def open_images(images: Images, limit: int | None = None) -> Source:
     """
     if limit is not None and limit < 1:
         raise CodebookError(f"limit is {limit}: it must be at least 1")
-    source = images if isinstance(images, Source) else _open(images)
+    source = images if isinstance(images, Source) else _find_images(images)
     if not source.stamps:
         raise CodebookError(f"no image in {source.where}: give {', '.join(sorted(SUFFIXES))} files")
     ordered = sorted(source.stamps.items())
     return Source(source.where, dict(islice(ordered, limit)), source.find)
 
 
-def _open(images: Path | str | Sequence[Path | str]) -> Source:
+def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
     if not isinstance(images, (str, Path)):
         files = [Path(path).absolute() for path in images]
         if missing := [path for path in files if not path.is_file()]:

@@ -41,7 +41,7 @@ def extend_command(
     from codebook.cli.probing import Probing, report_codebook
 
     probing = Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
-    book, _ = building.Pool.load(folder)
+    book, _ = building.SurvivorPool.load(folder)
     source = building.open_images(images, limit)  # before a model is loaded for nothing
     model, processor = probing.load(name := book.config["model"])
     with building_progress(len(source.stamps)) as tick:

@@ -95,7 +95,7 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when all went well, and leaves nothing behind otherwise."""
-    sweep(path.parent)
+    remove_stale(path.parent)
     with _draft(path) as temporary:
         yield temporary
         with temporary.open("r+b") as file:
@@ -103,7 +103,7 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
 
 
-def sweep(folder: Path) -> None:
+def remove_stale(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
     for path in folder.glob(f"{TEMPORARY}*.tmp"):
         with contextlib.suppress(OSError), path.open("rb") as file:
@@ -144,7 +144,7 @@ def _draft(path: Path) -> Iterator[Path]:
     """A new, empty file beside `path`, for its next contents; removed at the end if it is still there.
 
     Its name is random and must be new, so that no link can wait under it. It has the permissions of a file that is
-    simply opened, and stays locked: `sweep` tells by that which temporary files nobody writes any more.
+    simply opened, and stays locked: `remove_stale` tells by that which temporary files nobody writes any more.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):

@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.store.files import NOT_FOLLOWED, cannot_write, locked, one_line, sweep, write_files
+from codebook.store.files import NOT_FOLLOWED, cannot_write, locked, one_line, remove_stale, write_files
 
 KEPT = "what is finished is kept: "
 
@@ -159,7 +159,7 @@ class Journal:
         self._end = self._take(file, file.read_bytes())
         os.truncate(file, self._end)
         if self.parts.is_dir():
-            sweep(self.parts)
+            remove_stale(self.parts)
 
     def _take(self, file: Path, data: bytes) -> int:
         """Take in the records of a file's contents; how many bytes of them are whole lines."""

@@ -9,8 +9,8 @@ from PIL import ImageSequence
 
 from codebook.errors import CodebookError
 
-FRAMES = 8
-"""Of a video that are shown."""
+VIDEO_FRAMES = 8
+"""How many frames of a video are shown to the model."""
 
 
 def read_image(path: Path | str) -> Picture.Image:
@@ -25,7 +25,7 @@ def read_image(path: Path | str) -> Picture.Image:
         raise CodebookError(f"cannot read image {path}: {reason}; use a whole PNG, JPEG or WebP file") from None
 
 
-def read_video(path: Path, frames: int = FRAMES) -> tuple[Path | Picture.Image, ...]:
+def read_video(path: Path, frames: int = VIDEO_FRAMES) -> tuple[Path | Picture.Image, ...]:
     """Up to `frames` frames, evenly spaced, of a folder of them (in order of their names) or an animated picture."""
     if path.is_dir():
         found: list[Path | Picture.Image] = [*sorted(file for file in path.iterdir() if not file.name.startswith("."))]

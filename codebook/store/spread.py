@@ -1,4 +1,4 @@
-"""How much an image's tokens differ: what images keep by, where each may have a budget of its own."""
+"""Spread of an image's tokens: by it a schedule may give each image a budget of its own."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def plain(x, clusters, k=5, seed=0):
     distance = torch.cdist(x.double(), x.double(), compute_mode="donot_use_mm_for_euclid_dist") / x.shape[1] ** 0.5
     noise = torch.rand(len(x), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     spread = (distance.topk(k, largest=False).values ** 2).mean(dim=1)
-    density = (-spread).exp() + clustering.TIE_BREAK * noise
+    density = (-spread).exp() + clustering.DENSITY_NOISE * noise
     gap = distance.masked_fill(density[None] <= density[:, None], distance.max()).amin(dim=1)
     centres = (gap * density).argsort(descending=True)[:clusters]
     return distance[:, centres].argmin(dim=1)
@@ -88,7 +88,7 @@ def plain(x, clusters, k=5, seed=0):
 @pytest.mark.parametrize("clusters", [1, 8, 64])
 @pytest.mark.parametrize("block", [16, 1024])
 def test_early_stop_is_exact(monkeypatch, clusters, block):
-    monkeypatch.setattr(clustering, "BLOCK", block)
+    monkeypatch.setattr(clustering, "PEAK_BLOCK", block)
     for seed, x in enumerate((blobs(1500), torch.randn(700, 32, generator=torch.Generator().manual_seed(0)))):
         assert torch.equal(dpc_knn(x, clusters, seed=seed), plain(x, clusters, seed=seed))
 

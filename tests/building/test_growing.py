@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from codebook.building import Pool, build, extend, merge, open_images
+from codebook.building import SurvivorPool, build, extend, merge, open_images
 from codebook.building.sheet import sheet
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
@@ -46,7 +46,7 @@ def whole(tiny, pictures, tmp_path_factory):
 
 def test_pool_is_what_the_build_found(tiny, pictures, tmp_path):
     book = run(tiny, pictures, tmp_path / "out")
-    again, pool = Pool.load(tmp_path / "out")
+    again, pool = SurvivorPool.load(tmp_path / "out")
     assert torch.equal(again.prototypes, book.prototypes)
     assert len(pool.rows) == len(pool.features) == book.config["funnel"]["JSD"] > len(book)
     assert pool.funnel == {k: v for k, v in book.config["funnel"].items() if k != "recurrent"}
@@ -100,7 +100,7 @@ def test_names_that_are_taken_get_their_folder_first(tiny, halves, pictures, tmp
     for name in ("1.jpg", "2.png"):
         Image.open(pictures / name).rotate(90).resize((30, 30)).save(new / name)
     book = extend(*tiny, halves[0], new, tmp_path / "out")
-    names = set(Pool.load(tmp_path / "out")[1].images)
+    names = set(SurvivorPool.load(tmp_path / "out")[1].images)
     assert {"new/1.jpg", "new/2.png"} <= names and book.config["images"]["used"] == 6
     other = tmp_path / "other" / "new"
     shutil.copytree(new, other)
@@ -128,7 +128,7 @@ def test_what_cannot_grow(tiny, halves, parts, pictures, tmp_path):
     for name, data in (("images.jsonl", b"{}"), ("survivors.safetensors", b"x")):
         (damaged / name).write_bytes(data)
         with pytest.raises(CodebookError, match=f"{name} is damaged|images.jsonl is damaged"):
-            Pool.load(damaged)
+            SurvivorPool.load(damaged)
 
 
 def test_sheet(tiny, pictures, halves, tmp_path):

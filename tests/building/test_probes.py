@@ -7,7 +7,7 @@ import torch
 from codebook.building.candidates import candidates
 from codebook.building.cascade import survivors
 from codebook.building.clustering import dpc_knn
-from codebook.building.presets import PRESETS, Settings, preset
+from codebook.building.presets import BUILD_PRESETS, Settings, preset
 from codebook.building.probes import Prober, jsd, p1, region, split_prompt
 from codebook.errors import CodebookError
 from codebook.models import family
@@ -268,7 +268,7 @@ def test_towers_without_cls_are_probed_at_tiles():
     ],
 )
 def test_presets_by_hub_name(name, expected):
-    assert preset(name) == PRESETS[expected]
+    assert preset(name) == BUILD_PRESETS[expected]
 
 
 def test_published_thresholds():
