@@ -10,7 +10,6 @@ writes FOLDER/horizon.json.
 import argparse
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -136,7 +135,7 @@ def main() -> None:
 
     report = {**machine("cpu"), "questions": options.questions, "calibration": options.calibration,
               "seeds": options.seeds, "eps": options.eps,
-              "horizons": {metric: {task: asdict(one) for task, one in own.items()} for metric, own in found.items()},
+              "horizons": {metric: {task: one.as_json() for task, one in own.items()} for metric, own in found.items()},
               "rows": []}  # fmt: skip
     count = len(options.seeds) * options.questions
     print(f"## Horizon by family\n\n{count} held-out questions a family, eps {options.eps}, {layers} layers; 95% "

@@ -24,7 +24,7 @@ from codebook.building.clustering import dpc_knn
 from codebook.building.pool import recurrent
 from codebook.building.probes import Prober
 from codebook.cli.output import progress
-from codebook.evaluation import compare, mean, standard_error
+from codebook.evaluation import compare, mean_text
 from codebook.miniature.samples import of_miniature
 from codebook.miniature.scenes import scene
 from codebook.models import family
@@ -93,7 +93,7 @@ def main() -> None:
     questions = of_miniature("train", SEED, options.questions)
     with progress("answer", len(questions) * len(plans), "answers") as tick:
         scores = compare(model, processor, questions, plans, done=tick)
-    cells = {name: f"{mean(found):.3f} ({standard_error(found):.3f})" for name, found in scores.items()}
+    cells = {name: mean_text(found) for name, found in scores.items()}
     print(f"unpruned {cells['unpruned']} on {len(questions)} training questions; at keep", *KEEPS)
     for name, text in described.items():
         print(text, *(cells.get(f"{name} {keep}", "-") for keep in KEEPS))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,8 +15,10 @@ from codebook import models
 from codebook.analysis.prefill import Cost, Prefill
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
+from codebook.inference.outputs import check_logits
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample, samples_digest
+from codebook.inference.uncertainty import UNKNOWN, wilson
 from codebook.models.base import Model, Processor
 from codebook.pruning import Drop, Schedule, Stage, remember
 from codebook.store.journal import Journal
@@ -28,6 +31,11 @@ RESAMPLES = 2000
 """Resamples of the bootstrap."""
 GENERATED_PER_BATCH = 16
 """Samples per batch of generated answers."""
+
+RIGHT = 5
+"""Fewest right answers of the unpruned model to a task that can show a horizon, where right answers are known."""
+GUESSES = 20
+"""Most answers of a task that are tried as guesses."""
 
 SweepMetric = Literal["probability", "accuracy", "generated"]
 """What a sweep measures; see `sweep`."""
@@ -47,12 +55,19 @@ class Sweep:
         Values with all visual tokens removed from the input of layer l on, for l from `start` to the last.
     start : int
         First layer of the sweep: 0 is before the LLM; 1 where answers were generated.
+    right : (N,) float64, optional
+        Scores of the unpruned model's answers, from 0 to 1.
+    guesses : dict[str, float]
+        For each task with known answers the mean score of a guess without the image (`guess_rates`). What is not given
+        here, or has no `right`, is taken at face value.
     """
 
     tasks: list[str]
     full: np.ndarray
     pruned: np.ndarray
     start: int = 0
+    right: np.ndarray | None = None
+    guesses: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def layers(self) -> int:
@@ -93,6 +108,9 @@ class Horizon:
         Layers before `layer` whose loss is at most eps too. They are not safe: the curve is not monotone.
     gains : list[int]
         Layers where removing helps by more than eps and by more than two standard errors.
+    unknown : str, optional
+        Why the samples cannot show a horizon: answers that are wrong, or guessed, lose nothing with the image. Then
+        `interval` is the whole decoder, and `layer` and `safe` are L: nowhere. None where they can.
     """
 
     samples: int
@@ -105,6 +123,12 @@ class Horizon:
     safe: int
     early: list[int]
     gains: list[int]
+    unknown: str | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields by name; `layer`, `interval` and `safe` are None where nothing is known."""
+        nothing = dict.fromkeys(("layer", "interval", "safe")) if self.unknown else {}
+        return asdict(self) | nothing
 
 
 def first_safe(loss: np.ndarray, eps: float) -> np.ndarray:
@@ -147,16 +171,21 @@ def horizons(
     def quantile(loss: np.ndarray, q: float, side: Literal["lower", "higher"]) -> int:
         return start + int(np.quantile(first_safe(loss, eps), q, method=side))
 
-    def one(samples: int, full: float, pruned: np.ndarray, error: np.ndarray, boot: np.ndarray) -> Horizon:
+    def one(
+        samples: int, full: float, pruned: np.ndarray, error: np.ndarray, boot: np.ndarray, unknown: str | None
+    ) -> Horizon:
         loss = full - pruned
+        curve = {
+            "samples": samples, "full": full, "pruned": pruned.tolist(), "loss": loss.tolist(),
+            "error": [e if np.isfinite(e) else None for e in error.tolist()],
+        }  # fmt: skip
+        if unknown is not None:
+            anywhere, nowhere = (start, layers), layers
+            return Horizon(**curve, layer=nowhere, interval=anywhere, safe=nowhere, early=[], gains=[], unknown=unknown)
         layer = start + int(first_safe(loss, eps))
         interval = quantile(boot, tail, "lower"), quantile(boot, 1 - tail, "higher")
         return Horizon(
-            samples=samples,
-            full=full,
-            pruned=pruned.tolist(),
-            loss=loss.tolist(),
-            error=[e if np.isfinite(e) else None for e in error.tolist()],
+            **curve,
             layer=layer,
             interval=interval,
             safe=min(layers, max(layer, interval[1]) + margin),
@@ -170,13 +199,55 @@ def horizons(
         drawn[task] = rng.multinomial(n, np.full(n, 1 / n), resamples) @ own / n
         # One sample says nothing about the spread.
         errors[task] = own.std(0, ddof=1) / n**0.5 if n > 1 else np.full(own.shape[1], np.inf)
-        found[task] = one(n, float(sweep.full[rows].mean()), sweep.pruned[rows].mean(0), errors[task], drawn[task])
+        full, pruned, why = float(sweep.full[rows].mean()), sweep.pruned[rows].mean(0), _why_unknown(sweep, task, rows)
+        found[task] = one(n, full, pruned, errors[task], drawn[task], why)
     if len(by_task) > 1:
-        full, pruned = (np.mean([x[rows].mean(0) for rows in by_task.values()], 0) for x in (sweep.full, sweep.pruned))
+        means = (np.mean([x[rows].mean(0) for rows in by_task.values()], 0) for x in (sweep.full, sweep.pruned))
+        full, pruned = float(next(means)), np.asarray(next(means))
         error = np.sqrt(np.sum([e**2 for e in errors.values()], 0)) / len(by_task)
         boot = np.mean(list(drawn.values()), 0)
-        found["mean"] = one(len(sweep.tasks), float(full), np.asarray(pruned), error, boot)
+        unknown = [task for task, own in found.items() if own.unknown is not None]
+        why = f"no horizon is seen in {', '.join(unknown)}" if unknown else None
+        found["mean"] = one(len(sweep.tasks), full, pruned, error, boot, why)
     return found
+
+
+def _why_unknown(sweep: Sweep, task: str, rows: np.ndarray) -> str | None:
+    """Why some samples cannot show a horizon; None if they can."""
+    n = len(rows)
+    if n < 2:
+        return "one sample shows no spread: ask more questions"
+    if sweep.right is None or task not in sweep.guesses:
+        return None
+    right, guess = float(sweep.right[rows].sum()), sweep.guesses[task]
+    said = f"the unpruned model answers {right:g} of {n} right"
+    if right < RIGHT:
+        return f"{said}: ask questions that it can answer"
+    if wilson(right / n, n)[0] <= guess:
+        return f"{said}, and a guess {guess:.0%}: ask more questions, or such as it can answer"
+    return None
+
+
+def guess_rates(samples: Sequence[Sample]) -> dict[str, float]:
+    """For each task with known answers the mean score of the best constant answer: what needs no look at the image.
+
+    The answers tried are the most frequent ones of the task itself, each scored on the samples that it is not from. A
+    sample without an answer counts as 0: it is measured by the model's own, which is no guess.
+    """
+    by_task: dict[str, list[Sample]] = {}
+    for sample in samples:
+        by_task.setdefault(sample.task, []).append(sample)
+    rates = {}
+    for task, group in by_task.items():
+        known = [sample for sample in group if sample.answer is not None]
+        if not known:
+            continue
+        sources = {str(sample.answer): sample for sample in known}
+        guesses = [answer for answer, _ in Counter(str(sample.answer) for sample in known).most_common(GUESSES)]
+        # Its source is no evidence that a guess is right: a task whose answers all differ cannot be guessed.
+        sums = [sum(s.score(guess) for s in known if s is not sources[guess]) for guess in guesses]
+        rates[task] = max(sums) / max(1, len(group) - 1)
+    return rates
 
 
 def sweep(
@@ -227,7 +298,10 @@ def sweep(
                 done(i + 1)
     records = [journal[str(i)] for i in range(len(samples))]
     full, pruned = (np.array([r[metric][part] for r in records], dtype=np.float64) for part in ("full", "pruned"))
-    return Sweep([sample.task for sample in samples], full, pruned, start=int(metric == "generated")), cost
+    generated = metric == "generated"
+    right = full if generated else np.array([r["accuracy"]["full"] for r in records], dtype=np.float64)
+    tasks = [sample.task for sample in samples]
+    return Sweep(tasks, full, pruned, int(generated), right, guess_rates(samples)), cost
 
 
 def _first_token(model: Model, processor: Processor, sample: Sample) -> tuple[dict[str, Any], Cost]:
@@ -235,6 +309,7 @@ def _first_token(model: Model, processor: Processor, sample: Sample) -> tuple[di
     target = int(prefill.logits.argmax()) if sample.answer is None else answer_ids(processor, sample)[0]
     kept = torch.zeros(prefill.layers, len(prefill.visual), dtype=torch.bool, device=prefill.visual.device)
     logits = torch.cat([prefill.logits[None], prefill.answers(range(prefill.layers), kept)])
+    check_logits(logits)
     values: Mapping[str, torch.Tensor] = {
         "probability": logits.softmax(-1)[:, target], "accuracy": (logits.argmax(-1) == target).float()
     }  # fmt: skip
@@ -272,22 +347,31 @@ def horizon_table(found: Mapping[str, Horizon], layers: int) -> str:
     def name(layer: int) -> str:
         return str(layer) if layer < layers else "none"
 
+    def cells(one: Horizon) -> tuple[str, str, str]:
+        if one.unknown:
+            return UNKNOWN, UNKNOWN, UNKNOWN
+        return name(one.layer), f"{name(one.interval[0])}-{name(one.interval[1])}", name(one.safe)
+
     lines = [f"{'task':<12}{'samples':>8}{'unpruned':>10}{'horizon':>9}{'interval':>10}{'safe from':>11}"]
     notes = []
     for task, one in found.items():
-        between = f"{name(one.interval[0])}-{name(one.interval[1])}"
-        lines.append(
-            f"{task:<12}{one.samples:>8}{one.full:>10.3f}{name(one.layer):>9}{between:>10}{name(one.safe):>11}"
-        )
+        layer, between, safe = cells(one)
+        lines.append(f"{task:<12}{one.samples:>8}{one.full:>10.3f}{layer:>9}{between:>10}{safe:>11}")
+        if one.unknown:
+            notes.append(f"{task}: nothing is known: {one.unknown}")
         if one.early:
             notes.append(
                 f"{task}: not monotone, the loss is small at layer {_runs(one.early)} too, but not at all later ones"
             )
         if one.gains:
             notes.append(f"{task}: removing all visual tokens helps at layer {_runs(one.gains)}")
-    deepest = max(one.safe for one in found.values())
-    last = f"safe for every task: from layer {deepest} of {layers}"
-    return "\n".join([*lines, *notes, last if deepest < layers else "no layer is safe for every task"])
+    if unknown := [task for task, one in found.items() if one.unknown and task != "mean"]:
+        last = f"no layer is known to be safe for every task: nothing is known for {', '.join(unknown)}"
+    else:
+        deepest = max(one.safe for one in found.values())
+        last = f"safe for every task: from layer {deepest} of {layers}"
+        last = last if deepest < layers else "no layer is safe for every task"
+    return "\n".join([*lines, *notes, last])
 
 
 def _runs(layers: Sequence[int]) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from codebook.analysis.prefill import VARIANTS_PER_FORWARD, Cost, Prefill
 from codebook.errors import CodebookError
+from codebook.inference.outputs import check_logits
 from codebook.models import Image
 from codebook.models.base import Model
 
@@ -108,6 +109,7 @@ def token_information(
     kept = torch.cat([alone[:1], ~alone[1:]]) if leave_one_out else alone
     variants = [layer for layer in layers for _ in kept]
     logits = prefill.answers(variants, kept.repeat(len(layers), 1), batch_size)
+    check_logits(torch.cat([prefill.logits[None], logits]))
     own = int(prefill.logits.argmax()) if target is None else target
     p = logits.softmax(-1)[:, own].view(len(layers), -1)
     full = float(prefill.logits.softmax(-1)[own])

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codebook.inference.outputs import check_logits
 from codebook.inference.prompts import answer_ids, prepare_samples, text_length
 from codebook.inference.samples import Sample
 from codebook.models.base import Model, Processor
@@ -85,6 +86,7 @@ def probabilities(model: Model, batch: AnswerBatch, schedule: Schedule) -> Tenso
             fed = batch.answers[:, :-1]
             later = model(input_ids=fed, attention_mask=mask, past_key_values=out.past_key_values, use_cache=True)
             logits = torch.cat([logits, later.logits], dim=1)
+        check_logits(logits)
         p = logits.float().softmax(-1).gather(-1, batch.answers[..., None])[..., 0]
     return p * batch.known
 

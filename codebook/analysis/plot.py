@@ -8,6 +8,7 @@ from pathlib import Path
 
 from codebook.analysis.horizon import Horizon
 from codebook.errors import CodebookError
+from codebook.inference.uncertainty import NORMAL_QUANTILE, UNKNOWN
 
 
 def require_matplotlib() -> None:
@@ -45,17 +46,23 @@ def draw_horizons(found: Mapping[str, Horizon], start: int, metric: str, path: P
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for panel, (task, one) in zip(panels, found.items(), strict=False):
         layers = range(start, start + len(one.loss))
-        bounds = [[a + z * (e or 0) for a, e in zip(one.loss, one.error, strict=True)] for z in (-1.96, 1.96)]
         panel.axhline(0, color="0.6", linewidth=0.8)
-        panel.fill_between(layers, *bounds, alpha=0.25, linewidth=0)
+        if None not in one.error:
+            errors = [error for error in one.error if error is not None]
+            bounds = [
+                [a + z * e for a, e in zip(one.loss, errors, strict=True)] for z in (-NORMAL_QUANTILE, NORMAL_QUANTILE)
+            ]
+            panel.fill_between(layers, *bounds, alpha=0.25, linewidth=0)
         panel.plot(layers, one.loss, marker=".")
-        panel.axvspan(*one.interval, color="tab:orange", alpha=0.15, linewidth=0)
-        panel.axvline(one.layer, color="tab:orange")
-        panel.axvline(one.safe, color="tab:green", linestyle="--")
-        low, high = one.interval
+        title = f"{task}: {UNKNOWN}"
+        if not one.unknown:
+            panel.axvspan(*one.interval, color="tab:orange", alpha=0.15, linewidth=0)
+            panel.axvline(one.layer, color="tab:orange")
+            panel.axvline(one.safe, color="tab:green", linestyle="--")
+            title = f"{task}: {one.layer} [{one.interval[0]}, {one.interval[1]}], safe {one.safe}"
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.tick_params(labelbottom=True)  # there may be no panel below with labels of its own
-        panel.set_title(f"{task}: {one.layer} [{low}, {high}], safe {one.safe}", fontsize=9)
+        panel.set_title(title, fontsize=9)
     for panel in panels[len(found) :]:
         panel.set_visible(False)
     figure.supxlabel("layer from which no visual token is left", fontsize=9)

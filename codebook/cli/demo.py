@@ -89,7 +89,7 @@ def _answered(tick: Update, before: int, note: str, done: int) -> None:
 
 def _comparison_table(results: dict[tuple[str, float], Scores], methods: Sequence[str], count: int) -> str:
     """The comparison as plain text: one row per budget, one column per method."""
-    from codebook.evaluation import mean, standard_error
+    from codebook.evaluation import mean_text
 
     full = results["unpruned", 1.0]
     cell = "{:>16}".format
@@ -98,9 +98,9 @@ def _comparison_table(results: dict[tuple[str, float], Scores], methods: Sequenc
         "",
     ]
     lines.append("keep" + "".join(map(cell, methods)))
-    show = [f"{mean(full):.3f} ({standard_error(full):.3f})"] * len(methods)
+    show = [mean_text(full)] * len(methods)
     lines.append("1   " + "".join(map(cell, show)) + "   (unpruned)")
     for keep in BUDGETS:
         row = [results[name, keep] for name in methods]
-        lines.append(f"{keep:<4}" + "".join(cell(f"{mean(s):.3f} ({standard_error(s):.3f})") for s in row))
+        lines.append(f"{keep:<4}" + "".join(cell(mean_text(s)) for s in row))
     return "\n".join(lines)

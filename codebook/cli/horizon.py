@@ -53,7 +53,7 @@ def horizon_command(
     report = {
         "model": model, "data": data, "samples": len(samples), "labelled": sum(s.answer is not None for s in samples),
         "layers": sweep.layers, "start": sweep.start, "metric": metric, "eps": eps, "level": horizon.LEVEL,
-        "horizons": {task: asdict(one) for task, one in found.items()}, "cost": asdict(cost),
+        "horizons": {task: one.as_json() for task, one in found.items()}, "cost": asdict(cost),
     }  # fmt: skip
     if out is not None:
         with replacing(out / "horizon.png") as temporary:

@@ -18,12 +18,13 @@ import numpy as np
 from codebook import __version__, models
 from codebook.errors import CodebookError
 from codebook.evaluation.latency import TimedPrompt
-from codebook.evaluation.metrics import NORMAL_QUANTILE, Estimate, Task, estimate, mean_of
+from codebook.evaluation.metrics import Estimate, Task, estimate, mean_of
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.ask import ask
 from codebook.inference.prompts import prepare
 from codebook.inference.respond import Policy, Response, Shard, batches, remembering, respond
 from codebook.inference.samples import Sample, samples_digest
+from codebook.inference.uncertainty import NORMAL_QUANTILE
 from codebook.models.base import Model, Processor
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
 from codebook.pruning.presets import needs_codebook
@@ -386,23 +387,27 @@ def _add_comparisons(
         runs = zip(*(sums[schedule_key(schedule)] for schedule in schedules), strict=True)
         return [estimate(task.metric, np.mean(own, axis=0)) for task, own in zip(tasks, runs, strict=True)]
 
-    def around(value: float, error: float) -> dict[str, Any]:
-        return {"change": value, "change_interval": [value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error]}
+    def interval(value: float, error: float | None) -> list[float] | None:
+        return None if error is None else [value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error]
+
+    def around(value: float, error: float | None) -> dict[str, Any]:
+        return {"change": value, "change_interval": interval(value, error)}
 
     found = [estimates(row.schedules) for row in rows]
     rivals = {row.keep: own for row, own in zip(rows, found, strict=True) if row.method == against}
     full = mean_of(found[0])[0]
     for result, row, own in zip(results, rows, found, strict=True):
         value, error = mean_of(own)
-        interval = [max(0.0, value - NORMAL_QUANTILE * error), min(1.0, value + NORMAL_QUANTILE * error)]
-        result["mean"] = {"score": value, "interval": interval, "relative": value / full if full else None}
+        whole = interval(value, error)
+        bounded = None if whole is None else [max(0.0, whole[0]), min(1.0, whole[1])]
+        result["mean"] = {"score": value, "interval": bounded, "relative": value / full if full else None}
         result["mean"] |= around(*mean_of([a - b for a, b in zip(own, found[0], strict=True)]))
         if len(row.schedules) > 1:
             means = [mean_of(estimates([schedule]))[0] for schedule in row.schedules]
             result["mean"]["spread"] = statistics.stdev(means)
         if row.keep in rivals and row.method != against:
             apart = [a - b for a, b in zip(own, rivals[row.keep], strict=True)]
-            by_task = {task.name: around(one.value, one.error) for task, one in zip(tasks, apart, strict=True)}
+            by_task = {task.name: around(*mean_of([one])) for task, one in zip(tasks, apart, strict=True)}
             result["against"] = around(*mean_of(apart)) | {"tasks": by_task}
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from codebook.inference.uncertainty import NORMAL_QUANTILE
+
 WIDTH, HEIGHT = 560, 360
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 12, 44
 MARKS = ("circle", "square", "triangle", "diamond")
@@ -126,20 +128,26 @@ def pareto(points: Sequence[Point]) -> list[Point]:
     return best
 
 
-def curve(values: Sequence[float], errors: Sequence[float | None], start: int, layer: int, safe: int) -> str:
-    """Loss by layer with its 95% band; the horizon and, dashed, the layer from which pruning is safe."""
-    low = [v - 1.96 * (e or 0) for v, e in zip(values, errors, strict=True)]
-    high = [v + 1.96 * (e or 0) for v, e in zip(values, errors, strict=True)]
+def curve(
+    values: Sequence[float], errors: Sequence[float | None], start: int, layer: int | None, safe: int | None
+) -> str:
+    """Loss by layer with its 95% band; the horizon and, dashed, the layer from which pruning is safe.
+
+    Whatever is None is not drawn.
+    """
+    low = [v - NORMAL_QUANTILE * (e or 0) for v, e in zip(values, errors, strict=True)]
+    high = [v + NORMAL_QUANTILE * (e or 0) for v, e in zip(values, errors, strict=True)]
     last = start + len(values) - 1
     x = Axis(start, max(last, start + 1), 34.0, 234.0)
     y = Axis(min(0.0, *low), max(0.05, *high), 108.0, 6.0)
     at = [x(start + i) for i in range(len(values))]
     band = [*zip(at, map(y, high), strict=True), *reversed(list(zip(at, map(y, low), strict=True)))]
     parts = frame(x, y, False, (5, 3))
-    parts.append(tag("polygon", class_="band", points=path(band)))
+    if None not in errors:
+        parts.append(tag("polygon", class_="band", points=path(band)))
     parts.append(tag("polyline", class_="loss", points=path(list(zip(at, map(y, values), strict=True)))))
     for place, kind in ((layer, "horizon"), (safe, "safe")):
-        if start <= place <= last:
+        if place is not None and start <= place <= last:
             parts.append(tag("line", class_=kind, x1=x(place), x2=x(place), y1=y.start, y2=y.stop))
     return tag(
         "svg", "".join(parts), class_="chart small", viewBox="0 0 240 130", role="img", aria_label="loss by layer"

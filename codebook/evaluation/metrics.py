@@ -14,9 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from codebook.inference.samples import Sample
-
-NORMAL_QUANTILE = 1.96
-"""Standard normal quantile of a 95% interval."""
+from codebook.inference.uncertainty import error_over_tasks, wilson
 
 
 @dataclass(frozen=True)
@@ -69,23 +67,23 @@ class Estimate:
 
     @property
     def error(self) -> float:
-        """Standard error; 0 where there is one group only, of which nothing is known."""
+        """Standard error from the spread of the groups; 0 where there is a single one, which shows none."""
         n = len(self.influence)
         return float(np.sqrt(np.sum(self.influence**2) / (n * (n - 1)))) if n > 1 else 0.0
 
     @property
-    def interval(self) -> list[float]:
+    def interval(self) -> list[float] | None:
         """95% interval, by Wilson's formula with the number of independent samples that would have this error.
 
-        So it stays between 0 and 1, and is not empty where all answers are right or all are wrong.
+        So it stays between 0 and 1, and is not empty where all answers are right or all are wrong. None where there is
+        a single group.
         """
         value, n = min(max(self.value, 0.0), 1.0), float(len(self.influence))
+        if n < 2:
+            return None
         if self.error and 0 < value < 1:
             n = value * (1 - value) / self.error**2
-        z = NORMAL_QUANTILE
-        centre, scale = (value + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n)
-        half = scale * (value * (1 - value) / n + z**2 / (4 * n**2)) ** 0.5
-        return [max(0.0, centre - half), min(1.0, centre + half)]
+        return list(wilson(value, n))
 
     def __sub__(self, other: Estimate) -> Estimate:
         """The paired difference of two estimates over the same groups."""
@@ -104,10 +102,10 @@ def estimate(metric: Metric, sums: np.ndarray) -> Estimate:
     return Estimate(first(mean), (sums - mean) @ np.array(gradient))
 
 
-def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float]:
-    """Mean over the tasks, all weighing the same, and its standard error."""
-    errors = [one.error for one in estimates]
-    return float(np.mean([one.value for one in estimates])), float(np.sqrt(np.sum(np.square(errors))) / len(errors))
+def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float | None]:
+    """Mean over the tasks, all weighing the same, and its standard error, None if unknown; see `error_over_tasks`."""
+    error = error_over_tasks([one.error for one in estimates], [len(one.influence) for one in estimates])
+    return float(np.mean([one.value for one in estimates])), error
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

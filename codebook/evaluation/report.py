@@ -14,6 +14,7 @@ from PIL import Image
 
 from codebook.evaluation.bench import BASELINES, UNPRUNED
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
+from codebook.inference.uncertainty import UNKNOWN, plus_minus
 
 THUMBNAIL = 336
 """Longest side of a picture in the report, in pixels."""
@@ -93,8 +94,10 @@ def _series(rows: Sequence[Mapping[str, Any]], method: str, style: tuple[str, st
     points = []
     for row in sorted((r for r in rows if r["method"] == method), key=lambda r: r["keep"]):
         x = 1 / row["cost"]["speedup"]["median"] if by == "cost" else row["kept"]["average"]
-        score, (low, high) = row["mean"]["score"], row["mean"]["interval"]
-        points.append(Point(x, score, low, high, f"{_name(row)}: {100 * score:.1f}%, {x:.2f}"))
+        score, interval = row["mean"]["score"], row["mean"]["interval"]
+        low, high = interval or (score, score)
+        unsure = "" if interval else f", interval {UNKNOWN}"
+        points.append(Point(x, score, low, high, f"{_name(row)}: {100 * score:.1f}%{unsure}, {x:.2f}"))
     return Series(points, *style, dashed=method in BASELINES)
 
 
@@ -146,17 +149,14 @@ def _quality(
     best: bool,
 ) -> list[dict[str, Any]]:
     mean = row["mean"]
-    half = _half(mean["interval"])
     spread = f" {row['seeds']} seeds ± {100 * mean['spread']:.1f}" if "spread" in mean else ""
-    cells = [_cell(f"{100 * mean['score']:.1f}", f"± {half:.1f}{spread}", best=best)]
+    cells = [_cell(f"{100 * mean['score']:.1f}", f"{_half(mean['interval'])}{spread}", best=best)]
     cells += [_cell(*_change(row, key)) for key in changes.values()]
     for task, (low, high) in ranges.items():
         own = row["tasks"][task]
-        wide = _half(own["interval"])
         is_top = row["method"] != UNPRUNED and own["score"] == top[task]
-        cells.append(
-            _cell(f"{100 * own['score']:.1f}", f"± {wide:.1f}", best=is_top, shade=(own["score"] - low) / (high - low))
-        )
+        shade = (own["score"] - low) / (high - low)
+        cells.append(_cell(f"{100 * own['score']:.1f}", _half(own["interval"]), best=is_top, shade=shade))
     return cells
 
 
@@ -170,7 +170,7 @@ def _change(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     """A row's difference in percent and half of its interval; empty for the row that others are compared with."""
     if row["method"] == UNPRUNED or key not in row:
         return "", ""
-    return f"{100 * row[key]['change']:+.1f}", f"± {_half(row[key]['change_interval']):.1f}"
+    return f"{100 * row[key]['change']:+.1f}", _half(row[key]["change_interval"])
 
 
 def _ahead(results: Results, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -178,7 +178,11 @@ def _ahead(results: Results, rows: Sequence[Mapping[str, Any]]) -> str:
     rival, found = results.get("against"), []
     for row in rows:
         tasks = row["against"]["tasks"] if "against" in row else {}
-        better = [f"{task} {100 * one['change']:+.1f}" for task, one in tasks.items() if one["change_interval"][0] > 0]
+        better = [
+            f"{task} {100 * one['change']:+.1f}"
+            for task, one in tasks.items()
+            if one["change_interval"] and one["change_interval"][0] > 0
+        ]
         found += [f"{row['method']} ({', '.join(better)})"] if better else []
     text = f"Tasks in which others are above {rival} beyond the interval: {', '.join(found) or 'none'}."
     return text if rival else ""
@@ -188,17 +192,22 @@ def _spent(row: Mapping[str, Any]) -> list[dict[str, Any]]:
     cost = row["cost"]
 
     def ms(key: str, quartile: bool = True) -> dict[str, Any]:
-        q1, median, q3 = (1e3 * cost[key][q] for q in ("q1", "median", "q3"))
-        return _cell(f"{median:.1f}", f"{q1:.1f} - {q3:.1f}" if quartile else "")
+        return _cell(f"{1e3 * cost[key]['median']:.1f}", _quartiles(cost[key], 1, 1e3) if quartile else "")
 
     speed = cost["speedup"]
     return [
         _cell(f"{100 * row['kept']['average']:.1f}%"), ms("first_token"),
-        _cell(f"{speed['median']:.2f}", f"{speed['q1']:.2f} - {speed['q3']:.2f}"),
+        _cell(f"{speed['median']:.2f}", _quartiles(speed, 2)),
         ms("vision", False), ms("selector", False), ms("prefill", False), ms("decode"),
         _cell(f"{cost['peak_memory'] / 2**20:.1f}"), _cell(f"{cost['kv_cache'] / 2**10:.0f}"),
         _cell(f"{cost['flops'] / 1e9:.2f}"),
     ]  # fmt: skip
+
+
+def _quartiles(found: Mapping[str, Any], digits: int, unit: float = 1.0) -> str:
+    if found["q1"] is None:  # one round
+        return plus_minus(None)
+    return f"{unit * found['q1']:.{digits}f} - {unit * found['q3']:.{digits}f}"
 
 
 def _horizon(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -206,8 +215,12 @@ def _horizon(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
         return None
     panels = []
     for task, one in found["horizons"].items():
-        low, high = one["interval"]
-        text = f"{task}: horizon {one['layer']} [{low}, {high}], safe from {one['safe']}"
+        text = f"{task}: horizon {UNKNOWN}"
+        if one["interval"] is not None:
+            low, high = one["interval"]
+            text = f"{task}: horizon {one['layer']} [{low}, {high}], safe from {one['safe']}"
+        elif one.get("unknown"):
+            text += f", {one['unknown']}"
         chart = curve(one["loss"], one["error"], found["start"], one["layer"], one["safe"])
         panels.append({"chart": Markup(chart), "text": text})
     return {"eps": found["eps"], "panels": panels}
@@ -257,7 +270,7 @@ def markdown(results: Results) -> str:
         for row in own:
             mean = row["mean"]
             cells = [f"{100 * row['tasks'][task]['score']:.1f}" for task in tasks]
-            cells += [f"{100 * mean['score']:.1f} ± {_half(mean['interval']):.1f}"]
+            cells += [f"{100 * mean['score']:.1f} {_half(mean['interval'])}"]
             lines.append(
                 _line(row["method"], cells + [" ".join(_change(row, key)).strip() for key in changes.values()])
             )
@@ -283,6 +296,6 @@ def _line(name: str, cells: Sequence[str]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
-def _half(interval: Sequence[float]) -> float:
-    """Half the interval's width, in percent."""
-    return 50 * (interval[1] - interval[0])
+def _half(interval: Sequence[float] | None) -> str:
+    """Half the interval's width, in percent, as text."""
+    return plus_minus(None if interval is None else 50 * (interval[1] - interval[0]))

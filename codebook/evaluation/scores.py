@@ -8,6 +8,7 @@ from pathlib import Path
 
 from codebook.inference.respond import Policy, Response, respond
 from codebook.inference.samples import Sample
+from codebook.inference.uncertainty import UNKNOWN, error_over_tasks, plus_minus
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
@@ -62,10 +63,19 @@ def mean(scores: Scores) -> float:
     return statistics.fmean(task_means(scores).values())
 
 
-def standard_error(scores: Scores) -> float:
-    """Standard error of that mean, from the spread of the questions within each task."""
-    variances = [statistics.pvariance(values) / len(values) for values in scores.values()]
-    return float(sum(variances) ** 0.5 / len(variances))
+def standard_error(scores: Scores) -> float | None:
+    """Standard error of that mean, from the spread of the questions within each task.
+
+    None where a task has a single question, which shows no spread; see `error_over_tasks`.
+    """
+    errors = [(statistics.pvariance(own) / len(own)) ** 0.5 for own in scores.values()]
+    return error_over_tasks(errors, [len(own) for own in scores.values()])
+
+
+def mean_text(scores: Scores) -> str:
+    """Mean accuracy with its standard error, for people: `0.912 (0.011)`, or `0.912 (unknown)`."""
+    error = standard_error(scores)
+    return f"{mean(scores):.3f} ({UNKNOWN if error is None else format(error, '.3f')})"
 
 
 def accuracy_table(rows: Mapping[str, Scores]) -> str:
@@ -74,7 +84,7 @@ def accuracy_table(rows: Mapping[str, Scores]) -> str:
     lines = [f"| | {' | '.join(tasks)} | mean |", f"|---|{'---|' * (len(tasks) + 1)}"]
     for name, scores in rows.items():
         cells = [f"{100 * value:.1f}" for value in task_means(scores).values()]
-        lines.append(
-            f"| {name} | {' | '.join(cells)} | {100 * mean(scores):.1f} ± {100 * standard_error(scores):.1f} |"
-        )
+        error = standard_error(scores)
+        half = plus_minus(None if error is None else 100 * error)
+        lines.append(f"| {name} | {' | '.join(cells)} | {100 * mean(scores):.1f} {half} |")
     return "\n".join(lines)

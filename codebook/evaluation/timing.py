@@ -32,8 +32,13 @@ def _time(task: Callable[[], Any], device: str) -> float:
     return time.perf_counter() - start
 
 
-def quartiles(values: list[float]) -> dict[str, float]:
-    """First quartile `q1`, `median` and third quartile `q3`, and how many `rounds` they are from."""
+def quartiles(values: list[float]) -> dict[str, Any]:
+    """First quartile `q1`, `median` and third quartile `q3`, and how many `rounds` they are from.
+
+    One round shows no spread: its quartiles are None.
+    """
+    if len(values) < 2:
+        return {"q1": None, "median": values[0], "q3": None, "rounds": len(values)}
     first, median, third = statistics.quantiles(values, n=4, method="inclusive")
     return {"q1": first, "median": median, "q3": third, "rounds": len(values)}
 

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image as Picture
+from transformers import LogitsProcessorList
 
+from codebook.inference.outputs import NanWatch
 from codebook.inference.prompts import Prompts, prepare
 from codebook.models import Image
 from codebook.models.base import Model, Processor
@@ -60,6 +62,13 @@ def ask(
     Returns
     -------
     One Answer per question, in their order
+
+    Raises
+    ------
+    QuestionError
+        If a question cannot be asked; its `row` says which.
+    CodebookError
+        If the model's outputs are NaN.
     """
     return answer_prompts(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
 
@@ -67,9 +76,22 @@ def ask(
 def answer_prompts(
     model: Model, processor: Processor, prompts: Prompts, schedule: Schedule | None = None, max_new_tokens: int = 32
 ) -> list[Answer]:
-    """Answer prepared prompts greedily under a schedule; None leaves the model as it is."""
+    """Answer prepared prompts greedily under a schedule; None leaves the model as it is.
+
+    Raises
+    ------
+    CodebookError
+        If the model's outputs are NaN.
+    """
+    watch = NanWatch()
     with torch.inference_mode(), (schedule or Schedule([]))(model, "thread") as pruning:
-        out = model.generate(**prompts.inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        out = model.generate(
+            **prompts.inputs,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([watch]),
+        )
+    watch.check()
     texts = processor.batch_decode(out[:, prompts.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     # Pruning lists the images of the whole batch, prompt by prompt.
     every_image = iter(zip(pruning.images, pruning.kept, strict=True))

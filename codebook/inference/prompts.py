@@ -11,7 +11,48 @@ from PIL import Image as Picture
 from codebook.errors import CodebookError
 from codebook.inference.samples import Sample
 from codebook.models.base import Model, Processor
-from codebook.models.chat import chat_text
+from codebook.models.chat import chat_text, check_text
+
+CHARACTERS_PER_TOKEN = 64
+"""Longest average token, far above that of any language: a longer question is refused before it is tokenized."""
+
+
+class QuestionError(CodebookError):
+    """A question that cannot be asked.
+
+    Attributes
+    ----------
+    row
+        Which one of a batch, counted from 0.
+    """
+
+    def __init__(self, message: str, row: int) -> None:
+        super().__init__(message)
+        self.row = row
+
+
+def token_limit(model: Model, processor: Processor) -> int:
+    """Most tokens of a prompt, visual ones included: the positions that the model knows, else the tokenizer's limit."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(positions or processor.tokenizer.model_max_length)
+
+
+def check_question(model: Model, processor: Processor, question: str) -> None:
+    """Refuse a question that cannot be asked, before anything is computed.
+
+    Raises
+    ------
+    CodebookError
+        Naming the special token in it, or the model's limit.
+    """
+    check_text(processor, question)
+    limit = token_limit(model, processor)
+    if len(question) > limit * CHARACTERS_PER_TOKEN or len(question.split()) > limit:
+        raise CodebookError(f"the question of {len(question.split())} words is too long: {_at_most(limit)}")
+
+
+def _at_most(limit: int) -> str:
+    return f"the model takes at most {limit} tokens, images included; shorten it"
 
 
 @dataclass(frozen=True)
@@ -41,10 +82,24 @@ def prepare(
         For each question its images.
     questions
         In plain words.
+
+    Raises
+    ------
+    QuestionError
+        If a question cannot be asked; its `row` says which.
     """
+    for row, question in enumerate(questions):
+        try:
+            check_question(model, processor, question)
+        except CodebookError as error:
+            raise QuestionError(str(error), row) from None
     texts = [chat_text(processor, question, len(own)) for own, question in zip(images, questions, strict=True)]
     shown = [list(own) for own in images] if any(images) else None
     inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    limit = token_limit(model, processor)
+    for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
+        if length > limit:
+            raise QuestionError(f"the question is too long, a prompt of {length} tokens: {_at_most(limit)}", row)
     return Prompts(inputs.to(model.device, model.dtype), [len(own) for own in images])
 
 
@@ -65,7 +120,7 @@ def answer_ids(processor: Processor, sample: Sample) -> list[int]:
     Raises
     ------
     CodebookError
-        If the answer has no token.
+        If the answer has no token, or holds a special one.
     """
     assert sample.answer is not None
     answer, tokenizer, count = sample.answer.strip(), processor.tokenizer, len(sample.images)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from codebook.errors import CodebookError
 from codebook.models.base import Processor
+from codebook.models.layout import KINDS
 
 
 def chat_text(processor: Processor, question: str, images: int = 1, answer: str | None = None) -> str:
@@ -22,12 +23,35 @@ def chat_text(processor: Processor, question: str, images: int = 1, answer: str 
     Raises
     ------
     CodebookError
-        If the processor has no chat template.
+        If the processor has no chat template, or a text holds a special token.
     """
     if getattr(processor, "chat_template", None) is None:
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
+    check_text(processor, question)
     shown = [{"type": "image"}] * images
     turns = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
     if answer is not None:
+        check_text(processor, answer, "answer")
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return str(processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False))
+
+
+def check_text(processor: Processor, text: str, name: str = "question") -> None:
+    """Refuse a text with special tokens in it: it would become those tokens, such as an image, or the end of the turn.
+
+    Raises
+    ------
+    CodebookError
+        Naming the token.
+    """
+    tokenizer = processor.tokenizer
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special |= {*tokenizer.all_special_tokens, *(f"<{kind}>" for kind in KINDS)}
+    special |= {str(token) for kind in KINDS if (token := getattr(processor, f"{kind}_token", None))}
+    if found := [token for token in special if token in text]:
+        first = min(found, key=lambda token: (text.index(token), -len(token)))
+        raise CodebookError(f"the {name} holds {first!r}, a special token of the model: leave it out of the text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CodebookError(f"the {name} holds {text[error.start]!r}, which is no character: remove it") from None

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from codebook import load
+from codebook import load, models
 from codebook.analysis import Sweep, horizons, plot, sweep
-from codebook.analysis.horizon import _runs, first_safe, horizon_table
+from codebook.analysis.horizon import _runs, first_safe, guess_rates, horizon_table
 from codebook.errors import CodebookError
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample
@@ -140,6 +140,61 @@ def test_the_curve_is_drawn(tmp_path):
     full, pruned = np.ones(3), np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 0.5]])
     plot.draw_horizons(horizons(Sweep(["a", "a", "b"], full, pruned)), 0, "probability", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_answers_that_are_wrong_or_guessed_show_no_horizon(tmp_path):
+    """Nothing is lost where nothing was right: such a curve must not say that pruning is safe."""
+    flat = np.full((40, 4), 0.02)
+    right = np.array([0.0] * 40 + [1.0] * 40 + ([1.0, 0.0] * 20) + [1.0] * 40)
+    tasks = ["wrong"] * 40 + ["same"] * 40 + ["chance"] * 40 + ["seen"] * 40
+    seen = np.tile([0.1, 0.3, 0.9, 0.9], (40, 1))
+    own = Sweep(tasks, np.array([0.02] * 120 + [0.9] * 40), np.concatenate([flat, flat, flat, seen]), 0, right,
+                {"wrong": 0.0, "same": 1.0, "chance": 0.5, "seen": 0.5})  # fmt: skip
+    found = horizons(own, margin=1)
+    assert found["seen"].unknown is None and (found["seen"].layer, found["seen"].safe) == (2, 3)
+    for task in ("wrong", "same", "chance", "mean"):
+        assert (found[task].layer, found[task].interval, found[task].safe) == (4, (0, 4), 4)
+        shown = found[task].as_json()
+        assert shown["layer"] is shown["interval"] is shown["safe"] is None and shown["unknown"] == found[task].unknown
+    assert "answers 0 of 40 right" in found["wrong"].unknown and "a guess 50%" in found["chance"].unknown
+    assert "chance, same, wrong" in found["mean"].unknown
+    text = horizon_table(found, 4)
+    assert "wrong: nothing is known: the unpruned model answers 0 of 40" in text
+    assert [line.split()[3:] for line in text.splitlines()[1:5]] == [
+        ["unknown"] * 3,
+        ["unknown"] * 3,
+        ["2", "2-2", "3"],
+        ["unknown"] * 3,
+    ]
+    assert text.splitlines()[-1].endswith("nothing is known for chance, same, wrong")
+    plot.draw_horizons(found, 0, "probability", tmp_path / "curve.png")
+    bare = Sweep(tasks, own.full, own.pruned)
+    assert horizons(bare)["wrong"].layer == 0  # a sweep that does not know what was right is taken at its word
+
+
+def test_one_sample_shows_no_horizon():
+    found = horizons(Sweep(["a", "b", "b"], np.ones(3), np.zeros((3, 2))))
+    assert "one sample" in found["a"].unknown and found["a"].safe == 2 and found["b"].unknown is None
+
+
+def test_the_rate_of_guesses_by_hand():
+    """Five samples: `no` is right for two of the other four; all answers differ; a sample without an answer."""
+    asked = {"a": ["no", "yes", "no", "no", "x"], "b": ["1", "2", "3"], "c": [None, None], "d": ["u", "u", None]}
+    samples = [Sample((), "q", answer, task) for task, own in asked.items() for answer in own]
+    assert guess_rates(samples) == {"a": 0.5, "b": 0.0, "d": 0.5}
+
+
+def test_a_model_that_is_wrong_is_not_safe_to_prune(samples):
+    """End to end: right questions with wrong answers, by each metric."""
+    loaded, own = models.load("miniature", "cpu")
+    colours = ["red", "blue", "green", "yellow", "purple", "white"]
+    asked = [
+        Sample(s.images, s.question, colour, "exist")
+        for s, colour in zip(of_miniature("test", 0, 6, ["exist"]), colours, strict=True)
+    ]
+    for metric in ("probability", "accuracy", "generated"):
+        found = horizons(sweep(loaded, own, asked, metric)[0])["exist"]
+        assert "answers 0 of 6 right" in found.unknown and found.safe == 12
 
 
 def test_neighbouring_layers_are_joined():

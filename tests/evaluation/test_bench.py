@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,6 +15,7 @@ from codebook.cli.data import load_data
 from codebook.evaluation import bench, charts, latency, report
 from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
+from codebook.inference.ask import ask
 from codebook.inference.prompts import prepare
 
 KEEPS = [0.25, 0.05]
@@ -271,6 +273,43 @@ def test_markdown_has_a_line_for_each_row(measured):
     assert text.count("| unpruned |") == 4 and text.count("| codebook |") == 4 and text.count("| fastv |") == 2
     lines = [line.count("|") for line in text.splitlines() if line.startswith("|")]
     assert set(lines) == {2 + 2 + 3, 2 + len(report.COSTS)}  # two tasks, their mean and its two changes
+
+
+def test_of_one_question_nothing_is_sure(loaded, tmp_path):
+    """One question per task: no interval, in the results, the tables, the page and the comparison."""
+    model, processor, tasks, rows, _ = loaded
+    alone = [replace(task, samples=task.samples[:1]) for task in tasks]
+    results = bench.measure(model, processor, alone, [rows[0], rows[1], rows[3]], tmp_path, SETTINGS)
+    for row in results["rows"]:
+        assert row["mean"]["interval"] is row["mean"]["change_interval"] is None
+        assert {task["interval"] for task in row["tasks"].values()} == {None}
+    assert results["rows"][1]["against"]["change_interval"] is None
+    results |= {"name": "miniature", "data": [], "keeps": KEEPS[:1], "samples": []}
+    text, page = report.markdown(results), report.html(json.loads(json.dumps(results)))
+    assert "± 0.0" not in text + page and text.count("± unknown") == 3 + 2 + 1 and "interval unknown" in page
+    assert "beyond the interval: none" in text
+
+
+def test_of_a_few_equal_questions_nothing_is_sure_either(loaded, tmp_path):
+    """Every row answers the same two questions right: the rule of three, 3 in 2, is no more than 1."""
+    model, processor, tasks, rows, _ = loaded
+    plain = [rows[0], replace(rows[0], method="same", keep=0.25)]
+
+    def is_right(sample):
+        return ask(model, processor, [sample.pictures()], [sample.question])[0].text == sample.answer
+
+    right = [replace(task, samples=[s for s in task.samples if is_right(s)][:2]) for task in tasks]
+    assert all(len(task.samples) == 2 for task in right)
+    row = bench.measure(model, processor, right, plain, tmp_path, SETTINGS)["rows"][1]
+    assert row["mean"]["change"] == 0 and row["mean"]["change_interval"] == pytest.approx([-(0.5**0.5), 0.5**0.5])
+    assert row["mean"]["interval"] == pytest.approx([1 - 0.5**0.5, 1])
+
+
+def test_one_round_has_no_quartiles():
+    assert quartiles([2.0]) == {"q1": None, "median": 2.0, "q3": None, "rounds": 1}
+    cost = {key: quartiles([1.0]) for key in ("first_token", "speedup", "vision", "selector", "prefill", "decode")}
+    cells = report._spent({"cost": cost | {"peak_memory": 1, "kv_cache": 1, "flops": 1}, "kept": {"average": 1.0}})
+    assert [cell["small"] for cell in cells if cell["small"]] == ["± unknown"] * 3
 
 
 def test_markdown_says_who_is_ahead_of_the_row_compared_with(measured):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, estimate, mean_of, says_yes, yes_or_no
+from codebook.evaluation.scores import accuracy_table, mean_text, standard_error
 from codebook.inference.samples import Sample
 
 
@@ -88,3 +89,12 @@ def test_seeds_are_averaged():
     runs = [task.sums(["yes", "no"]), task.sums(["no", "yes"])]
     found = estimate(ACCURACY, np.mean(runs, axis=0))
     assert found.value == pytest.approx(0.5) and found.error == pytest.approx(0)
+
+
+def test_the_standard_error_of_few_samples():
+    assert standard_error({"a": [1.0, 0.0] * 8, "b": [1.0, 0.0] * 8}) == pytest.approx(0.5 / 4 / 2**0.5)
+    assert standard_error({"a": [1.0, 0.0], "b": [1.0]}) is None
+    assert standard_error({"a": [1.0] * 30}) == pytest.approx(0.1 / 1.96)  # 3 in 30
+    table = accuracy_table({"one": {"a": [1.0]}, "more": {"a": [1.0] * 30}})
+    assert "| one | 100.0 | 100.0 ± unknown |" in table and "| more | 100.0 | 100.0 ± 5.1 |" in table
+    assert mean_text({"a": [1.0]}) == "1.000 (unknown)" and mean_text({"a": [0.0, 1.0] * 50}) == "0.500 (0.050)"

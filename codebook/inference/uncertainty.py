@@ -1,0 +1,51 @@
+"""How much a mean over samples is known: intervals that stay honest where the samples are few or all alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+NORMAL_QUANTILE = 1.96
+"""Standard normal quantile of a 95% interval."""
+
+UNKNOWN = "unknown"
+"""Text that stands where a number or an interval would claim more than the samples show."""
+
+
+def wilson(value: float, n: float) -> tuple[float, float]:
+    """Wilson's 95% interval of a share `value` of `n` independent samples (Wilson 1927, doi:10.2307/2276774).
+
+    It lies between 0 and 1, and is not empty where the share is 0 or 1.
+    """
+    z = NORMAL_QUANTILE
+    centre, scale = (value + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n)
+    half = scale * (value * (1 - value) / n + z**2 / (4 * n**2)) ** 0.5
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def error_over_tasks(errors: Sequence[float], counts: Sequence[int]) -> float | None:
+    """Standard error of the mean over tasks, all weighing the same, of values between 0 and 1 or their differences.
+
+    Parameters
+    ----------
+    errors
+        Standard error of each task's mean, from the spread of its samples.
+    counts
+        Number of independent samples of each task.
+
+    Returns
+    -------
+    None if a task has fewer than two samples, which show no spread. If the samples of every task are alike, the error
+    whose 95% interval is that of the rule of three: what none of n samples does, 3 in n may still do (Hanley and
+    Lippman-Hand 1983, doi:10.1001/jama.1983.03330370053031)
+    """
+    if min(counts) < 2:
+        return None
+    # Alike values have a spread of about 1e-17 by rounding, and of 1e-10 by finite differences.
+    if max(errors) < 1e-9:
+        errors = [min(1.0, 3 / n) / NORMAL_QUANTILE for n in counts]
+    return float(sum(error**2 for error in errors) ** 0.5 / len(errors))
+
+
+def plus_minus(half: float | None, digits: int = 1) -> str:
+    """Half an interval's width as text: `± 1.2`, or `± unknown`."""
+    return f"± {UNKNOWN if half is None else format(half, f'.{digits}f')}"
