@@ -22,6 +22,75 @@ def test_fingerprint_is_the_weights_whatever_their_type():
     assert not models.same_fingerprint(one, "garbage") and not models.same_fingerprint(one, "")
 
 
+class Packed(torch.nn.Module):
+    """A quantised linear layer: two weights in a byte, as bitsandbytes stores them."""
+
+    def __init__(self, linear):
+        super().__init__()
+        packed = (linear.weight.flatten()[::2] * 50).to(torch.int8).view(torch.uint8)[:, None]
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+
+
+class Scaled(torch.Tensor):
+    """A quantised weight as torchao has it: a tensor of numbers and a scale that knows few operations."""
+
+    @staticmethod
+    def __new__(cls, weight):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight):
+        self.numbers, self.scale = (weight * 50).to(torch.int8), torch.tensor(0.02)
+
+    def __tensor_flatten__(self):
+        return ["numbers", "scale"], None
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError(f"no {func} of a quantised tensor")
+
+
+class Buffers(torch.nn.Module):
+    """A quantised linear layer without parameters, as GPTQ makes it."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("qweight", (linear.weight * 50).to(torch.int32))
+
+
+def scaled(linear):
+    linear.weight = torch.nn.Parameter(Scaled(linear.weight.detach()), requires_grad=False)
+    return linear
+
+
+@pytest.mark.parametrize("quantise", [Packed, scaled, Buffers, lambda linear: linear.to(torch.float8_e4m3fn)])
+def test_a_fingerprint_is_of_full_weights_and_an_identity_of_any(quantise):
+    stock, model = llava(), llava()
+    layer = model.model.language_model.layers[1].self_attn
+    layer.q_proj = quantise(layer.q_proj)
+    assert models.fingerprint(model) == models.fingerprint(stock)
+    assert models.identity(model) != models.identity(stock)
+    for name, path in (
+        ("projector", "multi_modal_projector"),
+        ("tower", "vision_tower.encoder.layers.0.mlp"),
+    ):
+        model = llava()
+        owner = model.model.get_submodule(path)
+        child = next(n for n, module in owner.named_children() if isinstance(module, torch.nn.Linear))
+        setattr(owner, child, quantise(getattr(owner, child)))
+        with pytest.raises(CodebookError, match=f"the (?:vision )?{name} is quantised.*llm_int8_skip_modules"):
+            models.fingerprint(model)
+        assert models.identity(model) != models.identity(stock)
+
+
+def test_a_model_without_weights():
+    with torch.device("meta"):
+        model = llava()
+    with pytest.raises(CodebookError, match="the model has no weights yet"):
+        models.fingerprint(model)
+
+
 def test_shape():
     model = llava()
     model.config.text_config.head_dim = None  # some configs have none

@@ -62,6 +62,7 @@ def explain(
     CodebookError
         If the image has no such patch.
     """
+    model = models.unwrap(model)
     family = models.family(model)
     rows, cols = family.grid(model)
     row, col = patch

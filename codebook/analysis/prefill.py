@@ -91,6 +91,7 @@ class Prefill:
         CodebookError
             If the model or the prompt is not supported.
         """
+        model = models.unwrap(model)
         watch = Schedule([])(model, "thread")  # drops nothing, refuses what cannot be pruned and finds the images
         ids = inputs["input_ids"]
         if len(ids) != 1 or not bool(inputs["attention_mask"].all()):

@@ -167,7 +167,7 @@ def build(
     CodebookError
         For anything that the caller can fix. Finished images are kept in `out`.
     """
-    settings = settings or preset(model_id)
+    model, settings = models.unwrap(model), settings or preset(model_id)
     source = open_images(images, limit)
     return _build(model, processor, source, Path(out), model_id, settings, None, Options(**options))
 
@@ -194,7 +194,7 @@ def extend(
     folder
         A codebook that keeps its survivors, built for this model; it stays as it is.
     """
-    book, pool = SurvivorPool.load(folder)
+    model, (book, pool) = models.unwrap(model), SurvivorPool.load(folder)
     book.check(model)
     if book.config["dtype"] != str(model.dtype):
         raise CodebookError(

@@ -119,6 +119,7 @@ class Prober:
         whole: bool = False,
     ) -> Prober:
         """Put the prompt into the model's own chat template, and embed it."""
+        model = models.unwrap(model)
         if min(grid) < 3:
             raise CodebookError(f"a grid of {grid[0]} x {grid[1]} visual tokens is too small to probe: 3 x 3 is needed")
         if batch_size is not None and batch_size < 1:

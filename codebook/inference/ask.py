@@ -11,7 +11,7 @@ from transformers import LogitsProcessorList
 
 from codebook.inference.outputs import NanWatch
 from codebook.inference.prompts import Prompts, prepare
-from codebook.models import Image
+from codebook.models import Image, unwrap
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
@@ -70,6 +70,7 @@ def ask(
     CodebookError
         If the model's outputs are NaN.
     """
+    model = unwrap(model)
     return answer_prompts(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
 
 

@@ -7,6 +7,7 @@ from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_erro
 from codebook.models.loading import load
 from codebook.models.registry import FAMILIES, family
 from codebook.models.shape import Shape, shape
+from codebook.models.wrappers import unwrap
 
 __all__ = [
     "FAMILIES",
@@ -25,5 +26,6 @@ __all__ = [
     "load",
     "same_fingerprint",
     "shape",
+    "unwrap",
     "whole_images_error",
 ]

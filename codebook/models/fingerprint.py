@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from codebook.errors import CodebookError
 from codebook.models.base import Model
 from codebook.models.registry import family
+from codebook.models.wrappers import stock
 
 FINGERPRINT_SAMPLES = 32
 """Weights sampled from each of tower and projector."""
+
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+"""Types of weights that are not quantised."""
+
+PACKED = ("qweight", "weight_packed", "W_q")
+"""Buffers of quantised weights, as GPTQ, AWQ, compressed-tensors and HQQ name them."""
 
 
 def fingerprint(model: Model) -> str:
@@ -21,15 +31,33 @@ def fingerprint(model: Model) -> str:
     -------
     `family:SIZE-WEIGHTS:SIZE-WEIGHTS`, tower first: the number of parameters, and the middle weight of up to 32
     matrices, each as the four hexadecimal digits of its bfloat16
+
+    Raises
+    ------
+    CodebookError
+        If the family is not supported, or tower or projector are quantised: their weights are then others than those
+        that a codebook was built with.
     """
+    model = stock(model)
+    kind = family(model)
+    for name, module in (("vision tower", kind.tower(model)), ("projector", kind.projector(model))):
+        if _is_quantised(module):
+            raise CodebookError(
+                f"the {name} is quantised, and codebooks belong to the weights before that: load the model with its "
+                "language model alone quantised (bitsandbytes: llm_int8_skip_modules)"
+            )
+    return _stored(model)
+
+
+def _stored(model: Model) -> str:
+    """The fingerprint of the weights as they are stored, quantised or not."""
     kind = family(model)
     parts = []
     for module in (kind.tower(model), kind.projector(model)):
-        weights = [p for p in module.parameters() if p.dim() > 1]
+        weights = [name for name, p in module.named_parameters() if p.dim() > 1]
         step = max(1, len(weights) // FINGERPRINT_SAMPLES)
-        chosen = weights[::step][:FINGERPRINT_SAMPLES]
-        sample = torch.stack([w.detach().flatten()[w.numel() // 2].float() for w in chosen])
-        hexed = sample.cpu().to(torch.bfloat16).view(torch.int16).numpy().astype(">i2").tobytes().hex()
+        sample = torch.stack([_middle(module, name) for name in weights[::step][:FINGERPRINT_SAMPLES]])
+        hexed = sample.to(torch.bfloat16).view(torch.int16).numpy().astype(">i2").tobytes().hex()
         parts.append(f"{sum(p.numel() for p in module.parameters())}-{hexed}")
     return ":".join([kind.name, *parts])
 
@@ -51,9 +79,42 @@ def same_fingerprint(a: str, b: str) -> bool:
 def identity(model: Model) -> str:
     """A string that identifies all of a model's weights: its fingerprint, and a hash of one weight per parameter of
     the decoder."""
-    sampled = [p.detach().flatten()[p.numel() // 2].float() for p in model.get_decoder().parameters()]
-    decoder = hashlib.sha256(torch.stack(sampled).cpu().numpy().tobytes()).hexdigest()[:16]
-    return f"{fingerprint(model)}:{decoder}"
+    model = stock(model)
+    decoder = model.get_decoder()
+    sampled = torch.stack([_middle(decoder, name) for name, _ in decoder.named_parameters()])
+    return f"{_stored(model)}:{hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]}"
+
+
+def _middle(module: nn.Module, name: str) -> Tensor:
+    """The middle number of a parameter, a float32 scalar on the CPU."""
+    path, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(path)
+    with _present(owner, name):
+        weight = getattr(owner, leaf).detach()
+        while hasattr(weight, "__tensor_flatten__"):  # a tensor made of others: quantised numbers and their scales
+            weight = getattr(weight, weight.__tensor_flatten__()[0][0])
+        return weight.flatten()[weight.numel() // 2].float().cpu()
+
+
+@contextlib.contextmanager
+def _present(owner: nn.Module, name: str) -> Iterator[None]:
+    """A context in which weights that accelerate keeps elsewhere (`device_map`, offloading) are there."""
+    if not any(p.is_meta for p in owner.parameters(recurse=False)):
+        yield
+    elif hasattr(owner, "_hf_hook"):
+        from accelerate.utils import align_module_device
+
+        with align_module_device(owner):
+            yield
+    else:
+        raise CodebookError(f"the model has no weights yet: {name} is on the meta device; load its checkpoint")
+
+
+def _is_quantised(module: nn.Module) -> bool:
+    """Whether weights are stored as packed or scaled numbers."""
+    if any(p.dtype not in FLOATS or hasattr(p, "__tensor_flatten__") for p in module.parameters()):
+        return True
+    return any(name.rpartition(".")[2] in PACKED for name, _ in module.named_buffers())
 
 
 def _weights(text: str) -> Tensor:

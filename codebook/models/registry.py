@@ -15,6 +15,7 @@ from codebook.models.llava_onevision import LlavaOnevision
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
 from codebook.models.qwen3_vl import Qwen3VL
+from codebook.models.wrappers import stock
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -39,14 +40,14 @@ PRUNABLE_LAYERS = {"full_attention", "sliding_attention"}
 
 
 def family(model: Model) -> Family:
-    """The family of a loaded model.
+    """The family of a loaded model, or of the one inside a wrapper that `unwrap` knows.
 
     Raises
     ------
     CodebookError
         If the family, or this variant of it, is not supported.
     """
-    return family_of_config(model.config)
+    return family_of_config(stock(model).config)
 
 
 def family_of_config(config: Any) -> Family:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from codebook.models.base import Model
 from codebook.models.registry import family
+from codebook.models.wrappers import stock
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ def shape(model: Model) -> Shape:
     CodebookError
         If its family is not supported.
     """
+    model = stock(model)
     rows, cols = family(model).grid(model)
     text = model.config.get_text_config()
     heads = text.num_attention_heads

@@ -92,7 +92,7 @@ class Schedule:
         """
         from codebook.pruning.engine.context import Pruning
 
-        return Pruning(model, self, scope)
+        return Pruning(models.unwrap(model), self, scope)
 
     def __repr__(self) -> str:
         return f"Schedule({str(self)!r})"

@@ -38,7 +38,7 @@ def test_models(config, why, tmp_path):
 
 
 def test_processors_that_need_torchvision(tmp_path, monkeypatch):
-    def missing(name, **_):
+    def missing(name, **options):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library but it was not found")
 
     FAMILIES["qwen2_vl"].make().save_pretrained(tmp_path)

@@ -36,6 +36,7 @@ def remember(model: Model) -> Iterator[None]:
     CodebookError
         If the model's tower does not take one row an image.
     """
+    model = models.unwrap(model)
     family = models.family(model)
     if not family.tower_rows:
         raise CodebookError(
