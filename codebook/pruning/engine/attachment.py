@@ -116,7 +116,8 @@ class Attachment:
             # Called after an error too, so that no state is left for the next forward.
             undo.callback(self.lm.register_forward_hook(self._after_decoder, always_call=True).remove)
             undo.callback(base.register_forward_hook(self._after_base, always_call=True).remove)
-            undo.enter_context(_replaced(model, "generate", self._generate))
+            if hasattr(model, "generate"):  # a model without a head has none
+                undo.enter_context(_replaced(model, "generate", self._generate))
             for kind in models.KINDS:
                 # `generate` calls it before the first forward, and no module's arguments hold as much.
                 if hasattr(base, name := f"get_{kind}_features"):
