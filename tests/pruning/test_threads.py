@@ -272,3 +272,16 @@ def test_nothing_from_inference_mode_breaks_a_later_backward(model, prompts, und
             prompts = [{**prompts[0], "pixel_values": prompts[0]["pixel_values"] + 0.1}]
         model(**prompts[0]).logits.sum().backward()
     model.zero_grad()
+
+
+def test_gradient_checkpointing_is_refused(prompts):
+    """Layers would run again in the backward pass, unpruned. Without gradients nothing runs twice."""
+    model = llava().train()
+    model.gradient_checkpointing_enable()
+    with SCHEDULES[1](model):
+        with pytest.raises(CodebookError, match="gradient_checkpointing_disable"):
+            model(**prompts[0])
+        with torch.no_grad():
+            model(**prompts[0])
+        model.gradient_checkpointing_disable()
+        model(**prompts[0]).logits.sum().backward()

@@ -269,6 +269,11 @@ class Attachment:
         pruning, given = running.call.pruning, running.given
         if pruning is None:
             return
+        if self.lm.training and torch.is_grad_enabled() and getattr(self.lm.layers[0], "gradient_checkpointing", False):
+            raise CodebookError(  # the layers run again in the backward pass, where no forward is there to shorten them
+                "gradient checkpointing runs layers again after the forward, which pruning cannot follow: call "
+                "model.gradient_checkpointing_disable(), or model.eval()"
+            )
         if embeds is None:
             ids = args[0] if args else kwargs["input_ids"]
             embeds = torch.empty(*ids.shape, 0, device=ids.device, dtype=self.model.dtype)
