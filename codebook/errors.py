@@ -1,5 +1,60 @@
-"""The one exception that users are meant to read."""
+"""The one exception that users are meant to read, and the words for errors of the operating system."""
+
+from __future__ import annotations
+
+import errno
+
+LONGEST_MESSAGE = 600
+"""Most characters of a message; a file name alone can have thousands."""
+
+_FULL = "free space or choose another folder"
+_FORBIDDEN = "it may not be written there: choose another folder, or change its permissions"
+_NO_LOCKS = "this file system has no file locks: choose a folder on another one"
+REMEDIES = {
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+    errno.EFBIG: _FULL,
+    errno.EROFS: "nothing can be written there: choose another folder",
+    errno.EACCES: _FORBIDDEN,
+    errno.EPERM: _FORBIDDEN,
+    errno.ENOLCK: _NO_LOCKS,
+    errno.ENOTSUP: _NO_LOCKS,
+    errno.EOPNOTSUPP: _NO_LOCKS,
+    errno.ENOSYS: _NO_LOCKS,
+    errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "a part of the path is a file: check the path",
+    errno.EISDIR: "name a file",
+    errno.ELOOP: "it is a symbolic link: name the file itself",
+    errno.EMFILE: "raise the limit of open files, `ulimit -n`",
+    errno.ENFILE: "close programs that hold many files open",
+    errno.EIO: "check the disk",
+    errno.ESTALE: "the network folder has gone: mount it again",
+    errno.EINTR: "run the same command again",
+}
+"""What to do about an error of the operating system, by its number."""
 
 
 class CodebookError(Exception):
     """What is wrong and what to do about it, in one line; the command line exits with code 2."""
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
+
+
+def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """The text as one printable line of at most `limit` characters.
+
+    Control characters, line ends and bytes that are no UTF-8 are written as escapes. Of a longer text the middle is
+    left out: what is wrong stands in front, what to do about it at the end.
+    """
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    if len(line) <= limit:
+        return line
+    kept = limit - len(" ... ")
+    return f"{line[: kept - kept // 2]} ... {line[-(kept // 2) :]}"
+
+
+def remedy_for(error: OSError, otherwise: str = "choose another folder") -> str:
+    """What to do about an error of the operating system."""
+    return REMEDIES.get(error.errno or 0, otherwise)

@@ -5,9 +5,9 @@ A command imports what it needs when it runs, so that `--help` loads neither tor
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
+import traceback
 from collections.abc import Callable
 
 import typer
@@ -24,9 +24,14 @@ from codebook.cli.inspect import inspect_command
 from codebook.cli.listing import list_command
 from codebook.cli.merge import merge_command
 from codebook.cli.miniature import evaluate_command, images_command, train_command
+from codebook.cli.output import Interrupted
 from codebook.cli.prune import prune_command
 from codebook.cli.show import show_command
-from codebook.errors import CodebookError
+from codebook.cli.streams import flush_output, prepare_streams, say
+from codebook.errors import CodebookError, remedy_for
+
+USER_ERROR, UNEXPECTED, BROKEN_PIPE, INTERRUPTED = 2, 1, 141, 130
+"""Exit codes."""
 
 COMMANDS: dict[str, Callable[..., None]] = {
     "build": build_command,
@@ -67,19 +72,71 @@ app.add_typer(_miniature, name="miniature")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line; user errors are one line on stderr and exit code 2."""
+    """Run the command line; errors are one line on stderr, those of users with exit code 2."""
     # Read when torch loads its OpenMP: waiting threads would otherwise spin, and starve whatever shares the cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    code = _run(argv)
+    lost = flush_output()
+    if lost is not None and not code:
+        code = _fail_by_system(lost, "standard output")
+    if code:
+        raise SystemExit(code)
+
+
+def _run(argv: list[str] | None) -> int:
+    """Run one command and report its error; the exit code."""
     try:
-        app(argv)
-    except CodebookError as error:
-        _fail(str(error))
+        prepare_streams()
+        # Outside its standalone mode, typer raises the errors that it would print over several lines.
+        code = app(argv, prog_name="codebook", standalone_mode=False) or 0
+    except (CodebookError, Interrupted) as error:
+        return _fail(str(error), INTERRUPTED if isinstance(error, Interrupted) else USER_ERROR)
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    except SystemExit:  # typer, of a broken pipe
+        return BROKEN_PIPE
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-            _fail(f"cannot write {error.filename or 'output'}: {error.strerror}; free space or choose another folder")
-        raise
+        return _fail_by_system(error)
+    except Exception as error:
+        if hasattr(error, "format_message"):
+            return _fail_by_usage(error)
+        if sys.flags.dev_mode:
+            raise
+        return _fail_unexpectedly(error)
+    return _fail("interrupted", code) if code == INTERRUPTED else int(code)
 
 
-def _fail(message: str) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
+def _fail(message: str, code: int) -> int:
+    say(f"error: {message}" if code != INTERRUPTED else message)
+    return code
+
+
+def _fail_by_system(error: OSError, what: str = "a file") -> int:
+    if isinstance(error, BrokenPipeError):
+        return BROKEN_PIPE  # the reader of a pipe has left, as `head` does: there is nobody to tell
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else what
+    return _fail(f"cannot use {name}: {error.strerror or error}; {remedy_for(error)}", USER_ERROR)
+
+
+def _fail_by_usage(error: Exception) -> int:
+    """Report an error of typer's about options."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        error.show()  # type: ignore[attr-defined]
+        return USER_ERROR
+    context = getattr(error, "ctx", None)
+    path = "codebook" if context is None else context.command_path
+    return _fail(f"{error.format_message().rstrip('.')}; see `{path} --help`", USER_ERROR)  # type: ignore[attr-defined]
+
+
+def _fail_unexpectedly(error: Exception) -> int:
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in reason:
+        return _fail(f"out of memory ({reason}): choose a smaller --batch, or a larger --device", USER_ERROR)
+    package = os.path.dirname(os.path.dirname(__file__))
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]
+    where = f"{os.path.relpath(frames[-1].filename, package)}, line {frames[-1].lineno}"
+    return _fail(
+        f"unexpected {reason} ({where}): please report it with the output of `codebook doctor`; "
+        "`python -X dev -m codebook.cli ...` shows the traceback",
+        UNEXPECTED,
+    )

@@ -18,10 +18,11 @@ from codebook.cli.options import (
     NewTokensOption,
     SeedOption,
 )
-from codebook.cli.output import note, progress
+from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError
 
 
+@resumable()
 def bench_command(
     model: ModelOption,
     methods: MethodsOption,

@@ -20,8 +20,10 @@ from codebook.cli.options import (
     StrictOption,
     WorkersOption,
 )
+from codebook.cli.output import resumable
 
 
+@resumable()
 def build_command(
     model: ModelOption,
     images: ImagesOption,

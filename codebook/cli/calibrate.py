@@ -17,10 +17,11 @@ from codebook.cli.options import (
     ModelOption,
     SeedOption,
 )
-from codebook.cli.output import describe, note, progress, summary
+from codebook.cli.output import describe, note, progress, resumable, summary
 from codebook.errors import CodebookError
 
 
+@resumable()
 def calibrate_command(
     model: ModelOption,
     data: DataOption,

@@ -19,8 +19,10 @@ from codebook.cli.options import (
     StrictOption,
     WorkersOption,
 )
+from codebook.cli.output import resumable
 
 
+@resumable()
 def extend_command(
     folder: Annotated[Path, typer.Argument(help="A codebook's folder; it stays as it is.")],
     images: ImagesOption,

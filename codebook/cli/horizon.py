@@ -10,10 +10,11 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from codebook.cli.options import CountOption, DataOption, DeviceOption, JsonOption, ModelOption, SeedOption
-from codebook.cli.output import note, progress
+from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError
 
 
+@resumable("out")
 def horizon_command(
     model: ModelOption,
     data: DataOption,

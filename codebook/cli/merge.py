@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from codebook.cli.options import JsonOption
+from codebook.cli.output import resumable
 
 
+@resumable()
 def merge_command(
     first: Annotated[Path, typer.Argument(help="A codebook's folder.")],
     second: Annotated[Path, typer.Argument(help="Folder of another one, of the same model and settings.")],

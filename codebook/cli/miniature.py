@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from codebook.cli.options import DeviceOption, JsonOption, SeedOption
-from codebook.cli.output import progress
+from codebook.cli.output import progress, resumable
 
 if TYPE_CHECKING:
     from codebook.evaluation import Scores
@@ -27,6 +27,7 @@ def images_command(
     print(out)
 
 
+@resumable()
 def train_command(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints and weights; run again to resume.")],
     steps: Annotated[

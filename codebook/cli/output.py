@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
+
+from codebook.errors import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -21,8 +24,33 @@ LINE_SECONDS = 10.0
 """Least seconds between progress lines where there is no terminal."""
 
 
+P = ParamSpec("P")
+
+
 def note(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(printable(text), file=sys.stderr)
+
+
+class Interrupted(Exception):
+    """Ctrl-C during a command that goes on when it is run again."""
+
+
+def resumable(option: str | None = None) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """Decorator of a command that keeps what is finished; with `option`, only if that parameter is given."""
+
+    def decorate(command: Callable[P, None]) -> Callable[P, None]:
+        @functools.wraps(command)
+        def wrapped(*args: P.args, **given: P.kwargs) -> None:
+            try:
+                command(*args, **given)
+            except KeyboardInterrupt:
+                if option is not None and given.get(option) is None:
+                    raise
+                raise Interrupted("interrupted: what is finished is kept, and the same command goes on") from None
+
+        return wrapped
+
+    return decorate
 
 
 @contextlib.contextmanager

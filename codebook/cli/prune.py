@@ -9,10 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from codebook.cli.options import DeviceOption, JsonOption, NewTokensOption, SeedOption
-from codebook.cli.output import describe, note, summary, write_picture
+from codebook.cli.output import describe, note, resumable, summary, write_picture
 from codebook.errors import CodebookError
 
 
+@resumable("source")
 def prune_command(
     model: Annotated[
         str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")

@@ -1,0 +1,96 @@
+"""What can be known to fail before a model is loaded: outputs that cannot be written, devices that are not there."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from codebook.errors import CodebookError, remedy_for
+
+BESIDE = ".journal.jsonl"
+"""Longest ending that is added to an output's name, for the journal beside it."""
+
+
+def check_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse an output that could not be written, or that would replace one of the inputs.
+
+    Raises
+    ------
+    CodebookError
+        If the path is a folder, a device, a FIFO or a link, too long, or in a folder that is missing or closed.
+    """
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        mode = stat.S_IFREG
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    if stat.S_ISDIR(mode):
+        raise CodebookError(f"{path} is a folder: name a file")
+    if not stat.S_ISREG(mode):
+        raise CodebookError(f"{path} is not a regular file, and would be replaced: name another file")
+    if not path.parent.is_dir():
+        raise CodebookError(f"no folder {path.parent}: create it first")
+    _check_names(path.with_name(path.name + BESIDE), path.parent)
+    _check_writable(path.parent)
+    for given in inputs:
+        with contextlib.suppress(OSError):
+            if path.samefile(given):
+                raise CodebookError(f"{path} is an input, and would be replaced: name another file")
+
+
+def check_output_folder(path: Path) -> None:
+    """Refuse a folder that could not be written or made.
+
+    Raises
+    ------
+    CodebookError
+        If the path or a part of it is a file, too long, or in a folder that is closed.
+    """
+    there = path
+    try:
+        while not os.path.lexists(there) and there != there.parent:
+            there = there.parent
+        if not there.is_dir():
+            raise CodebookError(f"{there} is a file: name a folder")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    _check_names(path, there)
+    _check_writable(there)
+
+
+def check_device(name: str | None) -> None:
+    """Refuse a device that is not there, or on which nothing can be computed."""
+    import torch
+
+    if name is None:
+        return
+    try:
+        torch.zeros(1, device=name).cpu()
+    except Exception as error:  # torch has another type for each kind of device
+        reason = " ".join(str(error).split())[:120]
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] * torch.backends.mps.is_available()
+        raise CodebookError(f"no device {name!r} here ({reason}): use {', '.join(there)}") from None
+
+
+def _check_names(path: Path, there: Path) -> None:
+    """Refuse a path with a name longer than the file system of its existing part takes."""
+    try:
+        longest = os.pathconf(there, "PC_NAME_MAX")
+    except (OSError, ValueError, AttributeError):  # not on Windows
+        longest = 255
+    if any(len(os.fsencode(part)) > longest for part in path.parts):
+        raise CodebookError(f"the name of {path} is too long: choose a shorter one")
+
+
+def _check_writable(folder: Path) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise CodebookError(f"nothing can be written into {folder}: choose another folder, or change its permissions")
+
+
+def _unwritable(path: Path, error: OSError) -> CodebookError:
+    return CodebookError(f"cannot write {path}: {error.strerror}; {remedy_for(error)}")
