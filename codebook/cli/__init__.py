@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     code = _run(argv)
     lost = flush_output()
     if lost is not None and not code:
-        code = _fail_by_system(lost, "standard output")
+        code = _fail_by_system(lost)
     if code:
         raise SystemExit(code)
 
@@ -111,10 +111,10 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _fail_by_system(error: OSError, what: str = "a file") -> int:
+def _fail_by_system(error: OSError) -> int:
     if isinstance(error, BrokenPipeError):
         return BROKEN_PIPE  # the reader of a pipe has left, as `head` does: there is nobody to tell
-    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else what
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else "the output"
     return _fail(f"cannot use {name}: {error.strerror or error}; {remedy_for(error)}", USER_ERROR)
 
 

@@ -50,7 +50,7 @@ def bench_command(
     show: Annotated[int, typer.Option(min=0, help="Samples whose kept tokens the report shows.")] = 12,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that draws at random.")] = 3,
     seconds: Annotated[
-        float, typer.Option(min=0, help="Seconds to spend on timing; at least three rounds are run.")
+        float, typer.Option(min=0, max=1e9, help="Seconds to spend on timing; at least three rounds are run.")
     ] = 120,
     batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
     max_new_tokens: NewTokensOption = 32,
@@ -66,6 +66,7 @@ def bench_command(
 ) -> None:
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
     from codebook import models
+    from codebook.cli.checks import check_device, check_output_folder
     from codebook.cli.data import load_data
     from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
@@ -80,14 +81,13 @@ def bench_command(
     settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent)
     share = None if part is None else _parse_part(part)
     curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
+    check_output_folder(out, ("results.json", "report.html"))
+    check_device(device)
     named = data or ["miniature"]
     tasks = load_data(named, count, seed)
     loaded, processor = models.load(model, device)
     rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except FileExistsError:
-        raise CodebookError(f"{out} is a file: name a folder") from None
+    out.mkdir(parents=True, exist_ok=True)
     if share is not None:
         i, n = share
         with progress(f"bench, part {i} of {n}", bench.count_answers(tasks, rows, settings, share), "answers") as tick:

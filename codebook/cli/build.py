@@ -62,6 +62,7 @@ def build_command(
 ) -> None:
     """Probe training images and store the tokens that never change the answer as prototypes."""
     from codebook import building
+    from codebook.cli.checks import CODEBOOK_FILES, check_device, check_output_folder
     from codebook.cli.output import building_progress
     from codebook.cli.probing import Probing, report_codebook
 
@@ -72,6 +73,8 @@ def build_command(
         "min_image_fraction": min_image_fraction,
     }  # fmt: skip
     settings = building.preset(preset or model, **{k: v for k, v in changes.items() if v is not None})
+    check_output_folder(out, CODEBOOK_FILES)
+    check_device(device)
     source = building.open_images(images, limit)  # before a model is loaded for nothing
     loaded, processor = probing.load(model)
     with building_progress(len(source.stamps)) as tick:

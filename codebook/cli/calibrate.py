@@ -41,6 +41,7 @@ def calibrate_command(
     """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
     from codebook import models
     from codebook.analysis import calibration
+    from codebook.cli.checks import check_device, check_output_file
     from codebook.cli.data import load_samples
     from codebook.cli.methods import codebook_for
     from codebook.pruning.plan import Plan
@@ -50,8 +51,8 @@ def calibrate_command(
     plans = [Plan(text, keep, None, codebook, seed) for text in (method, *(first or ()))]
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
-    if not out.parent.is_dir():
-        raise CodebookError(f"no folder {out.parent}: create it first")
+    check_output_file(out)
+    check_device(device)
     samples = load_samples(data, "train", seed, count)
     loaded, processor = models.load(model, device)
     methods = [plan.schedule for plan in plans]

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from codebook.errors import CodebookError, remedy_for
 
+CODEBOOK_FILES = ("config.json", "prototypes.safetensors", "provenance.jsonl", "README.md")
+"""Files of a codebook's folder that a build writes."""
 BESIDE = ".journal.jsonl"
 """Longest ending that is added to an output's name, for the journal beside it."""
 
@@ -42,8 +44,8 @@ def check_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
                 raise CodebookError(f"{path} is an input, and would be replaced: name another file")
 
 
-def check_output_folder(path: Path) -> None:
-    """Refuse a folder that could not be written or made.
+def check_output_folder(path: Path, files: Iterable[str] = ()) -> None:
+    """Refuse a folder that could not be written or made, or in which one of `files` could not be replaced.
 
     Raises
     ------
@@ -60,6 +62,9 @@ def check_output_folder(path: Path) -> None:
         raise _unwritable(path, error) from None
     _check_names(path, there)
     _check_writable(there)
+    if there == path:
+        for name in files:
+            check_output_file(path / name)
 
 
 def check_device(name: str | None) -> None:

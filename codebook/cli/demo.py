@@ -15,6 +15,7 @@ from codebook.cli.options import JsonOption, SeedOption
 from codebook.cli.output import Update, building_progress, progress, write_picture
 
 if TYPE_CHECKING:
+    from codebook.cli.checks import check_output_folder
     from codebook.evaluation import Scores
     from codebook.pruning import Pruner, Schedule
 
@@ -38,6 +39,7 @@ def demo_command(
     from codebook.miniature.samples import of_miniature
     from codebook.pruning import Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage, Uniform
 
+    check_output_folder(out, ("kept.png",))
     model, processor = models.load("miniature")
     folder = out / f"images-{images}-{seed}"
     miniature.write_images(folder, images, seed=seed)

@@ -33,6 +33,7 @@ def explain_command(
     from codebook.analysis.explain import explain, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
+    from codebook.cli.checks import check_device, check_output_file
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
     from codebook.store.shipped import find_codebook
@@ -44,6 +45,9 @@ def explain_command(
     check_keep(keep)
     if sheet is not None and not images:
         raise CodebookError("--sheet needs --images: the images that the codebook came from")
+    if sheet is not None:
+        check_output_file(sheet, [image])
+    check_device(device)
     picture = read_image(image)
     loaded, processor = models.load(model, device)
     book = find_codebook(loaded, codebook)

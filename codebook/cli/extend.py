@@ -39,10 +39,13 @@ def extend_command(
 ) -> None:
     """Add images to a codebook: the same result as building it from all of them."""
     from codebook import building
+    from codebook.cli.checks import CODEBOOK_FILES, check_device, check_output_folder
     from codebook.cli.output import building_progress
     from codebook.cli.probing import Probing, report_codebook
 
     probing = Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
+    check_output_folder(out, CODEBOOK_FILES)
+    check_device(device)
     book, _ = building.SurvivorPool.load(folder)
     source = building.open_images(images, limit)  # before a model is loaded for nothing
     model, processor = probing.load(name := book.config["model"])

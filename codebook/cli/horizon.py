@@ -37,12 +37,16 @@ def horizon_command(
     """Find the layer beyond which visual tokens no longer change the answer, by task."""
     from codebook import models
     from codebook.analysis import horizon, plot
+    from codebook.cli.checks import check_device, check_output_folder
     from codebook.cli.data import load_samples
     from codebook.inference.samples import mixed
     from codebook.store.files import replacing
 
     if metric not in get_args(horizon.SweepMetric):
         raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.SweepMetric))}")
+    if out is not None:
+        check_output_folder(out, ("horizon.json", "horizon.png"))
+    check_device(device)
     samples = mixed(load_samples(data, split, seed, count), seed)
     if out is not None:
         plot.require_matplotlib()  # before the long work

@@ -26,8 +26,11 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a codebook holds and how it was built."""
+    from codebook.cli.checks import check_output_file
     from codebook.store.codebook import Codebook
 
+    if sheet is not None:
+        check_output_file(sheet)
     book = Codebook.load(folder)
     if sheet is not None:
         _write_sheet(book, sheet, images or [])

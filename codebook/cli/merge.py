@@ -20,6 +20,8 @@ def merge_command(
 ) -> None:
     """Merge two codebooks: the same result as building one from the images of both."""
     from codebook import building
+    from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.probing import report_codebook
 
+    check_output_folder(out, CODEBOOK_FILES)
     report_codebook(building.merge(first, second, out), out, as_json)

@@ -22,7 +22,9 @@ def images_command(
 ) -> None:
     """Write training scenes, for `codebook build miniature --images`."""
     from codebook import miniature
+    from codebook.cli.checks import check_output_folder
 
+    check_output_folder(out)
     miniature.write_images(out, count, seed=seed)
     print(out)
 
@@ -42,8 +44,11 @@ def train_command(
     device: DeviceOption = None,
 ) -> None:
     """Train the embedded model from scratch on procedural scenes; an interrupted run continues."""
+    from codebook.cli.checks import check_device, check_output_folder
     from codebook.miniature import train
 
+    check_output_folder(out)
+    check_device(device)
     print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
 
 
@@ -62,12 +67,16 @@ def evaluate_command(
 ) -> None:
     """Accuracy of the embedded model on held-out questions, beside its accuracy without the image."""
     from codebook import models
+    from codebook.cli.checks import check_device, check_output_file
     from codebook.evaluation import accuracy_table, compare, evaluate, standard_error, task_means
     from codebook.miniature import TASK_FAMILIES, tasks
     from codebook.miniature import check as instrument
     from codebook.miniature.model import load_weights
     from codebook.miniature.samples import of_miniature, of_questions
 
+    if check is not None:
+        check_output_file(check)
+    check_device(device)
     loaded, processor = load_weights(folder, device or "cpu") if folder else models.load("miniature", device or "cpu")
     looks = look or ["plain"]
     rows: dict[str, Scores] = {}

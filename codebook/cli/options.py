@@ -11,7 +11,7 @@ ModelOption = Annotated[str, typer.Argument(help="`miniature`, a folder, or a na
 CodebookOption = Annotated[Path | None, typer.Option(help="Folder of a codebook; default: the model's, if one ships.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
-SeedOption = Annotated[int, typer.Option(help="Seed of everything random.")]
+SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 QuestionOption = Annotated[str, typer.Option("--ask", help="The question.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 MethodsOption = Annotated[

@@ -56,6 +56,7 @@ def prune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
+    from codebook.cli.checks import check_device, check_output_file
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
 
@@ -66,6 +67,7 @@ def prune_command(
                                     "--show": show, "--schedule": schedule})  # fmt: skip
         if codebook is None or output is None:
             raise CodebookError("--tokens needs --codebook DIR and --output FILE")
+        check_output_file(output, [tokens])
         prune_tokens(tokens, codebook, KEEP if keep is None else keep, output, as_json)
         return
     if model is None:
@@ -77,11 +79,19 @@ def prune_command(
         _refuse_beside("--input", {"--image": image, "--ask": question, "--show": show})
         if output is None:
             raise CodebookError("--input needs --output FILE")
+        check_output_file(output, [source])
+        check_device(device)
         prune_file(model, plan, source, output, batch, max_new_tokens, strict, device, as_json)
         return
     if not image or question is None:
         raise CodebookError("give --image FILE and --ask TEXT, or --input FILE, or --tokens FILE")
     _refuse_beside("--image", {"--output": output})
+    shown: list[Path] = []
+    if show is not None:
+        for i in range(len(image)):
+            shown.append(show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}"))
+            check_output_file(shown[i], image)
+    check_device(device)
 
     from codebook import models
     from codebook.inference.ask import ask
@@ -94,8 +104,7 @@ def prune_command(
     [answer] = ask(loaded, processor, [pictures], [question], applied, max_new_tokens)
     report = describe(loaded, applied) | {"answer": answer.text, "kept": answer.kept}
     if show is not None:
-        for i, (picture, view, kept) in enumerate(zip(pictures, answer.images, answer.kept, strict=True)):
-            path = show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}")
+        for path, picture, view, kept in zip(shown, pictures, answer.images, answer.kept, strict=True):
             write_picture(overlay(picture, *view.view(kept)), path)
         report["picture"] = str(show)
     if as_json:

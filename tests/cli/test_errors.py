@@ -1,0 +1,206 @@
+"""Errors are one printable line of bounded length on stderr, with exit code 2; there is never a traceback."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import typer
+from PIL import Image
+
+import codebook.cli
+from codebook import miniature
+from codebook.cli.output import resumable
+from codebook.errors import LONGEST_MESSAGE, CodebookError, printable
+
+
+def shell(script, **options):
+    """Run a shell script in which `codebook` is the command line; stdout, stderr and the exit code."""
+    run = f'codebook() {{ "{sys.executable}" -m codebook.cli "$@"; }}\n{script}'
+    return subprocess.run(["bash", "-c", run], capture_output=True, text=True, **options)
+
+
+def failing(monkeypatch, error):
+    """Make `codebook list` raise."""
+
+    def command():
+        raise error
+
+    app = typer.Typer()
+    app.command("list")(command)
+    app.command("other")(lambda: None)
+    monkeypatch.setattr(codebook.cli, "app", app)
+
+
+@pytest.mark.parametrize("text, shown", [
+    ("plain", "plain"),
+    ("two\nlines\t\r", "two\\nlines\\t\\r"),
+    ("bytes \udcff", "bytes \\udcff"),
+    ("\x1b[31mred\u2028\u202e", "\\x1b[31mred\\u2028\\u202e"),
+    ("é 日本 🙂", "é 日本 🙂"),
+])  # fmt: skip
+def test_messages_are_one_printable_line(text, shown):
+    assert printable(text) == str(CodebookError(text)) == shown
+    assert printable(shown) == shown
+
+
+def test_of_a_long_message_both_ends_are_shown():
+    message = str(CodebookError(f"no such file: {'x' * 4000}; give another"))
+    assert len(message) == LONGEST_MESSAGE and message.startswith("no such file: xxx") and " ... " in message
+    assert message.endswith("x; give another") and str(CodebookError(message)) == message
+
+
+NAMES = {
+    "a line end": "a\nb.png",
+    "control characters": "\x1b[2J\x07.png",
+    "no UTF-8": b"\xff\xfe.png",
+    "too long a name": "x" * 300,
+    "too long a path": "x/" * 2040,
+    "other alphabets": "日本\u202e.png",
+}
+
+
+@pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
+def test_odd_file_names(run, name):
+    code, out, err = run("prune", "miniature", "--image", os.fsdecode(name), "--ask", "?")
+    [line] = err.splitlines()
+    assert code == 2 and not out and line.startswith("error: ") and line.isprintable()
+    assert len(line) <= LONGEST_MESSAGE + len("error: ")
+
+
+def test_odd_names_where_only_ascii_can_be_shown():
+    done = shell("codebook $'\\xff\\n\u00e9'", env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 2 and not done.stdout and len(done.stderr.splitlines()) == 1
+    assert "\\udcff\\n\\xe9" in done.stderr
+
+
+@pytest.mark.parametrize("options, words", [
+    (["--nonsense"], ["No such option", "--nonsense", "see `codebook prune --help`"]),
+    (["--keep", "much"], ["--keep", "see `codebook prune --help`"]),
+    (["--batch", "0"], ["--batch", "1"]),
+    (["--seed", "-1"], ["--seed", "0"]),
+    (["--seed", str(2**32)], ["--seed", str(2**32 - 1)]),
+    (["--keep"], ["--keep"]),
+])  # fmt: skip
+def test_impossible_options_are_one_line(run, options, words):
+    code, out, err = run("prune", "miniature", *options)
+    [line] = err.splitlines()
+    assert code == 2 and not out and line.startswith("error: ") and all(word in line for word in words), err
+
+
+def test_an_unknown_command_and_none(run):
+    code, _, err = run("prun")
+    assert code == 2 and "prune" in err and len(err.splitlines()) == 1
+    for argv in ([], ["miniature"]):
+        code, out, err = run(*argv)
+        assert code == 2 and "Usage: codebook" in out + err and "Traceback" not in err
+
+
+@pytest.mark.parametrize("number, words", [
+    (errno.ENOSPC, ["free space"]),
+    (errno.EDQUOT, ["free space"]),
+    (errno.EROFS, ["nothing can be written there", "another folder"]),
+    (errno.EACCES, ["may not be written", "permissions"]),
+    (errno.EPERM, ["may not be written", "permissions"]),
+    (errno.ENOLCK, ["no file locks", "another one"]),
+    (errno.ENOTSUP, ["no file locks", "another one"]),
+    (errno.ENAMETOOLONG, ["shorter name"]),
+    (errno.EMFILE, ["ulimit"]),
+    (errno.EIO, ["check the disk"]),
+    (errno.ENETDOWN, ["another folder"]),
+])  # fmt: skip
+def test_errors_of_the_system_name_their_remedy(refused, monkeypatch, number, words):
+    failing(monkeypatch, OSError(number, os.strerror(number), "out/file"))
+    refused("list", words=["out/file", os.strerror(number), *words])
+    if number not in (errno.ENOSPC, errno.EDQUOT):
+        with pytest.raises(AssertionError):
+            refused("list", words=["free space"])
+
+
+def test_an_unexpected_error_says_where_it_was(run, monkeypatch):
+    failing(monkeypatch, KeyError("secret\nword"))
+    code, out, err = run("list")
+    [line] = err.splitlines()
+    assert code == 1 and not out
+    assert line.startswith("error: unexpected KeyError: 'secret\\nword' (cli/__init__.py, line ")
+    assert "codebook doctor" in line and "-X dev" in line
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch's."""
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"),
+])  # fmt: skip
+def test_out_of_memory_names_the_remedy(refused, monkeypatch, error):
+    failing(monkeypatch, error)
+    refused("list", words=["out of memory", "smaller --batch"])
+
+
+def test_an_interrupted_command_is_one_line_and_130(run, monkeypatch):
+    failing(monkeypatch, KeyboardInterrupt())
+    assert run("list") == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("given, words", [({}, "interrupted\n"), ({"out": "x"}, "the same command goes on\n")])
+def test_a_command_that_keeps_its_work_says_so_when_interrupted(run, monkeypatch, given, words):
+    @resumable("out")
+    def command(out: str | None = None) -> None:
+        raise KeyboardInterrupt
+
+    app = typer.Typer()
+    app.command("list")(command)
+    app.command("other")(lambda: None)
+    monkeypatch.setattr(codebook.cli, "app", app)
+    code, out, err = run("list", *(f"--{name}={value}" for name, value in given.items()))
+    assert code == 130 and not out and err.endswith(words) and len(err.splitlines()) == 1
+
+
+def test_control_c_in_a_build(tmp_path):
+    """A real signal to a real process; the same command then ends well."""
+    miniature.write_images(tmp_path / "images", 8)
+    argv = [sys.executable, "-m", "codebook.cli", "build", "miniature", "--images", tmp_path / "images", "--out",
+            tmp_path / "book", "--tau-p", "1", "--tau-j", "99"]  # fmt: skip
+    process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    while not any(file.is_file() and file.stat().st_size for file in (tmp_path / "book").rglob("*")):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and not out, err
+    assert err.splitlines()[-1] == "interrupted: what is finished is kept, and the same command goes on"
+    assert "Traceback" not in err and subprocess.run(argv, capture_output=True).returncode == 0
+
+
+def test_a_reader_that_leaves():
+    for command in ("list", "--help"):
+        done = shell(f"set -o pipefail; codebook {command} | true")
+        assert done.returncode in (0, 141) and not done.stderr
+
+
+def test_closed_and_full_streams():
+    closed = "error: standard output is closed: send it to a file, or to /dev/null\n"
+    done = shell("codebook list >&-")
+    assert done.returncode == 2 and done.stderr == closed
+    done = shell("codebook list <&- 2>&-")
+    assert done.returncode == 0 and "methods" in done.stdout
+    done = shell("codebook nonsense 2>&-")
+    assert done.returncode == 2 and not done.stdout
+    if os.path.exists("/dev/full"):
+        for command in ("--help", "list"):
+            done = shell(f"codebook {command} >/dev/full")
+            assert done.returncode == 2 and "output" in done.stderr and "free space" in done.stderr
+            assert len(done.stderr.splitlines()) == 1
+
+
+def test_an_answer_that_the_terminal_cannot_show(tmp_path):
+    Image.new("RGB", (96, 96)).save(tmp_path / "ü.png")
+    done = shell(f"codebook show miniature --image {tmp_path}/ü.png --ask describe. --methods uniform --out "
+                 f"{tmp_path}/ö.png", env=os.environ | {"PYTHONIOENCODING": "ascii"})  # fmt: skip
+    assert done.returncode == 0 and "\\xf6.png" in done.stderr and "#" in done.stdout
