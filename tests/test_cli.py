@@ -306,7 +306,7 @@ def test_full_disk_is_one_line_and_loses_nothing(run, refused, tmp_path):
     options = ["--tau-p", 1, "--tau-j", 99]
     try:
         filler = disk / "filler"
-        filler.write_bytes(b"x" * 100_000)
+        filler.write_bytes(b"x" * 140_000)
         refused(*build(images, disk / "book", *options), words=["free space", "kept"])
         filler.unlink()
         subprocess.run(["mount", "-o", "remount,size=16m", disk], check=True)

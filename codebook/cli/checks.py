@@ -8,7 +8,8 @@ import stat
 from collections.abc import Iterable
 from pathlib import Path
 
-from codebook.errors import CodebookError, remedy_for
+from codebook.errors import CodebookError
+from codebook.store.files import cannot_write
 
 CODEBOOK_FILES = ("config.json", "prototypes.safetensors", "provenance.jsonl", "README.md")
 """Files of a codebook's folder that a build writes."""
@@ -29,7 +30,7 @@ def check_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
     except FileNotFoundError:
         mode = stat.S_IFREG
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise cannot_write(path, error) from None
     if stat.S_ISDIR(mode):
         raise CodebookError(f"{path} is a folder: name a file")
     if not stat.S_ISREG(mode):
@@ -59,7 +60,7 @@ def check_output_folder(path: Path, files: Iterable[str] = ()) -> None:
         if not there.is_dir():
             raise CodebookError(f"{there} is a file: name a folder")
     except OSError as error:
-        raise _unwritable(path, error) from None
+        raise cannot_write(path, error) from None
     _check_names(path, there)
     _check_writable(there)
     if there == path:
@@ -95,7 +96,3 @@ def _check_names(path: Path, there: Path) -> None:
 def _check_writable(folder: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise CodebookError(f"nothing can be written into {folder}: choose another folder, or change its permissions")
-
-
-def _unwritable(path: Path, error: OSError) -> CodebookError:
-    return CodebookError(f"cannot write {path}: {error.strerror}; {remedy_for(error)}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -13,12 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, remedy_for
 
 TEMPORARY = ".codebook-"
 """How the name of a file begins that is not whole yet."""
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0)
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 # Reading
@@ -135,8 +133,7 @@ def cannot_write(path: Path, error: OSError, kept: str = "") -> CodebookError:
     kept
         What is safe all the same, for the error's text.
     """
-    remedy = "free space or choose another folder" if error.errno in FULL else "choose another folder"
-    return CodebookError(f"cannot write {path}: {error.strerror or one_line(error)}; {kept}{remedy}")
+    return CodebookError(f"cannot write {path}: {error.strerror or one_line(error)}; {kept}{remedy_for(error)}")
 
 
 @contextlib.contextmanager
