@@ -64,7 +64,7 @@ def test_paths(page):
 
 
 def test_modules_and_names(page):
-    for span in spans(page):
+    for span in spans(page) if page.name != "CHANGELOG.md" else []:  # which also says what things were called
         match = re.fullmatch(r"(codebook(?:\.\w+)+)(?:\(.*\))?", span)
         if match and not match[1].endswith((".py", ".json")):
             resolve_name(match[1])
