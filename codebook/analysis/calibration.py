@@ -16,11 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
 from codebook import models
 from codebook.analysis import likelihood
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
+from codebook.inference.prompts import check_samples
+from codebook.inference.records import Share, read_record
 from codebook.inference.respond import BATCH_SIZE
 from codebook.inference.samples import Sample, mixed, samples_digest
 from codebook.models.base import Model, Processor
@@ -43,6 +46,9 @@ FRESH = 4
 SEARCH = 3
 """One of every SEARCH samples is used for the search; the others confirm its winner. The search compares dozens of
 schedules; confirming compares two, so it needs more samples and costs less for each."""
+
+TEXTS, VALUES = TypeAdapter(list[str]), TypeAdapter(list[Share])
+"""Answers of a batch of samples in the journal, and their probabilities or scores."""
 
 Done = Callable[[int], None]
 """Called with the number of answers scored so far."""
@@ -213,6 +219,7 @@ def calibrate(
     CodebookError
         If there are too few samples, in all or for one task.
     """
+    check_samples(model, processor, samples)
     about = {
         "model": models.identity(model),
         "data": samples_digest(samples),
@@ -289,7 +296,8 @@ class _Search:
                 own = [self.samples[row] for row in rows]
                 said = ask(self.model, self.processor, [s.pictures() for s in own], [s.question for s in own])
                 self.journal.add(name, [answer.text for answer in said])
-            for row, text in zip(rows, self.journal[name], strict=True):
+            texts = read_record(self.journal, name, TEXTS, len(rows))
+            for row, text in zip(rows, texts, strict=True):
                 self.samples[row] = self.samples[row].answered(text)
             self.tick(len(rows))
         before = len(self.samples)
@@ -308,7 +316,8 @@ class _Search:
                         found = [likelihood.mean_probabilities(self.model, batch, schedule) for batch in loaded]
                         self.journal.add(name, [round(value, 7) for values in found for value in values])
             for name, schedule in names.items():
-                self.values.setdefault(str(schedule), {}).update(zip(group, self.journal[name], strict=True))
+                values = read_record(self.journal, name, VALUES, len(group))
+                self.values.setdefault(str(schedule), {}).update(zip(group, values, strict=True))
                 self.tick(len(group))
 
     def generate(self, schedule: Schedule, rows: range) -> float:
@@ -322,7 +331,8 @@ class _Search:
                     self.model, self.processor, [s.pictures() for s in group], [s.question for s in group], schedule
                 )
                 self.journal.add(name, [s.score(a.text) for s, a in zip(group, said, strict=True)])
-            scores |= dict(enumerate(self.journal[name], start))
+            found = read_record(self.journal, name, VALUES, len(group))
+            scores |= dict(enumerate(found, start))
             self.tick(len(group))
         return self._mean(scores, rows)[0]
 

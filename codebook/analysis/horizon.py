@@ -10,13 +10,16 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
+from typing_extensions import TypedDict
 
 from codebook import models
 from codebook.analysis.prefill import Cost, Prefill
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.inference.outputs import check_logits
-from codebook.inference.prompts import answer_ids, prepare_samples
+from codebook.inference.prompts import answer_ids, check_samples, prepare_samples
+from codebook.inference.records import Share, damaged, read_record
 from codebook.inference.samples import Sample, samples_digest
 from codebook.inference.uncertainty import UNKNOWN, wilson
 from codebook.models.base import Model, Processor
@@ -32,13 +35,24 @@ RESAMPLES = 2000
 GENERATED_PER_BATCH = 16
 """Samples per batch of generated answers."""
 
-RIGHT = 5
+FEWEST_RIGHT = 5
 """Fewest right answers of the unpruned model to a task that can show a horizon, where right answers are known."""
 GUESSES = 20
 """Most answers of a task that are tried as guesses."""
 
 SweepMetric = Literal["probability", "accuracy", "generated"]
 """What a sweep measures; see `sweep`."""
+
+
+class Values(TypedDict):
+    """Values of a sample's answer in the journal: unpruned, and with no visual token from each layer on."""
+
+    full: Share
+    pruned: list[Share]
+
+
+CURVES = TypeAdapter(dict[str, Values])
+"""A sample in the journal: its values by the metric that they are of."""
 
 
 @dataclass(frozen=True)
@@ -221,7 +235,7 @@ def _why_unknown(sweep: Sweep, task: str, rows: np.ndarray) -> str | None:
         return None
     right, guess = float(sweep.right[rows].sum()), sweep.guesses[task]
     said = f"the unpruned model answers {right:g} of {n} right"
-    if right < RIGHT:
+    if right < FEWEST_RIGHT:
         return f"{said}: ask questions that it can answer"
     if wilson(right / n, n)[0] <= guess:
         return f"{said}, and a guess {guess:.0%}: ask more questions, or such as it can answer"
@@ -285,6 +299,7 @@ def sweep(
         "data": samples_digest(samples),
         "kind": "generated" if metric == "generated" else "first",
     }
+    check_samples(model, processor, samples)
     cost = Cost()
     with Journal(file, about) as journal:
         if metric == "generated":
@@ -296,10 +311,13 @@ def sweep(
                     journal.add(str(i), record)
                     cost += own
                 done(i + 1)
-    records = [journal[str(i)] for i in range(len(samples))]
-    full, pruned = (np.array([r[metric][part] for r in records], dtype=np.float64) for part in ("full", "pruned"))
     generated = metric == "generated"
-    right = full if generated else np.array([r["accuracy"]["full"] for r in records], dtype=np.float64)
+    records = [read_record(journal, str(i), CURVES) for i in range(len(samples))]
+    judge, length = "generated" if generated else "accuracy", models.shape(model).layers - generated
+    if not all({metric, judge} <= r.keys() and len(r[metric]["pruned"]) == length for r in records):
+        raise damaged(journal)
+    full, right = (np.array([r[kind]["full"] for r in records]) for kind in (metric, judge))
+    pruned = np.array([r[metric]["pruned"] for r in records])
     tasks = [sample.task for sample in samples]
     return Sweep(tasks, full, pruned, int(generated), right, guess_rates(samples)), cost
 

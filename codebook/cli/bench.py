@@ -141,9 +141,6 @@ def _read_horizon(path: Path, wanted: bool) -> dict[str, Any] | None:
     """What `codebook horizon --out` wrote; None if the file is missing and the user did not name it."""
     if not wanted and not path.is_file():
         return None
-    try:
-        found = json.loads(path.read_text())
-        found["horizons"], found["start"], found["eps"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise CodebookError(f"{path} is no horizon.json: make one with `codebook horizon --out`") from None
-    return dict(found)
+    from codebook.evaluation.report import read_horizon
+
+    return read_horizon(path)

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
+from typing_extensions import TypedDict
 
 from codebook import __version__, models
 from codebook.errors import CodebookError
@@ -22,6 +24,7 @@ from codebook.evaluation.metrics import Estimate, Task, estimate, mean_of
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.ask import ask
 from codebook.inference.prompts import prepare
+from codebook.inference.records import damaged, read_record
 from codebook.inference.respond import Policy, Response, Shard, batches, remembering, respond
 from codebook.inference.samples import Sample, samples_digest
 from codebook.inference.uncertainty import NORMAL_QUANTILE
@@ -45,6 +48,36 @@ NEAR = 0.01
 
 ROUNDS = 3, 25
 """Fewest and most timing rounds."""
+
+
+class Seconds(TypedDict):
+    """Times of a row in the journal."""
+
+    first_token: FiniteFloat
+    decode: FiniteFloat
+    vision: FiniteFloat
+    selector: FiniteFloat
+    prefill: FiniteFloat
+
+
+class Bytes(TypedDict):
+    """Memory of a row in the journal."""
+
+    peak_memory: int
+    kv_cache: int
+
+
+class Look(TypedDict):
+    """An answer in the journal of samples shown, and the tokens kept for it, for each image."""
+
+    text: str
+    kept: list[list[NonNegativeInt]]
+    grids: list[tuple[PositiveInt, PositiveInt]]
+
+
+ROUND_COUNT, ROUND = TypeAdapter(PositiveInt), TypeAdapter(dict[str, Seconds])
+MEMORY, LOOK = TypeAdapter(Bytes), TypeAdapter(Look)
+"""Forms of the journals' records: number of rounds, a round by row, memory of a row, a sample that is shown."""
 
 
 @dataclass(frozen=True)
@@ -304,11 +337,13 @@ def _costs(
                 if number + 1 >= ROUNDS[0] and time.monotonic() - start > settings.seconds:
                     break
             journal.add("seconds", number + 1)
-    rounds = [journal[f"round {number}"] for number in range(journal["seconds"])]
-    return [_cost(rounds, name, names[0]) | journal[f"memory {name}"] for name in names]
+    rounds = [read_record(journal, f"round {i}", ROUND) for i in range(read_record(journal, "seconds", ROUND_COUNT))]
+    if not all(set(names) <= measured.keys() for measured in rounds):
+        raise damaged(journal)
+    return [_cost(rounds, name, names[0]) | read_record(journal, f"memory {name}", MEMORY) for name in names]
 
 
-def _cost(rounds: Sequence[Mapping[str, Mapping[str, float]]], name: str, reference: str) -> dict[str, Any]:
+def _cost(rounds: Sequence[Mapping[str, Any]], name: str, reference: str) -> dict[str, Any]:
     found: dict[str, Any] = {key: quartiles([one[name][key] for one in rounds]) for key in rounds[0][name]}
     # Ratios within a round: whatever slows the machine down for a while slows both.
     found["speedup"] = quartiles([one[reference]["first_token"] / one[name]["first_token"] for one in rounds])
@@ -455,8 +490,10 @@ def show_rows(
                         journal.add(
                             name, {"text": said.text, "kept": [s[0] for s in seen], "grids": [s[1] for s in seen]}
                         )
-                    record = journal[name]
+                    record = read_record(journal, name, LOOK)
                     grids = record["grids"]
+                    if not len(grids) == len(record["kept"]) == len(pictures):
+                        raise damaged(journal)
                     score = None if sample.answer is None else sample.score(record["text"])
                     own = {"text": record["text"], "score": score, "kept": record["kept"]}
                     views.append({"method": row.method, "keep": row.keep, **own})

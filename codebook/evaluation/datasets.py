@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,10 +10,13 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
 from codebook.inference.samples import Sample, read_samples
+from codebook.store.files import one_line, read_json, read_lines
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -25,6 +27,8 @@ PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+TEXTS_OF_SAMPLE = TypeAdapter(tuple[str, str, tuple[str, ...]])
 
 Loader = Callable[[Path], Iterator[Sample]]
 """Reads the samples of a data set from the folder of its files."""
@@ -109,10 +113,11 @@ def _read_dataset(kind: str, folder: Path) -> list[Sample]:
         raise CodebookError(f"no folder {folder}: give the one with the files of {kind}")
     try:
         samples = list(LOADERS[kind](folder))
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
-        raise CodebookError(
-            f"the files in {folder} are not those of {kind}: {type(error).__name__} {error}; see docs/bench.md"
-        ) from None
+        for sample in samples:
+            TEXTS_OF_SAMPLE.validate_python((sample.question, sample.answer, sample.answers))
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__} {one_line(error)}"
+        raise CodebookError(f"the files in {folder} are not those of {kind}: {reason}; see docs/bench.md") from None
     if not samples:
         raise CodebookError(f"{folder} holds no questions of {kind}: see docs/bench.md for the files")
     for image in dict.fromkeys(image for sample in samples for image in sample.images if isinstance(image, Path)):
@@ -122,12 +127,13 @@ def _read_dataset(kind: str, folder: Path) -> list[Sample]:
 
 
 def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
-        raise CodebookError(f"no file {path}: see docs/bench.md for the files") from None
-    except ValueError as error:
-        raise CodebookError(f"cannot read {path}: {error}; download it again") from None
+    return read_json(_there(path), "download it again")
+
+
+def _there(path: Path) -> Path:
+    if not path.is_file():
+        raise CodebookError(f"no file {path}: see docs/bench.md for the files")
+    return path
 
 
 def _annotated(image: Path, question: str, answers: Sequence[str], task: str, suffix: str = SHORT) -> Sample:
@@ -167,11 +173,7 @@ def _vizwiz(folder: Path) -> Iterator[Sample]:
 def _pope(folder: Path) -> Iterator[Sample]:
     for split in ("random", "popular", "adversarial"):
         file = folder / f"coco_pope_{split}.json"
-        try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except OSError:
-            raise CodebookError(f"no file {file}: see docs/bench.md for the files") from None
-        for record in (json.loads(line) for line in lines if line.strip()):
+        for _, record in read_lines(_there(file), "download it again"):
             image, label = folder / "val2014" / record["image"], {"yes": "yes", "no": "no"}[record["label"]]
             yield Sample((image,), record["text"] + SHORT, label, f"pope {split}", _pope_score)
 
@@ -189,7 +191,7 @@ def _mme(folder: Path) -> Iterator[Sample]:
         images = own / "images" if (own / "images").is_dir() else own
         shown = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in (".jpg", ".png")}
         for file in sorted(texts.glob("*.txt")):
-            for line in file.read_text(encoding="utf-8").splitlines():
+            for line in file.read_text(encoding="utf-8-sig").split("\n"):  # other line ends may stand in a question
                 if line.strip():
                     question, answer = line.rstrip().split("\t")
                     label = {"yes": "yes", "no": "no"}[answer.strip().lower()]
@@ -214,11 +216,7 @@ def _refcoco(folder: Path) -> Iterator[Sample]:
 
 def _ai2d(folder: Path) -> Iterator[Sample]:
     listed = folder / "ai2d_test_ids.csv"
-    try:
-        names = listed.read_text(encoding="utf-8").split()
-    except OSError:
-        raise CodebookError(f"no file {listed}: see docs/bench.md for the files") from None
-    for name in names:
+    for name in _there(listed).read_text(encoding="utf-8-sig").split():
         name = name.removesuffix(".png")
         for question, record in _json(folder / "questions" / f"{name}.png.json")["questions"].items():
             texts = record["answerTexts"]

@@ -51,6 +51,23 @@ def check_question(model: Model, processor: Processor, question: str) -> None:
         raise CodebookError(f"the question of {len(question.split())} words is too long: {_at_most(limit)}")
 
 
+def check_samples(model: Model, processor: Processor, samples: Sequence[Sample]) -> None:
+    """Refuse samples one of which cannot be asked, before any work is done.
+
+    Raises
+    ------
+    QuestionError
+        Naming the question.
+    """
+    for row, sample in enumerate(samples):
+        try:
+            check_question(model, processor, sample.question)
+            check_text(processor, sample.answer or "", "answer")
+        except CodebookError as error:
+            shown = sample.question if len(sample.question) <= 60 else sample.question[:60] + "..."
+            raise QuestionError(f"question {row + 1}, {shown!r}: {error}", row) from None
+
+
 def _at_most(limit: int) -> str:
     return f"the model takes at most {limit} tokens, images included; shorten it"
 

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from codebook import models
 from codebook.inference.ask import answer_prompts
-from codebook.inference.prompts import prepare
+from codebook.inference.prompts import check_samples, prepare
+from codebook.inference.records import read_record
 from codebook.inference.samples import Sample, samples_digest
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
@@ -24,6 +27,10 @@ Policy = Callable[[Sequence[Sample]], Schedule | None]
 
 Shard = tuple[int, int]
 """(i, n): the i-th of n equal parts of the batches, counted from 1."""
+
+
+RESPONSES = TypeAdapter(list[tuple[str, list[int]]])
+"""A batch of responses in the journal."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,7 @@ def respond(
     -------
     For each policy one Response per sample, in the samples' order; {} for a shard
     """
+    check_samples(model, processor, samples)
     about = {"model": models.identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
     answered, own_batches, keys = 0, batches(samples, batch, shard), []
     with _open_journal(file, about, shard) as journal:
@@ -101,8 +109,8 @@ def respond(
     responses: dict[str, dict[int, Response]] = {name: {} for name in policies}
     for rows, key in zip(own_batches, keys, strict=True):
         for name in policies:
-            values = journal[f"{name} #{key}"]
-            responses[name] |= {row: Response(*value) for row, value in zip(rows, values, strict=True)}
+            answered_batch = read_record(journal, f"{name} #{key}", RESPONSES, len(rows))
+            responses[name] |= {row: Response(*one) for row, one in zip(rows, answered_batch, strict=True)}
     return {name: [by_row[row] for row in range(len(samples))] for name, by_row in responses.items()}
 
 

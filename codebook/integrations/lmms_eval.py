@@ -23,7 +23,7 @@ from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import prepare
 from codebook.pruning.plan import DTYPES, Plan
 from codebook.pruning.presets import DEFAULT
-from codebook.store.pictures import read_video
+from codebook.store.pictures import read_image, read_video
 
 
 def manifest() -> ModelManifest:
@@ -114,7 +114,7 @@ class _Task:
         found: list[Image.Image] = []
         for visual in self._show() or []:
             frames = read_video(Path(visual)) if isinstance(visual, str) else (visual,)
-            found += [Image.open(frame) if isinstance(frame, Path) else frame for frame in frames]
+            found += [read_image(frame) if isinstance(frame, Path) else frame for frame in frames]
         return [picture.convert("RGB") for picture in found]
 
 

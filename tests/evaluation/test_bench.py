@@ -253,6 +253,40 @@ def test_the_report_is_one_file_that_needs_no_other(measured):
     assert "What was kept" not in without and "Information horizon" not in without
 
 
+CURVE = {"loss": [0.5, 0.1], "error": [0.1, None], "layer": 1, "interval": [1, 2], "safe": 2}
+ODD = [None, 3, "x", [], {}, [[]], [None], [1, 2, 3], {"a": 1}, float("nan")]
+
+
+@pytest.mark.parametrize("key", [None, "eps", "start", "horizons", "exist", "loss", "error", "interval", "unknown"])
+def test_a_horizon_of_another_form_is_refused_or_drawn(measured, tmp_path, key):
+    """Every part in turn replaced by every odd value: the report is a page, or the file is refused in one line."""
+    file = tmp_path / "horizon.json"
+    for odd in ODD:
+        whole = {"eps": 0.01, "start": 0, "horizons": {"exist": dict(CURVE)}, "more": 1}
+        if key in CURVE or key == "unknown":
+            whole["horizons"]["exist"][key] = odd
+        elif key == "exist":
+            whole["horizons"]["exist"] = odd
+        elif key is not None:
+            whole[key] = odd
+        file.write_text(json.dumps(odd if key is None else whole))
+        try:
+            found = report.read_horizon(file)
+        except CodebookError as error:
+            assert "codebook horizon" in str(error) and "\n" not in str(error)
+        else:
+            Page(report.html(measured[0] | {"samples": []}, (), found))
+    file.write_text(json.dumps({"eps": 0.01, "start": 0, "horizons": {"exist": CURVE}}))
+    assert report.read_horizon(file)["horizons"]["exist"]["safe"] == 2
+
+
+def test_a_horizon_of_which_nothing_is_known_is_shown_as_such(measured):
+    curve = CURVE | dict.fromkeys(("layer", "interval", "safe")) | {"unknown": "answers 0 of 9 right"}
+    page = report.html(measured[0] | {"samples": []}, (), {"eps": 0.01, "start": 0, "horizons": {"exist": curve}})
+    assert "exist: horizon unknown, answers 0 of 9 right" in page and 'class="safe"' not in page
+    assert 'class="band"' not in page  # one error is not known
+
+
 def test_dropped_tokens_are_drawn_and_no_others():
     kept, grid = [0, 3, 4, 5, 10], (3, 4)
     drawn = set()

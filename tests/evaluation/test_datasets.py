@@ -132,6 +132,39 @@ def test_a_file_of_samples_with_several_answers_and_a_film(put, tmp_path):
     assert [path.stem for path in second.images] == ["01", "03", "06", "08", "11", "13", "16", "18"]
 
 
+def test_odd_line_ends_and_a_mark_at_the_start_are_text(put, tmp_path):
+    """U+2028, U+0085 and a byte-order mark in MME's texts."""
+    question = "what\u2028does\u0085it say?"
+    for category in (*PERCEPTION, *COGNITION):
+        put(f"{category}/1.jpg")
+        put(f"{category}/1.txt", f"\ufeff{question}\tYes\n")
+    assert load_data([f"mme:{tmp_path}"])[0].samples[0].question == question + SHORT
+
+
+@pytest.mark.parametrize("odd", [None, 3, [], {}, [[1]], {"a": 1}, "", float("nan")])
+def test_another_type_inside_is_one_error(put, tmp_path, odd):
+    """Each field of GQA's and RefCOCO's records, and the records themselves, in turn."""
+    put("images/1.jpg")
+    record = {"imageId": "1", "question": "q", "answer": "a"}
+    image = {"id": 0, "file_name": "1.jpg", "height": 8, "width": 8, "caption": "bowl"}
+    boxes = {"images": [image], "annotations": [{"image_id": 0, "bbox": [1, 1, 2, 2]}]}
+    put("train2014/1.jpg")
+    wrong = [("gqa", odd), ("gqa", {"1": odd}), *(("gqa", {"1": record | {key: odd}}) for key in record)]
+    wrong += [("refcoco", odd), *(("refcoco", boxes | {key: odd}) for key in boxes)]
+    wrong += [("refcoco", boxes | {"images": [image | {key: odd}]}) for key in image]
+    wrong += [("refcoco", boxes | {"images": [image | {"height": 0}]})]
+    names = {"gqa": "testdev_balanced_questions.json", "refcoco": "finetune_refcoco_val.json"}
+    for kind, content in wrong:
+        put(names[kind], json.dumps(content))
+        try:
+            tasks = load_data([f"{kind}:{tmp_path}"])
+        except CodebookError as error:
+            assert "\n" not in str(error) and len(str(error)) < 600
+        else:
+            texts = [(s.question, s.answer) for task in tasks for s in task.samples]
+            assert all(isinstance(text, str) for pair in texts for text in pair)
+
+
 def test_the_miniature_and_a_name_twice():
     tasks = load_data(["miniature"], count=2)
     assert len(tasks) == 11 and all(len(task.samples) == 2 for task in tasks)
