@@ -4,14 +4,12 @@ from codebook.analysis.calibration import Calibration, calibrate
 from codebook.analysis.horizon import Horizon, Sweep, horizons, sweep
 from codebook.analysis.information import Information, token_information
 from codebook.analysis.prefill import Prefill
-from codebook.inference.samples import Sample
 
 __all__ = [
     "Calibration",
     "Horizon",
     "Information",
     "Prefill",
-    "Sample",
     "Sweep",
     "calibrate",
     "horizons",

@@ -86,7 +86,15 @@ class Calibration:
     skipped: int
 
     @property
+    def unknown(self) -> str | None:
+        """Why the test says little about answers: none of those generated is right, so the gain is in wrong ones."""
+        if max(self.scores) > 0 or math.isnan(self.scores[0]):
+            return None
+        return "no generated answer is right, which says little: calibrate with questions that the model can answer"
+
+    @property
     def confirmed(self) -> bool:
+        """Whether `best` passed the test."""
         return self.schedule is not self.plain
 
     def evidence(self) -> dict[str, Any]:
@@ -95,12 +103,14 @@ class Calibration:
         return {
             "best": str(self.best), "gain": self.gain, "error": self.error,
             "scores": dict(zip(("plain", "best"), scores, strict=True)), "rounds": self.rounds, "skipped": self.skipped,
+            "unknown": self.unknown,
         }  # fmt: skip
 
     def __str__(self) -> str:
         if self.best is self.plain:
             return f"no candidate was better than {self.plain} in the search: keep the plain method"
         found = f"{self.gain:+.4f} ± {self.error:.4f} probability, score {self.scores[0]:.3f} -> {self.scores[1]:.3f}"
+        found += f"; {self.unknown}" if self.unknown else ""
         if self.confirmed:
             return f"{self.schedule} beats {self.plain} on fresh samples: {found}"
         return f"{self.best} does not beat {self.plain} beyond noise on fresh samples ({found}): keep the plain method"

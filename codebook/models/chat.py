@@ -47,7 +47,8 @@ def check_text(processor: Processor, text: str, name: str = "question") -> None:
     tokenizer = processor.tokenizer
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     special |= {*tokenizer.all_special_tokens, *(f"<{kind}>" for kind in KINDS)}
-    special |= {str(token) for kind in KINDS if (token := getattr(processor, f"{kind}_token", None))}
+    # What a processor replaces need not be special to its tokenizer.
+    special |= {str(token) for name, token in vars(processor).items() if name.endswith(("_token", "_tag")) and token}
     if found := [token for token in special if token in text]:
         first = min(found, key=lambda token: (text.index(token), -len(token)))
         raise CodebookError(f"the {name} holds {first!r}, a special token of the model: leave it out of the text")

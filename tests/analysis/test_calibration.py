@@ -93,6 +93,8 @@ def test_tokens_behind_the_horizon_are_spent_before_it(model, processor, samples
     assert result.confirmed and result.gain > 1.645 * result.error > 0
     assert str(result.schedule) == f"random:36, drop@{READS}"
     assert seen == sorted(seen) and seen[-1] == most_answers(len(found), samples)
+    # The random model's first words are the right answers, and it goes on talking.
+    assert result.scores == (0, 0) and "no generated answer is right" in str(result) and result.evidence()["unknown"]
     assert [len(means) for means in result.rounds] == [
         1 + len(found),
         1 + _survivors(len(found), 1),
@@ -137,6 +139,7 @@ def test_what_scores_worse_when_generated_is_refused(model, processor, samples, 
     monkeypatch.setattr(_Search, "generate", lambda self, schedule, rows: float(schedule is plain))
     result = calibrate(model, processor, samples, plain, found)
     assert result.gain > 1.645 * result.error and result.schedule is plain and result.scores == (1, 0)
+    assert result.unknown is None
 
 
 def test_unlabelled_samples_are_answered_by_the_unpruned_model(model, processor, samples, monkeypatch):
