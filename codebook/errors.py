@@ -58,3 +58,9 @@ def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
 def remedy_for(error: OSError, otherwise: str = "choose another folder") -> str:
     """What to do about an error of the operating system."""
     return REMEDIES.get(error.errno or 0, otherwise)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on the CPU or a GPU; torch says so in messages of a RuntimeError."""
+    messages = ("not enough memory", "can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(message in str(error) for message in messages)

@@ -141,6 +141,35 @@ def test_tokens_of_another_dimension_or_no_tokens(refused, foreign, tmp_path):
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("tensors, words", [
+    ({"a": torch.ones(2, 4), "a.index": torch.ones(3, 4)}, ["'a'", "'a.index'", "rename"]),
+    ({"b": torch.ones(2, 4), "b.index.index": torch.ones(2, 4), "b.index": torch.ones(2, 4)}, ["'b", "rename"]),
+    ({}, ["no tensors"]),
+    ({"a": torch.tensor([[1.0, 2, 3, float("nan")]])}, ["'a'", "NaN"]),
+    ({"a": torch.tensor([[1.0, 2, 3, float("inf")]])}, ["'a'", "infinite"]),
+    ({"a": torch.ones(2, 4, dtype=torch.int32)}, ["'a'", "floats"]),
+    ({"a": torch.ones(0, 4)}, ["'a'", "(0, 4)"]),
+    ({"a": torch.ones(4)}, ["'a'", "(4,)"]),
+])  # fmt: skip
+def test_tensors_that_would_get_lost_or_mean_nothing(refused, foreign, tmp_path, tensors, words):
+    save_file(tensors, tmp_path / "in.safetensors")
+    output = tmp_path / "out.safetensors"
+    refused("prune", "--tokens", tmp_path / "in.safetensors", "--codebook", foreign, "--output", output, words=words)
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn])
+def test_tokens_keep_their_dtype(run, foreign, tmp_path, dtype):
+    tokens = torch.tensor([[2.0, 0, 0, 0], [0, 0, 1, 0], [1, 0, 1, 0], [0, 3, 0, 4.0]]).to(dtype)
+    save_file({"a": tokens, "index": tokens.clone()}, tmp_path / "in.safetensors")
+    files = ["--tokens", tmp_path / "in.safetensors", "--output", tmp_path / "out.safetensors"]
+    code, _, err = run("prune", *files, "--codebook", foreign, "--keep", 0.5)
+    assert code == 0, err
+    kept = load_file(tmp_path / "out.safetensors")
+    assert set(kept) == {"a", "a.index", "index", "index.index"} and kept["a.index"].tolist() == [1, 3]
+    assert kept["a"].dtype == dtype and torch.equal(kept["a"].float(), tokens.float()[[1, 3]])
+
+
 @pytest.mark.parametrize("keep", ["0", "1.5", "nan", "-0.1"])
 def test_impossible_keep(refused, keep):
     refused("prune", "miniature", "--image", "x.png", "--ask", "?", "--keep", keep, words=["keep must be", keep])

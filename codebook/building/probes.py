@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from codebook import models
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, out_of_memory
 from codebook.models import Model, Processor
 from codebook.models.chat import chat_text
 
@@ -246,7 +246,7 @@ class Prober:
             try:
                 rows.append(run(done, stop))
             except (RuntimeError, MemoryError) as error:
-                if not _out_of_memory(error):
+                if not out_of_memory(error):
                     raise
                 if stop - done == 1:
                     raise CodebookError(
@@ -261,12 +261,6 @@ class Prober:
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
         return torch.cat(rows)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; on the CPU torch says so in a plain RuntimeError."""
-    told = ("not enough memory", "can't allocate memory", "out of memory")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(text in str(error) for text in told)
 
 
 def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int]]:

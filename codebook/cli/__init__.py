@@ -28,7 +28,7 @@ from codebook.cli.output import Interrupted
 from codebook.cli.prune import prune_command
 from codebook.cli.show import show_command
 from codebook.cli.streams import flush_output, prepare_streams, say
-from codebook.errors import CodebookError, remedy_for
+from codebook.errors import CodebookError, out_of_memory, remedy_for
 
 USER_ERROR, UNEXPECTED, BROKEN_PIPE, INTERRUPTED = 2, 1, 141, 130
 """Exit codes."""
@@ -130,7 +130,7 @@ def _fail_by_usage(error: Exception) -> int:
 
 def _fail_unexpectedly(error: Exception) -> int:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in reason:
+    if out_of_memory(error):
         return _fail(f"out of memory ({reason}): choose a smaller --batch, or a larger --device", USER_ERROR)
     package = os.path.dirname(os.path.dirname(__file__))
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.startswith(package)]

@@ -13,7 +13,7 @@ from codebook.store.files import cannot_write
 
 CODEBOOK_FILES = ("config.json", "prototypes.safetensors", "provenance.jsonl", "README.md")
 """Files of a codebook's folder that a build writes."""
-BESIDE = ".journal.jsonl"
+BESIDE = ".journal"
 """Longest ending that is added to an output's name, for the journal beside it."""
 
 

@@ -42,7 +42,7 @@ def prune_command(
     show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", help="JSONL of {image | images, question}; paths relative to it."),
+        typer.Option("--input", help="JSONL of {image | images, question}; paths relative to it. Run again to resume."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of answers, or safetensors with --tokens.")] = None,
     tokens: Annotated[
@@ -51,7 +51,9 @@ def prune_command(
     batch: Annotated[int, typer.Option(min=1, help="Questions per batch, with --input.")] = 16,
     max_new_tokens: NewTokensOption = 32,
     seed: SeedOption = 0,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image of --input.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first line of --input without an answer.")
+    ] = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:

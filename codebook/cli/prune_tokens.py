@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.pruning import RedundancyCodebook, Stage, VisualTokens
@@ -26,7 +26,15 @@ def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json:
         raise CodebookError(f"no such file: {source}") from None
     except SafetensorError as error:
         raise CodebookError(f"cannot read {source}: {error}; give a safetensors file") from None
-    kept: dict[str, Any] = {}
+    if not tensors:
+        raise CodebookError(f"{source} holds no tensors: save projector outputs of (n, d) in it")
+    for name in tensors:
+        if (indices := f"{name}.index") in tensors:
+            raise CodebookError(
+                f"{source} has tensors {name!r} and {indices!r}, but the output needs the latter name for the indices "
+                "kept of the former: rename one of them"
+            )
+    kept: dict[str, Tensor] = {}
     report = {}
     dimension = pruner.codebook.prototypes.shape[1]
     for name, tokens in tensors.items():
@@ -34,6 +42,8 @@ def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json:
             raise CodebookError(
                 f"tensor {name!r} of {source} is {tuple(tokens.shape)}: this codebook prunes floats of (n, {dimension})"
             )
+        if not tokens.float().isfinite().all():
+            raise CodebookError(f"tensor {name!r} of {source} has values that are NaN or infinite: check what wrote it")
         index = pruner.select(VisualTokens.of(tokens), Stage(0, keep, pruner).count(len(tokens)))
         kept |= {name: tokens[index].contiguous(), f"{name}.index": index}
         report[name] = {"tokens": len(tokens), "kept": len(index)}
