@@ -2,7 +2,6 @@
 
     python -m benchmarks.cost.build compare            # both, at the preset and at about 3% of the tokens surviving
     python -m benchmarks.cost.build grow --counts 100 1000 10000 --settings selective   # cost against images
-    python -m benchmarks.cost.build kills --count 50   # kill -9 at random moments, resume, compare bytes
     python -m benchmarks.cost.build cluster --counts 10000 40000   # clustering of many survivors, time and memory
 
 `compare` runs each way in a process of its own, for its peak memory, one after the other: `published` is one forward a
@@ -12,9 +11,7 @@ probe of whole sequences, on every candidate; `exhaustive` the same probes in ba
 
 import argparse
 import json
-import random
 import resource
-import signal
 import subprocess
 import sys
 import tempfile
@@ -66,9 +63,6 @@ def main() -> None:
     grow_ = commands.add_parser("grow")
     grow_.add_argument("--counts", type=int, nargs="+", default=[100, 1000])
     grow_.add_argument("--settings", choices=SETTINGS, default="preset")
-    kills_ = commands.add_parser("kills")
-    kills_.add_argument("--count", type=int, default=50)
-    kills_.add_argument("--images", type=int, default=60)
     cluster_ = commands.add_parser("cluster")
     cluster_.add_argument("--counts", type=int, nargs="+", default=[10_000, 40_000])
     one = commands.add_parser("one")  # a build in a process of its own
@@ -89,8 +83,6 @@ def main() -> None:
             compare(Path(folder), options.images, options.settings)
         elif options.command == "grow":
             grow(Path(folder), options.counts, options.settings)
-        elif options.command == "kills":
-            kills(Path(folder), options.images, options.count)
         else:
             for count in options.counts:
                 print(run("points", count), flush=True)
@@ -177,25 +169,6 @@ def grow(folder: Path, counts: list[int], name: str) -> None:
         )
 
 
-def kills(folder: Path, images: int, count: int) -> None:
-    source = scenes(folder, images)
-    start = time.perf_counter()
-    run("one", source, folder / "straight", "cascade", "preset")
-    whole, chance, killed = time.perf_counter() - start, random.Random(SEED), 0
-    while killed < count:
-        out = folder / f"killed-{killed}"
-        for _ in range(5):  # five kills in each build, so that they fall everywhere in it
-            process = start_one(source, out, "cascade", "preset")
-            time.sleep(chance.uniform(0.3, 1) * whole)
-            process.send_signal(signal.SIGKILL)
-            killed += process.wait() == -signal.SIGKILL
-        run("one", source, out, "cascade", "preset")
-        for path in (folder / "straight").iterdir():
-            if path.read_bytes() != (out / path.name).read_bytes():
-                raise SystemExit(f"{path.name} differs after kill {killed}")
-        print(f"{killed} kills: identical bytes", flush=True)
-
-
 def points(count: int, d: int = 1024) -> None:
     """Cluster synthetic survivors; prints seconds and the peak memory, that of the points included."""
     generator = torch.Generator().manual_seed(SEED)
@@ -222,11 +195,6 @@ def scenes(folder: Path, count: int) -> Path:
 
 def key(row: dict) -> tuple:
     return row["image"], row["row"], row["col"], row["cluster"]
-
-
-def start_one(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, __file__, "one", *map(str, arguments)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def run(*arguments: object) -> dict:

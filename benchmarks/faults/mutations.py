@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 ODD: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, -(2**63), 10**400, 0.5, -0.0, 1e308, 5e-324, float("nan"), float("inf"),
     "", "x", "0", "é", "\ud800", "\x00", "\u2028", "..", "../../../etc/passwd", "/dev/zero", "x" * 5000, "a\nb\x1b[31m",
@@ -19,6 +21,12 @@ ODD: list[Any] = [
 """Values that a field of the right name may hold: wrong types, extremes, and text that a terminal or path minds."""
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 123\n"
+
+
+AUTO_MAP = {
+    name: "evil.Config" for name in ("AutoConfig", "AutoProcessor", "AutoTokenizer", "AutoModelForImageTextToText")
+}
+"""Names a module `evil.py` beside the config, which transformers runs if it is allowed to."""
 
 
 class Bomb:
@@ -43,9 +51,15 @@ def spoil(path: Path, draw: random.Random, canary: Path) -> str:
     elif path.suffix == ".safetensors":
         ways += [_tensors] * 5
     way = draw.choice(ways)
-    if draw.random() < 0.02:
-        path.write_bytes(pickle.dumps(Bomb(canary)))
+    if draw.random() < 0.03:
+        if draw.random() < 0.5:
+            path.write_bytes(pickle.dumps(Bomb(canary)))
+        else:
+            torch.save(Bomb(canary), path)
         return "pickle"
+    if path.name == "config.json" and draw.random() < 0.1:
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model": str(path.parent), "auto_map": AUTO_MAP}))
+        return "auto_map"
     way(path, draw)
     return way.__name__.strip("_")
 
