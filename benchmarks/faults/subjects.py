@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 import tarfile
 from collections.abc import Callable, Iterator
@@ -55,6 +56,7 @@ class Subject:
 @contextlib.contextmanager
 def miniature_once() -> Iterator[None]:
     """Commands that load the miniature get the same one each time: reading its weights is a subject of its own."""
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a thread's OpenMP pool does not survive the fork
     real = models.load
     once = cache(lambda: real("miniature", "cpu"))
 

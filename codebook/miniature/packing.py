@@ -133,7 +133,7 @@ def _subject(study: Study, rng: np.random.Generator) -> tuple[Callable[..., Any]
 def _kept_tokens(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
     """Choose the visual tokens (B * N, K) that a batch keeps.
 
-    Of ten batches four keep all, three lose background only, three lose tokens at random: losing
+    Four of ten batches keep all, three lose background only, three lose tokens at random: losing
     background alone would teach the model to favour pruners that keep objects.
     """
     kind = 0 if rng is None else int(rng.integers(10))

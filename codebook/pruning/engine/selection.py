@@ -63,14 +63,14 @@ def choose(
     tokens
         What the pruner sees of a unit, by its number.
     """
-    together = _together(pruner, units, counts)
+    together = _choose_together(pruner, units, counts)
     return [
-        together[number] if number in together else _one(pruner, unit, count, number, tokens)
+        together[number] if number in together else _choose_alone(pruner, unit, count, number, tokens)
         for number, (unit, count) in enumerate(zip(units, counts, strict=True))
     ]
 
 
-def _one(
+def _choose_alone(
     pruner: Pruner, unit: Unit, count: int | None, number: int, tokens: Callable[[int], VisualTokens]
 ) -> Tensor | None:
     if count == 0:
@@ -81,7 +81,7 @@ def _one(
     return None if len(_checked(pruner, index, count)) == unit.count else index
 
 
-def _together(pruner: Pruner, units: Sequence[Unit], counts: Sequence[int | None]) -> dict[int, Tensor]:
+def _choose_together(pruner: Pruner, units: Sequence[Unit], counts: Sequence[int | None]) -> dict[int, Tensor]:
     """What stays of units for which a pruner can choose at once: those of as many tokens that keep as many."""
     if not isinstance(pruner, FeaturePruner):
         return {}
