@@ -479,11 +479,11 @@ def show_rows(
     found, count = [], 0
     with Journal(file, {"model": models.identity(model), "max_new_tokens": max_new_tokens}) as journal:
         for sample in samples:
-            pictures, views, grids = sample.pictures(), [], []
+            pictures, views, grids, key = sample.pictures(), [], [], samples_digest([sample])
             with remembering(model):
                 for row in rows:
                     schedule = row.schedules[0]
-                    name = f"{samples_digest([sample])} {schedule_key(schedule)}"
+                    name = f"{key} {schedule_key(schedule)}"
                     if name not in journal:
                         [said] = ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)
                         seen = [image.view(kept) for image, kept in zip(said.images, said.kept, strict=True)]

@@ -129,10 +129,22 @@ def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:
-    """A short hash that identifies a list of samples."""
+    """A short hash that identifies a list of samples by what they ask, show and expect.
+
+    Pictures count by their contents and not by their names: an edited picture is another one, a renamed one is not.
+    """
     hashed = hashlib.sha256()
     for sample in samples:
-        hashed.update(json.dumps([sample.question, sample.answer, sample.task]).encode())
-        for image in sample.images:
-            hashed.update(str(image).encode() if isinstance(image, Path) else image.tobytes())
+        texts = [sample.question, sample.answer, sample.task, sample.answers]
+        hashed.update(json.dumps([*texts, [_picture_digest(image) for image in sample.images]]).encode())
     return hashed.hexdigest()[:16]
+
+
+def _picture_digest(image: Picture.Image | Path) -> str:
+    if isinstance(image, Path):
+        try:
+            return hashlib.sha256(image.read_bytes()).hexdigest()
+        except OSError:
+            read_image(image)  # says what is wrong
+            raise
+    return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"

@@ -1,13 +1,16 @@
 """Samples from files and from the miniature, and the tokens of their answers."""
 
 import json
+from dataclasses import replace
 
 import pytest
+from PIL import Image
 
-from codebook import miniature
+from codebook import miniature, models
 from codebook.errors import CodebookError
 from codebook.inference import samples as data
 from codebook.inference.prompts import answer_ids
+from codebook.inference.respond import respond
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_miniature
 
@@ -68,6 +71,36 @@ def test_every_stretch_of_mixed_samples_has_all_tasks():
     assert [sum(s.task == "a" for s in order[i : i + 3]) for i in range(0, 12, 3)] == [2, 2, 2, 2]
     assert order == data.mixed(samples, seed=3) != data.mixed(samples, seed=4)
     assert data.samples_digest(order) != data.samples_digest(samples)
+
+
+def test_samples_are_known_by_their_pictures_contents(tmp_path, picture):
+    """Other pixels under the same name and of the same size are another picture; another name is none."""
+    asked = Sample((picture,), "q", "a", "t")
+    before = data.samples_digest([asked])
+    image = asked.pictures()[0]
+    copied = tmp_path / "copy.png"
+    copied.write_bytes(picture.read_bytes())
+    assert data.samples_digest([replace(asked, images=(copied,))]) == before
+    image.putpixel((0, 0), (1, 2, 3))
+    image.save(picture)
+    assert data.samples_digest([asked]) != before
+    # Open pictures too, and their shape: the same bytes in another one are another picture.
+    flat, tall = (Sample((Image.frombytes("L", size, bytes(8)),), "q") for size in ((4, 2), (2, 4)))
+    assert data.samples_digest([flat]) != data.samples_digest([tall])
+    assert data.samples_digest([replace(asked, answers=("a", "b"))]) != data.samples_digest([asked])
+    with pytest.raises(CodebookError, match="no such image"):
+        data.samples_digest([Sample((tmp_path / "none.png",), "q")])
+
+
+def test_an_edited_picture_is_asked_again(tmp_path, picture):
+    loaded = models.load("miniature", "cpu")
+    file, asked = tmp_path / "answers.jsonl", [Sample((picture,), "is there a red circle?")]
+    respond(*loaded, asked, {"": lambda group: None}, file)
+    respond(*loaded, asked, {"": lambda group: None}, file)
+    assert len(file.read_text().splitlines()) == 2
+    Image.new("RGB", asked[0].pictures()[0].size).save(picture)
+    respond(*loaded, asked, {"": lambda group: None}, file)
+    assert len(file.read_text().splitlines()) == 3
 
 
 def test_samples_of_the_miniature_are_scored_its_way():
