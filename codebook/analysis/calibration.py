@@ -26,6 +26,7 @@ from codebook.inference.prompts import check_samples
 from codebook.inference.records import Share, read_record
 from codebook.inference.respond import BATCH_SIZE
 from codebook.inference.samples import Sample, mixed, samples_digest
+from codebook.inference.uncertainty import ONE_SIDED_QUANTILE
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
 from codebook.pruning.stage import Keep
@@ -39,10 +40,8 @@ DEEP_LAYERS = 12
 """How many layers are tried for the deep stage, evenly spaced behind the first stage."""
 RUNGS = (0.25, 0.5, 1.0)
 """Share of the search samples that a candidate has seen after each round of the search."""
-CRITICAL_VALUE = 1.645
-"""Standard normal quantile of a one-sided test at 5%."""
 FRESH = 4
-"""Fewest confirming samples per task: a standard error from two or three is too uncertain for CRITICAL_VALUE."""
+"""Fewest confirming samples per task: a standard error from two or three is too uncertain for a normal test."""
 SEARCH = 3
 """One of every SEARCH samples is used for the search; the others confirm its winner. The search compares dozens of
 schedules; confirming compares two, so it needs more samples and costs less for each."""
@@ -265,7 +264,7 @@ def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Cal
     run.score([plain, best], fresh)
     gain, error = run.difference(best, plain, fresh)
     scores = run.generate(plain, fresh), run.generate(best, fresh)
-    accepted = gain > CRITICAL_VALUE * error and scores[1] >= scores[0]
+    accepted = gain > ONE_SIDED_QUANTILE * error and scores[1] >= scores[0]
     return Calibration(best if accepted else plain, plain, best, gain, error, scores, rounds, skipped)
 
 

@@ -21,7 +21,7 @@ from codebook.inference.outputs import check_logits
 from codebook.inference.prompts import answer_ids, check_samples, prepare_samples
 from codebook.inference.records import Share, damaged, read_record
 from codebook.inference.samples import Sample, samples_digest
-from codebook.inference.uncertainty import UNKNOWN, wilson
+from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, UNKNOWN, wilson
 from codebook.models.base import Model, Processor
 from codebook.pruning import Drop, Schedule, Stage, remember
 from codebook.store.journal import Journal
@@ -35,7 +35,7 @@ RESAMPLES = 2000
 GENERATED_PER_BATCH = 16
 """Samples per batch of generated answers."""
 
-FEWEST_RIGHT = 5
+FEWEST_RIGHT = 3
 """Fewest right answers of the unpruned model to a task that can show a horizon, where right answers are known."""
 GUESSES = 20
 """Most answers of a task that are tried as guesses."""
@@ -235,10 +235,11 @@ def _why_unknown(sweep: Sweep, task: str, rows: np.ndarray) -> str | None:
         return None
     right, guess = float(sweep.right[rows].sum()), sweep.guesses[task]
     said = f"the unpruned model answers {right:g} of {n} right"
+    remedy = "ask more questions" if right == n else "ask more questions, or such as it can answer"
     if right < FEWEST_RIGHT:
-        return f"{said}: ask questions that it can answer"
-    if wilson(right / n, n)[0] <= guess:
-        return f"{said}, and a guess {guess:.0%}: ask more questions, or such as it can answer"
+        return f"{said}: {remedy}"
+    if wilson(right / n, n, ONE_SIDED_QUANTILE)[0] <= guess:
+        return f"{said}, and a guess {guess:.0%}: {remedy}"
     return None
 
 

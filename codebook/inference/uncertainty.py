@@ -7,16 +7,23 @@ from collections.abc import Sequence
 NORMAL_QUANTILE = 1.96
 """Standard normal quantile of a 95% interval."""
 
+ONE_SIDED_QUANTILE = 1.645
+"""Standard normal quantile of a one-sided test at 5%."""
+
 UNKNOWN = "unknown"
 """Text that stands where a number or an interval would claim more than the samples show."""
 
 
-def wilson(value: float, n: float) -> tuple[float, float]:
-    """Wilson's 95% interval of a share `value` of `n` independent samples (Wilson 1927, doi:10.2307/2276774).
+def wilson(value: float, n: float, z: float = NORMAL_QUANTILE) -> tuple[float, float]:
+    """Wilson's interval of a share `value` of `n` independent samples (Wilson 1927, doi:10.2307/2276774).
 
     It lies between 0 and 1, and is not empty where the share is 0 or 1.
+
+    Parameters
+    ----------
+    z
+        Standard normal quantile of the interval; default: of 95%.
     """
-    z = NORMAL_QUANTILE
     centre, scale = (value + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n)
     half = scale * (value * (1 - value) / n + z**2 / (4 * n**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
