@@ -7,6 +7,9 @@ import errno
 LONGEST_MESSAGE = 600
 """Most characters of a message; a file name alone can have thousands."""
 
+QUOTED = 80
+"""Most characters of a value that a message quotes."""
+
 _FULL = "free space or choose another folder"
 _FORBIDDEN = "it may not be written there: choose another folder, or change its permissions"
 _NO_LOCKS = "this file system has no file locks: choose a folder on another one"
@@ -64,3 +67,9 @@ def out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, on the CPU or a GPU; torch says so in messages of a RuntimeError."""
     messages = ("not enough memory", "can't allocate memory", "out of memory")
     return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
+
+
+def quoted(value: object) -> str:
+    """The repr of a value that a user gave, for an error message; of a long one the beginning."""
+    shown = repr(value)
+    return shown if len(shown) <= QUOTED else f"{shown[: QUOTED - 4]}...{shown[-1]}"

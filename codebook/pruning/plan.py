@@ -8,7 +8,8 @@ from typing import Any
 
 from codebook.models.base import Model
 from codebook.pruning.presets import KEEP, expand
-from codebook.pruning.schedule import Schedule, check_schedule, checked, load_text
+from codebook.pruning.schedule import Schedule, check_schedule, checked
+from codebook.pruning.schedule_file import read_schedule_text
 from codebook.pruning.stage import check_keep
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -32,7 +33,7 @@ class Plan:
         if self.keep is not None:
             check_keep(self.keep)
         if self.schedule.endswith(".json"):
-            object.__setattr__(self, "schedule", load_text(self.schedule))
+            object.__setattr__(self, "schedule", read_schedule_text(self.schedule))
         # Errors of the text show now, those that depend on the model in `apply`. One layer: presets' layers are then as
         # early as in any model, and clash with the text's own only if they always do.
         written, needs_budget = expand(self.schedule, layers=1)

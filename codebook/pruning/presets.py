@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from codebook.errors import CodebookError
-from codebook.pruning.text import DROP, ScheduleText, StageText, read_text, split
+from codebook.errors import CodebookError, quoted
+from codebook.pruning.text import DROP, ScheduleText, StageText, check_length, read_text, split
 
 DEFAULT = "seeded"
 """Schedule where the user says none: docs/method.md."""
@@ -64,11 +64,11 @@ def expand(text: str, layers: int, horizon: int | None = None, deep: int | None 
     stages and settings
     whether the keeps are proportions only, so that a budget is still to be given
     """
-    name, semicolon, rest = text.partition(";")
+    name, semicolon, rest = check_length(text).partition(";")
     preset = SCHEDULE_PRESETS.get(name.strip())
     hybrid = preset is None and len(split(name, "+")) > 1
     if (horizon is not None or deep is not None) and not hybrid:
-        raise CodebookError(f"horizon and deep are a hybrid's, as in codebook+random; {name.strip()!r} is none")
+        raise CodebookError(f"horizon and deep are a hybrid's, as in codebook+random; {quoted(name.strip())} is none")
     source = text if preset is None else preset + semicolon + rest
     written = read_text(source, "+" if hybrid else ",", SCHEDULE_PRESETS)
     if preset is not None:

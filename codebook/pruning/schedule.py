@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,10 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from codebook import models
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
 from codebook.pruning.methods import Pruner
+from codebook.pruning.ownership import check_codebooks
 from codebook.pruning.presets import DEFAULT, KEEP, SCHEDULE_PRESETS, expand
+from codebook.pruning.schedule_file import read_schedule_text, write_schedule_text
 from codebook.pruning.stage import Keep, Stage, check_keep, check_stage
 from codebook.pruning.text import (
     DROP,
@@ -25,6 +26,7 @@ from codebook.pruning.text import (
     UNPRUNED,
     ScheduleText,
     StageText,
+    check_length,
     read_text,
     spell,
 )
@@ -33,9 +35,6 @@ from codebook.store.shipped import find_codebook
 
 if TYPE_CHECKING:
     from codebook.pruning.engine.context import Pruning
-
-SCHEDULE_FORMAT = 1
-"""Version of the layout of schedule files."""
 
 
 @dataclass(frozen=True)
@@ -88,11 +87,15 @@ class Schedule:
         Raises
         ------
         CodebookError
-            If the model, its attention implementation or a stage's layer is not supported.
+            If the model, its attention implementation or a stage's layer is not supported, or a stage's codebook was
+            built for another model. A codebook without a fingerprint, such as an imported one, is not checked.
         """
         from codebook.pruning.engine.context import Pruning
 
-        return Pruning(models.unwrap(model), self, scope)
+        model = models.unwrap(model)
+        pruning = Pruning(model, self, scope)
+        check_codebooks(model, (stage.pruner for stage in self.stages))
+        return pruning
 
     def __repr__(self) -> str:
         return f"Schedule({str(self)!r})"
@@ -232,9 +235,9 @@ class Schedule:
         CodebookError
             Naming the part that cannot be read.
         """
-        if text.partition(";")[0].strip() in SCHEDULE_PRESETS:
+        if check_length(text).partition(";")[0].strip() in SCHEDULE_PRESETS:
             raise CodebookError(
-                f"preset {text!r} depends on the model: use Schedule.solve, which takes its n and layers"
+                f"preset {quoted(text)} depends on the model: use Schedule.solve, which takes its n and layers"
             )
         return cls._made(read_text(text, others=SCHEDULE_PRESETS), codebook, seed)
 
@@ -281,7 +284,9 @@ class Schedule:
         if keep is not None:
             return schedule.fit(keep, n=n, layers=layers)
         if needs_budget:
-            raise CodebookError(f"{text!r} needs a budget: say how many visual tokens stay, averaged over the layers")
+            raise CodebookError(
+                f"{quoted(text)} needs a budget: say how many visual tokens stay, averaged over the layers"
+            )
         return schedule
 
     @classmethod
@@ -372,7 +377,7 @@ class Schedule:
         for stage in self.stages:
             if stage.keep != 0 and spell(stage.pruner) is None:
                 raise CodebookError(f"{stage.pruner!r} has no text form: only methods of METHODS can be saved")
-        Path(path).write_text(json.dumps({"format": SCHEDULE_FORMAT, "schedule": str(self)}) + "\n")
+        write_schedule_text(path, str(self))
 
     @classmethod
     def load(
@@ -401,7 +406,7 @@ class Schedule:
         CodebookError
             If the file cannot be read or holds no schedule, or the codebook is missing or another model's.
         """
-        text = load_text(path)
+        text = read_schedule_text(path)
         if model is not None:
             return cls.for_model(model, text, codebook=codebook, seed=seed)
         return cls.parse(text, Codebook.load(codebook) if isinstance(codebook, (Path, str)) else codebook, seed)
@@ -413,11 +418,11 @@ def check_schedule(stages: Sequence[Stage | StageText], positions: str, quotas: 
     Stages as written stand for those that are made of them, so that a text is checked before there is a codebook.
     """
     if positions not in ("keep", "compact"):
-        raise CodebookError(f"positions must be 'keep' or 'compact', not {positions!r}")
+        raise CodebookError(f"positions must be 'keep' or 'compact', not {quoted(positions)}")
     if quotas not in ("each", "shared"):
-        raise CodebookError(f"quotas must be 'each' or 'shared', not {quotas!r}")
-    if spread is not None and not 0 < spread < math.inf:
-        raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {spread}")
+        raise CodebookError(f"quotas must be 'each' or 'shared', not {quoted(quotas)}")
+    if spread is not None and not (isinstance(spread, int | float) and 0 < spread < math.inf):
+        raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {quoted(spread)}")
     if spread is not None and any(stage.adaptive for stage in stages):
         raise CodebookError("a stage decides how many tokens stay of each image: leave spread out")
     for before, after in pairwise(stages):
@@ -494,21 +499,3 @@ def _shortest_share(keep: Keep, n: int) -> float:
     if isinstance(keep, float):
         return keep
     return next(share for digits in range(3, 17) if round((share := round(keep / n, digits)) * n) == keep)
-
-
-def load_text(path: Path | str) -> str:
-    """The text of a schedule that `Schedule.save` wrote."""
-    try:
-        record = json.loads(Path(path).read_text())
-        version, text = record["format"], record["schedule"]
-        if not isinstance(text, str):
-            raise ValueError
-    except (OSError, UnicodeDecodeError) as error:
-        raise CodebookError(f"cannot read schedule {path}: {error}") from None
-    except (ValueError, KeyError, TypeError):
-        raise CodebookError(
-            f'{path} is no schedule: it should hold {{"format": {SCHEDULE_FORMAT}, "schedule": "..."}}'
-        ) from None
-    if version != SCHEDULE_FORMAT:
-        raise CodebookError(f"{path} has schedule format {version!r}; this version reads format {SCHEDULE_FORMAT}")
-    return text

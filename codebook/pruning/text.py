@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from codebook.errors import CodebookError
+from codebook.errors import QUOTED, CodebookError, quoted
 from codebook.pruning.methods import METHODS, Method, Pruner
 
 FROM_CODEBOOK = "codebook"
@@ -32,6 +32,10 @@ UNPRUNED = "unpruned"
 SETTINGS: dict[str, Any] = {"positions": "keep", "quotas": "each", "spread": None}
 """Settings of a schedule and their defaults."""
 GRAMMAR = "method[(option=value)][@layer][:keep][+mass]"
+LONGEST_TEXT = 10_000
+"""Most characters of a schedule's text. 80 stages, one per layer of the deepest models, have half as many."""
+MOST_DIGITS = 9
+"""Most digits of a layer or a count."""
 WITH_MASS = {"seeded": "codebook-farthest"}
 """Names for methods with mass-preserving attention: `seeded` is `codebook-farthest+mass`, options, layer, keep and all.
 """
@@ -106,12 +110,14 @@ def read_text(text: str, separator: str = ",", others: Iterable[str] = ()) -> Sc
     CodebookError
         If a part cannot be read: names it and the character it begins at.
     """
-    (_, body), *tail = split(text, ";")
+    (_, body), *tail = split(check_length(text), ";")
     chosen: dict[str, Any] = {}
     for start, setting in tail:
         key, _, value = (word.strip() for word in setting.partition("="))
+        if key in chosen:
+            raise CodebookError(f"the schedule says {key} twice (character {start + 1}): say it once")
         if key not in SETTINGS:
-            raise CodebookError(f"cannot read {setting.strip()!r} (character {start + 1}) of the schedule: write "
+            raise CodebookError(f"cannot read {quoted(setting.strip())} (character {start + 1}) of the schedule: write "
                                 "positions=keep or positions=compact, quotas=each or quotas=shared, spread=codebook "
                                 "or a number")  # fmt: skip
         chosen[key] = _read_spread(value) if key == "spread" else value
@@ -119,6 +125,17 @@ def read_text(text: str, separator: str = ",", others: Iterable[str] = ()) -> Sc
         return ScheduleText((), chosen)
     stages = [_read_stage(i, *piece, others) for i, piece in enumerate(split(body, separator), 1)]
     return ScheduleText(tuple(stages), chosen)
+
+
+def check_length(text: str) -> str:
+    """The text, if it is one and no longer than any schedule needs to be; otherwise a CodebookError."""
+    if not isinstance(text, str):
+        raise CodebookError(f"a schedule's text is a string, not {quoted(text)}: write {GRAMMAR}")
+    if len(text) > LONGEST_TEXT:
+        raise CodebookError(
+            f"the schedule's text has {len(text)} characters: write at most {LONGEST_TEXT}, or make it of Stages"
+        )
+    return text
 
 
 def spell(pruner: Pruner) -> str | None:
@@ -145,33 +162,51 @@ def split(text: str, separator: str) -> list[tuple[int, str]]:
 
 
 _MASS = re.compile(r"\+\s*mass(?![\w-])")
-_STAGE = re.compile(
-    r"(?P<method>[^@:()]+?)(?P<options>\(.*\))?\s*(@(?P<layer>[^:]*?))?(:(?P<keep>.*?))?(?P<mass>\s*\+\s*mass)?",
-    re.DOTALL,
-)
-_WHOLE = re.compile(r"\s*\d+\s*")
+_WHOLE = re.compile(r"[0-9]+")
 
 
 def _read_stage(number: int, start: int, text: str, others: Iterable[str]) -> StageText:
     start += len(text) - len(text.lstrip())
-    where = f"schedule part {number}, {text.strip()!r} (character {start + 1})"
+    where = f"schedule part {number}, {quoted(text.strip())} (character {start + 1})"
     try:
-        match = _STAGE.fullmatch(text.strip())
-        if not match:
-            raise CodebookError(f"write {GRAMMAR}")
-        method, layer, keep = match["method"].strip(), match["layer"], match["keep"]
-        mass = match["mass"] is not None or method in WITH_MASS
-        if layer is not None and not _WHOLE.fullmatch(layer):
-            raise CodebookError(f"the layer {layer.strip()!r} is not a whole number: write {GRAMMAR}")
+        method, options, layer, keep, mass = _cut_stage(text.strip())
+        mass = mass or method in WITH_MASS
         method = WITH_MASS.get(method, method)
         _check_known(method, others)
-        options = _read_options(match["options"] or "()")
-        METHODS[method].check(method, options)
+        values = _read_options(options) if options else {}
+        METHODS[method].check(method, values)
         return StageText(
-            where, method, options, int(layer) if layer else None, None if keep is None else _read_keep(keep), mass
+            where,
+            method,
+            values,
+            None if layer is None else _read_layer(layer),
+            None if keep is None else _read_keep(keep),
+            mass,
         )
     except CodebookError as error:
         raise CodebookError(f"{where}: {error}") from None
+
+
+def _cut_stage(text: str) -> tuple[str, str, str | None, str | None, bool]:
+    """Method, options with their parentheses, layer, keep and mass of a stage's text, each as written.
+
+    Every step looks for one character or one end of what is left: a regular expression for the whole would try all ways
+    to share blanks between its parts.
+    """
+    mass = False
+    if text.endswith("mass") and (before := text[: -len("mass")].rstrip()).endswith("+"):
+        text, mass = before[:-1].rstrip(), True
+    end = next((i for i, character in enumerate(text) if character in "(@:"), len(text))
+    method, rest = text[:end].strip(), text[end:]
+    options = ""
+    if rest.startswith("("):
+        options, closed, rest = rest.rpartition(")")
+        options, rest = options + closed, rest.lstrip()
+    if not method or ")" in method or (text[end:].startswith("(") and not options) or (rest and rest[0] not in "@:"):
+        raise CodebookError(f"write {GRAMMAR}")
+    before_keep, colon, keep = rest.partition(":")
+    layer = before_keep[1:].strip() if before_keep else None
+    return method, options, layer, keep.strip() if colon else None, mass
 
 
 def _check_known(method: str, others: Iterable[str]) -> None:
@@ -179,33 +214,63 @@ def _check_known(method: str, others: Iterable[str]) -> None:
         return
     if method in others:
         raise CodebookError(f"{method} is a preset and stands alone: no options, layer, keep or further stage")
-    near = difflib.get_close_matches(method, [*METHODS, *WITH_MASS, *others], n=2)
+    near = difflib.get_close_matches(method, [*METHODS, *WITH_MASS, *others], n=2) if len(method) <= QUOTED else []
     hint = f"did you mean {' or '.join(near)}? " if near else ""
     also = f"; presets: {', '.join(sorted(others))}" if others else ""
-    raise CodebookError(f"no method {method!r}; {hint}methods: {', '.join(sorted({*METHODS, *WITH_MASS}))}{also}")
+    raise CodebookError(f"no method {quoted(method)}; {hint}methods: {', '.join(sorted({*METHODS, *WITH_MASS}))}{also}")
 
 
 def _read_options(text: str) -> dict[str, Any]:
+    refused = CodebookError(f"cannot read the options {quoted(text)}: write (option=value, ...), strings in quotes")
+    if "\\" in text:  # no option needs escapes, and Python warns of those that it does not know
+        raise refused
     try:
         call = ast.parse(f"f{text}", mode="eval").body
-        assert isinstance(call, ast.Call) and not call.args
-        return {str(word.arg): ast.literal_eval(word.value) for word in call.keywords}
-    except (SyntaxError, ValueError, AssertionError):
-        raise CodebookError(f"cannot read the options {text}: write (option=value, ...), strings in quotes") from None
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise refused
+        names = [str(word.arg) for word in call.keywords]
+        values = {str(word.arg): ast.literal_eval(word.value) for word in call.keywords if word.arg}
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):  # of what is no literal, or nested deeply
+        raise refused from None
+    if len(values) < len(names):
+        raise CodebookError(f"cannot read the options {quoted(text)}: give each option once, as option=value")
+    return values
 
 
-def _read_spread(value: str) -> str | float:
-    try:
-        return value if value == FROM_CODEBOOK else float(value)
-    except ValueError:
-        raise CodebookError(f"cannot read the spread {value!r}: write spread=codebook or a number") from None
+def _read_layer(layer: str) -> int:
+    if not _WHOLE.fullmatch(layer):
+        raise CodebookError(f"the layer {quoted(layer)} is not a whole number: write {GRAMMAR}")
+    return _read_whole(layer, "layer")
 
 
 def _read_keep(keep: str) -> int | float:
+    if _WHOLE.fullmatch(keep):
+        return _read_whole(keep, "keep")
+    if (number := _read_float(keep)) is None:
+        raise CodebookError(f"keep {quoted(keep)} is not a number: write {GRAMMAR}")
+    return number
+
+
+def _read_whole(digits: str, what: str) -> int:
+    if len(digits) > MOST_DIGITS:
+        raise CodebookError(f"the {what} {quoted(digits)} is too large: write at most {MOST_DIGITS} digits")
+    return int(digits)
+
+
+def _read_spread(value: str) -> str | float:
+    if value == FROM_CODEBOOK:
+        return value
+    if (number := _read_float(value)) is None:
+        raise CodebookError(f"cannot read the spread {quoted(value)}: write spread=codebook or a number")
+    return number
+
+
+def _read_float(text: str) -> float | None:
+    """The number that a text writes in ASCII, not all that Python takes for one; None if there is none."""
     try:
-        return int(keep) if _WHOLE.fullmatch(keep) else float(keep)
+        return float(text) if text.isascii() and "_" not in text else None
     except ValueError:
-        raise CodebookError(f"keep {keep.strip()!r} is not a number: write {GRAMMAR}") from None
+        return None
 
 
 def _is_literal(value: Any) -> bool:

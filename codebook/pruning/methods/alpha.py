@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from codebook.pruning.methods.base import ScoringPruner, unit_range
+from codebook.pruning.methods.base import ScoringPruner, option, unit_range
 from codebook.pruning.methods.fastv import FastV
 from codebook.pruning.tokens import VisualTokens
 
@@ -21,7 +21,7 @@ class Alpha(ScoringPruner):
     scaled to [0, 1] within the image.
     """
 
-    alpha: float = 0.5
+    alpha: float = option(0.5, 0, 1)
     uses_attention: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:

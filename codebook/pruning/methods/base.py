@@ -6,13 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.pruning.tokens import VisualTokens
 
 
@@ -102,9 +103,7 @@ class FeaturePruner(Pruner):
         return self.select_each(tokens.features[None], keep)[0]
 
 
-def option(
-    default: Any, least: float | None = None, most: float | None = None, choices: Sequence[str] | None = None
-) -> Any:
+def option(default: Any, least: float = -math.inf, most: float = math.inf, choices: Sequence[str] = ()) -> Any:
     """A field of a pruner's dataclass, with the values that it may have: a choice, or numbers from least to most.
 
     The bounds of a field that holds several numbers are each number's.
@@ -116,19 +115,18 @@ def check_options(kind: type[Pruner], values: Mapping[str, Any]) -> None:
     """Raise a CodebookError unless these values of a pruner's fields are such as their `option` allows."""
     own: tuple[Field[Any], ...] = fields(kind) if is_dataclass(kind) else ()
     for known in own:
-        if known.name not in values or "least" not in known.metadata:
+        if known.name not in values or not known.metadata.keys() >= {"least", "most", "choices"}:
             continue
         name, value = known.name, values[known.name]
         least, most, choices = (known.metadata[key] for key in ("least", "most", "choices"))
-        if choices is not None:
+        if choices:
             if value not in choices:
-                raise CodebookError(f"{name} is {value!r}: give {' or '.join(map(repr, choices))}")
+                raise CodebookError(f"{name} is {quoted(value)}: give {' or '.join(map(repr, choices))}")
             continue
-        low, high = -math.inf if least is None else least, math.inf if most is None else most
         for number in value if isinstance(value, tuple) else (value,):
-            if not low <= number <= high:
-                bounds = f"{least:g} or more" if most is None else f"{low:g} to {high:g}"
-                raise CodebookError(f"{name} is {value}: give {bounds}")
+            if not (isinstance(number, Real) and least <= number <= most):
+                bounds = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
+                raise CodebookError(f"{name} is {quoted(value)}: give {bounds}")
 
 
 def unit_range(x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods.base import Pruner, ScoringPruner, unit_range
+from codebook.pruning.methods.base import Pruner, ScoringPruner, option, unit_range
 from codebook.pruning.tokens import VisualTokens
 
 
@@ -79,7 +79,7 @@ class Union(Combination):
 
     first: Pruner
     second: ScoringPruner
-    share: float = 1 / 3
+    share: float = option(1 / 3, 0, 1)
 
     @property
     def parts(self) -> Sequence[Pruner]:
@@ -108,7 +108,7 @@ class Window(Combination):
     """
 
     ranking: ScoringPruner
-    windows: tuple[int, int] = (4, 4)
+    windows: tuple[int, int] = option((4, 4), 1, 2**15)
 
     @property
     def parts(self) -> Sequence[Pruner]:

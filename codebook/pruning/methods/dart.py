@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.pruning.methods.base import Pruner
+from codebook.pruning.methods.base import Pruner, option
 from codebook.pruning.tokens import VisualTokens, needed
 
 
@@ -30,8 +30,8 @@ class Dart(Pruner):
         How many, or as many as there are.
     """
 
-    image_pivots: int = 4
-    text_pivots: int = 4
+    image_pivots: int = option(4, 1)
+    text_pivots: int = option(4, 0)
     uses_attention: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:

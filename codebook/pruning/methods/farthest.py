@@ -61,7 +61,7 @@ class Farthest(FeaturePruner):
 class FarthestPoint(Farthest):
     """Farthest-point sampling (Gonzalez, 1985), begun with the token least like the image's mean."""
 
-    representatives: int = option(0, least=0)
+    representatives: int = option(0, 0)
 
     def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
         features = features.float()
@@ -81,7 +81,7 @@ class SeededFarthestPoint(Farthest):
     """
 
     codebook: Codebook
-    representatives: int = option(4, least=0)
+    representatives: int = option(4, 0)
 
     def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
         return self.codebook.redundancy(features)

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.methods.base import ScoringPruner, option
 from codebook.pruning.tokens import VisualTokens, needed
 
 
@@ -29,7 +29,7 @@ class FastV(ScoringPruner):
         Keep the least attended tokens instead (Reverse FastV).
     """
 
-    query: Literal["text", "visual"] = "text"
+    query: Literal["text", "visual"] = option("text", choices=("text", "visual"))
     rotated: bool = True
     image_only: bool = False
     reverse: bool = False

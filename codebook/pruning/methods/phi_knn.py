@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.methods.base import ScoringPruner, option
 from codebook.pruning.tokens import VisualTokens
 
 LARGEST_TIE_BREAK = 1e-6
@@ -28,7 +28,7 @@ class DensityPeaks(ScoringPruner):
         In a density, the token itself counted.
     """
 
-    neighbours: int = 5
+    neighbours: int = option(5, 1)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         tie = tokens.ordinal / (tokens.grid[0] * tokens.grid[1])

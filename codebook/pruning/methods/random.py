@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.methods.base import ScoringPruner, option
 from codebook.pruning.tokens import VisualTokens, mix
 
 
@@ -18,7 +18,7 @@ class Random(ScoringPruner):
     nothing else, so a sample keeps the same tokens alone, in any batch and on any device.
     """
 
-    seed: int = 0
+    seed: int = option(0, -(2**63), 2**63 - 1)
 
     def score(self, tokens: VisualTokens) -> Tensor:
         return mix(mix(tokens.key + self.seed) ^ mix(tokens.ordinal + 1))

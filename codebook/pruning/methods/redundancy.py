@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.methods.base import ScoringPruner, option
 from codebook.pruning.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ class RedundancyCodebook(ScoringPruner):
     """
 
     codebook: Codebook
-    scoring: Literal["max", "double_softmax"] = "max"
+    scoring: Literal["max", "double_softmax"] = option("max", choices=("max", "double_softmax"))
 
     def score(self, tokens: VisualTokens) -> Tensor:
         if self.scoring == "max":
@@ -49,7 +49,7 @@ class RedundancyThreshold(RedundancyCodebook):
         tokens it keeps depends on codebook and images, so tune it on some of them.
     """
 
-    threshold: float = 0.6
+    threshold: float = option(0.6, -1, 1)
     adaptive: ClassVar[bool] = True
 
     def choose(self, tokens: VisualTokens) -> Tensor:

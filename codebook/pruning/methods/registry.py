@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.pruning.methods.base import Pruner, check_options
 
 
@@ -71,8 +72,16 @@ class Method:
         for option, value in options.items():
             if option not in known:
                 what = f"its options are {', '.join(known)}" if known else "it has none"
-                raise CodebookError(f"{name} has no option {option!r}: {what}")
-            kind = type(known[option])
-            if kind not in (type(value), type(None)) and (kind, type(value)) != (float, int):
-                raise CodebookError(f"option {option} of {name} must be like {known[option]!r}, not {value!r}")
+                raise CodebookError(f"{name} has no option {quoted(option)}: {what}")
+            if not _is_like(value, known[option]):
+                raise CodebookError(f"option {option} of {name} must be like {known[option]!r}, not {quoted(value)}")
         check_options(self.kind, options)
+
+
+def _is_like(value: Any, example: Any) -> bool:
+    """Whether a value has the type of an option's default: tuples of the same length, whole numbers for any number."""
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and len(value) == len(example) and all(map(_is_like, value, example))
+    if isinstance(example, float):
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) is type(example)

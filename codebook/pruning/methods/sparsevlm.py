@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.pruning.methods.base import ScoringPruner, group_means
+from codebook.pruning.methods.base import ScoringPruner, group_means, option
 from codebook.pruning.methods.phi_knn import peakedness
 from codebook.pruning.tokens import VisualTokens, needed
 
@@ -34,8 +34,8 @@ class SparseVLM(ScoringPruner):
         Clusters for each token that is clustered.
     """
 
-    recycled: float = 0.3
-    clusters: float = 0.1
+    recycled: float = option(0.3, 0, 1)
+    clusters: float = option(0.1, 0, 1)
     uses_attention: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:

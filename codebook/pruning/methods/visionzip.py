@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.pruning.methods.base import Pruner, group_means
+from codebook.pruning.methods.base import Pruner, group_means, option
 from codebook.pruning.methods.cls import Cls
 from codebook.pruning.tokens import VisualTokens, needed
 
@@ -30,7 +30,7 @@ class VisionZip(Pruner):
         Share of the kept tokens that is dominant, rounded; the authors keep 54 and 10.
     """
 
-    dominant: float = 54 / 64
+    dominant: float = option(54 / 64, 0, 1)
     uses_vision: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:

@@ -1,0 +1,35 @@
+"""Whether the codebooks that a schedule prunes with belong to the model that it prunes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from weakref import WeakKeyDictionary, WeakSet
+
+from codebook.models.base import Model
+from codebook.pruning.methods import Pruner
+from codebook.pruning.methods.combine import Combination
+from codebook.store.codebook import Codebook
+
+_known: WeakKeyDictionary[Model, WeakSet[Codebook]] = WeakKeyDictionary()
+"""Codebooks that were found to be a model's: a service opens a context per question."""
+
+
+def codebooks_of(pruner: Pruner) -> Iterator[Codebook]:
+    """The codebooks that a pruner chooses by: its own, and those of the pruners that it is made of."""
+    if isinstance(own := getattr(pruner, "codebook", None), Codebook):
+        yield own
+    if isinstance(pruner, Combination):
+        for part in pruner.parts:
+            yield from codebooks_of(part)
+
+
+def check_codebooks(model: Model, pruners: Iterable[Pruner]) -> None:
+    """Raise a CodebookError if the pruners choose by a codebook that was built for another model.
+
+    Another model's prototypes may have the right dimension, and then prune without an error: by chance.
+    """
+    for pruner in pruners:
+        for book in codebooks_of(pruner):
+            if book not in _known.setdefault(model, WeakSet()):
+                book.check(model)
+                _known[model].add(book)

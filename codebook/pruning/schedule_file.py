@@ -1,0 +1,55 @@
+"""Schedule files: a schedule's text in a small JSON file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from pydantic import BaseModel, ValidationError
+
+from codebook.errors import CodebookError, quoted
+from codebook.store.files import cannot_write, read_json, replacing
+
+SCHEDULE_FORMAT = 1
+"""Version of the layout of schedule files."""
+LAYOUT = f'it should hold {{"format": {SCHEDULE_FORMAT}, "schedule": "..."}}'
+
+
+class ScheduleFile(BaseModel, strict=True):
+    """Contents of a schedule file; whatever else it holds, such as a calibration's evidence, is for people."""
+
+    format: int
+    schedule: str
+
+
+def write_schedule_text(path: Path | str, text: str) -> None:
+    """Write a schedule's text to a file, whole or not at all."""
+    content = json.dumps({"format": SCHEDULE_FORMAT, "schedule": text}) + "\n"
+    try:
+        with replacing(Path(path)) as temporary:
+            temporary.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise cannot_write(Path(path), error) from None
+
+
+def read_schedule_text(path: Path | str) -> str:
+    """The text of a schedule that `Schedule.save` wrote.
+
+    Raises
+    ------
+    CodebookError
+        If the file cannot be read, or holds something else or another format.
+    """
+    try:
+        found = read_json(Path(path), LAYOUT)
+    except CodebookError as error:
+        raise CodebookError(f"cannot read schedule: {error}") from None
+    try:
+        record = ScheduleFile.model_validate(found)
+    except ValidationError:
+        raise CodebookError(f"{path} is no schedule: {LAYOUT}") from None
+    if record.format != SCHEDULE_FORMAT:
+        raise CodebookError(
+            f"{path} has schedule format {quoted(record.format)}; this version reads format {SCHEDULE_FORMAT}"
+        )
+    return record.schedule
