@@ -29,6 +29,7 @@ from codebook.inference.samples import Sample, mixed, samples_digest
 from codebook.inference.uncertainty import ONE_SIDED_QUANTILE
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
+from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.stage import Keep
 from codebook.pruning.tokens import digest_rows
 from codebook.store.codebook import Codebook
@@ -278,9 +279,8 @@ def _survivors(candidates: int, rounds: int) -> int:
 
 
 def _codebooks(schedules: Sequence[Schedule]) -> list[int]:
-    pruners = [stage.pruner for schedule in schedules for stage in schedule.stages]
-    books = {id(book): book for pruner in pruners if (book := getattr(pruner, "codebook", None)) is not None}
-    return sorted({int(digest_rows(book.prototypes[None])[0]) for book in books.values()})
+    books = {book for schedule in schedules for stage in schedule.stages for book in codebooks_of(stage.pruner)}
+    return sorted({int(digest_rows(book.prototypes[None])[0]) for book in books})
 
 
 class _Search:

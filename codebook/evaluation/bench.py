@@ -30,6 +30,7 @@ from codebook.inference.samples import Sample, samples_digest
 from codebook.inference.uncertainty import NORMAL_QUANTILE
 from codebook.models.base import Model, Processor
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
+from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.presets import needs_codebook
 from codebook.pruning.text import UNPRUNED
 from codebook.pruning.tokens import digest_rows
@@ -288,7 +289,7 @@ def schedule_key(schedule: Schedule | None) -> str:
     """Name of a schedule in journals: its text, and a short hash of the codebook, which the text does not name."""
     if schedule is None:
         return UNPRUNED
-    books = [stage.pruner.codebook for stage in schedule.stages if hasattr(stage.pruner, "codebook")]
+    books = [book for stage in schedule.stages for book in codebooks_of(stage.pruner)]
     return " ".join([str(schedule), *(f"{int(digest_rows(b.prototypes[None])[0]) % 2**32:08x}" for b in books)])
 
 
