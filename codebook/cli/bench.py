@@ -80,9 +80,9 @@ def bench_command(
         raise CodebookError(f"--against {against} is none of the methods: add it to --methods")
     settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent)
     share = None if part is None else _parse_part(part)
-    curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     check_output_folder(out, ("results.json", "report.html"))
     check_device(device)
+    curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     named = data or ["miniature"]
     tasks = load_data(named, count, seed)
     loaded, processor = models.load(model, device)

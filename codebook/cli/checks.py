@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -75,6 +76,8 @@ def check_device(name: str | None) -> None:
     if name is None:
         return
     try:
+        if torch.device(name).type == "cpu" and name != "cpu":
+            raise ValueError("all cores are one device")
         torch.zeros(1, device=name).cpu()
     except Exception as error:  # torch has another type for each kind of device
         reason = " ".join(str(error).split())[:120]
@@ -94,5 +97,9 @@ def _check_names(path: Path, there: Path) -> None:
 
 
 def _check_writable(folder: Path) -> None:
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise CodebookError(f"nothing can be written into {folder}: choose another folder, or change its permissions")
+    """Write a file without a name: permissions alone say nothing about root, read-only disks or /proc."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise cannot_write(folder, error) from None

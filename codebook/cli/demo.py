@@ -15,7 +15,6 @@ from codebook.cli.options import JsonOption, SeedOption
 from codebook.cli.output import Update, building_progress, progress, write_picture
 
 if TYPE_CHECKING:
-    from codebook.cli.checks import check_output_folder
     from codebook.evaluation import Scores
     from codebook.pruning import Pruner, Schedule
 
@@ -33,6 +32,7 @@ def demo_command(
     """Build a codebook for the embedded model and compare pruning methods on held-out questions."""
     from codebook import miniature, models
     from codebook.building import build
+    from codebook.cli.checks import check_output_folder
     from codebook.evaluation import evaluate, mean, standard_error, task_means
     from codebook.inference.ask import ask
     from codebook.inference.overlay import overlay
