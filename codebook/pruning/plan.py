@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from codebook.models.base import Model
+from codebook.pruning.checks import check_schedule, checked
 from codebook.pruning.presets import KEEP, expand
-from codebook.pruning.schedule import Schedule, check_schedule, checked
+from codebook.pruning.schedule import Schedule
 from codebook.pruning.schedule_file import read_schedule_text
 from codebook.pruning.stage import check_keep
 

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import bisect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from fractions import Fraction
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from codebook import models
 from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
+from codebook.pruning.budget import fit_schedule, shortest_share
+from codebook.pruning.checks import check_schedule, checked
 from codebook.pruning.methods import Pruner
 from codebook.pruning.ownership import check_codebooks
 from codebook.pruning.presets import DEFAULT, KEEP, SCHEDULE_PRESETS, expand
 from codebook.pruning.schedule_file import read_schedule_text, write_schedule_text
-from codebook.pruning.stage import Keep, Stage, check_keep, check_stage
+from codebook.pruning.stage import Keep, Stage, check_keep
 from codebook.pruning.text import (
-    DROP,
     FROM_CODEBOOK,
     SETTINGS,
     UNPRUNED,
@@ -180,39 +177,11 @@ class Schedule:
         CodebookError
             If no factor meets the budget: says which budgets can be met.
         """
-        check_keep(keep)
-        self.check_layers(layers)
-        if self.adaptive:
-            raise CodebookError(f"'{self}' decides how many tokens stay: it cannot be fitted to a budget")
-        # In units of one token in one layer. Tolerate float rounding: 1e-6 of a token is not a missing token.
-        room = math.floor((keep * n if isinstance(keep, float) else keep) * layers + 1e-6)
-        if len(self.stages) == 1 and self.stages[0].keep == 0:
-            self._check_reach(keep, room, n, n * (layers - 1), n * layers)
-            return replace(self, stages=[replace(self.stages[0], layer=room // n)])
-        fractions = [stage.keep for stage in self.stages if isinstance(stage.keep, float)]
-        if not fractions:
-            raise CodebookError(f"'{self}' has no fraction to scale, and counts stay: write a share, as in method:1.0")
-
-        def scaled(t: int) -> Schedule:
-            return replace(self, stages=_scaled(self.stages, n, t))
-
-        def total(t: int) -> int:
-            return sum(scaled(t).counts(n, layers))
-
-        most = math.ceil(n * fractions[0] / min(fractions)) + 1
-        self._check_reach(keep, room, total(1), total(most), n * layers)
-        return scaled(bisect.bisect_right(range(1, most + 1), room, key=total))
-
-    def _check_reach(self, keep: Keep, room: int, least: int, most: int, whole: int) -> None:
-        if not least <= room <= most:
-            low, high = math.ceil(10**4 * least / whole) / 10**4, math.floor(10**4 * most / whole) / 10**4
-            raise CodebookError(
-                f"keep {keep} is out of reach of '{self}': choose from {low:g} to {high:g}, averaged over the layers"
-            )
+        return fit_schedule(self, keep, n, layers)
 
     def shares(self, n: int) -> Schedule:
         """The same counts of an image of `n` tokens as fractions, the shortest ones: other images keep their share."""
-        stages = [replace(stage, keep=_shortest_share(stage.keep, n)) if stage.keep else stage for stage in self.stages]
+        stages = [replace(stage, keep=shortest_share(stage.keep, n)) if stage.keep else stage for stage in self.stages]
         return replace(self, stages=stages)
 
     @classmethod
@@ -412,59 +381,6 @@ class Schedule:
         return cls.parse(text, Codebook.load(codebook) if isinstance(codebook, (Path, str)) else codebook, seed)
 
 
-def check_schedule(stages: Sequence[Stage | StageText], positions: str, quotas: str, spread: float | None) -> None:
-    """Raise a CodebookError unless these stages, each of them good, and settings make a schedule.
-
-    Stages as written stand for those that are made of them, so that a text is checked before there is a codebook.
-    """
-    if positions not in ("keep", "compact"):
-        raise CodebookError(f"positions must be 'keep' or 'compact', not {quoted(positions)}")
-    if quotas not in ("each", "shared"):
-        raise CodebookError(f"quotas must be 'each' or 'shared', not {quoted(quotas)}")
-    if spread is not None and not (isinstance(spread, int | float) and 0 < spread < math.inf):
-        raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {quoted(spread)}")
-    if spread is not None and any(stage.adaptive for stage in stages):
-        raise CodebookError("a stage decides how many tokens stay of each image: leave spread out")
-    for before, after in pairwise(stages):
-        earlier, later = before.layer or 0, after.layer or 0
-        if later <= earlier:
-            raise CodebookError(f"stages must be at ascending layers: {later} follows {earlier}")
-        if before.keep == 0:
-            raise CodebookError(f"nothing is left for the stage at layer {later}: leave it out")
-        if before.keep and after.keep and type(after.keep) is type(before.keep) and after.keep > before.keep:
-            raise CodebookError(
-                f"the stage at layer {later} keeps more ({after.keep}) than the one before it "
-                f"({before.keep}): dropped tokens do not come back"
-            )
-
-
-def checked(written: ScheduleText) -> list[StageText]:
-    """The stages of a text, each with its layer, if they make a schedule.
-
-    Raises
-    ------
-    CodebookError
-        Whatever is wrong with them that does not depend on the model and its codebook.
-    """
-    settings = SETTINGS | written.settings
-    if settings["spread"] == FROM_CODEBOOK:
-        if not written.needs_codebook:
-            raise CodebookError("no stage has a codebook that could say the usual spread: write it, as in spread=0.2")
-        settings["spread"] = 1.0  # the codebook will say another one
-    stages = []
-    for part in written.stages:
-        if part.method == DROP and (not part.layer or part.keep):
-            part.fail("drop needs a layer, 1 or later, and keeps nothing: write drop@21")
-        stage = replace(part, layer=part.layer or 0, keep=0 if part.method == DROP else part.keep)
-        try:
-            check_stage(stage.layer or 0, stage.keep, stage.mass, stage.entry, stage.entry.kind.__name__)
-        except CodebookError as error:
-            part.fail(str(error))
-        stages.append(stage)
-    check_schedule(stages, **settings)
-    return stages
-
-
 def _pruner(stage: StageText, codebook: Codebook | None, seed: int) -> Pruner:
     options = dict(stage.options)
     if stage.entry.needs_codebook:
@@ -475,27 +391,3 @@ def _pruner(stage: StageText, codebook: Codebook | None, seed: int) -> Pruner:
     if stage.entry.draws:
         options.setdefault("seed", seed)
     return stage.entry(**options)
-
-
-def _scaled(stages: Sequence[Stage], n: int, t: int) -> list[Stage]:
-    """The stages with the first fraction scaled to `t` of `n` tokens and the others by the same factor.
-
-    Increasing in `t`, and by no more than one token a stage for each: fractions do not increase from stage to stage.
-    """
-    # What an author writes as 1/3 or 0.3333, exactly: nothing depends on the rounding of floats.
-    shares = [Fraction(s.keep).limit_denominator(10**6) if isinstance(s.keep, float) else None for s in stages]
-    first = next(share for share in shares if share)
-    out, most = [], n
-    for i, (stage, share) in enumerate(zip(stages, shares, strict=True)):
-        if share:
-            least = max([1, *(after.keep for after in stages[i:] if isinstance(after.keep, int))])
-            stage = replace(stage, keep=min(most, max(least, math.floor(t * share / first + Fraction(1, 2)))))
-        out.append(stage)
-        most = stage.count(n)
-    return out
-
-
-def _shortest_share(keep: Keep, n: int) -> float:
-    if isinstance(keep, float):
-        return keep
-    return next(share for digits in range(3, 17) if round((share := round(keep / n, digits)) * n) == keep)

@@ -126,6 +126,14 @@ def test_odd_texts_are_refused_by_name(text, says):
         raise CodebookError(repr(found) if isinstance(found, Schedule) else found)
 
 
+@pytest.mark.parametrize("text", ["uniform:1e-7", "uniform:1e-300", "uniform:1.0, random@2:1e-300, drop@3"])
+def test_shares_too_small_to_scale(text):
+    assert str(Schedule.parse(text)) == text.replace("1e-7", "1e-07")
+    with pytest.raises(CodebookError, match=r"too small to scale: write 0\.000001 or more"):
+        Schedule.solve(text, n=576, layers=32, keep=0.2)
+    assert Schedule.solve("uniform:1.0, random@2:1e-6", n=576, layers=32, keep=0.2).budget(576, 32) <= 0.2
+
+
 def test_the_longest_texts_are_read():
     stages = ", ".join(f"fastv(rotated=False, image_only=True)@{layer}:0.5" for layer in range(1, 81))
     assert len(stages) < LONGEST_TEXT and len(read(stages).stages) == 80
@@ -136,7 +144,7 @@ def test_the_longest_texts_are_read():
 SIGNS = ["(", ")", "()", "=", "@", ":", "+", ",", ";", " ", "\n", "'", "-", "{}", "**", "#", "\\", "[" * 300, " " * 500]
 WORDS = ["seeded", "unpruned", "mass", "keep", "compact", "shared", "codebook", "None", "True", "(4, 4)", "'visual'"]
 KEYS = ["positions", "quotas", "spread", "alpha", "seed", "windows", "query", "threshold", "representatives"]
-NUMBERS = ["0", "1", "2", "0.5", "1.0", "1e9", "1e999", "nan", "9" * 20, "9" * 5000]
+NUMBERS = ["0", "1", "2", "0.5", "1e-7", "1e-300", "1.0", "1e9", "1e999", "nan", "9" * 20, "9" * 5000]
 STRANGE = ["\0", "٣", "²", "\ud800", "\u2028", "\ufeff"]
 PIECES = st.sampled_from(
     [*METHODS, *SCHEDULE_PRESETS, *SIGNS, *WORDS, *(f"{key}=" for key in KEYS), *NUMBERS, *STRANGE]
