@@ -303,8 +303,8 @@ class _Search:
             name = f"answers {rows[0]}"
             if name not in self.journal:
                 own = [self.samples[row] for row in rows]
-                said = ask(self.model, self.processor, [s.pictures() for s in own], [s.question for s in own])
-                self.journal.add(name, [answer.text for answer in said])
+                answers = ask(self.model, self.processor, [s.pictures() for s in own], [s.question for s in own])
+                self.journal.add(name, [answer.text for answer in answers])
             texts = read_record(self.journal, name, TEXTS, len(rows))
             for row, text in zip(rows, texts, strict=True):
                 self.samples[row] = self.samples[row].answered(text)
@@ -336,10 +336,10 @@ class _Search:
             group = [self.samples[row] for row in range(start, min(start + BATCH_SIZE, rows.stop))]
             name = f"generated {start} {schedule}"
             if name not in self.journal:
-                said = ask(
+                answers = ask(
                     self.model, self.processor, [s.pictures() for s in group], [s.question for s in group], schedule
                 )
-                self.journal.add(name, [s.score(a.text) for s, a in zip(group, said, strict=True)])
+                self.journal.add(name, [s.score(a.text) for s, a in zip(group, answers, strict=True)])
             found = read_record(self.journal, name, VALUES, len(group))
             scores |= dict(enumerate(found, start))
             self.tick(len(group))

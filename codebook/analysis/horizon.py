@@ -173,6 +173,11 @@ def horizons(
         Level of the bootstrap's percentile interval; samples are resampled within their tasks.
     resamples, seed
         Resamples and seed of the bootstrap.
+
+    Raises
+    ------
+    CodebookError
+        If one of several tasks is called `mean`.
     """
     layers, start = sweep.layers, sweep.start
     margin = max(1, round(layers / 16)) if margin is None else margin
@@ -208,6 +213,8 @@ def horizons(
         )
 
     by_task, errors = sweep.by_task(), {}
+    if len(by_task) > 1 and "mean" in by_task:
+        raise CodebookError("a task is called `mean`, as the mean over the tasks is: give it another name")
     for task, rows in by_task.items():
         own, n = sweep.loss[rows], len(rows)
         drawn[task] = rng.multinomial(n, np.full(n, 1 / n), resamples) @ own / n

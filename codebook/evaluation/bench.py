@@ -237,19 +237,21 @@ def measure(
     for row in rows:
         for schedule in row.schedules:
             plans[schedule_key(schedule)] = functools.partial(_constant, schedule)
-    said = respond(
+    responses = respond(
         model, processor, samples, plans, out / "answers.jsonl", lambda count: done(count, "answers"),
         batch=settings.batch, max_new_tokens=settings.max_new_tokens, shard=shard,
     )  # fmt: skip
     if shard is not None:
         return {}
     costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
-    sums = {key: _sums(tasks, found) for key, found in said.items()}
+    sums = {key: _sums(tasks, found) for key, found in responses.items()}
     results = []
     for row, cost in zip(rows, costs, strict=True):
         keys = [schedule_key(schedule) for schedule in row.schedules]
         averaged = [np.mean(own, axis=0) for own in zip(*(sums[key] for key in keys), strict=True)]
-        results.append(_result(model, bench, row, tasks, averaged, [one for key in keys for one in said[key]], cost))
+        results.append(
+            _result(model, bench, row, tasks, averaged, [one for key in keys for one in responses[key]], cost)
+        )
     _add_comparisons(results, tasks, rows, sums, settings.against)
     size = models.shape(model)
     return {
@@ -351,12 +353,12 @@ def _cost(rounds: Sequence[Mapping[str, Any]], name: str, reference: str) -> dic
     return found
 
 
-def _sums(tasks: Sequence[Task], said: Sequence[Response]) -> list[np.ndarray]:
+def _sums(tasks: Sequence[Task], responses: Sequence[Response]) -> list[np.ndarray]:
     """For each task the sums (`Task.sums`) of one run."""
     found, start = [], 0
     for task in tasks:
         stop = start + len(task.samples)
-        found.append(task.sums([one.text for one in said[start:stop]]))
+        found.append(task.sums([one.text for one in responses[start:stop]]))
         start = stop
     return found
 
@@ -367,11 +369,11 @@ def _result(
     row: Row,
     tasks: Sequence[Task],
     sums: Sequence[np.ndarray],
-    said: Sequence[Response],
+    responses: Sequence[Response],
     cost: dict[str, Any],
 ) -> dict[str, Any]:
     schedule = row.schedules[0]
-    per_layer, keep = _kept_per_layer(model, schedule, said)
+    per_layer, keep = _kept_per_layer(model, schedule, responses)
     scores = {}
     for task, counted in zip(tasks, sums, strict=True):
         own, values = estimate(task.metric, counted), task.metric.values(counted.mean(0))
@@ -386,15 +388,17 @@ def _result(
     }  # fmt: skip
 
 
-def _kept_per_layer(model: Model, schedule: Schedule | None, said: Sequence[Response]) -> tuple[list[float], float]:
+def _kept_per_layer(
+    model: Model, schedule: Schedule | None, responses: Sequence[Response]
+) -> tuple[list[float], float]:
     """Visual tokens per layer, averaged over the questions, and their average share of the unpruned count."""
     layers = models.shape(model).layers
     starts = [0, *(stage.layer for stage in (schedule.stages if schedule else ()))]
     stage_of = [max(i for i, start in enumerate(starts) if start <= layer) for layer in range(layers)]
-    counts = np.array([[one.counts[stage] for stage in stage_of] for one in said if one.counts], dtype=float)
+    counts = np.array([[one.counts[stage] for stage in stage_of] for one in responses if one.counts], dtype=float)
     if not len(counts):
         return [0.0] * layers, 1.0
-    whole = np.array([one.counts[0] for one in said if one.counts], dtype=float)
+    whole = np.array([one.counts[0] for one in responses if one.counts], dtype=float)
     return counts.mean(0).tolist(), float((counts.mean(1) / whole).mean())
 
 
@@ -486,10 +490,10 @@ def show_rows(
                     schedule = row.schedules[0]
                     name = f"{key} {schedule_key(schedule)}"
                     if name not in journal:
-                        [said] = ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)
-                        seen = [image.view(kept) for image, kept in zip(said.images, said.kept, strict=True)]
+                        [answer] = ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)
+                        seen = [image.view(kept) for image, kept in zip(answer.images, answer.kept, strict=True)]
                         journal.add(
-                            name, {"text": said.text, "kept": [s[0] for s in seen], "grids": [s[1] for s in seen]}
+                            name, {"text": answer.text, "kept": [s[0] for s in seen], "grids": [s[1] for s in seen]}
                         )
                     record = read_record(journal, name, LOOK)
                     grids = record["grids"]

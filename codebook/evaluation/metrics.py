@@ -153,8 +153,8 @@ POPE = Metric(("f1", "accuracy", "precision", "recall"), _confusion, _pope_value
 def yes_or_no(prediction: str, answers: Sequence[str]) -> float:
     """MME's rule: yes or no among the first four letters, whatever their case (arXiv 2306.13394)."""
     start = prediction.strip().lower()[:4]
-    said = "yes" if "yes" in start else "no" if "no" in start else None
-    return float(said == answers[0])
+    answer = "yes" if "yes" in start else "no" if "no" in start else None
+    return float(answer == answers[0])
 
 
 def _pairs(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:

@@ -45,11 +45,11 @@ def vqa(prediction: str, answers: Sequence[str]) -> float:
     It is averaged over leaving each person out in turn. With ten people of whom n agree that is min(1, 0.3 n)
     (https://visualqa.org/evaluation.html; TextVQA and VizWiz use the same).
     """
-    said, given = normalised(prediction), [normalised(answer) for answer in answers]
+    guess, given = normalised(prediction), [normalised(answer) for answer in answers]
     if len(given) == 1:
-        return float(said == given[0])
-    agree = sum(answer == said for answer in given)
-    return sum(min(1.0, (agree - (answer == said)) / 3) for answer in given) / len(given)
+        return float(guess == given[0])
+    agree = sum(answer == guess for answer in given)
+    return sum(min(1.0, (agree - (answer == guess)) / 3) for answer in given) / len(given)
 
 
 def same(prediction: str, answers: Sequence[str]) -> float:
@@ -74,12 +74,12 @@ def box_overlap(prediction: str, answers: Sequence[str]) -> float:
     The prediction's first four numbers are its box: left, top, right, bottom, as fractions of the image's sides like
     the answer; or, if one of them is above 1, as thousandths (Qwen2-VL, Qwen3-VL and InternVL answer so).
     """
-    said, right = numbers(prediction)[:4], numbers(answers[0])
-    if len(said) < 4:
+    box, right = numbers(prediction)[:4], numbers(answers[0])
+    if len(box) < 4:
         return 0.0
-    if max(said) > 1:
-        said = [x / 1000 for x in said]
-    (a, b, c, d), (e, f, g, h) = said, right
+    if max(box) > 1:
+        box = [x / 1000 for x in box]
+    (a, b, c, d), (e, f, g, h) = box, right
     shared = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
     union = max(0.0, c - a) * max(0.0, d - b) + (g - e) * (h - f) - shared
     return float(union > 0 and shared / union >= 0.5)

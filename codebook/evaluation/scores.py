@@ -20,21 +20,21 @@ def compare(
     model: Model,
     processor: Processor,
     samples: Sequence[Sample],
-    plans: Mapping[str, Policy],
+    policies: Mapping[str, Policy],
     file: Path | None = None,
     done: Callable[[int], None] = lambda count: None,
     *,
     blind: bool = False,
 ) -> dict[str, Scores]:
     """The scores of the answers that `respond` gives, for each policy."""
-    said = respond(model, processor, samples, plans, file, done, blind=blind)
-    return {name: scored(samples, own) for name, own in said.items()}
+    responses = respond(model, processor, samples, policies, file, done, blind=blind)
+    return {name: scored(samples, own) for name, own in responses.items()}
 
 
-def scored(samples: Sequence[Sample], said: Sequence[Response]) -> Scores:
+def scored(samples: Sequence[Sample], responses: Sequence[Response]) -> Scores:
     """The scores of the responses to the samples, by task."""
     scores: Scores = {}
-    for sample, one in zip(samples, said, strict=True):
+    for sample, one in zip(samples, responses, strict=True):
         scores.setdefault(sample.task, []).append(sample.score(one.text))
     return scores
 

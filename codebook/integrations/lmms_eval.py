@@ -74,15 +74,15 @@ class PrunedModel(lmms):
         """Answers, in the order of the requests."""
         tasks = [_Task(self.task_dict, *request.args) for request in requests]
         order = sorted(range(len(tasks)), key=lambda i: tasks[i].kind)
-        said: dict[int, str] = {}
+        answers: dict[int, str] = {}
         with tqdm(total=len(tasks), desc="codebook", unit="answer") as bar:
             for _, rows in groupby(order, key=lambda i: tasks[i].kind):
                 own = list(rows)
                 for start in range(0, len(own), self.batch_size):
                     batch = own[start : start + self.batch_size]
-                    said |= zip(batch, self._answer([tasks[i] for i in batch]), strict=True)
+                    answers |= zip(batch, self._answer([tasks[i] for i in batch]), strict=True)
                     bar.update(len(batch))
-        return [said[i] for i in range(len(tasks))]
+        return [answers[i] for i in range(len(tasks))]
 
     def _answer(self, tasks: Sequence[_Task]) -> list[str]:
         pictures, questions = [task.pictures() for task in tasks], [task.question for task in tasks]

@@ -177,6 +177,11 @@ def test_one_sample_shows_no_horizon():
     assert "one sample" in found["a"].unknown and found["a"].safe == 2 and found["b"].unknown is None
 
 
+def test_a_task_is_not_overwritten_by_the_mean():
+    with pytest.raises(CodebookError, match="called `mean`"):
+        horizons(Sweep(["a", "mean"], np.ones(2), np.zeros((2, 2))))
+
+
 def test_the_rate_of_guesses_by_hand():
     """Five samples: `no` is right for two of the other four; all answers differ; a sample without an answer."""
     asked = {"a": ["no", "yes", "no", "no", "x"], "b": ["1", "2", "3"], "c": [None, None], "d": ["u", "u", None]}
