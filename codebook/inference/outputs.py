@@ -6,16 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from codebook.errors import CodebookError
-
-
-def check_logits(logits: Tensor) -> None:
-    """Raise a CodebookError if any of the logits, of any shape, is NaN."""
-    if bool(torch.isnan(logits).any()):
-        raise CodebookError(
-            "the model's outputs are not numbers (NaN): its weights are damaged, or float16 is too narrow for them; "
-            "load it again, or in bfloat16 or float32"
-        )
+from codebook.models.finite import check_logits
 
 
 class NanWatch(LogitsProcessor):

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from codebook.errors import CodebookError
 from codebook.models.base import Model, Processor
+from codebook.models.finite import check_weights, some
 from codebook.models.registry import family_of_config
 
 SHIPPED_MODELS = {"miniature": Path(__file__).parents[1] / "miniature" / "weights"}
 """Folders of the models that ship with the package, by the name that `load` takes."""
 
+LFS_POINTER = b"version https://git-lfs"
+"""First bytes of the file that git leaves in the place of a large one."""
+
 
 def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Model, Processor]:
-    """Load a model and its processor for inference.
+    """Load a model and its processor for inference. Code that comes with a model is never run.
 
     Parameters
     ----------
@@ -36,40 +42,168 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     Raises
     ------
     CodebookError
-        If the model cannot be found, read, or is of a family that is not supported.
+        If the device is not there; if the model cannot be found or read, needs code of its own, or is of a family that
+        is not supported; if its weights do not fit its config, or are not numbers.
     """
-    from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    source = str(SHIPPED_MODELS.get(name, name))
-    if Path(source).is_dir() and not (Path(source) / "config.json").is_file():
-        raise CodebookError(f"{name} holds no config.json: name a transformers model folder")
-    local: dict[str, Any] = {"local_files_only": Path(source).is_dir()}
+    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder = SHIPPED_MODELS.get(name, Path(name))
+    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
     try:
-        family_of_config(AutoConfig.from_pretrained(source, **local))  # before gigabytes are read
-        chosen: Any = dtype or (torch.float32 if device == "cpu" else "auto")
-        with _silent() if name in SHIPPED_MODELS else contextlib.nullcontext():
-            model: Any = AutoModelForImageTextToText.from_pretrained(source, dtype=chosen, **local)
-        return model.to(device).eval(), AutoProcessor.from_pretrained(source, **local)
-    except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if isinstance(error, ImportError) and "torchvision" in reason.lower():
+        _check_config(name, folder, options)  # before gigabytes are read
+        chosen: Any = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+        with _silent(bars=name not in SHIPPED_MODELS):
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True, **options
+            )
+        model, found = loaded
+        _check_fit(name, model, found)
+        model = model.to(device).eval()
+        check_weights(name, model)
+        processor = AutoProcessor.from_pretrained(str(folder), **options)
+        _check_processor(name, model, processor)
+        return model, processor
+    except CodebookError:
+        raise
+    except Exception as error:  # the libraries raise a dozen types for damaged files
+        raise CodebookError(_reason(name, error)) from None
+
+
+def check_device(device: str) -> str:
+    """Return the name of a device, or raise a CodebookError if this machine has none of that name."""
+    try:
+        if torch.device(device).type == "meta":
+            raise ValueError("it holds no numbers")
+        torch.empty(1, device=device)
+    except Exception as error:  # torch raises three types, by the kind of device
+        raise CodebookError(f"cannot use the device {device[:40]!r}: {_line(error, 120)}; use cpu") from None
+    return device
+
+
+def _check_config(name: str, folder: Path, options: dict[str, Any]) -> None:
+    """Refuse a model that cannot be loaded, as far as that shows without its weights."""
+    from transformers import AutoConfig, PreTrainedConfig
+
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise CodebookError(f"{name} holds no config.json: name a transformers model folder")
+        for file in sorted(folder.iterdir()):
+            if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+                raise CodebookError(
+                    f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in its folder"
+                )
+    written, _ = PreTrainedConfig.get_config_dict(str(folder), **options)
+    if written.get("auto_map"):
+        raise CodebookError(
+            f"{name} comes with code of its own (auto_map in its config.json), which is never run: use a model whose "
+            "class transformers itself has"
+        )
+    config = AutoConfig.from_pretrained(str(folder), **options)
+    family_of_config(config)
+    _check_size(name, folder, config)
+
+
+def _check_size(name: str, folder: Path, config: Any) -> None:
+    """Refuse a config that describes more weights than the folder's files hold, before memory is taken for them."""
+    from safetensors import safe_open
+    from transformers import AutoModelForImageTextToText
+
+    files = sorted(folder.glob("*.safetensors"))
+    if not files or getattr(config, "quantization_config", None):  # packed weights are fewer numbers
+        return
+    tensors = numbers = 0
+    for file in files:
+        with safe_open(file, framework="pt") as held:
+            sizes = [torch.Size(held.get_slice(key).get_shape()).numel() for key in held.keys()]  # noqa: SIM118
+        tensors, numbers = tensors + len(sizes), numbers + sum(sizes)
+    parts = (config.get_text_config(), config.vision_config)
+    layers = max(getattr(part, "num_hidden_layers", 0) or getattr(part, "depth", 0) for part in parts)
+    if layers <= tensors:
+        with torch.device("meta"):
+            described = sum(p.numel() for p in AutoModelForImageTextToText.from_config(config).parameters())
+    if layers > tensors or described > 1.01 * numbers:
+        what = f"{layers} layers" if layers > tensors else f"{described:,} weights"
+        raise CodebookError(
+            f"the config.json of {name} describes {what} and its files hold {tensors} tensors of {numbers:,} numbers: "
+            "they do not belong together, or a file is missing; fetch them again"
+        )
+
+
+def _check_fit(name: str, model: Model, found: dict[str, Any]) -> None:
+    """Refuse a model of which some weights were not in the checkpoint, or the checkpoint has layers that it lacks."""
+    missing = sorted(found["missing_keys"])
+    misshapen = sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])
+    # Of what the model has no place for, more layers are a fault; heads and buffers of other programs are not.
+    surplus = sorted(key for key in found["unexpected_keys"] if _is_surplus_layer(model, key))
+    for names, what in (
+        (missing, "lack weights that its config.json asks for"),
+        (misshapen, "hold weights of other shapes than its config.json says"),
+        (surplus, "hold layers that its config.json leaves out"),
+    ):
+        if names:
             raise CodebookError(
-                f"the processor of {name} needs torchvision, which is not installed: install the torchvision that goes "
-                f"with torch {torch.__version__.split('+')[0]}"
-            ) from None
-        raise CodebookError(f"cannot load {name}: {reason}; name `miniature`, a folder or a hub model") from None
+                f"the files of {name} {what}: {some(names)}; they do not belong together, or a file is missing: fetch "
+                "them again"
+            )
+
+
+def _is_surplus_layer(model: Model, key: str) -> bool:
+    """Whether a tensor belongs to a layer behind the last one that the model has."""
+    for number in re.finditer(r"\.(\d+)\.", key):
+        try:
+            layers = model.get_submodule(key[: number.start()])
+        except AttributeError:
+            return False
+        if isinstance(layers, nn.ModuleList) and int(number[1]) >= len(layers):
+            return True
+    return False
+
+
+def _check_processor(name: str, model: Model, processor: Processor) -> None:
+    """Refuse a processor that marks images by another token than the model looks for."""
+    theirs, own = getattr(processor, "image_token_id", None), model.config.image_token_id
+    if theirs is not None and theirs != own:
+        raise CodebookError(
+            f"the processor of {name} marks images by token {theirs} and its config.json by {own}: they do not belong "
+            "together; fetch them again"
+        )
+
+
+def _reason(name: str, error: Exception) -> str:
+    from safetensors import SafetensorError
+
+    text = _line(error, 200)
+    if isinstance(error, ImportError) and "torchvision" in text.lower():
+        return (
+            f"the processor of {name} needs torchvision, which is not installed: install the torchvision that goes "
+            f"with torch {torch.__version__.split('+')[0]}"
+        )
+    if isinstance(error, SafetensorError):
+        return f"cannot load {name}: its weights are damaged or not all there ({text}); fetch them again"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return f"cannot load {name}: there is not enough memory ({text}); use a smaller model or dtype"
+    if isinstance(error, OSError | ValueError | ImportError):
+        return f"cannot load {name}: {text}; name `miniature`, a folder or a hub model"
+    return f"cannot load {name}: {type(error).__name__}: {text}; a file of it is damaged: fetch it again"
+
+
+def _line(error: Exception, length: int) -> str:
+    return " ".join(str(error).split())[:length]
 
 
 @contextlib.contextmanager
-def _silent() -> Iterator[None]:
-    """A context without transformers' progress bars, for weights that load in a moment."""
+def _silent(bars: bool) -> Iterator[None]:
+    """A context without transformers' report of weights that do not fit, which we check, and without its bars."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    if not bars:
+        logging.disable_progress_bar()
     try:
         yield
     finally:
+        logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()

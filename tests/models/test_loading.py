@@ -1,0 +1,194 @@
+"""Loading: what fits loads, and what is damaged, half there or brings code of its own is refused in one line."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from codebook import CodebookError, models
+from codebook.models.loading import SHIPPED_MODELS
+from tests.models.families import FAMILIES
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9737216\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    shutil.copytree(SHIPPED_MODELS["miniature"], tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_loads_what_was_saved(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda *_, **__: "processor")
+    saved = FAMILIES[name].make()
+    saved.save_pretrained(tmp_path)
+    model, processor = models.load(str(tmp_path), "cpu")
+    assert processor == "processor" and type(model) is type(saved)
+    weights = model.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in saved.state_dict().items())
+
+
+def weights(change):
+    """The same file with other tensors: `change` gets each and its key, and returns None to leave it out."""
+
+    def write(folder):
+        held = load_file(folder / "model.safetensors")
+        changed = {key: change(key, value) for key, value in held.items()}
+        changed = {key: value.contiguous() for key, value in changed.items() if value is not None}
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+
+    return write
+
+
+def without(part):
+    return weights(lambda key, value: None if part in key else value)
+
+
+def config(**changes):
+    def write(folder):
+        written = json.loads((folder / "config.json").read_text())
+        for path, value in changes.items():
+            *parts, last = path.split("__")
+            held = written
+            for part in parts:
+                held = held[part]
+            held[last] = value
+        (folder / "config.json").write_text(json.dumps(written))
+
+    return write
+
+
+def file(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def cut(folder):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+
+
+def sharded(folder):
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": {"lm_head.weight": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def removed(name):
+    return lambda folder: (folder / name).unlink()
+
+
+NAN, INF = float("nan"), float("inf")
+DAMAGE = {
+    "no LLM": (without("language_model"), "describes 4,847,776 weights and its files hold 91 tensors"),
+    "no projector": (without("projector"), "lack weights.*multi_modal_projector.linear_1.bias.* and 1 more; .*fetch"),
+    "no norm": (without("layers.3.input_layernorm"), "lack weights.*layers.3.input_layernorm.weight"),
+    "other shapes": (
+        weights(lambda key, value: value[:-2] if key.endswith("projector.linear_1.weight") else value),
+        "other shapes.*multi_modal_projector.linear_1.weight",
+    ),
+    "other patches": (config(vision_config__patch_size=16), "describes 4,907,680 weights"),
+    "fewer words": (config(text_config__vocab_size=50), "other shapes.*lm_head.weight"),
+    "fewer layers": (config(text_config__num_hidden_layers=6), "hold layers.*layers.10.* and 51 more"),
+    "no layers": (config(text_config__num_hidden_layers=0), "hold layers.* and 105 more"),
+    "more layers": (config(text_config__num_hidden_layers=13), "describes"),
+    "far too many layers": (config(text_config__num_hidden_layers=10**9), "describes 1000000000 layers"),
+    "a default LLM": (config(text_config=None), "describes 6,756,760,448 weights"),
+    "odd heads": (config(text_config__num_attention_heads=7), "cannot load.*attention heads"),
+    "a word for a number": (config(text_config__hidden_size="many"), "cannot load.*'hidden_size'"),
+    "another image token": (config(image_token_index=77), "marks images by token 4 and its config.json by 77"),
+    "nan": (weights(lambda key, value: value * NAN if "layers.3.mlp.up" in key else value), "not numbers.*layers.3"),
+    "infinite": (weights(lambda key, value: value * INF if "linear_1.bias" in key else value), "not numbers.*linear_1"),
+    "half a file": (cut, "weights are damaged or not all there.*fetch"),
+    "an empty file": (file("model.safetensors", b""), "weights are damaged or not all there"),
+    "a missing shard": (sharded, "cannot load.*model-2.safetensors"),
+    "no weights": (removed("model.safetensors"), "cannot load.*model.safetensors"),
+    "pointer for weights": (file("model.safetensors", POINTER), "safetensors is a pointer of git-lfs.*git lfs pull"),
+    "pointer for words": (file("tokenizer.json", POINTER), "tokenizer.json is a pointer of git-lfs"),
+    "pointer for config": (file("config.json", POINTER), "config.json is a pointer of git-lfs"),
+    "list for config": (file("config.json", b"[]"), "cannot load"),
+    "deep config": (file("config.json", b'{"a":' * 10**5 + b"1" + b"}" * 10**5), "cannot load"),
+    "bytes for config": (file("config.json", b"\xff\xfe\x00"), "cannot load.*config.json"),
+    "no config": (removed("config.json"), "holds no config.json"),
+    "unknown type": (config(model_type="nothing"), "cannot load.*`nothing`"),
+    "empty words": (file("tokenizer.json", b""), "cannot load"),
+    "other words": (file("tokenizer.json", b"{}"), "cannot load"),
+    "no words": (removed("tokenizer.json"), "cannot load.*tokenizer"),
+    "list for words": (file("tokenizer_config.json", b"[]"), "cannot load"),
+    "list for processor": (file("processor_config.json", b"[]"), "cannot load"),
+    "half a processor": (file("processor_config.json", b'{"image'), "cannot load.*processor_config.json"),
+    "no processor": (removed("processor_config.json"), "cannot load.*processor"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_damage_is_refused_in_one_line(what, folder):
+    damage, says = DAMAGE[what]
+    damage(folder)
+    with pytest.raises(CodebookError, match=says) as caught:
+        models.load(str(folder), "cpu")
+    assert str(folder) in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + 2 * len(str(folder))
+
+
+def test_what_only_other_programs_need_is_no_damage(folder):
+    held = load_file(folder / "model.safetensors") | {"v_head.weight": torch.zeros(3), "rotary.inv_freq": torch.ones(2)}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    model, _ = models.load(str(folder), "cpu")
+    assert models.identity(model) == models.identity(models.load("miniature", "cpu")[0])
+
+
+CODE = """
+from pathlib import Path
+Path({marker!r}).touch()
+from transformers import LlavaConfig as Mine, LlavaForConditionalGeneration, PreTrainedTokenizerFast, LlavaProcessor
+"""
+CODES = {
+    "config.json": {"AutoConfig": "mine.Mine", "AutoModelForImageTextToText": "mine.LlavaForConditionalGeneration"},
+    "tokenizer_config.json": {"AutoTokenizer": [None, "mine.PreTrainedTokenizerFast"]},
+    "processor_config.json": {"AutoProcessor": "mine.LlavaProcessor"},
+}
+
+
+LOAD = """
+import sys
+from codebook import CodebookError, load
+try:
+    load(sys.argv[1], "cpu")
+except CodebookError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(("where", "known"), [*((where, False) for where in CODES), ("config.json", True)])
+def test_code_that_comes_with_a_model_never_runs(where, known, folder, tmp_path):
+    """Not even when whoever pipes into the command would have said yes."""
+    marker = tmp_path / "ran"
+    (folder / "mine.py").write_text(CODE.format(marker=str(marker)))
+    written = json.loads((folder / where).read_text())
+    written["auto_map"] = CODES[where]
+    if not known:  # a class that transformers does not have: it would have to run the code
+        written |= {"model_type": "mine", "tokenizer_class": "Mine", "processor_class": "Mine"}
+    (folder / where).write_text(json.dumps(written))
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, folder], input="y\n" * 9, capture_output=True, text=True, check=False
+    )
+    assert not marker.exists() and done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") <= 1 and "[y/N]" not in done.stdout + done.stderr
+    assert where != "config.json" or "comes with code of its own" in done.stdout
+
+
+@pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "mps", "xpu", "gpu", "", "meta", "cpu:x", "hpu", "x" * 999])
+def test_a_device_that_is_not_there_is_refused_before_weights_are_read(device, monkeypatch):
+    monkeypatch.setattr(hf.AutoModelForImageTextToText, "from_pretrained", None)
+    if device == "":
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # the default
+        device = None
+    with pytest.raises(CodebookError, match=r"cannot use the device '.*; use cpu") as caught:
+        models.load("miniature", device)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
