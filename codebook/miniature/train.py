@@ -15,12 +15,16 @@ was stopped goes on as if it had not been.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import shutil
+import signal
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -137,8 +141,29 @@ def train(
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         with tempfile.TemporaryDirectory() as meeting:
             arguments = (workers, out, recipe, device, f"file://{meeting}/store")
-            torch.multiprocessing.spawn(_worker, arguments, nprocs=workers)
+            with _ignoring_interrupts():  # which the processes inherit: Ctrl-C is answered here, once
+                context = torch.multiprocessing.spawn(_worker, arguments, nprocs=workers, join=False)
+            try:
+                while not context.join():
+                    pass
+            finally:
+                for process in context.processes:
+                    process.terminate()
+                    process.join()
     return out / "weights"
+
+
+@contextlib.contextmanager
+def _ignoring_interrupts() -> Iterator[None]:
+    """A context in which Ctrl-C has no effect; outside the main thread, which alone hears of it, it does nothing."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _check(file: Path, **own: int) -> None:
