@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from codebook.cli.options import JsonOption, SeedOption
-from codebook.cli.output import Update, building_progress, progress, write_picture
+from codebook.cli.output import Update, building_progress, progress, resumable, write_picture
 
 if TYPE_CHECKING:
     from codebook.evaluation import Scores
@@ -22,6 +22,7 @@ BUDGETS = (0.5, 0.25, 0.11)
 """Fractions of the visual tokens kept, averaged over the layers."""
 
 
+@resumable()
 def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for images, codebook and picture.")] = Path("codebook-demo"),
     images: Annotated[int, typer.Option(min=1, help="Training images to build from.")] = 100,

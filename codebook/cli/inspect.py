@@ -11,7 +11,7 @@ import typer
 
 from codebook.cli.options import JsonOption
 from codebook.cli.output import write_picture
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, printable
 
 if TYPE_CHECKING:
     from codebook.store.codebook import Codebook
@@ -53,7 +53,7 @@ def inspect_command(
         return
     for key, value in report.items():
         if key != "clusters":
-            print(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}")
+            print(printable(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}", 2000))
     for row in report["clusters"]:
         print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
 

@@ -52,6 +52,7 @@ def train_command(
     print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
 
 
+@resumable("check")
 def evaluate_command(
     folder: Annotated[Path | None, typer.Argument(help="Weights of a training run; default: those that ship.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out questions per family.")] = 200,

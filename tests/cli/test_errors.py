@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -159,6 +160,52 @@ def test_a_command_that_keeps_its_work_says_so_when_interrupted(run, monkeypatch
     monkeypatch.setattr(codebook.cli, "app", app)
     code, out, err = run("list", *(f"--{name}={value}" for name, value in given.items()))
     assert code == 130 and not out and err.endswith(words) and len(err.splitlines()) == 1
+
+
+BOOK = Path(__file__).parents[2] / "indexes" / "miniature"
+RESUMABLE = {
+    "build": ["build", "miniature", "--images", "images", "--out", "new"],
+    "extend": ["extend", BOOK, "--images", "images", "--out", "new"],
+    "merge": ["merge", BOOK, BOOK, "--out", "new"],
+    "prune --input": ["prune", "miniature", "--input", "in.jsonl", "--output", "new"],
+    "horizon --out": ["horizon", "miniature", "--data", "miniature", "--count", "1", "--out", "new"],
+    "calibrate": [
+        "calibrate",
+        "miniature",
+        "--data",
+        "miniature",
+        "--keep",
+        "0.2",
+        "--count",
+        "1",
+        "--out",
+        "new.json",
+    ],
+    "bench": ["bench", "miniature", "--methods", "uniform", "--count", "1", "--out", "new"],
+    "demo": ["demo", "--out", "new"],
+    "train": ["miniature", "train", "--out", "new"],
+    "evaluate --check": ["miniature", "evaluate", "--check", "new"],
+}
+OTHERS = {
+    "prune": ["prune", "miniature", "--image", "images/000000.png", "--ask", "?"],
+    "horizon": ["horizon", "miniature", "--data", "miniature", "--count", "1"],
+    "evaluate": ["miniature", "evaluate"],
+}
+
+
+@pytest.mark.parametrize("command", (RESUMABLE | OTHERS).keys())
+def test_which_commands_go_on(run, tmp_path, monkeypatch, command):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.chdir(tmp_path)
+    miniature.write_images(tmp_path / "images", 1)
+    (tmp_path / "in.jsonl").write_text('{"image": "images/000000.png", "question": "?"}')
+    for name in ("codebook.models.load", "codebook.building.merge", "codebook.miniature.train.train"):
+        monkeypatch.setattr(name, interrupted)
+    code, out, err = run(*(RESUMABLE | OTHERS)[command])
+    said = "interrupted: what is finished is kept, and the same command goes on\n"
+    assert (code, out, err) == (130, "", said if command in RESUMABLE else "interrupted\n")
 
 
 def test_control_c_in_a_build(tmp_path):
