@@ -2,8 +2,8 @@
 
 from codebook.building.builder import Options, Progress, build, extend, merge
 from codebook.building.pool import STEPS, SurvivorPool
-from codebook.building.presets import BUILD_PRESETS, Settings, preset
-from codebook.building.sources import Source, open_images
+from codebook.building.presets import BUILD_PRESETS, Settings, preset, read_settings
+from codebook.building.sources import Source, left_out_words, open_images
 
 __all__ = [
     "BUILD_PRESETS",
@@ -15,7 +15,9 @@ __all__ = [
     "SurvivorPool",
     "build",
     "extend",
+    "left_out_words",
     "merge",
     "open_images",
     "preset",
-]  # fmt: skip
+    "read_settings",
+]

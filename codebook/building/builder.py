@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
-from PIL import UnidentifiedImageError
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from codebook import models
 from codebook.building.cascade import Survivors, survivors
-from codebook.building.pool import STEPS, SurvivorPool, images_digest
-from codebook.building.presets import Settings, preset
+from codebook.building.pool import STEPS, SurvivorPool, images_digest, is_digest, one_of_each, unread
+from codebook.building.presets import Settings, preset, read_settings
 from codebook.building.probes import Prober
-from codebook.building.sources import Images, Source, open_images
+from codebook.building.sources import GONE, Images, Source, open_images
 from codebook.errors import CodebookError
 from codebook.models import Model, Processor
-from codebook.store.codebook import CONFIG, Codebook
-from codebook.store.files import read_json
+from codebook.store.codebook import Codebook
+from codebook.store.files import one_line
+from codebook.store.folder import CONFIG, Count, TokenRecord, read_config
 from codebook.store.journal import Journal, differences
+from codebook.store.pictures import decode_image
 
 PROBES = "probes.jsonl"
 UNFINISHED = ".build"
@@ -37,8 +41,23 @@ REMEDY = {
     "recurrent": "use more images, or lower min_image_fraction or clusters",
 }
 
-Outcome = tuple[str, Survivors | str]
-"""Name of an image, and what it yields or why it cannot be read."""
+
+Funnel = TypedDict("Funnel", dict.fromkeys(STEPS[:-1], Count))  # type: ignore[misc]
+
+
+class ProbedRecord(TypedDict):
+    """What the journal of a build says of an image."""
+
+    tokens: list[TokenRecord]
+    funnel: Funnel
+    spread: float
+    probes: NotRequired[list[TokenRecord]]
+
+
+_PROBED = TypeAdapter(ProbedRecord)
+
+Outcome = tuple[str, str, Survivors | str]
+"""Name of an image, SHA-256 of its file as it was probed, and what it yields or why it cannot be read."""
 Engine = Callable[["Worker", list[str]], Iterable[Outcome]]
 """Function that probes the named images, in any order."""
 
@@ -108,14 +127,14 @@ class Worker:
         self.prober = Prober.of(self.model, self.processor, self.settings.prompt, grid, self.options.batch_size)
 
     def __call__(self, name: str) -> Outcome:
+        digest = GONE
         try:
-            pixels = self.family.view(self.processor, self.source.read(name))
-        except UnidentifiedImageError:
-            return name, "not an image"
-        except Exception as error:  # damaged files make PIL's decoders raise nearly anything
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__  # no paths of this machine
-            return name, " ".join(reason.split())[:200]
-        return name, self.probe(pixels)
+            data = self.source.find(name)
+            digest = hashlib.sha256(data).hexdigest()
+            pixels = self.family.view(self.processor, decode_image(data))
+        except Exception as error:  # whatever a processor makes of an odd picture, the others are still to be probed
+            return name, digest, getattr(error, "strerror", None) or one_line(error)  # no paths of this machine
+        return name, digest, self.probe(pixels)
 
     def probe(self, pixels: Tensor) -> Survivors:
         try:
@@ -169,7 +188,9 @@ def build(
     """
     model, settings = models.unwrap(model), settings or preset(model_id)
     source = open_images(images, limit)
-    return _build(model, processor, source, Path(out), model_id, settings, None, Options(**options))
+    return _build(
+        model, processor, source, source.digests(), Path(out), model_id, settings, None, Options(**options)
+    )  # fmt: skip
 
 
 def extend(
@@ -185,9 +206,9 @@ def extend(
     """Add images to a codebook and save the result in `out`, the same as if it had been built from all of them.
 
     Its survivors and those of the new images are clustered together, so tokens that did not recur may now, and the
-    other way round. Images that it was built from, by name and size, are not probed again. New ones whose names are
-    taken by others get the name of their own folder before theirs. Resumable like `build`, whose other parameters it
-    takes.
+    other way round. Images that it was built from are not probed again: an image is known by the SHA-256 of its file,
+    whatever its name. A new image whose name is taken by another one gets the name of its folder before its own.
+    Resumable like `build`, whose other parameters it takes.
 
     Parameters
     ----------
@@ -202,27 +223,47 @@ def extend(
         )
     if Path(out).resolve() == Path(folder).resolve():
         raise CodebookError(f"{out} is the codebook to extend: choose another --out")
-    source = open_images(images, limit)
-    if any(pool.images[name]["stamp"] != stamp for name, stamp in source.stamps.items() if name in pool.images):
-        before = f"{Path(source.where).absolute().stem}/"
-        stamps = {before + name: stamp for name, stamp in source.stamps.items()}
-        find = source.find
-        source = Source(source.where, stamps, lambda name: find(name.removeprefix(before)))
-        pool.join(SurvivorPool({name: {"stamp": stamp} for name, stamp in stamps.items()}, pool.features[:0], []))
-    settings = Settings(**book.config["settings"])
-    return _build(model, processor, source, Path(out), book.config["model"], settings, pool, Options(**options))
+    source, stamps = _free_names(open_images(images, limit), pool)
+    settings = read_settings(book.config["settings"], folder)
+    return _build(
+        model, processor, source, stamps, Path(out), book.config["model"], settings, pool, Options(**options)
+    )  # fmt: skip
+
+
+def _free_names(source: Source, pool: SurvivorPool) -> tuple[Source, dict[str, str]]:
+    """A source and its images' digests, where no image has the name of another one that the pool has."""
+    digests, names = source.digests(), dict[str, str]()
+    before = f"{Path(source.where).absolute().stem}/"
+    for name, digest in digests.items():
+        known = pool.images.get(name, {"stamp": digest})["stamp"]
+        if unread(known) or digest in (GONE, known):
+            names[name] = name
+            continue
+        if not is_digest(known) and known in (len(source.find(name)), str(known)):
+            raise CodebookError(
+                f"{name} may be the image of that name and size that the codebook was built from, by a version that "
+                "noted no more of an image: rename it, or build the codebook again"
+            )
+        if (other := before + name) in digests or pool.images.get(other, {"stamp": digest})["stamp"] != digest:
+            raise CodebookError(
+                f"1 names, {other} first, are of different images in the two: rename the images of one, or give their "
+                "folders a common one and build from that"
+            )
+        names[other] = name
+    renamed = replace(source, names=tuple(sorted(names)), find=lambda name: source.find(names[name]))
+    return renamed, {name: digests[names[name]] for name in renamed.names}
 
 
 def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
     """Merge two codebooks that keep their survivors into one, the same as if it had been built from all their images.
 
-    No model is needed. An image that both were built from, by name and size, counts once.
+    No model is needed. An image that both were built from counts once, whatever its names.
     """
     (a, pool), (b, other) = SurvivorPool.load(first), SurvivorPool.load(second)
     keys = [{k: book.config.get(k) for k in ("fingerprint", "dtype", "settings")} for book in (a, b)]
     if keys[0] != keys[1]:
         raise CodebookError(f"{first} and {second} were built with another {differences(*keys)}: they do not merge")
-    both, out, settings = pool.join(other), Path(out), Settings(**a.config["settings"])
+    both, out, settings = pool.join(other), Path(out), read_settings(a.config["settings"], first)
     key = {**keys[0], "model": a.config["model"], "images_sha256": both.digest}
     if (complete := _complete(out, key)) is not None:
         return complete
@@ -237,8 +278,8 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
 
 
 def _build(
-    model: Model, processor: Processor, source: Source, out: Path, model_id: str, settings: Settings,
-    base: SurvivorPool | None, options: Options,
+    model: Model, processor: Processor, source: Source, stamps: dict[str, str], out: Path, model_id: str,
+    settings: Settings, base: SurvivorPool | None, options: Options,
 ) -> Codebook:  # fmt: skip
     key: dict[str, Any] = {
         "model": model_id, "fingerprint": models.fingerprint(model), "dtype": str(model.dtype),
@@ -246,13 +287,13 @@ def _build(
     }  # fmt: skip
     if options.exhaustive:
         key["exhaustive"] = True
-    stamps = source.stamps
+    known = {} if base is None else {name: image["stamp"] for name, image in base.images.items()}
     if base is not None:
         key["extends"] = base.digest
-        stamps = {name: stamp for name, stamp in stamps.items() if name not in base.images}
-    known = {} if base is None else {name: image["stamp"] for name, image in base.images.items()}
+        # what could not be read before may be there now
+        known = {name: stamp for name, stamp in known.items() if not unread(stamp) or not stamps.get(name)}
     whole = {k: v for k, v in key.items() if k != "extends"} | {
-        "settings": asdict(settings), "images_sha256": images_digest(dict(sorted({**known, **stamps}.items()))),
+        "settings": asdict(settings), "images_sha256": images_digest(dict(sorted({**stamps, **known}.items()))),
     }  # fmt: skip
     if (complete := _complete(out, whole)) is not None:
         count = complete.config["images"]
@@ -262,83 +303,105 @@ def _build(
 
     worker = Worker(model, processor, source, settings, options)
     with _journal(out, key) as journal:
-        finished = _probe_all(worker, stamps, journal, out)
-        pool = _pool(journal, stamps)
-        if base is not None:
-            pool = base.join(pool)
+        todo = _to_probe(stamps, known)
+        finished, errors = _probe_all(worker, todo, journal, out)
+        pool = _pool(journal, stamps, todo, errors)
+        pool = one_of_each(pool) if base is None else base.join(pool)
         made = pool.codebook(settings, {**whole, "grid": list(worker.prober.grid)}) if pool.rows else None
         total = {**pool.funnel, "recurrent": 0 if made is None else len(made[0])}
-        options.progress(Progress(len(stamps), len(stamps), finished, tuple(pool.skipped), total))
+        options.progress(Progress(len(todo), len(todo), finished, tuple(pool.skipped), total))
         if made is None:
             raise _nothing_left(journal, out, total)
         book, others = made
         if options.exhaustive:
-            others[PROBES] = _probes(journal, stamps)
+            others[PROBES] = _probes(journal, todo)
         book.save(out, others)
         _forget(journal, out)
     return book
 
 
-def _probe_all(worker: Worker, stamps: dict[str, Any], journal: Journal, out: Path) -> int:
-    """Probe all images that the journal does not hold yet, and return how many it held."""
-    records, options = journal.records, worker.options
-    if records and not any(record.get("stamp") == stamps.get(name) for name, record in records.items()):
+def _to_probe(stamps: dict[str, str], known: dict[str, Any]) -> dict[str, str]:
+    """The images to probe, with their digests: each file once, and none that is known already."""
+    seen = {stamp for stamp in known.values() if is_digest(stamp)}
+    todo = {}
+    for name, stamp in stamps.items():
+        if stamp not in seen and (name not in known or stamp != GONE):
+            todo[name] = stamp
+            seen |= {stamp} - {GONE}
+    return todo
+
+
+def _probe_all(
+    worker: Worker, stamps: dict[str, str], journal: Journal, out: Path
+) -> tuple[int, dict[str, str]]:  # fmt: skip
+    """Probe all images that the journal does not hold yet; how many it held, and why images cannot be read.
+
+    The journal knows images by their digests: under another name a finished image is still finished.
+    """
+    options = worker.options
+    if journal.records and not journal.records.keys() & set(stamps.values()):
         raise CodebookError(
             f"{out} holds an unfinished build of other images: choose another --out, or delete {out / UNFINISHED}"
         )
-    held = {name for name, stamp in stamps.items() if _finished(records.get(name), stamp)}
-    todo = [name for name in stamps if name not in held]
-    total = {step: sum(records[name]["funnel"][step] for name in held) for step in STEPS[:-1]}
-    done, skipped = len(held), list[str]()
+    held = [name for name, stamp in stamps.items() if stamp in journal]
+    todo = [name for name, stamp in stamps.items() if stamp not in journal]
+    total = {step: sum(journal[stamps[name]]["funnel"][step] for name in held) for step in STEPS[:-1]}
+    done, errors = len(held), dict[str, str]()
     options.progress(Progress(done, len(stamps), len(held), (), dict(total)))
-    for name, found in options.engine(worker, todo):
-        record: dict[str, Any] = {"stamp": stamps[name]}
+    for name, digest, found in options.engine(worker, todo):
+        if digest != stamps[name]:
+            found = "it changed while the build was running"
         if isinstance(found, str):
             if options.strict:
                 raise CodebookError(
                     f"cannot read image {worker.source.where}/{name}: {found}; fix or remove it and run again, "
                     "finished images are kept"
                 )
-            journal.add(name, {**record, "error": found})
-            skipped.append(name)
+            errors[name] = found
         else:
-            record |= {"tokens": found.tokens, "funnel": found.funnel, "spread": found.spread}
+            record: dict[str, Any] = {"tokens": found.tokens, "funnel": found.funnel, "spread": found.spread}
             if options.exhaustive:
                 record["probes"] = found.probes
-            journal.add(name, record, found.features if len(found.features) else None)
+            journal.add(digest, record, found.features if len(found.features) else None)
             total = {step: total[step] + found.funnel[step] for step in total}
         done += 1
-        options.progress(Progress(done, len(stamps), len(held), tuple(sorted(skipped)), dict(total)))
-    if stamps and len(skipped) == len(stamps):
-        first, error = skipped[0], records[skipped[0]]["error"]
+        options.progress(Progress(done, len(stamps), len(held), tuple(sorted(errors)), dict(total)))
+    if stamps and len(errors) == len(stamps):
+        first, error = next(iter(sorted(errors.items())))
         _forget(journal, out)
         raise CodebookError(f"none of the {len(stamps)} images can be read, {first} first ({error}): give whole images")
-    return len(held)
+    return len(held), errors
 
 
-def _finished(record: dict[str, Any] | None, stamp: Any) -> bool:
-    return record is not None and {"tokens", "spread"} <= record.keys() and record["stamp"] == stamp
-
-
-def _pool(journal: Journal, stamps: dict[str, Any]) -> SurvivorPool:
-    records = {name: journal.records[name] for name in stamps}
-    public = {"stamp", "funnel", "spread", "error"}
-    images = {name: {k: v for k, v in record.items() if k in public} for name, record in records.items()}
-    owners = [name for name, record in records.items() if record.get("tokens")]
-    rows = [{"image": name, **token} for name in owners for token in records[name]["tokens"]]
+def _pool(journal: Journal, stamps: dict[str, str], probed: dict[str, str], errors: dict[str, str]) -> SurvivorPool:
+    """What all images of the source yielded; of those that were not probed, only that they are known."""
+    images: dict[str, dict[str, Any]] = {
+        name: {"stamp": stamp, "duplicate": ""} for name, stamp in stamps.items() if stamp != GONE
+    }
+    owners = []
+    for name, stamp in probed.items():
+        if name in errors:
+            images[name] = {"stamp": stamp, "error": errors[name]}
+        else:
+            images[name] = {"stamp": stamp, **{k: journal[stamp][k] for k in ("funnel", "spread")}}
+            owners += [name] if journal[stamp]["tokens"] else []
+    rows = [{"image": name, **token} for name in owners for token in journal[stamps[name]]["tokens"]]
     features = torch.empty(0)
     start = 0
     for name in owners:  # into one tensor: all parts and their concatenation would be twice the memory
-        part = journal.tensor(name)
+        part = journal.tensor(stamps[name])
         if not start:
-            features = torch.empty(len(rows), part.shape[1])
+            features = torch.empty(len(rows), part.shape[-1])
+        if part.shape != (len(journal[stamps[name]]["tokens"]), features.shape[1]):
+            raise CodebookError(f"{journal.file} is damaged: delete it and run again")
         features[start : start + len(part)] = part
         start += len(part)
     return SurvivorPool(images, features, rows)
 
 
-def _probes(journal: Journal, stamps: dict[str, Any]) -> bytes:
-    lines = [{"image": name, **row} for name in stamps for row in journal.records[name].get("probes", ())]
+def _probes(journal: Journal, probed: dict[str, str]) -> bytes:
+    found = [(name, journal[stamp]) for name, stamp in probed.items() if stamp in journal]
+    lines = [{"image": name, **row} for name, record in found for row in record.get("probes", ())]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
@@ -348,9 +411,9 @@ def _complete(out: Path, key: dict[str, Any]) -> Codebook | None:
         raise CodebookError(f"{out} is a file: choose another --out")
     if (out / CONFIG).exists():
         try:
-            config = read_json(out / CONFIG)
+            config = read_config(out)
             other = {name: config[name] for name in key}
-        except (CodebookError, KeyError, TypeError):
+        except (CodebookError, KeyError):
             raise CodebookError(f"{out} holds something else than a build: choose another --out") from None
         if other != key:
             raise CodebookError(
@@ -381,7 +444,14 @@ def _journal(out: Path, key: dict[str, Any]) -> Journal:
     folder = out / UNFINISHED
     if (folder / "journal.sqlite").exists():
         raise CodebookError(f"{out} holds an unfinished build of an earlier version: delete {folder} and run again")
-    return Journal(folder / "journal.jsonl", key, output="--out")
+    journal = Journal(folder / "journal.jsonl", key, output="--out")
+    try:
+        for record in journal.records.values():
+            _PROBED.validate_python(record)
+    except ValidationError:
+        journal.close()
+        raise CodebookError(f"the unfinished build in {folder} is damaged: delete it and run again") from None
+    return journal
 
 
 def _forget(journal: Journal, out: Path) -> None:

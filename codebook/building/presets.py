@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from codebook.errors import CodebookError
 
@@ -35,6 +39,8 @@ class Settings:
     neighbours, seed
         Neighbours in a point's density, and the seed of the tie-breaks, for both clusterings.
     """
+
+    __pydantic_config__ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
     prompt: str = PROMPT
     candidates: Literal["auto", "ranks", "tiles", "all"] = "auto"
@@ -69,6 +75,24 @@ class Settings:
     def per_image(self) -> dict[str, Any]:
         """The settings that decide what one image yields: all but those of the recurrence across images."""
         return {k: v for k, v in asdict(self).items() if k not in ("clusters", "min_image_fraction")}
+
+
+def read_settings(settings: dict[str, Any], folder: Path | str) -> Settings:
+    """The settings that a codebook's config holds.
+
+    Raises
+    ------
+    CodebookError
+        If they are not those of this version, or out of range.
+    """
+    try:
+        return TypeAdapter(Settings).validate_json(json.dumps(settings))
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+        raise CodebookError(
+            f"the settings of {folder} are not of this version ({'.'.join(map(str, first['loc']))}: {first['msg']}): "
+            "build the codebook again"
+        ) from None
 
 
 BUILD_PRESETS = {

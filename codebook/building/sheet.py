@@ -70,7 +70,7 @@ def sheet(
 def _find_picture(name: str, sources: Sequence[Source]) -> Image.Image | None:
     for source in sources:
         for known in (name, name.partition("/")[2]):  # `extend` may have put the folder's name before it
-            if known in source.stamps:
+            if known in source.names:
                 try:
                     return source.read(known)
                 except Exception:  # damaged since

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-import io
+import contextlib
+import hashlib
+import os
 import tarfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image as Picture
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.files import read_lines
+from codebook.store.files import open_regular, read_bytes, read_lines
+from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture, read_image
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pnm"}
+"""Suffixes of files that are taken for pictures unseen; of others the first bytes decide."""
+LEFT_OUT = {".heic", ".heif", ".svg", ".psd", ".eps", ".jxl", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf",
+            ".rw2", ".zip", ".tgz", ".gz", ".bz2", ".xz", ".7z", ".rar"}  # fmt: skip
+"""Suffixes of pictures, and of archives that may hold some, that are not read: they are counted."""
+GONE = ""
+"""Digest of an image that cannot be read."""
+
+
+class ListedImage(TypedDict):
+    """A line of a JSONL list."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+    image: str
 
 
 @dataclass(frozen=True)
@@ -26,35 +45,48 @@ class Source:
     ----------
     where
         The place that was opened, for messages.
-    stamps
-        For each image's name, in sorted order, what distinguishes it from another image of the same name: its size in
-        bytes, -1 if there is no such file, or its data set's fingerprint.
+    names
+        The images' names, sorted. They are for people; what an image is, its contents say.
     find
-        Function from an image's name to its file, or to its bytes.
+        Function from an image's name to the contents of its file. Raises OSError or CodebookError.
+    left_out
+        How many pictures of which kind are there and are not taken.
     """
 
     where: str
-    stamps: dict[str, Any]
-    find: Callable[[str], Path | BinaryIO]
+    names: tuple[str, ...]
+    find: Callable[[str], bytes]
+    left_out: Mapping[str, int] = field(default_factory=dict)
 
-    def read(self, name: str) -> Image.Image:
-        """The image as RGB, upright; damaged files make PIL's decoders raise nearly anything."""
-        with Image.open(self.find(name)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+    def read(self, name: str) -> Picture.Image:
+        """The image as `codebook.store.pictures.read_image` gives it."""
+        return read_image(self.find(name), name)
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each image's file, by its name; GONE where it cannot be read."""
+        return {name: self._digest(name) for name in self.names}
+
+    def _digest(self, name: str) -> str:
+        try:
+            return hashlib.sha256(self.find(name)).hexdigest()
+        except (OSError, ValueError, CodebookError):
+            return GONE
 
 
 Images = Source | Path | str | Sequence[Path | str]
+Found = dict[str, Callable[[], bytes]]
+"""For each image's name, a function that reads its file."""
 
 
 def open_images(images: Images, limit: int | None = None) -> Source:
-    """Find out what `images` is, and list what it holds; no image is read yet.
+    """Find out what `images` is, and list what it holds; no image is decoded yet.
 
     Parameters
     ----------
     images
-        A folder, searched recursively; a list of files; a JSONL file of paths relative to it, each line a string or
-        an object with `image`; a `.tar` shard, or a folder of shards (WebDataset); a folder written by `save_to_disk`
-        of Hugging Face `datasets`; or what this function returned before.
+        A folder, searched recursively, links to folders too, for pictures and `.tar` shards (WebDataset); a list of
+        files; a JSONL file of paths relative to it, each line a string or an object with `image`; a `.tar` shard; a
+        folder written by `save_to_disk` of Hugging Face `datasets`; or what this function returned before.
     limit
         Use at most this many images, the first by name.
 
@@ -66,10 +98,15 @@ def open_images(images: Images, limit: int | None = None) -> Source:
     if limit is not None and limit < 1:
         raise CodebookError(f"limit is {limit}: it must be at least 1")
     source = images if isinstance(images, Source) else _find_images(images)
-    if not source.stamps:
-        raise CodebookError(f"no image in {source.where}: give {', '.join(sorted(SUFFIXES))} files")
-    ordered = sorted(source.stamps.items())
-    return Source(source.where, dict(islice(ordered, limit)), source.find)
+    if not source.names:
+        others = f"; left out: {left_out_words(source.left_out)}" if source.left_out else ""
+        raise CodebookError(f"no image in {source.where}: give {', '.join(sorted(SUFFIXES))} files{others}")
+    return source if limit is None else replace(source, names=source.names[:limit])
+
+
+def left_out_words(left_out: Mapping[str, int]) -> str:
+    """Kinds and numbers of the pictures that were left out, for a message: `3 .heic, 1 .svg`."""
+    return ", ".join(f"{count} {kind}" for kind, count in sorted(left_out.items()))
 
 
 def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
@@ -77,19 +114,18 @@ def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
         files = [Path(path).absolute() for path in images]
         if missing := [path for path in files if not path.is_file()]:
             raise CodebookError(f"no such image: {missing[0]}; check the list")
-        return _files(_common([path.parent for path in files]), files)
+        root = _common([path.parent for path in files])
+        return _source(root, {_relative_name(path, root): partial(read_bytes, path, LARGEST_PICTURE) for path in files})
     root = Path(images)
     if root.is_dir():
         if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
             return _data_set(root)
         if (root / "dataset_dict.json").is_file():
             raise CodebookError(f"{root} holds several splits: give the folder of one, such as {root / 'train'}")
-        files = [path for path in root.rglob("*") if path.is_file()]
-        pictures = [path for path in files if path.suffix.lower() in SUFFIXES]
-        shards = sorted(path for path in files if path.suffix == ".tar")
-        return _shards(root, shards) if shards and not pictures else _files(root, pictures)
-    if root.is_file() and root.suffix == ".tar":
-        return _shards(root, [root])
+        return _folder(root)
+    if root.is_file() and root.suffix.lower() == ".tar":
+        left_out = Counter[str]()
+        return _source(root, dict(_shard(root, "", left_out)), left_out)
     if root.is_file() and root.suffix in (".jsonl", ".ndjson"):
         return _listed(root)
     if root.is_file():
@@ -97,44 +133,111 @@ def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
     raise CodebookError(f"no such folder: {root}; give a folder of images, a .jsonl list or a .tar shard")
 
 
-def _files(root: Path, files: Sequence[Path]) -> Source:
-    stamps = {path.relative_to(root).as_posix(): _size(path) for path in files}
-    return Source(str(root), stamps, lambda name: root / name)
+def _source(root: Path, found: Found, left_out: Mapping[str, int] | None = None) -> Source:
+    return Source(str(root), tuple(sorted(found)), lambda name: found[name](), dict(left_out or {}))
+
+
+def _folder(root: Path) -> Source:
+    """Pictures and shards in a folder and those below it; of other pictures only how many there are."""
+    found, left_out = Found(), Counter[str]()
+    for path in _files_below(root, left_out):
+        suffix, name = path.suffix.lower(), _relative_name(path, root)
+        if suffix == ".tar" and path.is_file():
+            found |= _shard(path, f"{name}/", left_out)
+        elif suffix in LEFT_OUT:
+            left_out[suffix] += 1
+        elif suffix in SUFFIXES and (path.is_file() or path.is_symlink()):  # a broken link is named when it is read
+            found[name] = partial(read_bytes, path, LARGEST_PICTURE)
+        elif suffix in SUFFIXES:
+            left_out["that is no regular file"] += 1
+        elif path.is_file() and is_picture(_head(path)):
+            found[name] = partial(read_bytes, path, LARGEST_PICTURE)
+    return _source(root, found, left_out)
+
+
+def _files_below(root: Path, left_out: Counter[str]) -> Iterator[Path]:
+    """All files in a folder and those below it. Each folder is entered once, by its own name before any link's."""
+
+    def unreadable(error: OSError) -> None:
+        left_out["folder that cannot be opened"] += 1
+
+    entered: set[tuple[int, int]] = set()
+    waiting = [root]
+    while waiting:
+        links = []
+        for start in waiting:
+            for folder, folders, files in os.walk(start, onerror=unreadable):
+                here = os.stat(folder)
+                if (here.st_dev, here.st_ino) in entered:
+                    folders.clear()
+                    continue
+                entered.add((here.st_dev, here.st_ino))
+                folders.sort()
+                links += [path for name in folders if (path := Path(folder, name)).is_symlink()]
+                yield from (Path(folder, name) for name in files)
+        waiting = sorted(links)
+
+
+def _head(path: Path) -> bytes:
+    """The first bytes of a file, none if it cannot be read."""
+    with contextlib.suppress(OSError, CodebookError), open(open_regular(path, LARGEST_PICTURE), "rb") as file:
+        return file.read(HEAD)
+    return b""
 
 
 def _listed(path: Path) -> Source:
-    stamps = {}
-    for number, record in read_lines(path, "give a JSONL file"):
-        name = record.get("image") if isinstance(record, dict) else record
-        if not isinstance(name, str):
-            raise CodebookError(f'{path}, line {number}: write {{"image": "file.png"}} or "file.png"')
-        stamps[name] = _size(path.parent / name)
-    return Source(str(path), stamps, lambda name: path.parent / name)
+    remedy = 'write {"image": "file.png"} or "file.png"'
+    records = [record for _, record in read_lines(path, remedy, ListedImage | str)]
+    names = [record if isinstance(record, str) else record["image"] for record in records]
+    return _source(path, {name: partial(read_bytes, path.parent / name, LARGEST_PICTURE) for name in names})
 
 
-def _shards(root: Path, shards: list[Path]) -> Source:
-    """Uncompressed tar files. A shard that breaks off yields what stands before the break."""
-    places: dict[str, tuple[Path, int, int]] = {}
-    for shard in shards:
-        before = "" if shard == root else f"{shard.relative_to(root).as_posix()}/"
-        try:
-            with tarfile.open(shard, "r:") as tar:
-                try:
-                    for member in tar:
-                        if member.isfile() and Path(member.name).suffix.lower() in SUFFIXES:
-                            places[before + member.name] = (shard, member.offset_data, member.size)
-                except tarfile.ReadError:
-                    pass
-        except (tarfile.ReadError, OSError) as error:
-            raise CodebookError(f"cannot read {shard}: {error}; give uncompressed .tar shards") from None
+def _shard(shard: Path, before: str, left_out: Counter[str]) -> Found:
+    """The pictures of an uncompressed tar file. A shard that breaks off yields what stands before the break."""
+    found = Found()
+    places: dict[str, tuple[int, int]] = {}
+    links: list[tuple[str, str]] = []
 
-    def find(name: str) -> BinaryIO:
-        shard, offset, size = places[name]
-        with shard.open("rb") as file:
-            file.seek(offset)
-            return io.BytesIO(file.read(size))
+    def add(name: str, offset: int, size: int) -> None:
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix in LEFT_OUT:
+            left_out[suffix] += 1
+        elif suffix in SUFFIXES or is_picture(_slice(shard, offset, min(size, HEAD))):
+            number = 1  # a name may stand in a tar file twice, and only the contents say whether it is one picture
+            while (own := f"{before}{name}" if number == 1 else f"{before}{name}#{number}") in found:
+                number += 1
+            found[own] = partial(_slice, shard, offset, size)
 
-    return Source(str(root), {name: size for name, (_, _, size) in places.items()}, find)
+    try:
+        with tarfile.open(shard, "r:") as tar, contextlib.suppress(tarfile.ReadError):
+            for member in tar:
+                name = _printable(member.name)
+                if member.issparse():
+                    left_out["sparse member of a tar file"] += 1
+                elif member.isreg():
+                    places[member.name] = (member.offset_data, member.size)
+                    add(name, member.offset_data, member.size)
+                elif member.islnk():
+                    links.append((member.name, member.linkname))
+                elif member.issym():
+                    target = os.path.normpath(PurePosixPath(member.name).parent / member.linkname)
+                    links.append((member.name, target))
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise CodebookError(f"cannot read {shard}: {error}; give uncompressed .tar shards") from None
+    for name, target in links:
+        if target in places:
+            add(_printable(name), *places[target])
+        elif PurePosixPath(name).suffix.lower() in SUFFIXES:
+            left_out["link to nothing in a tar file"] += 1
+    return found
+
+
+def _slice(shard: Path, offset: int, size: int) -> bytes:
+    if size > LARGEST_PICTURE:
+        raise CodebookError(f"it has {size:,} bytes: at most {LARGEST_PICTURE:,} are read")
+    with shard.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def _data_set(root: Path) -> Source:
@@ -150,18 +253,22 @@ def _data_set(root: Path) -> Source:
         raise CodebookError(f"{root} has no column of images: cast one to datasets.Image")
     rows = rows.cast_column(column, datasets.Image(decode=False))
 
-    def find(name: str) -> Path | BinaryIO:
+    def find(name: str) -> bytes:
         cell = rows[int(name)][column]
-        return Path(cell["path"]) if cell["bytes"] is None else io.BytesIO(cell["bytes"])
+        if cell is None:
+            raise CodebookError("the row has no image")
+        return read_bytes(Path(cell["path"]), LARGEST_PICTURE) if cell["bytes"] is None else cell["bytes"]
 
-    return Source(str(root), {f"{i:08d}": rows._fingerprint for i in range(len(rows))}, find)
+    return Source(str(root), tuple(f"{i:08d}" for i in range(len(rows))), find)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return -1  # reading it will tell
+def _relative_name(path: Path, root: Path) -> str:
+    return _printable(path.relative_to(root).as_posix())
+
+
+def _printable(name: str) -> str:
+    """A file's name as text: bytes of it that are no UTF-8 are written as `\\xff`, so that any file can hold it."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def _common(folders: list[Path]) -> Path:

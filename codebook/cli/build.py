@@ -77,9 +77,9 @@ def build_command(
     check_device(device)
     source = building.open_images(images, limit)  # before a model is loaded for nothing
     loaded, processor = probing.load(model)
-    with building_progress(len(source.stamps)) as tick:
+    with building_progress(len(source.names)) as tick:
         options = probing.options(model, images, settings)
         book = building.build(
             loaded, processor, source, out, model_id=model, settings=settings, progress=tick, **options
         )  # fmt: skip
-    report_codebook(book, out, as_json)
+    report_codebook(book, out, as_json, source)

@@ -49,7 +49,7 @@ def extend_command(
     book, _ = building.SurvivorPool.load(folder)
     source = building.open_images(images, limit)  # before a model is loaded for nothing
     model, processor = probing.load(name := book.config["model"])
-    with building_progress(len(source.stamps)) as tick:
-        options = probing.options(name, images, building.Settings(**book.config["settings"]))
+    with building_progress(len(source.names)) as tick:
+        options = probing.options(name, images, building.read_settings(book.config["settings"], folder))
         book = building.extend(model, processor, folder, source, out, progress=tick, **options)
-    report_codebook(book, out, as_json)
+    report_codebook(book, out, as_json, source)

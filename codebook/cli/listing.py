@@ -12,11 +12,12 @@ def list_command(as_json: JsonOption = False) -> None:
     from codebook.pruning import METHODS
     from codebook.pruning.presets import SCHEDULE_PRESETS
     from codebook.pruning.text import WITH_MASS
+    from codebook.store.folder import read_config
     from codebook.store.shipped import folders
 
     books = []
     for folder in folders():
-        config = json.loads((folder / "config.json").read_text())
+        config = read_config(folder)
         books.append({"name": folder.name, "model": config["model"], "prototypes": config["prototypes"],
                       "dimension": config["dimension"], "folder": str(folder)})  # fmt: skip
     methods = sorted(METHODS)

@@ -57,11 +57,15 @@ class Probing:
         return options | {"strict": self.strict}
 
 
-def report_codebook(book: Codebook, out: Path, as_json: bool) -> None:
+def report_codebook(book: Codebook, out: Path, as_json: bool, source: building.Source | None = None) -> None:
     """Say what a new codebook holds, and which images were left out."""
     used = book.config["images"]
     for skipped in used["skipped"]:
         note(f"skipped unreadable image: {skipped}")
+    if duplicates := used.get("duplicates"):
+        note(f"counted once: {duplicates} files are exact copies of others")
+    if source is not None and source.left_out:
+        note(f"left out, not readable as images: {building.left_out_words(source.left_out)}")
     if as_json:
         print(json.dumps({"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used}))
     else:

@@ -16,7 +16,7 @@ from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
 from codebook.inference.samples import Sample, read_samples
-from codebook.store.files import one_line, read_json, read_lines
+from codebook.store.files import LARGEST_LINES, one_line, read_json, read_lines
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -127,7 +127,7 @@ def _read_dataset(kind: str, folder: Path) -> list[Sample]:
 
 
 def _json(path: Path) -> Any:
-    return read_json(_there(path), "download it again")
+    return read_json(_there(path), "download it again", largest=LARGEST_LINES)
 
 
 def _there(path: Path) -> Path:

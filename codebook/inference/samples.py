@@ -8,9 +8,11 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Required
 
 from PIL import Image as Picture
+from pydantic import ConfigDict
+from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
 from codebook.store.files import read_lines
@@ -79,41 +81,48 @@ def read_samples(source: Path) -> list[Sample]:
     CodebookError
         If a line is wrong or a picture is missing; the message names it.
     """
-    lines = read_lines(source, "give a JSONL file or `miniature`")
-    samples = [_parse_line(source, number, record) for number, record in lines]
+    samples = [_parse_record(source, *line) for line in read_lines(source, SAMPLE_FORMAT, SampleRecord)]
     if not samples:
-        raise CodebookError(f"{source} holds no samples: {LINE_FORMAT}")
+        raise CodebookError(f"{source} holds no samples: {SAMPLE_FORMAT}")
     for path in {image for sample in samples for image in sample.images if isinstance(image, Path)}:
         if not path.is_file():
             raise CodebookError(f"{source} names an image that is missing: {path}")
     return samples
 
 
-LINE_FORMAT = (
+SAMPLE_FORMAT = (
     'write lines of {"image": "file.png", "question": "...", "answer": "...", "task": "..."}, the last two optional; '
     '"images" and "answers" are lists, "video" is a folder of frames or an animated picture'
 )
 
 
-def _parse_line(source: Path, number: int, record: Any) -> Sample:
-    try:
-        shown = (
-            [record["video"]] if "video" in record else record["images"] if "images" in record else [record["image"]]
-        )
-        answers = record["answers"] if "answers" in record else [record["answer"]] if record.get("answer") else []
-        texts = [record["question"], record.get("task") or ""]
-        lists = isinstance(shown, list) and shown and isinstance(answers, list)
-        good = lists and all(isinstance(text, str) for text in [*shown, *answers, *texts])
-    except (KeyError, TypeError, AttributeError):
-        good = False
-    if not good:
-        raise CodebookError(f"{source}, line {number}: {LINE_FORMAT}")
-    question, task = texts
-    paths = tuple(source.parent / name for name in shown)
-    images = read_video(paths[0]) if "video" in record else paths
+class SampleRecord(TypedDict, total=False):
+    """A line of a file of samples."""
+
+    __pydantic_config__ = ConfigDict(strict=True)  # type: ignore[misc]
+    image: str
+    images: list[str]
+    video: str
+    question: Required[str]
+    answer: str | None
+    answers: list[str]
+    task: str | None
+
+
+def _parse_record(source: Path, number: int, record: SampleRecord) -> Sample:
+    shown = record["images"] if "images" in record else [record["image"]] if "image" in record else []
+    if "video" in record:
+        images = read_video(source.parent / record["video"])
+    elif shown:
+        images = tuple(source.parent / name for name in shown)
+    else:
+        raise CodebookError(f"{source}, line {number}: {SAMPLE_FORMAT}")
+    answer = record.get("answer")
+    answers = record.get("answers", [answer] if answer else [])
     # The answer that most annotators gave stands for all where one is asked for.
-    answer = max(answers, key=answers.count) if answers else None
-    return Sample(images, question, answer, task or "all", answers=tuple(answers) if len(answers) > 1 else ())
+    most = max(answers, key=answers.count) if answers else None
+    task = record.get("task") or "all"
+    return Sample(images, record["question"], most, task, answers=tuple(answers) if len(answers) > 1 else ())
 
 
 def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:

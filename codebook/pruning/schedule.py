@@ -69,8 +69,6 @@ class Schedule:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stages", tuple(self.stages))
-        if not all(isinstance(stage, Stage) for stage in self.stages):
-            raise CodebookError("a Schedule is made of Stages: of a text, by Schedule.parse or Schedule.for_model")
         check_schedule(self.stages, self.positions, self.quotas, self.spread)
 
     def __call__(self, model: Model, scope: Literal["model", "thread"] = "model") -> Pruning:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError
 from codebook.pruning.methods import Method, Pruner
 from codebook.pruning.text import DROP, spell
 
@@ -78,8 +78,6 @@ def check_stage(layer: int, keep: Keep | None, mass: bool, pruner: Pruner | Meth
 
     A method stands for its pruner, so that a text is checked before there is a codebook to make the pruner with.
     """
-    if not isinstance(pruner, Pruner | Method):
-        raise CodebookError(f"a stage's pruner must be a Pruner, as in Stage(0, 0.25, Uniform()), not {quoted(pruner)}")
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
         raise CodebookError(f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {layer}")
     if pruner.adaptive != (keep is None):

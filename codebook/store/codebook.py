@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.models import Model, fingerprint, same_fingerprint
-from codebook.store.files import cannot_write, one_line, read_json, read_lines, sha256, write_files
+from codebook.store.files import LARGEST_TENSORS, one_line, parse_lines, read_bytes, read_json
+from codebook.store.folder import (
+    CONFIG,
+    FORMAT_VERSION,
+    PROTOTYPES,
+    PROVENANCE,
+    ProvenanceRecord,
+    read_folder,
+    tensor_of,
+    write_folder,
+)
 from codebook.store.search import Backend, PrototypeSearch
-
-FORMAT_VERSION = 1
-CONFIG, PROTOTYPES, PROVENANCE, CARD = "config.json", "prototypes.safetensors", "provenance.jsonl", "README.md"
-REQUIRED = ("format_version", "model", "fingerprint", "dimension", "prototypes", "sha256")
 
 
 class Codebook:
@@ -160,14 +165,15 @@ class Codebook:
             What to name as the model; the files do not say.
         """
         try:
-            prototypes = torch.load(tensor, map_location="cpu", weights_only=True)
+            data = io.BytesIO(read_bytes(Path(tensor), LARGEST_TENSORS))
+            prototypes = torch.load(data, map_location="cpu", weights_only=True)
+        except CodebookError:
+            raise
         except Exception as error:  # torch raises half a dozen types for a file that is no tensor
             raise CodebookError(f"cannot read {tensor}: {one_line(error)}; give the released .pt file") from None
-        ids = read_json(Path(images))
+        ids = read_json(Path(images), "give the released .json file, a list of image ids", list[str | int])
         if not isinstance(prototypes, Tensor) or not prototypes.is_floating_point():
             raise CodebookError(f"{tensor} does not hold one tensor of floats: give the released .pt file")
-        if not isinstance(ids, list):
-            raise CodebookError(f"{images} does not hold a list of image ids: give the released .json file")
         provenance = [{"image": str(name), "cluster": 0} for name in ids]
         return cls(prototypes.detach().float(), provenance, {"model": model, "source": Path(tensor).name})
 
@@ -188,26 +194,18 @@ class Codebook:
     def save(self, path: Path | str, others: Mapping[str, bytes] | None = None) -> None:
         """Write the folder described in `docs/format.md`; the same codebook gives the same bytes.
 
-        Each file is replaced as a whole, `config.json` last: it holds the others' SHA-256, so that a folder caught
-        half-way is recognised as such.
+        Each file is replaced as a whole, and `config.json` last: it holds the others' SHA-256, so whoever reads
+        meanwhile gets the old codebook or the new one. Other writers wait.
 
         Parameters
         ----------
         others
             More files for the folder, by name, such as the survivors of a build.
         """
-        path = Path(path)
         tensors = save({"prototypes": self.prototypes.cpu()})
         rows = "".join(json.dumps(record) + "\n" for record in self.provenance).encode()
         files = {PROTOTYPES: tensors, PROVENANCE: rows, **(others or {})}
-        config = {**self.config, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
-        text = (json.dumps(config, indent=2) + "\n").encode()
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            write_files(path, {**files, CARD: _card(config).encode(), CONFIG: text})
-        except OSError as error:
-            raise cannot_write(path, error) from None
-        self.config = config
+        self.config = write_folder(Path(path), self.config, files)
 
     @classmethod
     def load(cls, path: Path | str) -> Codebook:
@@ -219,43 +217,15 @@ class Codebook:
             If a file is missing, damaged, or of a format this version does not know.
         """
         path = Path(path)
-        if not path.is_dir():
-            raise CodebookError(f"no such folder: {path}; name a codebook, or make one with `codebook build`")
-        config = read_json(path / CONFIG)
-        if not isinstance(config, dict) or not isinstance(config.get("format_version"), int):
-            raise CodebookError(f"{path / CONFIG} is not a codebook's: name a folder made by `codebook build`")
-        if config["format_version"] != FORMAT_VERSION:
-            raise CodebookError(
-                f"{path} has format version {config['format_version']} and this package reads {FORMAT_VERSION}: "
-                "upgrade the package, or rebuild with `codebook build`"
-            )
-        missing = [key for key in REQUIRED if key not in config]
-        if missing or not isinstance(config["sha256"], dict):
-            raise CodebookError(
-                f"{path / CONFIG} lacks {', '.join(missing) or 'checksums'}: rebuild with `codebook build`"
-            )
-        verify(path, config, (PROTOTYPES, PROVENANCE))
+        return cls.of_files(path, *read_folder(path))
+
+    @classmethod
+    def of_files(cls, path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> Codebook:
+        """The codebook of a folder whose files `read_folder` has read."""
+        prototypes = tensor_of(path / PROTOTYPES, files[PROTOTYPES], "prototypes")
+        rows = parse_lines(path / PROVENANCE, files[PROVENANCE], "rebuild with `codebook build`", ProvenanceRecord)
         try:
-            tensors = load_file(path / PROTOTYPES)
-        except (SafetensorError, OSError, ValueError) as error:
-            raise CodebookError(
-                f"cannot read {path / PROTOTYPES}: {one_line(error)}; rebuild with `codebook build`"
-            ) from None
-        if set(tensors) != {"prototypes"}:
-            raise CodebookError(
-                f"{path / PROTOTYPES} must hold one tensor named prototypes: rebuild with `codebook build`"
-            )
-        prototypes = tensors["prototypes"]
-        rows = []
-        for number, row in read_lines(path / PROVENANCE, "rebuild with `codebook build`"):
-            if not isinstance(row, dict):
-                raise CodebookError(
-                    f"cannot read {path / PROVENANCE}: line {number} is not a JSON object; "
-                    "rebuild with `codebook build`"
-                )
-            rows.append(row)
-        try:
-            book = cls(prototypes, rows, config)
+            book = cls(prototypes, [row for _, row in rows], config)
         except CodebookError as error:
             raise CodebookError(f"{path}: {error}") from None
         if (config["prototypes"], config["dimension"]) != tuple(prototypes.shape):
@@ -264,38 +234,3 @@ class Codebook:
                 f"({config['prototypes']}, {config['dimension']}); rebuild with `codebook build`"
             )
         return book
-
-
-def _card(config: dict[str, Any]) -> str:
-    """A model card with the YAML front matter that the Hugging Face Hub reads."""
-    funnel = config.get("funnel", {})
-    lines = [
-        "---",
-        "library_name: codebook",
-        "tags: [visual-token-pruning, vision-language-model]",
-        "---",
-        f"# Redundancy codebook for {config['model']}",
-        "",
-        f"{config['prototypes']} prototypes of dimension {config['dimension']}: projector outputs that were redundant "
-        "in the images they come from and recur across images (https://arxiv.org/abs/2503.20540). "
-        "Visual tokens most like them are pruned first.",
-        "",
-        "```python",
-        "from codebook import Codebook",
-        "book = Codebook.load(folder)",
-        "scores = book.redundancy(tokens)  # prune the highest",
-        "```",
-    ]
-    if funnel:
-        lines += ["", "| step | tokens |", "|---|---|", *(f"| {k} | {v} |" for k, v in funnel.items())]
-    return "\n".join(lines) + "\n"
-
-
-def verify(folder: Path, config: dict[str, Any], names: Sequence[str]) -> None:
-    """Raise a CodebookError unless these files of a codebook have the SHA-256 that its config gives."""
-    for name in names:
-        if sha256(folder / name) != config["sha256"].get(name):
-            raise CodebookError(
-                f"{folder / name} is damaged (its SHA-256 differs from the one in {CONFIG}): "
-                "restore the file, or rebuild with `codebook build`"
-            )

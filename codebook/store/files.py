@@ -1,4 +1,4 @@
-"""Files read and written safely: whole or not at all, and never what is not a regular file."""
+"""Files read and written safely: whole or not at all, within limits, and never what is not a regular file."""
 
 from __future__ import annotations
 
@@ -8,63 +8,205 @@ import json
 import os
 import secrets
 import stat
+import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load
+from torch import Tensor
+
 from codebook.errors import CodebookError, remedy_for
+
+LARGEST_JSON = 2**24
+"""Bytes of a JSON file, or of a line of a JSONL file."""
+LARGEST_LINES = 2**30
+"""Bytes of a JSONL file."""
+LARGEST_TENSORS = 2**34
+"""Bytes of a safetensors file."""
 
 TEMPORARY = ".codebook-"
 """How the name of a file begins that is not whole yet."""
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0)
+BLOCKS_NOT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+POINTER = b"version https://git-lfs.github.com/spec/"
+WRITER_PATIENCE = 5.0
+"""Seconds to wait for another process that writes into the same folder."""
+MARK = b"\xef\xbb\xbf"
+"""Byte-order mark, with which some editors begin a file."""
+CHUNK = 2**20
 
 
 # Reading
 
 
-def read_json(path: Path, remedy: str = "restore the file, or rebuild with `codebook build`") -> Any:
-    """The JSON value that a file holds.
+def open_regular(path: Path, largest: int) -> int:
+    """Open a file for reading, following links, if it is a regular file within a limit; a handle of the system.
+
+    Nothing else is even opened: a pipe would block, and a device may do anything.
+
+    Raises
+    ------
+    OSError, CodebookError
+    """
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise CodebookError(f"{path} is not a regular file: name one")
+    handle = os.open(path, os.O_RDONLY | BLOCKS_NOT)
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise CodebookError(f"{path} is not a regular file: name one")
+        if found.st_size > largest:
+            raise CodebookError(f"{path} has {found.st_size:,} bytes: at most {largest:,} are read")
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+def read_bytes(path: Path, largest: int, longest_line: int | None = None) -> bytes:
+    """The contents of a regular file within a limit.
+
+    Parameters
+    ----------
+    largest, longest_line
+        Bytes of the file; of a line, for files of lines. What is longer is refused before it is read.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    CodebookError
+        If it is not a regular file, is too long, or is a pointer of Git LFS in the place of a file.
+    """
+    with open(open_regular(path, largest), "rb") as file:
+        chunks: list[bytes] = []
+        length = line = 0
+        while chunk := file.read(CHUNK):
+            if not chunks and chunk.startswith(POINTER):
+                raise CodebookError(f"{path} is only a pointer of Git LFS: fetch the file with `git lfs pull`")
+            chunks.append(chunk)
+            length += len(chunk)
+            line = line + len(chunk) if b"\n" not in chunk else len(chunk) - chunk.rindex(b"\n")
+            if length > largest:  # it has grown since it was opened
+                raise CodebookError(f"{path} has more than {largest:,} bytes: no more are read")
+            if longest_line is not None and line > longest_line:
+                raise CodebookError(f"{path} has a line of more than {longest_line:,} bytes: no more are read")
+        return b"".join(chunks)
+
+
+def read_json(path: Path, remedy: str, schema: Any = Any, largest: int = LARGEST_JSON) -> Any:
+    """The contents of a JSON file, checked.
 
     Parameters
     ----------
     remedy
-        What to do about a file that holds none, for the error's text.
+        What to do about another file, for the error's text.
+    schema
+        What the JSON must look like: a type that pydantic knows, such as a TypedDict. It is checked strictly: no text
+        is taken for a number.
+    largest
+        Bytes of the file at most.
+
+    Raises
+    ------
+    CodebookError
+        If the file is missing, cannot be read, or looks different. The message names the place in it.
     """
+    return parse(path, read_whole(path, remedy, largest), remedy, schema)
+
+
+def read_lines(path: Path, remedy: str, schema: Any = Any) -> list[tuple[int, Any]]:
+    """The contents of a file with JSON on each line (JSONL), each checked like `read_json` and with the line's number.
+
+    Lines end in a line feed and nothing else; blank ones are left out, and so is a byte-order mark.
+    """
+    return parse_lines(path, read_whole(path, remedy, LARGEST_LINES, LARGEST_JSON), remedy, schema)
+
+
+def read_whole(path: Path, remedy: str, largest: int = LARGEST_JSON, longest_line: int | None = None) -> bytes:
+    """The bytes of a file, as `read_bytes` gives them; every error is a CodebookError that ends in the remedy."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_bytes(path, largest, longest_line)
     except FileNotFoundError:
-        raise CodebookError(f"no {path.name} in {path.parent}: {remedy}") from None
-    except (OSError, ValueError, RecursionError) as error:
+        raise CodebookError(f"cannot read {path}: no {path.name} in {path.parent}; {remedy}") from None
+    except (OSError, ValueError) as error:
         raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
 
 
-def read_lines(path: Path, remedy: str) -> Iterator[tuple[int, Any]]:
-    """The JSON values of a file with one a line (JSONL), each with the number of its line; blank lines hold none.
+def parse(path: Path, data: bytes, remedy: str, schema: Any) -> Any:
+    """JSON of a file whose bytes are there already, checked like `read_json`."""
+    try:
+        return _validated(data.removeprefix(MARK), schema)
+    except ValidationError as error:
+        raise CodebookError(f"cannot read {path}: {_first_fault(error)}; {remedy}") from None
 
-    A line that is not JSON gives None, which is no line's form either: the caller's check of the form then names it.
+
+def parse_lines(path: Path, data: bytes, remedy: str, schema: Any) -> list[tuple[int, Any]]:
+    """JSON lines of a file whose bytes are there already, checked like `read_lines`."""
+    found = []
+    for number, line in enumerate(data.removeprefix(MARK).split(b"\n"), 1):
+        if line := line.strip():
+            try:
+                found.append((number, _validated(line, schema)))
+            except ValidationError as error:
+                raise CodebookError(f"cannot read {path}, line {number}: {remedy} ({_first_fault(error)})") from None
+    return found
+
+
+def parse_tensors(path: Path, data: bytes, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose bytes are there already."""
+    try:
+        return load(data)
+    except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
+
+
+def read_tensor_bytes(path: Path, remedy: str) -> bytes:
+    """The bytes of a safetensors file within the limit.
+
+    The header of a large file is looked at before the rest is read: one that is full of nothing is refused at once.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        os.close(open_regular(path, LARGEST_TENSORS))
+        if path.stat().st_size > LARGEST_JSON:
+            with safe_open(path, framework="pt"):
+                pass
+        return read_bytes(path, LARGEST_TENSORS)
+    except FileNotFoundError:
+        raise CodebookError(f"cannot read {path}: no {path.name} in {path.parent}; {remedy}") from None
+    except (OSError, ValueError, SafetensorError) as error:
         raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError):
-                yield number, None
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a regular file, as hexadecimal digits."""
     try:
-        with path.open("rb") as file:
+        with open(open_regular(path, LARGEST_TENSORS), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except FileNotFoundError:
-        raise CodebookError(
-            f"no {path.name} in {path.parent}: restore the file, or rebuild with `codebook build`"
-        ) from None
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {error.strerror}; check the file") from None
+
+
+def _validated(data: bytes, schema: Any) -> Any:
+    """The value of some JSON, as it is written: with the order of its keys, which the checked copy would lose."""
+    _adapter(schema).validate_json(data, strict=True)
+    return json.loads(data.decode())
+
+
+@cache
+def _adapter(schema: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(schema)
+
+
+def _first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong with some JSON, and where."""
+    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}"[:200] if place else first["msg"][:200]
 
 
 def one_line(error: Exception) -> str:
@@ -88,6 +230,13 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
                 os.fsync(file.fileno())
         for name in files:
             temporary[name].replace(folder / name)
+        _sync(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write one file of text, as `write_files` does."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 @contextlib.contextmanager
@@ -99,14 +248,19 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("r+b") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
+        _sync(path.parent)
 
 
 def remove_stale(folder: Path) -> None:
     """Remove the temporary files that killed processes left in a folder; those of living ones are locked."""
     for path in folder.glob(f"{TEMPORARY}*.tmp"):
-        with contextlib.suppress(OSError), path.open("rb") as file:
-            if locked(file.fileno()):
-                path.unlink()
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDWR | NOT_FOLLOWED | BLOCKS_NOT)
+            try:
+                if stat.S_ISREG(os.fstat(handle).st_mode) and locked(handle):
+                    path.unlink()
+            finally:
+                os.close(handle)
 
 
 def locked(handle: int) -> bool:
@@ -125,6 +279,41 @@ def locked(handle: int) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Hold a folder against other writers; wait for one, but not for ever. Readers need no lock.
+
+    Where folders cannot be locked, as on Windows and on some network file systems, nothing is held.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            handle = os.open(folder, os.O_RDONLY)
+        except OSError:
+            pass
+        else:
+            stack.callback(os.close, handle)
+            until = time.monotonic() + WRITER_PATIENCE
+            with contextlib.suppress(OSError):
+                while not locked(handle):
+                    if time.monotonic() > until:
+                        raise CodebookError(
+                            f"another process is writing {folder}: wait for it, or choose another folder"
+                        )
+                    time.sleep(0.01)
+        yield
+
+
+def being_written(folder: Path) -> bool:
+    """Whether a process holds a folder for `writing`."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            return not locked(handle)
+        finally:
+            os.close(handle)
+    return False
+
+
 def cannot_write(path: Path, error: OSError, kept: str = "") -> CodebookError:
     """The error for a file that cannot be written, with a remedy that fits the reason.
 
@@ -141,19 +330,30 @@ def _draft(path: Path) -> Iterator[Path]:
     """A new, empty file beside `path`, for its next contents; removed at the end if it is still there.
 
     Its name is random and must be new, so that no link can wait under it. It has the permissions of a file that is
-    simply opened, and stays locked: `remove_stale` tells by that which temporary files nobody writes any more.
+    simply opened, and stays locked: `remove_stale` sees by that which temporary files nobody writes any more.
     """
     with contextlib.suppress(FileNotFoundError):
         if not stat.S_ISREG(path.lstat().st_mode):
-            raise CodebookError(f"{path} is there and no plain file: choose another name")
+            raise CodebookError(f"{path} is there and no regular file: choose another name")
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     try:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOT_FOLLOWED, 0o666)
     except FileNotFoundError:
         raise CodebookError(f"no folder {path.parent}: create it first") from None
     try:
-        locked(handle)
+        with contextlib.suppress(OSError):  # without locks, what a kill leaves is not recognised
+            locked(handle)
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
         os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's new names on disk, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -13,18 +13,47 @@ import hashlib
 import json
 import os
 import shutil
+import stat
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NotRequired
 
+from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.files import NOT_FOLLOWED, cannot_write, locked, one_line, remove_stale, write_files
+from codebook.store.files import (
+    BLOCKS_NOT,
+    LARGEST_LINES,
+    LARGEST_TENSORS,
+    NOT_FOLLOWED,
+    cannot_write,
+    locked,
+    one_line,
+    read_bytes,
+    remove_stale,
+    write_files,
+)
 
 KEPT = "what is finished is kept: "
+
+
+class _Head(TypedDict):
+    about: dict[str, Any]
+
+
+class _Entry(TypedDict):
+    name: str
+    value: Any
+    tensor: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
+    crc: NotRequired[str]
+
+
+_HEAD, _ENTRY = TypeAdapter(_Head), TypeAdapter(_Entry)
 
 
 class Journal:
@@ -66,7 +95,7 @@ class Journal:
         self._handle: int | None = None
         for other in others:
             try:
-                data = other.read_bytes()
+                data = read_bytes(other, LARGEST_LINES)
             except OSError as error:
                 raise CodebookError(f"cannot read {other}: {error.strerror}; {self._remedy}") from None
             self._take(other, data)
@@ -100,8 +129,8 @@ class Journal:
                 if tensor is not None:
                     record["tensor"] = self._write_tensor(tensor)
                 if self._end == 0:
-                    self._append({"about": self.about})
-                self._append(record)
+                    self._write({"about": self.about})
+                self._write({**record, "crc": _checksum(record)})
                 assert self._handle is not None
                 os.fsync(self._handle)
             except OSError as error:
@@ -113,7 +142,7 @@ class Journal:
         digest = self._tensors[name]
         path = self.parts / f"{digest}.safetensors"
         try:
-            data = path.read_bytes()
+            data = read_bytes(path, LARGEST_TENSORS)
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError("its SHA-256 is another")
             return load(data)["tensor"]
@@ -146,8 +175,11 @@ class Journal:
     def _open(self, file: Path) -> None:
         """Lock the file, take in its records, and cut off a line that a kill left half written."""
         file.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            if not stat.S_ISREG(file.lstat().st_mode):
+                raise CodebookError(f"{file} is there and no regular file: {self._remedy}")
         while True:
-            self._handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_APPEND | NOT_FOLLOWED, 0o666)
+            self._handle = os.open(file, os.O_RDWR | BLOCKS_NOT | os.O_CREAT | os.O_APPEND | NOT_FOLLOWED, 0o666)
             if not locked(self._handle):
                 os.close(self._handle)
                 self._handle = None
@@ -156,7 +188,7 @@ class Journal:
                 if os.path.samestat(os.fstat(self._handle), file.stat()):
                     break
             os.close(self._handle)  # whoever held the lock has removed the file since it was opened
-        self._end = self._take(file, file.read_bytes())
+        self._end = self._take(file, read_bytes(file, LARGEST_LINES))
         os.truncate(file, self._end)
         if self.parts.is_dir():
             remove_stale(self.parts)
@@ -168,20 +200,19 @@ class Journal:
         if not whole and head.startswith(data):  # killed while the first line was written
             return 0
         try:
-            first, *entries = [json.loads(line) for line in whole.split(b"\n")[:-1]]
-            other = first["about"]
-            records = {entry["name"]: entry["value"] for entry in entries}
-            tensors = {entry["name"]: entry["tensor"] for entry in entries if "tensor" in entry}
-        except (ValueError, KeyError, TypeError):
+            first, *lines = whole.split(b"\n")[:-1]
+            other = _HEAD.validate_json(first)["about"]
+            entries = [_intact(dict(_ENTRY.validate_json(line))) for line in lines]
+        except ValueError:
             raise CodebookError(f"{file} is no journal, or damaged: {self._remedy}") from None
         if other != self.about:
             what = differences(other, self.about)
             raise CodebookError(f"{file} is from a run with another {what}: {self._remedy}")
-        self.records |= records
-        self._tensors |= tensors
+        self.records |= {entry["name"]: entry["value"] for entry in entries}
+        self._tensors |= {entry["name"]: entry["tensor"] for entry in entries if "tensor" in entry}
         return len(whole)
 
-    def _append(self, entry: dict[str, Any]) -> None:
+    def _write(self, entry: dict[str, Any]) -> None:
         assert self._handle is not None and self.file is not None
         data = memoryview(json.dumps(entry).encode() + b"\n")
         end = self._end + len(data)
@@ -202,6 +233,18 @@ class Journal:
         self.parts.mkdir(exist_ok=True)
         write_files(self.parts, {f"{digest}.safetensors": data})
         return digest
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(record).encode()):08x}"
+
+
+def _intact(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry whose checksum is right, without it; entries of earlier versions have none."""
+    checksum = entry.pop("crc", None)
+    if checksum is not None and checksum != _checksum(entry):
+        raise ValueError("a record differs from its checksum")
+    return entry
 
 
 def differences(a: Any, b: Any) -> str:

@@ -1,43 +1,171 @@
-"""Pictures and videos as they are read from disk."""
+"""Pictures and videos as they are read from disk: everywhere in the package by this one module.
+
+A picture is shown to a model as a person sees it: upright, its transparent parts over white, its grey levels on their
+own scale. Where the file is broken or too large it is refused, never shown in part.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from PIL import Image as Picture
-from PIL import ImageSequence
+from PIL import ImageOps, ImageSequence
 
 from codebook.errors import CodebookError
+from codebook.store.files import one_line, read_bytes
 
+USE_WHOLE = "use a whole PNG, JPEG or WebP file"
 VIDEO_FRAMES = 8
 """How many frames of a video are shown to the model."""
+LARGEST_PICTURE = 2**28
+"""Bytes of a picture's file."""
+MOST_PIXELS = 89_478_485
+"""Pixels of a picture: a quarter of a gibibyte as RGB, the limit at which PIL begins to warn."""
+LONGEST_SHAPE = 200
+"""Longer side over shorter side: a processor that scales the shorter side up would fill the memory with the longer."""
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF", "JPEG2000")
+"""What may be decoded, in PIL's names, where PIL has the decoder. EPS is not among them: decoding it runs a program."""
+ORIENTATION = 0x0112
+"""Tag of EXIF."""
+HEAD = 32
+"""Bytes of a file that tell its format."""
 
 
-def read_image(path: Path | str) -> Picture.Image:
-    """Read a picture as RGB, or raise a CodebookError that says why it cannot be read."""
-    try:
-        with Picture.open(path) as picture:
-            return picture.convert("RGB")
-    except FileNotFoundError:
-        raise CodebookError(f"no such image: {path}") from None
-    except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError) as error:
-        reason = str(error).replace(str(path), "").strip(" '") or type(error).__name__
-        raise CodebookError(f"cannot read image {path}: {reason}; use a whole PNG, JPEG or WebP file") from None
+def read_image(source: Path | str | bytes, name: str | None = None) -> Picture.Image:
+    """A picture as RGB, as a person sees it; the same wherever the package reads one.
+
+    - turned as its EXIF orientation says;
+    - transparent parts over white;
+    - 16-bit grey scaled to 8 bits; wider integers and floats as `_grey` says;
+    - of an animation the first frame;
+    - CMYK and the like converted as PIL does, without colour profiles.
+
+    Parameters
+    ----------
+    source
+        A regular file, or a file's contents.
+    name
+        What to call the picture in an error; default: the file's path.
+
+    Raises
+    ------
+    CodebookError
+        If it is missing, no picture, broken off, or beyond the limits of docs/security.md.
+    """
+    with _open_picture(source, name) as picture:
+        return _upright_rgb(picture)
+
+
+def decode_image(data: bytes) -> Picture.Image:
+    """Like `read_image`, of a file's contents; raises a ValueError that says only what is wrong with them."""
+    with _open_bytes(data) as picture:
+        return _upright_rgb(picture)
 
 
 def read_video(path: Path, frames: int = VIDEO_FRAMES) -> tuple[Path | Picture.Image, ...]:
     """Up to `frames` frames, evenly spaced, of a folder of them (in order of their names) or an animated picture."""
     if path.is_dir():
-        found: list[Path | Picture.Image] = [*sorted(file for file in path.iterdir() if not file.name.startswith("."))]
-    else:
-        try:
-            with Picture.open(path) as picture:
-                found = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
-        except (OSError, SyntaxError, ValueError, Picture.DecompressionBombError):
-            raise CodebookError(
-                f"cannot read video {path}: give a folder of frames, or an animated GIF, PNG or WebP file"
-            ) from None
+        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        return tuple(files[i] for i in _spaced(path, len(files), frames))
+    with _open_picture(path, None, "video", "give a folder of frames, or an animated GIF, PNG or WebP file") as picture:
+        wanted = set(_spaced(path, getattr(picture, "n_frames", 1), frames))
+        return tuple(_upright_rgb(frame) for i, frame in enumerate(ImageSequence.Iterator(picture)) if i in wanted)
+
+
+def is_picture(head: bytes) -> bool:
+    """Whether a file that begins with these bytes looks like a picture that `read_image` can decode."""
+    if len(head) < HEAD:
+        head = head.ljust(HEAD, b"\0")  # PIL's own checks expect some bytes
+    if head[:1] == b"P" and not head[2:3].isspace():  # "P5 " begins a PPM file, and "Python" a text
+        return False
+    return any(accepts(head) for accepts in _accepted().values())
+
+
+def _spaced(path: Path, found: int, frames: int) -> list[int]:
     if not found:
         raise CodebookError(f"{path} holds no frames: give a folder of pictures")
-    count = min(frames, len(found))
-    return tuple(found[(2 * i + 1) * len(found) // (2 * count)] for i in range(count))
+    count = min(frames, found)
+    return [(2 * i + 1) * found // (2 * count) for i in range(count)]
+
+
+@contextlib.contextmanager
+def _open_picture(
+    source: Path | str | bytes, name: str | None, kind: str = "image", remedy: str = USE_WHOLE
+) -> Iterator[Picture.Image]:
+    """Open a picture within the limits; whatever is wrong with it, then or while it is used, is a CodebookError."""
+    name = name or ("of these bytes" if isinstance(source, bytes) else str(source))
+    try:
+        data = source if isinstance(source, bytes) else read_bytes(Path(source), LARGEST_PICTURE)
+        with _open_bytes(data) as picture:
+            yield picture
+    except FileNotFoundError:
+        raise CodebookError(f"no such {kind}: {name}") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or one_line(error)
+        raise CodebookError(f"cannot read {kind} {name}: {reason}; {remedy}") from None
+
+
+@contextlib.contextmanager
+def _open_bytes(data: bytes) -> Iterator[Picture.Image]:
+    """Open a picture within the limits; whatever a decoder raises, then or while it is used, is a ValueError."""
+    if not is_picture(data[:HEAD]):
+        raise ValueError("not an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PIL warns of sizes that are refused here, and of damaged metadata
+            with Picture.open(io.BytesIO(data), formats=list(_accepted())) as picture:
+                _check_pixels(*picture.size)
+                yield picture
+    except Picture.UnidentifiedImageError:  # it names the object that held the bytes, which differs from run to run
+        raise ValueError("not an image") from None
+    except Exception as error:  # damaged files make PIL's decoders raise nearly anything
+        raise ValueError(one_line(error)) from None
+
+
+def _check_pixels(width: int, height: int) -> None:
+    if width * height > MOST_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, and at most {MOST_PIXELS:,} are read: scale it down")
+    if max(width, height) > LONGEST_SHAPE * min(width, height):
+        raise ValueError(f"{width} x {height} pixels, and one side may be {LONGEST_SHAPE} times the other: cut it")
+
+
+def _upright_rgb(picture: Picture.Image) -> Picture.Image:
+    picture.load()
+    if picture.mode.startswith(("I", "F")):
+        return ImageOps.exif_transpose(_grey(picture)).convert("RGB")
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        return Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return picture.convert("RGB")
+
+
+def _grey(picture: Picture.Image) -> Picture.Image:
+    """Grey levels of more than 8 bits on the scale of 8.
+
+    What is white is not in the file where PIL gives 32-bit integers or floats. Integers up to 65535 are 16-bit levels.
+    White among floats is the first of 1, 255 and 65535 that none exceeds. Beyond 65535 white is the largest level.
+    """
+    turned = picture.getexif().get(ORIENTATION, 1)
+    levels = np.asarray(picture).astype(np.float64)
+    if not np.isfinite(levels).all():
+        raise ValueError("it holds levels that are no numbers")
+    largest = float(levels.max(initial=0))
+    scales = (1.0, 255.0, 65535.0) if picture.mode == "F" else (65535.0,)
+    white = next((scale for scale in scales if largest <= scale), largest)
+    grey = Picture.fromarray(np.rint(levels.clip(0) * (255 / white)).astype(np.uint8), "L")
+    grey.getexif()[ORIENTATION] = turned
+    return grey
+
+
+def _accepted() -> dict[str, Callable[[bytes], Any]]:
+    """For each format that can be decoded here, the function that knows its first bytes."""
+    Picture.init()
+    known = {name: Picture.OPEN[name][1] for name in FORMATS if name in Picture.OPEN}
+    return {name: accepts for name, accepts in known.items() if accepts is not None}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from codebook.errors import CodebookError
 from codebook.models import Model, fingerprint, same_fingerprint
 from codebook.store.codebook import Codebook
+from codebook.store.folder import read_config
 
 
 def folders() -> list[Path]:
@@ -29,7 +29,7 @@ def prebuilt(model: Model) -> Codebook:
     """
     own = fingerprint(model)
     for folder in folders():
-        if same_fingerprint(json.loads((folder / "config.json").read_text())["fingerprint"], own):
+        if same_fingerprint(read_config(folder)["fingerprint"] or "", own):
             return Codebook.load(folder)
     raise CodebookError(
         "no codebook ships for this model: build one with `codebook build` and name it with --codebook, or prune "

@@ -120,7 +120,7 @@ def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch
             fuse[0] = 0
             if (out / "config.json").exists():
                 assert contents(out).items() >= whole.items()
-    assert last == 13  # six files, each synced and renamed, then through
+    assert last == 14  # six files, each synced and renamed, their folder synced, then through
     assert contents(out) == whole
 
 

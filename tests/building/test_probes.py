@@ -201,19 +201,23 @@ def test_batch_size_changes_no_selected_token(tiny, probing, batch_size, whole):
 
 
 class Crowded:
-    """A model that runs out of memory above so many tokens in a forward."""
+    """Makes a model run out of memory above so many tokens in a forward pass."""
 
     def __init__(self, model, tokens, error):
-        self.model, self.tokens, self.error, self.refused = model, tokens, error, 0
+        self.tokens, self.error, self.refused = tokens, error, 0
+        self.hook = model.register_forward_pre_hook(self, with_kwargs=True)
 
-    def __call__(self, inputs_embeds, **kwargs):
-        if inputs_embeds.shape[0] * inputs_embeds.shape[1] > self.tokens:
+    def __call__(self, model, args, kwargs):
+        batch, length, _ = kwargs["inputs_embeds"].shape
+        if batch * length > self.tokens:
             self.refused += 1
             raise self.error
-        return self.model(inputs_embeds=inputs_embeds, **kwargs)
 
-    def __getattr__(self, name):
-        return getattr(self.model, name)
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.hook.remove()
 
 
 ON_CPU = "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory: you tried to allocate"
@@ -225,22 +229,21 @@ def test_out_of_memory_halves_the_batch(tiny, probing, error):
     model, _ = tiny
     args = family(model), settings()
     expected = survivors(pixels, model, args[0], prober, args[1])
-    crowded = Crowded(model, 2 * 41, error)
-    tight = replace(prober, model=crowded, batch_size=32)
-    found = survivors(pixels, model, args[0], tight, args[1])
-    assert torch.equal(found.features, expected.features) and 1 <= crowded.refused <= 6
-    survivors(pixels, model, args[0], tight, args[1])
-    assert crowded.refused <= 6, "what it learnt stays"
-    crowded.tokens = 30
-    with pytest.raises(CodebookError, match=r"one sequence of 41 tokens on cpu: take a smaller --dtype.*kept"):
+    tight = replace(prober, batch_size=32)
+    with Crowded(model, 2 * 41, error) as crowded:
+        found = survivors(pixels, model, args[0], tight, args[1])
+        assert torch.equal(found.features, expected.features) and 1 <= crowded.refused <= 6
         survivors(pixels, model, args[0], tight, args[1])
+        assert crowded.refused <= 6, "what it learnt stays"
+        crowded.tokens = 30
+        with pytest.raises(CodebookError, match=r"one sequence of 41 tokens on cpu: take a smaller --dtype.*kept"):
+            survivors(pixels, model, args[0], tight, args[1])
 
 
 def test_other_errors_of_the_model_are_not_taken_for_memory(probing):
     prober, _, tokens, _ = probing
-    broken = replace(prober, model=Crowded(prober.model, 0, RuntimeError("mat1 and mat2 shapes")))
-    with pytest.raises(RuntimeError, match="mat1"):
-        broken.alone(tokens)
+    with Crowded(prober.model, 0, RuntimeError("mat1 and mat2 shapes")), pytest.raises(RuntimeError, match="mat1"):
+        prober.alone(tokens)
 
 
 def test_images_do_not_depend_on_each_other(tiny, probing):

@@ -1,3 +1,4 @@
+import hashlib
 import io
 import json
 import sys
@@ -13,7 +14,7 @@ from tests.building.folders import contents, run
 
 
 def names(images, **options):
-    return list(open_images(images, **options).stamps)
+    return list(open_images(images, **options).names)
 
 
 @pytest.fixture
@@ -38,7 +39,8 @@ def shard(pictures, tmp_path) -> Callable:
 def test_folder(pictures):
     assert names(pictures) == sorted(names(pictures)) and len(names(pictures)) == 8
     assert names(pictures, limit=3) == names(pictures)[:3]
-    assert open_images(pictures).stamps["1.jpg"] == (pictures / "1.jpg").stat().st_size
+    digests = open_images(pictures).digests()
+    assert digests["1.jpg"] == hashlib.sha256((pictures / "1.jpg").read_bytes()).hexdigest()
 
 
 def test_every_source_gives_the_same_codebook(tiny, pictures, shard, tmp_path):
@@ -59,8 +61,8 @@ def test_folder_of_shards(pictures, shard, tmp_path):
     shard(tmp_path / "in" / "0.tar", lambda name: name < "4")
     shard(tmp_path / "in" / "1.tar", lambda name: name >= "4")
     found = open_images(tmp_path / "in")
-    assert list(found.stamps) == [f"{int(name >= '4')}.tar/{name}" for name in names(pictures)]
-    for name in found.stamps:
+    assert list(found.names) == [f"{int(name >= '4')}.tar/{name}" for name in names(pictures)]
+    for name in found.names:
         assert found.read(name).tobytes() == open_images(pictures).read(name[6:]).tobytes()
 
 
@@ -70,7 +72,7 @@ def test_shard_that_breaks_off_yields_what_is_whole(tiny, pictures, shard, tmp_p
     whole = path.read_bytes()
     path.write_bytes(whole[: whole.index((pictures / "6.png").read_bytes()) + 30])
     cut = names(path)
-    assert "6.png" in cut and "7.jpg" not in cut and set(cut) < set(places.stamps)
+    assert "6.png" in cut and "7.jpg" not in cut and set(cut) < set(places.names)
     book = run(tiny, path, tmp_path / "out")
     assert book.config["images"]["skipped"] == ["6.png"]
     listed = [json.loads(line) for line in (tmp_path / "out" / "images.jsonl").read_text().splitlines()]

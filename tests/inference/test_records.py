@@ -25,10 +25,10 @@ def loaded():
 
 
 def spoil(file):
-    """Each record of a journal in turn with each of the wrong values."""
+    """Each record of a journal in turn with each of the wrong values, without the checksum that would give it away."""
     lines = file.read_text().splitlines()
     for i, line in enumerate(lines[1:], 1):
-        entry = json.loads(line)
+        entry = {k: v for k, v in json.loads(line).items() if k != "crc"}
         for wrong in WRONG:
             broken = [*lines[:i], json.dumps(entry | {"value": wrong}), *lines[i + 1 :]]
             file.write_text("\n".join(broken) + "\n")

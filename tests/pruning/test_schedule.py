@@ -192,16 +192,6 @@ def test_pruners_refuse_what_their_text_would():
             make(-2)
 
 
-def test_what_is_no_stage_and_no_pruner():
-    for wrong in ("seeded", ["uniform:0.5"], [(0, 0.5, Uniform())]):
-        with pytest.raises(CodebookError, match="made of Stages"):
-            Schedule(wrong)
-    assert Schedule(Stage(layer, 9, Uniform()) for layer in (1, 2)).counts(16, 4) == [16, 9, 9, 9]
-    for pruner in ("uniform", Uniform, None):
-        with pytest.raises(CodebookError, match="must be a Pruner"):
-            Stage(0, 0.5, pruner)
-
-
 def test_schedules_print_as_their_text():
     schedule = Schedule.parse("uniform:0.25+mass, drop@3; quotas=shared")
     assert repr(schedule) == "Schedule('uniform:0.25+mass, drop@3; quotas=shared')"

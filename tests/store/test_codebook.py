@@ -171,7 +171,7 @@ DAMAGE = {
     "another tool's config": (lambda f: (f / "config.json").write_text('{"model_type": "x"}'), "is not a codebook's"),
     "later format": (lambda f: reseal(f, format_version=2), "format version 2 and this package reads 1"),
     "config without model": (
-        lambda f: (f / "config.json").write_text('{"format_version": 1}'), "lacks model, fingerprint",
+        lambda f: (f / "config.json").write_text('{"format_version": 1}'), "model: Field required",
     ),
     "another dimension": (lambda f: reseal(f, dimension=17), r"config.json says \(50, 17\)"),
     "nan": (lambda f: tensor(f, prototypes=torch.full((50, 16), torch.nan)), "NaN"),
@@ -180,7 +180,7 @@ DAMAGE = {
     "another name": (lambda f: tensor(f, weights=torch.zeros(50, 16)), "one tensor named prototypes"),
     "short provenance": (lambda f: rows(f, '{"cluster": 0}\n' * 49), "49 records for 50 prototypes"),
     "bad provenance": (lambda f: rows(f, "{\n" * 50), "cannot read .*provenance.jsonl"),
-    "provenance of numbers": (lambda f: rows(f, "1\n" * 50), "not a JSON object"),
+    "provenance of numbers": (lambda f: rows(f, "1\n" * 50), "line 1: .*should be an object"),
 }  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def test_full_disk(tmp_path, monkeypatch):
 
         monkeypatch.setattr(os, "fsync", lost)
         with pytest.raises(
-            CodebookError, match="Read-only file system; what is finished is kept: choose another folder"
+            CodebookError, match="Read-only file system; what is finished is kept: nothing can be written there"
         ):
             journal.add("four", 4)
 

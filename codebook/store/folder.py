@@ -1,0 +1,211 @@
+"""The codebook's folder on disk (docs/format.md): what its files must look like, and reading them as one.
+
+A folder may be read while another process writes it. `config.json` is written last and holds the SHA-256 of the others,
+so a reader that finds them to fit has one codebook and not parts of two.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Required
+
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
+
+from codebook.errors import CodebookError
+from codebook.store.files import (
+    LARGEST_JSON,
+    LARGEST_LINES,
+    WRITER_PATIENCE,
+    being_written,
+    cannot_write,
+    parse,
+    parse_tensors,
+    read_tensor_bytes,
+    read_whole,
+    remove_stale,
+    write_files,
+    writing,
+)
+
+FORMAT_VERSION = 1
+CONFIG, PROTOTYPES, PROVENANCE, CARD = "config.json", "prototypes.safetensors", "provenance.jsonl", "README.md"
+REBUILD = "restore the file, or rebuild with `codebook build`"
+OPEN = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+"""Rule for the objects in files: what is known is checked, and what other versions add is kept."""
+
+Count = Annotated[int, Field(ge=0, lt=2**53)]
+
+
+class TokenRecord(TypedDict, total=False):
+    """A visual token of an image, as every file of a codebook names it."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    row: Count
+    col: Count
+    p1: float
+    jsd_region: float
+    jsd_global: float
+
+
+class ProvenanceRecord(TokenRecord, total=False):
+    """A line of `provenance.jsonl`: where a prototype came from."""
+
+    cluster: Required[Count]
+    image: str
+
+
+class ImageCounts(TypedDict, total=False):
+    """How many images a codebook was built from."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    used: Required[Count]
+    skipped: Required[list[str]]
+    duplicates: Count
+
+
+class Versioned(TypedDict):
+    """What every version of `config.json` has."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    format_version: int
+
+
+class Config(TypedDict, total=False):
+    """The contents of `config.json`."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    format_version: Required[int]
+    model: Required[str]
+    fingerprint: Required[str | None]
+    dimension: Required[Count]
+    prototypes: Required[Count]
+    sha256: Required[dict[str, str]]
+    dtype: str
+    settings: dict[str, Any]
+    images_sha256: str
+    images: ImageCounts
+    funnel: dict[str, Count]
+    spread: float | None
+    grid: tuple[Count, Count] | list[Count]
+    extended_by: Count
+    source: str
+    exhaustive: bool
+    extends: str
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The checked contents of a folder's `config.json`.
+
+    Raises
+    ------
+    CodebookError
+        If there is none, or it is not that of a codebook of this version.
+    """
+    return _parse_config(path, read_whole(path / CONFIG, "name a whole codebook folder", LARGEST_JSON))
+
+
+def read_folder(path: Path, optional: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, bytes]]:
+    """The config of a codebook, and the contents of its files by their names; all of one codebook.
+
+    Parameters
+    ----------
+    optional
+        Names of files that are read too where the config lists them.
+
+    Raises
+    ------
+    CodebookError
+        If the folder is no codebook, or a file is missing or damaged.
+    """
+    if not path.is_dir():
+        raise CodebookError(f"no such folder: {path}; name a codebook, or make one with `codebook build`")
+    until = time.monotonic() + WRITER_PATIENCE
+    while True:
+        text = read_whole(path / CONFIG, "name a whole codebook folder", LARGEST_JSON)
+        config = _parse_config(path, text)
+        try:
+            names = [PROTOTYPES, PROVENANCE, *(name for name in optional if name in config["sha256"])]
+            return config, {name: _verified(path / name, config["sha256"].get(name)) for name in names}
+        except CodebookError as error:
+            # Another process may be between the first file that it replaces and the last, which is the config.
+            while being_written(path) and time.monotonic() < until:
+                time.sleep(0.01)
+            if read_whole(path / CONFIG, "name a whole codebook folder", LARGEST_JSON) == text:
+                raise error from None
+            if time.monotonic() > until:
+                raise CodebookError(f"{path} is being written by another process: try again later") from None
+
+
+def write_folder(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
+    """Write a codebook's files, each replaced as a whole, `config.json` last; the config with their SHA-256."""
+    config = {**config, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
+    text = (json.dumps(config, indent=2) + "\n").encode()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            remove_stale(path)
+            write_files(path, {**files, CARD: _card(config).encode(), CONFIG: text})
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    return config
+
+
+def _parse_config(path: Path, text: bytes) -> dict[str, Any]:
+    remedy = "name a folder made by `codebook build`"
+    version = parse(path / CONFIG, text, f"it is not a codebook's: {remedy}", Versioned)["format_version"]
+    if version != FORMAT_VERSION:
+        raise CodebookError(
+            f"{path} has format version {version} and this package reads {FORMAT_VERSION}: upgrade the package, or "
+            "rebuild with `codebook build`"
+        )
+    config: dict[str, Any] = parse(path / CONFIG, text, "rebuild with `codebook build`", Config)
+    return config
+
+
+def _verified(path: Path, digest: str | None) -> bytes:
+    """The contents of a file, read once and checked as they were read."""
+    if path.suffix == ".safetensors":
+        data = read_tensor_bytes(path, REBUILD)
+    else:
+        data = read_whole(path, REBUILD, LARGEST_LINES, LARGEST_JSON)
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise CodebookError(f"{path} is damaged (its SHA-256 differs from the one in {CONFIG}): {REBUILD}")
+    return data
+
+
+def tensor_of(path: Path, data: bytes, name: str) -> Any:
+    """The one tensor that a file of a codebook holds."""
+    tensors = parse_tensors(path, data, "rebuild with `codebook build`")
+    if set(tensors) != {name}:
+        raise CodebookError(f"{path} must hold one tensor named {name}: rebuild with `codebook build`")
+    return tensors[name]
+
+
+def _card(config: dict[str, Any]) -> str:
+    """A model card with the YAML front matter that the Hugging Face Hub reads."""
+    funnel = config.get("funnel", {})
+    lines = [
+        "---",
+        "library_name: codebook",
+        "tags: [visual-token-pruning, vision-language-model]",
+        "---",
+        f"# Redundancy codebook for {config['model']}",
+        "",
+        f"{config['prototypes']} prototypes of dimension {config['dimension']}: projector outputs that were redundant "
+        "in the images they come from and recur across images (https://arxiv.org/abs/2503.20540). "
+        "Visual tokens most like them are pruned first.",
+        "",
+        "```python",
+        "from codebook import Codebook",
+        "book = Codebook.load(folder)",
+        "scores = book.redundancy(tokens)  # prune the highest",
+        "```",
+    ]
+    if funnel:
+        lines += ["", "| step | tokens |", "|---|---|", *(f"| {k} | {v} |" for k, v in funnel.items())]
+    return "\n".join(lines) + "\n"
