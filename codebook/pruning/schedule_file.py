@@ -12,6 +12,8 @@ from codebook.store.files import cannot_write, read_json, replacing
 
 SCHEDULE_FORMAT = 1
 """Version of the layout of schedule files."""
+LARGEST_SCHEDULE = 2**20
+"""Bytes of a schedule file; what calibration adds to it has a few hundred per candidate."""
 LAYOUT = f'it should hold {{"format": {SCHEDULE_FORMAT}, "schedule": "..."}}'
 
 
@@ -41,9 +43,9 @@ def read_schedule_text(path: Path | str) -> str:
         If the file cannot be read, or holds something else or another format.
     """
     try:
-        found = read_json(Path(path), LAYOUT)
+        found = read_json(Path(path), LAYOUT, largest=LARGEST_SCHEDULE)
     except CodebookError as error:
-        raise CodebookError(f"cannot read schedule: {error}") from None
+        raise CodebookError(str(error).replace("cannot read", "cannot read schedule", 1)) from None
     try:
         record = ScheduleFile.model_validate(found)
     except ValidationError:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 
 import pytest
@@ -192,8 +193,10 @@ GOOD = {"format": 1, "schedule": "uniform:0.5"}
         (json.dumps(GOOD | {"schedule": ["uniform:0.5"]}).encode(), "is no schedule"),
         (json.dumps(GOOD | {"schedule": {"uniform": 0.5}}).encode(), "is no schedule"),
         (json.dumps(GOOD | {"schedule": "x" * 20_000}).encode(), "20000 characters"),
-        (json.dumps(GOOD | {"schedule": "uniform:\ud800"}).encode(), "keep|is no schedule"),
+        (json.dumps(GOOD | {"schedule": "uniform:\ud800"}).encode(), "cannot read schedule"),
         (json.dumps([GOOD]).encode(), "is no schedule"),
+        (b'{"format": 1, "schedule": "uniform:0.5", "more": ' + b"9" * 5000 + b"}", "cannot read schedule"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
         (b"[" * 5000 + b"]" * 5000, "cannot read schedule"),
         (b'{"a":' * 5000 + b"1" + b"}" * 5000, "cannot read schedule"),
         (b'{"format": 1, "schedule": "uniform:0.5', "cannot read schedule"),
@@ -211,8 +214,32 @@ def test_odd_files_are_refused_by_name(tmp_path, content, says):
             raise CodebookError(found)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="a file of another system")
+def test_what_is_no_plain_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "zero.json").symlink_to("/dev/zero")
+    (tmp_path / "folder.json").mkdir()
+    for name in ("pipe", "zero", "folder"):
+        path = tmp_path / f"{name}.json"
+        for make in (lambda path=path: Schedule.load(path), lambda path=path: Plan(str(path))):
+            assert outcome(make).startswith(f"{path} is not a regular file")
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path):
+    path = tmp_path / "schedule.json"
+    with path.open("wb") as file:
+        file.truncate(2**40)  # of nothing: it takes no room
+    assert outcome(lambda: Schedule.load(path)).startswith(f"{path} has 1,099,511,627,776 bytes: at most 1,048,576 are")
+
+
+def test_a_mark_before_the_text_is_no_part_of_it(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_bytes(json.dumps(GOOD).encode("utf-8-sig"))
+    assert Schedule.load(path) == Schedule.parse("uniform:0.5") == Schedule.parse(Plan(str(path)).schedule)
+
+
 def test_places_that_are_no_files(tmp_path):
-    for path in (tmp_path / "missing.json", tmp_path, tmp_path / ("x" * 5000)):
+    for path in (tmp_path / "missing.json", tmp_path / ("x" * 5000), tmp_path / "a" / "b.json"):
         assert outcome(lambda path=path: Schedule.load(path)).startswith("cannot read schedule")
     schedule = Schedule.parse("uniform:0.5")
     for path in (tmp_path / "no" / "folder.json", tmp_path, tmp_path / ("x" * 5000)):
