@@ -17,12 +17,12 @@ from codebook import models
 from codebook.analysis.prefill import Cost, Prefill
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
-from codebook.inference.outputs import check_logits
 from codebook.inference.prompts import answer_ids, check_samples, prepare_samples
 from codebook.inference.records import Share, damaged, read_record
 from codebook.inference.samples import Sample, samples_digest
 from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, UNKNOWN, wilson
 from codebook.models.base import Model, Processor
+from codebook.models.finite import check_logits
 from codebook.pruning import Drop, Schedule, Stage, remember
 from codebook.store.journal import Journal
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from codebook.analysis.prefill import VARIANTS_PER_FORWARD, Cost, Prefill
 from codebook.errors import CodebookError
-from codebook.inference.outputs import check_logits
 from codebook.models import Image
 from codebook.models.base import Model
+from codebook.models.finite import check_logits
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.inference.outputs import check_logits
 from codebook.inference.prompts import answer_ids, prepare_samples, text_length
 from codebook.inference.samples import Sample
 from codebook.models.base import Model, Processor
+from codebook.models.finite import check_logits
 from codebook.pruning import Schedule
 
 

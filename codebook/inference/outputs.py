@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from codebook.models.finite import check_logits
+from codebook.models.finite import check_logits, overflown
 
 
 class NanWatch(LogitsProcessor):
@@ -19,10 +19,10 @@ class NanWatch(LogitsProcessor):
         self._seen: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
-        self._seen.append(torch.isnan(scores).any())
+        self._seen.append(overflown(scores))
         return scores
 
     def check(self) -> None:
-        """Raise a CodebookError if any logits were NaN."""
+        """Raise a CodebookError if any logits were NaN or infinite."""
         if self._seen:
             check_logits(torch.where(torch.stack(self._seen), torch.nan, 0.0))

@@ -9,9 +9,14 @@ from codebook.errors import CodebookError
 from codebook.models.base import Model
 
 
+def overflown(logits: Tensor) -> Tensor:
+    """Whether any of the logits, of any shape, is NaN or infinite; minus infinity only rules a token out. () bool."""
+    return (~(logits < torch.inf)).any()
+
+
 def check_logits(logits: Tensor) -> None:
-    """Raise a CodebookError if any of the logits, of any shape, is NaN."""
-    if bool(torch.isnan(logits).any()):
+    """Raise a CodebookError if any of the logits, of any shape, is NaN or infinite."""
+    if bool(overflown(logits)):
         raise CodebookError(
             "the model's outputs are not numbers (NaN): its weights are damaged, or float16 is too narrow for them; "
             "load it again, or in bfloat16 or float32"

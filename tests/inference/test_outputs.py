@@ -9,6 +9,7 @@ from codebook.errors import CodebookError
 from codebook.inference.prompts import prepare_samples
 from codebook.inference.respond import respond
 from codebook.miniature.samples import of_miniature
+from codebook.models.finite import check_logits
 
 WRONG = "not numbers \\(NaN\\)"
 
@@ -49,6 +50,13 @@ def test_analysis(damaged, samples):
     [batch] = likelihood.answer_batches(*damaged, samples[:1])
     with pytest.raises(CodebookError, match=WRONG):
         likelihood.mean_probabilities(damaged[0], batch, Schedule([]))
+
+
+def test_infinity_is_no_number_and_minus_infinity_rules_a_token_out():
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(CodebookError, match=WRONG):
+            check_logits(torch.tensor([[0.0, value, 1.0]]))
+    check_logits(torch.tensor([0.0, -torch.inf, 1e38]))
 
 
 def test_a_check_does_not_change_what_is_generated(samples):
