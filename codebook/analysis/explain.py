@@ -13,6 +13,7 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.models.base import Model, Processor
 from codebook.store.codebook import Codebook
+from codebook.store.pictures import upright_rgb
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def explain(
     row, col = patch
     if not (0 <= row < rows and 0 <= col < cols):
         raise CodebookError(f"no patch {row},{col}: rows are 0 to {rows - 1}, columns 0 to {cols - 1}")
-    pixels = family.view(processor, picture).to(model.device, model.dtype)
+    pixels = family.view(processor, upright_rgb(picture)).to(model.device, model.dtype)
     with torch.inference_mode():
         features = family.image_features(model, pixels)[0][0][:, : book.dimension]
         redundancy = book.redundancy(features)

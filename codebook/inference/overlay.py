@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
+from codebook.store.pictures import upright_rgb
+
 SIZE = 576
 """Shortest side of an overlay in pixels: smaller images are enlarged, so that single tokens can be seen."""
 
@@ -81,7 +83,7 @@ def _enlarge(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> 
     scale = max(1, -(-SIZE // min(image.size)))
     # Whole patches in whole pixels, so that frames line up.
     width, height = (max(1, round(side * scale / n)) * n for side, n in zip(image.size, grid[::-1], strict=True))
-    plain = image.convert("RGB").resize(
+    plain = upright_rgb(image).resize(
         (width, height), Image.Resampling.NEAREST if scale > 1 else Image.Resampling.BICUBIC
     )
     shown = Image.blend(plain.convert("L").convert("RGB"), Image.new("RGB", plain.size, "black"), 0.72)

@@ -12,6 +12,8 @@ from codebook.errors import CodebookError
 from codebook.inference.samples import Sample
 from codebook.models.base import Model, Processor
 from codebook.models.chat import chat_text, check_text
+from codebook.store.files import one_line
+from codebook.store.pictures import upright_rgb
 
 CHARACTERS_PER_TOKEN = 64
 """Longest average token, far above that of any language: a longer question is refused before it is tokenized."""
@@ -96,7 +98,7 @@ def prepare(
     Parameters
     ----------
     images
-        For each question its images.
+        For each question its images, shown upright and as RGB.
     questions
         In plain words.
 
@@ -111,13 +113,21 @@ def prepare(
         except CodebookError as error:
             raise QuestionError(str(error), row) from None
     texts = [chat_text(processor, question, len(own)) for own, question in zip(images, questions, strict=True)]
-    shown = [list(own) for own in images] if any(images) else None
+    shown = [_upright(row, own) for row, own in enumerate(images)] if any(images) else None
     inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
     limit = token_limit(model, processor)
     for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
         if length > limit:
             raise QuestionError(f"the question is too long, a prompt of {length} tokens: {_at_most(limit)}", row)
     return Prompts(inputs.to(model.device, model.dtype), [len(own) for own in images])
+
+
+def _upright(row: int, pictures: Sequence[Picture.Image]) -> list[Picture.Image]:
+    """The pictures of a question as people see them, also those that the caller has opened."""
+    try:
+        return [upright_rgb(picture) for picture in pictures]
+    except (OSError, ValueError) as error:
+        raise QuestionError(f"an image of question {row + 1} cannot be read: {one_line(error)}", row) from None
 
 
 def prepare_samples(model: Model, processor: Processor, samples: Sequence[Sample]) -> Prompts:

@@ -15,8 +15,8 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.files import read_lines
-from codebook.store.pictures import read_image, read_video
+from codebook.store.files import read_lines, sha256
+from codebook.store.pictures import read_image, read_video, upright_rgb
 
 Scorer = Callable[[str, Sequence[str]], float]
 """Scores a prediction from 0 (wrong) to 1 (right), given all right answers."""
@@ -56,8 +56,8 @@ class Sample:
     patches: tuple[list[int], ...] = field(default=(), repr=False)
 
     def pictures(self) -> list[Picture.Image]:
-        """The images, read from disk where they are paths."""
-        return [read_image(image) if isinstance(image, Path) else image for image in self.images]
+        """The images as RGB and upright, read from disk where they are paths."""
+        return [read_image(image) if isinstance(image, Path) else upright_rgb(image) for image in self.images]
 
     def score(self, prediction: str) -> float:
         """Score of a generated answer, from 0 (wrong) to 1 (right)."""
@@ -151,9 +151,5 @@ def samples_digest(samples: Sequence[Sample]) -> str:
 
 def _picture_digest(image: Picture.Image | Path) -> str:
     if isinstance(image, Path):
-        try:
-            return hashlib.sha256(image.read_bytes()).hexdigest()
-        except OSError:
-            read_image(image)  # says what is wrong
-            raise
+        return sha256(image)
     return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"

@@ -115,7 +115,7 @@ class _Task:
         for visual in self._show() or []:
             frames = read_video(Path(visual)) if isinstance(visual, str) else (visual,)
             found += [read_image(frame) if isinstance(frame, Path) else frame for frame in frames]
-        return [picture.convert("RGB") for picture in found]
+        return found
 
 
 def _cut(text: str, stops: Sequence[str]) -> str:

@@ -59,13 +59,13 @@ def read_image(source: Path | str | bytes, name: str | None = None) -> Picture.I
         If it is missing, no picture, broken off, or beyond the limits of docs/security.md.
     """
     with _open_picture(source, name) as picture:
-        return _upright_rgb(picture)
+        return upright_rgb(picture)
 
 
 def decode_image(data: bytes) -> Picture.Image:
     """Like `read_image`, of a file's contents; raises a ValueError that says only what is wrong with them."""
     with _open_bytes(data) as picture:
-        return _upright_rgb(picture)
+        return upright_rgb(picture)
 
 
 def read_video(path: Path, frames: int = VIDEO_FRAMES) -> tuple[Path | Picture.Image, ...]:
@@ -75,7 +75,7 @@ def read_video(path: Path, frames: int = VIDEO_FRAMES) -> tuple[Path | Picture.I
         return tuple(files[i] for i in _spaced(path, len(files), frames))
     with _open_picture(path, None, "video", "give a folder of frames, or an animated GIF, PNG or WebP file") as picture:
         wanted = set(_spaced(path, getattr(picture, "n_frames", 1), frames))
-        return tuple(_upright_rgb(frame) for i, frame in enumerate(ImageSequence.Iterator(picture)) if i in wanted)
+        return tuple(upright_rgb(frame) for i, frame in enumerate(ImageSequence.Iterator(picture)) if i in wanted)
 
 
 def is_picture(head: bytes) -> bool:
@@ -135,7 +135,8 @@ def _check_pixels(width: int, height: int) -> None:
         raise ValueError(f"{width} x {height} pixels, and one side may be {LONGEST_SHAPE} times the other: cut it")
 
 
-def _upright_rgb(picture: Picture.Image) -> Picture.Image:
+def upright_rgb(picture: Picture.Image) -> Picture.Image:
+    """An open picture as `read_image` would give it; what it gave stays as it is."""
     picture.load()
     if picture.mode.startswith(("I", "F")):
         return ImageOps.exif_transpose(_grey(picture)).convert("RGB")

@@ -88,7 +88,7 @@ def test_samples_are_known_by_their_pictures_contents(tmp_path, picture):
     flat, tall = (Sample((Image.frombytes("L", size, bytes(8)),), "q") for size in ((4, 2), (2, 4)))
     assert data.samples_digest([flat]) != data.samples_digest([tall])
     assert data.samples_digest([replace(asked, answers=("a", "b"))]) != data.samples_digest([asked])
-    with pytest.raises(CodebookError, match="no such image"):
+    with pytest.raises(CodebookError, match=r"cannot read .*none"):
         data.samples_digest([Sample((tmp_path / "none.png",), "q")])
 
 

@@ -133,8 +133,12 @@ def test_a_file_of_samples_with_several_answers_and_a_film(put, tmp_path):
 
 
 def test_odd_line_ends_and_a_mark_at_the_start_are_text(put, tmp_path):
-    """U+2028, U+0085 and a byte-order mark in MME's texts."""
+    """U+2028, U+0085 and a byte-order mark are allowed in JSON lines and in MME's texts."""
+    put("a.png")
     question = "what\u2028does\u0085it say?"
+    line = json.dumps({"image": "a.png", "question": question, "answer": "x"}, ensure_ascii=False)
+    [task] = load_data([str(put("data.jsonl", "\ufeff" + line + "\n"))])
+    assert [sample.question for sample in task.samples] == [question]
     for category in (*PERCEPTION, *COGNITION):
         put(f"{category}/1.jpg")
         put(f"{category}/1.txt", f"\ufeff{question}\tYes\n")

@@ -1,9 +1,13 @@
 """What a question may hold, in batches too; token ids of answers are tested with the samples."""
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from codebook import ask, miniature, models
 from codebook.errors import CodebookError
+from codebook.inference.overlay import overlay
 from codebook.inference.prompts import QuestionError, answer_ids, check_question, prepare, token_limit
 from codebook.inference.samples import Sample
 from codebook.store.pictures import read_image
@@ -17,6 +21,36 @@ def loaded():
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     return read_image(miniature.write_images(tmp_path_factory.mktemp("images"), 1)[0])
+
+
+def test_open_pictures_are_shown_as_people_see_them(loaded, picture, tmp_path):
+    """EXIF orientation and 16-bit grey, in `ask`, in a sample and in the overlay: as `read_image` reads them."""
+    model, processor = loaded
+    question = "is there a red circle?"
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn right to see it
+    picture.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.linspace(0, 65535, 96 * 96).astype(np.uint16).reshape(96, 96)).save(tmp_path / "deep.png")
+    for name in ("turned.png", "deep.png"):
+        expected = prepare(model, processor, [[read_image(tmp_path / name)]], [question]).inputs["pixel_values"]
+        with Image.open(tmp_path / name) as opened:
+            assert torch.equal(prepare(model, processor, [[opened]], [question]).inputs["pixel_values"], expected)
+            assert Sample((opened,), question).pictures()[0].tobytes() == read_image(tmp_path / name).tobytes()
+            whole = range(144)
+            drawn = [overlay(one, whole, (12, 12)).tobytes() for one in (opened, read_image(tmp_path / name))]
+            assert drawn[0] == drawn[1]
+    assert read_image(tmp_path / "turned.png").tobytes() == picture.tobytes()
+
+
+def test_an_open_picture_that_is_broken_is_named(loaded, picture, tmp_path):
+    picture.save(tmp_path / "half.png")
+    (tmp_path / "half.png").write_bytes((tmp_path / "half.png").read_bytes()[:200])
+    with (
+        Image.open(tmp_path / "half.png") as opened,
+        pytest.raises(QuestionError, match="image of question 2") as caught,
+    ):
+        prepare(*loaded, [[picture], [opened]], ["a", "b"])
+    assert caught.value.row == 1
 
 
 @pytest.mark.parametrize(("question", "token"), [
