@@ -16,7 +16,7 @@ from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
 from codebook.inference.samples import Sample, read_samples
-from codebook.store.files import LARGEST_LINES, one_line, read_json, read_lines
+from codebook.store.files import LARGEST_LINES, one_line, read_json, read_lines, read_whole
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -130,6 +130,10 @@ def _json(path: Path) -> Any:
     return read_json(_there(path), "download it again", largest=LARGEST_LINES)
 
 
+def _text(path: Path) -> str:
+    return read_whole(_there(path), "download it again").decode("utf-8-sig")
+
+
 def _there(path: Path) -> Path:
     if not path.is_file():
         raise CodebookError(f"no file {path}: see docs/bench.md for the files")
@@ -191,7 +195,7 @@ def _mme(folder: Path) -> Iterator[Sample]:
         images = own / "images" if (own / "images").is_dir() else own
         shown = {path.stem: path for path in sorted(images.iterdir()) if path.suffix.lower() in (".jpg", ".png")}
         for file in sorted(texts.glob("*.txt")):
-            for line in file.read_text(encoding="utf-8-sig").split("\n"):  # other line ends may stand in a question
+            for line in _text(file).split("\n"):  # other line ends may stand in a question
                 if line.strip():
                     question, answer = line.rstrip().split("\t")
                     label = {"yes": "yes", "no": "no"}[answer.strip().lower()]
@@ -216,7 +220,7 @@ def _refcoco(folder: Path) -> Iterator[Sample]:
 
 def _ai2d(folder: Path) -> Iterator[Sample]:
     listed = folder / "ai2d_test_ids.csv"
-    for name in _there(listed).read_text(encoding="utf-8-sig").split():
+    for name in _text(listed).split():
         name = name.removesuffix(".png")
         for question, record in _json(folder / "questions" / f"{name}.png.json")["questions"].items():
             texts = record["answerTexts"]

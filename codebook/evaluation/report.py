@@ -313,12 +313,15 @@ def markdown(results: Results) -> str:
             cells = [f"{100 * row['tasks'][task]['score']:.1f}" for task in tasks]
             cells += [f"{100 * mean['score']:.1f} {_half(mean['interval'])}"]
             lines.append(
-                _line(row["method"], cells + [" ".join(_change(row, key)).strip() for key in changes.values()])
+                _markdown_row(row["method"], cells + [" ".join(_change(row, key)).strip() for key in changes.values()])
             )
         if ahead := _ahead(results, own):
             lines += ["", ahead]
         lines += ["", *_header(COSTS)]
-        lines += [_line(row["method"], [" ".join((c["text"], c["small"])).strip() for c in _spent(row)]) for row in own]
+        lines += [
+            _markdown_row(row["method"], [" ".join((c["text"], c["small"])).strip() for c in _spent(row)])
+            for row in own
+        ]
         lines.append("")
     machine = results["machine"]
     counts = ", ".join(f"{name} {task['samples']}" for name, task in results["tasks"].items())
@@ -330,10 +333,10 @@ def markdown(results: Results) -> str:
 
 
 def _header(columns: Sequence[str]) -> list[str]:
-    return [_line("", columns), "|---" * (len(columns) + 1) + "|"]
+    return [_markdown_row("", columns), "|---" * (len(columns) + 1) + "|"]
 
 
-def _line(name: str, cells: Sequence[str]) -> str:
+def _markdown_row(name: str, cells: Sequence[str]) -> str:
     return f"| {' | '.join([name, *cells])} |"
 
 
