@@ -11,7 +11,7 @@ QUOTED = 80
 """Most characters of a value that a message quotes."""
 
 _FULL = "free space or choose another folder"
-_FORBIDDEN = "it may not be written there: choose another folder, or change its permissions"
+_FORBIDDEN = "choose another path, or change its permissions"
 _NO_LOCKS = "this file system has no file locks: choose a folder on another one"
 REMEDIES = {
     errno.ENOSPC: _FULL,

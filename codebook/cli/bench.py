@@ -105,7 +105,7 @@ def bench_command(
     page = report.html(results, [sample.pictures() for sample in samples], curve)
     for file, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("report.html", page)):
         with replacing(out / file) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
     if as_json:
         print(json.dumps(results))
         return

@@ -24,7 +24,7 @@ from codebook.store.files import read_lines, replacing, sha256
 from codebook.store.journal import Journal
 from codebook.store.pictures import read_image
 
-LINE_FORMAT = 'write {"image": "file.png", "question": "..."}'
+QUESTION_FORMAT = 'write {"image": "file.png", "question": "..."}'
 
 Line = tuple[int, dict[str, Any]]
 """A line's number in the file, and its record, in which `images` is a list of paths."""
@@ -43,7 +43,7 @@ def prune_file(
 ) -> None:
     lines = list(read_questions(source))
     if not lines:
-        raise CodebookError(f"{source} holds no questions: {LINE_FORMAT}, one per line")
+        raise CodebookError(f"{source} holds no questions: {QUESTION_FORMAT}, one per line")
     folder = source.parent
     if not any(all((folder / image).is_file() for image in line["images"]) for _, line in lines):
         raise CodebookError(
@@ -107,7 +107,7 @@ def read_questions(source: Path) -> Iterator[Line]:
         except (KeyError, TypeError):
             good = False
         if not good:
-            raise CodebookError(f"{source}, line {number}: {LINE_FORMAT}")
+            raise CodebookError(f"{source}, line {number}: {QUESTION_FORMAT}")
         yield number, record | {"images": images}
 
 

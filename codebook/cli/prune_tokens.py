@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from codebook.errors import CodebookError
@@ -19,11 +19,11 @@ from codebook.store.files import replacing
 def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json: bool) -> None:
     check_keep(keep)
     pruner = RedundancyCodebook(Codebook.load(folder))
+    if not source.is_file():
+        raise CodebookError(f"no such file: {source}")
     try:
         with safe_open(source, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except FileNotFoundError:
-        raise CodebookError(f"no such file: {source}") from None
     except SafetensorError as error:
         raise CodebookError(f"cannot read {source}: {error}; give a safetensors file") from None
     if not tensors:
@@ -48,5 +48,5 @@ def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json:
         kept |= {name: tokens[index].contiguous(), f"{name}.index": index}
         report[name] = {"tokens": len(tokens), "kept": len(index)}
     with replacing(output) as temporary:
-        save_file(kept, temporary)
+        temporary.write_bytes(save(kept))
     print(json.dumps(report) if as_json else "\n".join(f"{n}: {r['kept']} of {r['tokens']}" for n, r in report.items()))
