@@ -98,7 +98,7 @@ def prune_file(
 
 def read_questions(source: Path) -> Iterator[Line]:
     """The records of a JSONL file, each with `images` (paths) and `question`; a line of another form is refused."""
-    for number, record in read_lines(source, "give a JSONL file"):
+    for number, record in read_lines(source, QUESTION_FORMAT):
         try:
             images = record["images"] if "images" in record else [record["image"]]
             question = record["question"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -13,19 +12,15 @@ from codebook.errors import CodebookError
 from codebook.pruning import RedundancyCodebook, Stage, VisualTokens
 from codebook.pruning.stage import check_keep
 from codebook.store.codebook import Codebook
-from codebook.store.files import replacing
+from codebook.store.files import parse_tensors, read_tensor_bytes, replacing
+
+REMEDY = "give a safetensors file"
 
 
 def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json: bool) -> None:
     check_keep(keep)
     pruner = RedundancyCodebook(Codebook.load(folder))
-    if not source.is_file():
-        raise CodebookError(f"no such file: {source}")
-    try:
-        with safe_open(source, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise CodebookError(f"cannot read {source}: {error}; give a safetensors file") from None
+    tensors = parse_tensors(source, read_tensor_bytes(source, REMEDY), REMEDY)
     if not tensors:
         raise CodebookError(f"{source} holds no tensors: save projector outputs of (n, d) in it")
     for name in tensors:
