@@ -42,7 +42,7 @@ def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
         for seed in options.seeds:
             samples = of_miniature("test", seed, options.questions, options.families)
             with progress(f"horizon, {metric}, seed {seed}", len(samples), "samples") as tick:
-                file = options.out / f"sweep-{seed}.jsonl"
+                file = options.out / f"sweep-{seed}.sqlite"
                 sweeps.append(horizon.sweep(model, processor, samples, metric, file, tick)[0])
         whole = horizon.Sweep(
             [task for sweep in sweeps for task in sweep.tasks],
@@ -63,7 +63,7 @@ def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, 
             plain, candidates = calibration.candidate_schedules(model, method, keep, codebook, seed=seed)
             work = calibration.most_answers(len(candidates), samples)
             with progress(f"calibrate {method} at {keep}", work, "answers") as tick:
-                file = options.out / f"calibration-{method}-{keep}-{seed}.jsonl"
+                file = options.out / f"calibration-{method}-{keep}-{seed}.sqlite"
                 result = calibration.calibrate(
                     model, processor, samples, plain, candidates, seed=seed, file=file, done=tick
                 )
@@ -78,7 +78,7 @@ def answers(model, processor, options: argparse.Namespace, seed: int, plans: lis
     about = {"model": models.identity(model), "families": options.families, "questions": len(asked), "seed": seed}
     values: dict[str, list[float]] = {}
     with (
-        Journal(options.out / f"held-out-{seed}.jsonl", about) as journal,
+        Journal(options.out / f"held-out-{seed}.sqlite", about) as journal,
         progress(f"held-out, seed {seed}", len(plans) * sum(map(len, asked)), "answers") as tick,
     ):
         done = 0

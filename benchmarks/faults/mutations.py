@@ -1,12 +1,14 @@
-"""Ways to spoil a file or a folder, each a function of a seeded `random.Random`: bytes, JSON, safetensors, folders."""
+"""Ways to spoil files, each a function of a seeded `random.Random`: bytes, JSON, safetensors, journals, folders."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import random
 import shutil
+import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,6 +52,8 @@ def spoil(path: Path, draw: random.Random, canary: Path) -> str:
         ways += [_lines] * 6 + [_text]
     elif path.suffix == ".safetensors":
         ways += [_tensors] * 5
+    elif path.suffix == ".sqlite":
+        ways += [_records] * 5
     way = draw.choice(ways)
     if draw.random() < 0.03:
         if draw.random() < 0.5:
@@ -218,6 +222,27 @@ def _tensors(path: Path, draw: random.Random) -> None:
             header = changed(header, draw)
     text = json.dumps(header).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+def _records(path: Path, draw: random.Random) -> None:
+    """A row of a journal's database, or its tables."""
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        rows = database.execute("SELECT rowid, key, value FROM records").fetchall()
+        row, key, value = draw.choice(rows)
+        odd = draw.choice((None, 1, 0.5, b"", b"\xff", pickle.dumps({"value": 1}), "[" * 100_000, json.dumps(key)))
+        match draw.randrange(6):
+            case 0:
+                database.execute("DELETE FROM records WHERE rowid = ?", (row,))
+            case 1:
+                database.execute("UPDATE records SET key = ? WHERE rowid = ?", (odd, row))
+            case 2:
+                database.execute("UPDATE records SET value = ? WHERE rowid = ?", (odd, row))
+            case 3:
+                table = draw.choice(("x", "unnamed"))
+                database.execute(f"CREATE {draw.choice(('TABLE', 'VIEW'))} {table} AS SELECT * FROM records")
+            case _:
+                text = json.dumps(changed(json.loads(value), draw))
+                database.execute("UPDATE records SET value = ? WHERE rowid = ?", (text, row))
 
 
 def copied(source: Path, target: Path) -> Path:

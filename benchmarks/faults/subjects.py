@@ -256,13 +256,13 @@ def read_sources(folder: Path) -> None:
 
 
 def make_journal(folder: Path) -> None:
-    with Journal(folder / "answers.jsonl", {"model": "m", "seed": 0}) as journal:
+    with Journal(folder / "answers.sqlite", {"model": "m", "seed": 0}) as journal:
         for i in range(4):
             journal.add(f"{i}", {"text": "red", "kept": [1, 2], "score": 0.5}, torch.ones(2))
 
 
 def read_journal(folder: Path) -> None:
-    with Journal(folder / "answers.jsonl", {"model": "m", "seed": 0}) as journal:
+    with Journal(folder / "answers.sqlite", {"model": "m", "seed": 0}) as journal:
         for name in journal.records:
             journal.tensor(name)
         journal.add("more", 1)

@@ -54,7 +54,10 @@ def ask(job: Job) -> Scores:
     run, name, family, look, count = job
     torch.set_num_threads(1)
     built, processor = load_weights(run / "weights")
-    samples, file = of_questions(tasks(family, "test", 0, count, look=look)), run / "answers" / f"{name}-{family}.jsonl"
+    samples, file = (
+        of_questions(tasks(family, "test", 0, count, look=look)),
+        run / "answers" / f"{name}-{family}.sqlite",
+    )
     [scores] = compare(built, processor, samples, {name: lambda asked: None}, file, blind=name == BLIND).values()
     return scores
 

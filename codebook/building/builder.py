@@ -442,9 +442,9 @@ def _nothing_left(journal: Journal, out: Path, funnel: dict[str, int]) -> Codebo
 def _journal(out: Path, key: dict[str, Any]) -> Journal:
     """The journal of an unfinished build into `out`."""
     folder = out / UNFINISHED
-    if (folder / "journal.sqlite").exists():
+    if (folder / "key.json").exists():
         raise CodebookError(f"{out} holds an unfinished build of an earlier version: delete {folder} and run again")
-    journal = Journal(folder / "journal.jsonl", key, output="--out")
+    journal = Journal(folder / "journal.sqlite", key, output="--out")
     try:
         for record in journal.records.values():
             _PROBED.validate_python(record)

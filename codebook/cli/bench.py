@@ -99,7 +99,7 @@ def bench_command(
     done = [row for row in rows if any((r["method"], r["keep"]) == (row.method, row.keep) for r in results["rows"])]
     samples = bench.samples_to_show(tasks, show)
     with progress("samples", len(samples) * len(done), "answers") as tick:
-        looks = bench.show_rows(loaded, processor, samples, done, out / "samples.jsonl", max_new_tokens, tick)
+        looks = bench.show_rows(loaded, processor, samples, done, out / "samples.sqlite", max_new_tokens, tick)
     results = {"name": model, "data": list(named), "keeps": budgets, **results, "samples": looks}
     results["skipped"] = skipped + results["skipped"]
     page = report.html(results, [sample.pictures() for sample in samples], curve)

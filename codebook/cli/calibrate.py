@@ -61,7 +61,7 @@ def calibrate_command(
         calibration.candidate_schedules(loaded, text, keep, book, drop=drop, seed=seed) for text in methods
     )
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
-    journal = out.with_suffix(".journal.jsonl")
+    journal = out.with_suffix(".journal.sqlite")
     with progress("calibrate", calibration.most_answers(len(found), samples), "answers") as tick:
         result = calibration.calibrate(
             loaded, processor, samples, plain, found, seed=seed, file=journal, done=tick

@@ -14,8 +14,8 @@ from codebook.store.files import cannot_write
 
 CODEBOOK_FILES = ("config.json", "prototypes.safetensors", "provenance.jsonl", "README.md")
 """Files of a codebook's folder that a build writes."""
-BESIDE = ".journal"
-"""Longest ending that is added to an output's name, for the journal beside it."""
+BESIDE = ".sqlite-journal"
+"""Longest ending that is added to an output's name, for the journal beside it and SQLite's own files."""
 
 
 def check_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:

@@ -51,7 +51,7 @@ def horizon_command(
     if out is not None:
         plot.require_matplotlib()  # before the long work
     loaded, processor = models.load(model, device)
-    journal = None if out is None else out / ("generated.jsonl" if metric == "generated" else "first-token.jsonl")
+    journal = None if out is None else out / ("generated.sqlite" if metric == "generated" else "first-token.sqlite")
     with progress("horizon", len(samples), "samples") as tick:
         sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
     found = horizon.horizons(sweep, eps, margin=margin, seed=seed)

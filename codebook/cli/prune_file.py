@@ -61,7 +61,7 @@ def prune_file(
     answer_lines = partial(_answer_batch, model, processor, schedule, max_new_tokens, folder)
     results: list[dict[str, Any]] = []
     with (
-        Journal(output.with_name(f"{output.name}.journal"), about, output="--output") as journal,
+        Journal(output.with_name(f"{output.name}.sqlite"), about, output="--output") as journal,
         progress("prune", len(lines), "questions") as tick,
     ):
         for start in range(0, len(lines), batch):

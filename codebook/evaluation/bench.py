@@ -238,7 +238,7 @@ def measure(
         for schedule in row.schedules:
             plans[schedule_key(schedule)] = functools.partial(_constant, schedule)
     responses = respond(
-        model, processor, samples, plans, out / "answers.jsonl", lambda count: done(count, "answers"),
+        model, processor, samples, plans, out / "answers.sqlite", lambda count: done(count, "answers"),
         batch=settings.batch, max_new_tokens=settings.max_new_tokens, shard=shard,
     )  # fmt: skip
     if shard is not None:
@@ -323,7 +323,7 @@ def _costs(
     about["prompt"] = int(digest_rows(bench.inputs["input_ids"])[0])
     # Times of other rows, or of another machine, must not enter this comparison: each has a file of its own.
     code = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
-    with Journal(out / f"timing-{code}.jsonl", about) as journal:
+    with Journal(out / f"timing-{code}.sqlite", about) as journal:
         for i, (row, name) in enumerate(zip(rows, names, strict=True)):
             if f"memory {name}" not in journal:
                 note(f"memory {i + 1}/{len(rows)}")

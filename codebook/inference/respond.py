@@ -119,7 +119,9 @@ def _open_journal(file: Path | None, about: dict[str, Any], shard: Shard | None)
     if file is None:
         return Journal(None, about)
     own = file if shard is None else file.with_stem(f"{file.stem}-{shard[0]}-of-{shard[1]}")
-    every = {*file.parent.glob(f"{file.stem}-*-of-*{file.suffix}"), *([file] if file.exists() else [])}
+    parts = f"{file.stem}-*-of-*"  # those of an earlier version too, which the journal refuses by name
+    every = {*file.parent.glob(parts + file.suffix), *file.parent.glob(parts + ".jsonl")}
+    every |= {file} if file.exists() else set()
     return Journal(own, about, sorted(every - {own}))
 
 

@@ -325,6 +325,13 @@ def cannot_write(path: Path, error: OSError, kept: str = "") -> CodebookError:
     return CodebookError(f"cannot write {path}: {error.strerror or one_line(error)}; {kept}{remedy_for(error)}")
 
 
+def check_regular(path: Path, remedy: str = "choose another name") -> None:
+    """Refuse what is there and no regular file, as a link or a device: it is neither replaced nor opened."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise CodebookError(f"{path} is there and no regular file: {remedy}")
+
+
 @contextlib.contextmanager
 def _draft(path: Path) -> Iterator[Path]:
     """A new, empty file beside `path`, for its next contents; removed at the end if it is still there.
@@ -332,9 +339,7 @@ def _draft(path: Path) -> Iterator[Path]:
     Its name is random and must be new, so that no link can wait under it. It has the permissions of a file that is
     simply opened, and stays locked: `remove_stale` sees by that which temporary files nobody writes any more.
     """
-    with contextlib.suppress(FileNotFoundError):
-        if not stat.S_ISREG(path.lstat().st_mode):
-            raise CodebookError(f"{path} is there and no regular file: choose another name")
+    check_regular(path)
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}.tmp")
     try:
         handle = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | NOT_FOLLOWED, 0o666)

@@ -1,82 +1,88 @@
 """The journal of a run: every finished piece of work, so that a run that was stopped goes on where it was.
 
-One line of JSON per record, appended and synced, and one safetensors file per tensor. A kill at any moment loses at
-most the record that was being written. A database in write-ahead mode was tried first: it is no more durable, does not
-work on network file systems, where the parts of a benchmark on several machines write side by side, and reading a
-foreign one is riskier than reading JSON.
+Records are JSON in an SQLite database in write-ahead mode (sqlitedict), each tensor is a safetensors file beside it. A
+kill at any moment loses at most the record that was being written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
+import logging
 import os
 import shutil
-import stat
-import zlib
-from collections.abc import Iterable
+import sqlite3
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NotRequired
+from queue import Empty, Queue
+from typing import Any
 
-from pydantic import Field, TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from sqlitedict import SqliteDict, SqliteMultithread
 from torch import Tensor
-from typing_extensions import TypedDict
 
-from codebook.errors import CodebookError
-from codebook.store.files import (
-    BLOCKS_NOT,
-    LARGEST_LINES,
-    LARGEST_TENSORS,
-    NOT_FOLLOWED,
-    cannot_write,
-    locked,
-    one_line,
-    read_bytes,
-    remove_stale,
-    write_files,
-)
+from codebook.errors import CodebookError, remedy_for
+from codebook.store.files import NOT_FOLLOWED, cannot_write, check_regular, locked, one_line, remove_stale, write_files
 
 KEPT = "what is finished is kept: "
+MAGIC = b"SQLite format 3\0"
+"""How a database's file begins."""
+TABLE = 'CREATE TABLE "records" (key TEXT PRIMARY KEY, value BLOB)'
+"""The one table of a journal: names and records, both as JSON. The name `null` has what the records depend on."""
+LOG, INDEX, ROLLBACK, LOCK = "-wal", "-shm", "-journal", "-lock"
+"""Endings of the files beside a database: three of SQLite's, and the lock of the run that writes."""
+REASONS = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_IOERR_WRITE: errno.ENOSPC,  # as by a quota
+    sqlite3.SQLITE_IOERR_SHMSIZE: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EACCES,
+    sqlite3.SQLITE_PROTOCOL: errno.ENOLCK,
+    sqlite3.SQLITE_IOERR_LOCK: errno.ENOLCK,
+    sqlite3.SQLITE_IOERR_RDLOCK: errno.ENOLCK,
+    sqlite3.SQLITE_IOERR_SHMLOCK: errno.ENOLCK,
+    sqlite3.SQLITE_IOERR_SHMMAP: errno.ENOLCK,
+}
+"""The system's error that an SQLite code most likely stands for: SQLite does not tell it."""
+SYSTEM = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_BUSY,
+    sqlite3.SQLITE_PROTOCOL,
+}  # fmt: skip
+"""Classes of SQLite's codes (their last byte) that are not about what a file contains."""
+WAIT = 0.2
+"""Seconds between looks at whether the database's thread is still alive."""
+ATTEMPTS = 100
+"""How often a growing database is copied before giving up."""
 
-
-class _Head(TypedDict):
-    about: dict[str, Any]
-
-
-class _Entry(TypedDict):
-    name: str
-    value: Any
-    tensor: NotRequired[Annotated[str, Field(pattern="^[0-9a-f]{64}$")]]
-    crc: NotRequired[str]
-
-
-_HEAD, _ENTRY = TypeAdapter(_Head), TypeAdapter(_Entry)
+# sqlitedict logs a stack before every error that it raises as well.
+logging.getLogger("sqlitedict").setLevel(logging.CRITICAL)
 
 
 class Journal:
-    """Records by name, in memory and, unless `file` is None, in a file that the next run reads.
+    """Records by name, in memory and, unless `file` is None, in a database that the next run reads.
 
-    Use it in a `with` statement. While it is open no other process can write the file; others may read it, also while
-    it grows. A journal that is closed without a record leaves no file behind.
+    Use it in a `with` statement. While it is open no other process can write the database; others may read it, also
+    while it grows. A journal that is closed without a record leaves no file behind.
 
     Parameters
     ----------
     file
-        Where records are appended; made with its folder. Tensors lie beside it, in a folder of that name.
+        The database, a `.sqlite` file; made with its folder. Tensors lie beside it, in a folder of that name.
     about
-        What the records depend on, as JSON. A file about something else is refused.
+        What the records depend on, as JSON. A database about something else is refused.
     others
-        Files of other parts of the work, which may still be growing: their records are read, none is added.
+        Databases of other parts of the work, which may still be growing: their records are read, none is added.
     output
         What the user names to put the journal elsewhere, for the errors' text.
 
     Attributes
     ----------
     records : dict
-        The values by their names, in the order in which they were first added.
+        The values by their names.
 
     Raises
     ------
@@ -91,20 +97,17 @@ class Journal:
         self.file, self.records = file, dict[str, Any]()
         self._remedy = f"choose another {output}, or delete it"
         self._tensors: dict[str, str] = {}
-        self._end = -1  # of the whole lines in the file; until that is known, nothing may be written or removed
-        self._handle: int | None = None
+        self._begun: bool | None = None  # whether the file has records; until that is known, it is never removed
+        self._lock: int | None = None
+        self._database: SqliteDict | None = None
         for other in others:
-            try:
-                data = read_bytes(other, LARGEST_LINES)
-            except OSError as error:
-                raise CodebookError(f"cannot read {other}: {error.strerror}; {self._remedy}") from None
-            self._take(other, data)
+            self._take_other(other)
         if file is not None:
             try:
                 self._open(file)
-            except OSError as error:
+            except (OSError, sqlite3.Error) as error:
                 self.close()
-                raise cannot_write(file, error) from None
+                raise self._failure(error) from None
             except BaseException:
                 self.close()
                 raise
@@ -122,27 +125,25 @@ class Journal:
         return self.records[name]
 
     def add(self, name: str, value: Any, tensor: Tensor | None = None) -> None:
-        """Keep a record, a value of JSON and perhaps a tensor; both are safe once this returns."""
-        record = {"name": name, "value": value}
+        """Keep a record, a value of JSON and perhaps a tensor; no kill can lose either once this returns."""
+        digest = None
         if self.file is not None:
             try:
-                if tensor is not None:
-                    record["tensor"] = self._write_tensor(tensor)
-                if self._end == 0:
-                    self._write({"about": self.about})
-                self._write({**record, "crc": _checksum(record)})
-                assert self._handle is not None
-                os.fsync(self._handle)
-            except OSError as error:
-                raise cannot_write(self.file, error, KEPT) from None
+                digest = None if tensor is None else self._write_tensor(tensor)  # before the record that names it
+                self._commit(name, value, digest)
+            except (OSError, sqlite3.Error) as error:
+                self._disconnect()  # with what is left of the transaction; the next record opens the database again
+                raise self._failure(error, KEPT) from None
         self.records[name] = value
+        if digest is not None:
+            self._tensors[name] = digest
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a record that was added with one."""
         digest = self._tensors[name]
         path = self.parts / f"{digest}.safetensors"
         try:
-            data = read_bytes(path, LARGEST_TENSORS)
+            data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError("its SHA-256 is another")
             return load(data)["tensor"]
@@ -156,75 +157,81 @@ class Journal:
         return self.file.with_suffix(".parts")
 
     def close(self) -> None:
-        """Let others write the file; it stays for the next run."""
-        if self._handle is None:
+        """Let others write the database; it stays for the next run."""
+        if self._lock is None:
             return
-        if self._end == 0 and self.file is not None:
-            self.file.unlink(missing_ok=True)
-        os.close(self._handle)
-        self._handle = None
+        assert self.file is not None
+        self._disconnect()
+        if self._begun is False:
+            _delete(self.file)
+        with contextlib.suppress(OSError):
+            _beside(self.file, LOCK).unlink()  # before it is let go: whoever waits for it looks whether it is there
+        os.close(self._lock)
+        self._lock = None
 
     def remove(self) -> None:
         """Close the journal and delete its files."""
         assert self.file is not None
-        self.file.unlink(missing_ok=True)
+        self._disconnect()
+        _delete(self.file)
         shutil.rmtree(self.parts, ignore_errors=True)
-        self._end = 0
         self.close()
 
+    # Writing
+
     def _open(self, file: Path) -> None:
-        """Lock the file, take in its records, and cut off a line that a kill left half written."""
+        """Lock the database and take in its records. One that is not there yet is made with the first record."""
         file.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            if not stat.S_ISREG(file.lstat().st_mode):
-                raise CodebookError(f"{file} is there and no regular file: {self._remedy}")
-        while True:
-            self._handle = os.open(file, os.O_RDWR | BLOCKS_NOT | os.O_CREAT | os.O_APPEND | NOT_FOLLOWED, 0o666)
-            if not locked(self._handle):
-                os.close(self._handle)
-                self._handle = None
-                raise CodebookError(f"another run is writing {file}: wait for it, or choose another output")
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(self._handle), file.stat()):
-                    break
-            os.close(self._handle)  # whoever held the lock has removed the file since it was opened
-        self._end = self._take(file, read_bytes(file, LARGEST_LINES))
-        os.truncate(file, self._end)
+        self._check(file)
+        self._lock = self._hold(_beside(file, LOCK))
+        self._begun = self._take(file, file)
+        if file.exists():
+            self._connect()
         if self.parts.is_dir():
             remove_stale(self.parts)
 
-    def _take(self, file: Path, data: bytes) -> int:
-        """Take in the records of a file's contents; how many bytes of them are whole lines."""
-        whole = data[: data.rfind(b"\n") + 1]
-        head = json.dumps({"about": self.about}).encode()
-        if not whole and head.startswith(data):  # killed while the first line was written
-            return 0
-        try:
-            first, *lines = whole.split(b"\n")[:-1]
-            other = _HEAD.validate_json(first)["about"]
-            entries = [_intact(dict(_ENTRY.validate_json(line))) for line in lines]
-        except ValueError:
-            raise CodebookError(f"{file} is no journal, or damaged: {self._remedy}") from None
-        if other != self.about:
-            what = differences(other, self.about)
-            raise CodebookError(f"{file} is from a run with another {what}: {self._remedy}")
-        self.records |= {entry["name"]: entry["value"] for entry in entries}
-        self._tensors |= {entry["name"]: entry["tensor"] for entry in entries if "tensor" in entry}
-        return len(whole)
+    def _hold(self, path: Path) -> int:
+        """An open handle of the lock's file, which no other process can lock until it is closed."""
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | NOT_FOLLOWED, 0o666)
+            try:
+                if not locked(handle):
+                    raise CodebookError(f"another run is writing {self.file}: wait for it, or choose another output")
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(handle), path.lstat()):
+                        return handle
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)  # whoever held the lock has removed the file since it was opened
 
-    def _write(self, entry: dict[str, Any]) -> None:
-        assert self._handle is not None and self.file is not None
-        data = memoryview(json.dumps(entry).encode() + b"\n")
-        end = self._end + len(data)
+    def _connect(self) -> SqliteDict:
+        assert self.file is not None
+        self._database = _Database(
+            str(self.file.absolute()), "records", journal_mode="WAL", encode=json.dumps, decode=json.loads,
+            encode_key=json.dumps, decode_key=json.loads, outer_stack=False,
+        )  # fmt: skip
+        # sqlitedict turns syncing off. NORMAL loses nothing to a kill, and a power cut leaves a whole database.
+        self._database.conn.execute("PRAGMA synchronous=NORMAL")
+        return self._database
+
+    def _disconnect(self) -> None:
+        if self._database is None:
+            return
         try:
-            while data:
-                data = data[os.write(self._handle, data) :]
-        except BaseException:
-            os.truncate(self.file, self._end)  # a full disk takes half a line, and the next must not follow that
-            raise
-        self._end = end
-        if "tensor" in entry:
-            self._tensors[entry["name"]] = entry["tensor"]
+            self._database.close()
+        except (OSError, sqlite3.Error):  # nothing is lost: every record was committed when it was added
+            self._database.close(force=True)
+        self._database = None
+
+    def _commit(self, name: str, value: Any, digest: str | None) -> None:
+        assert self._lock is not None
+        database = self._connect() if self._database is None else self._database
+        if not self._begun:
+            database[None] = _entry(None, self.about)
+        database[name] = _entry(name, value, digest)
+        database.commit(blocking=True)
+        self._begun = True
 
     def _write_tensor(self, tensor: Tensor) -> str:
         """Write a tensor's file, whose name is its contents' digest: one that is there is never changed."""
@@ -234,17 +241,61 @@ class Journal:
         write_files(self.parts, {f"{digest}.safetensors": data})
         return digest
 
+    # Reading
 
-def _checksum(record: dict[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(record).encode()):08x}"
+    def _check(self, file: Path) -> None:
+        """Refuse what is no database before SQLite opens it, and a journal of the version that wrote JSON lines."""
+        for path in (file, *(_beside(file, ending) for ending in (LOG, INDEX, ROLLBACK, LOCK))):
+            check_regular(path, self._remedy)
+        earlier = file.with_suffix(".jsonl")
+        if earlier.is_file() and _head(earlier).startswith(b'{"about"'):
+            raise CodebookError(f"{earlier} is a journal of an earlier version: {self._remedy}")
+        if file.exists() and _head(file) not in (b"", MAGIC):
+            raise self._damaged(file)
+
+    def _take(self, file: Path, database: Path) -> bool:
+        """Take in the records of a file's database, or of a copy of it; whether there are any."""
+        try:
+            entries = _entries(database)
+        except sqlite3.Error as error:
+            raise _system_error(error) or self._damaged(file) from None
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise self._damaged(file) from None
+        if not entries:
+            return False
+        other = entries.pop(None)["value"]
+        if other != self.about:
+            what = differences(other, self.about)
+            raise CodebookError(f"{file} is from a run with another {what}: {self._remedy}")
+        self.records |= {name: entry["value"] for name, entry in entries.items()}
+        self._tensors |= {name: entry["tensor"] for name, entry in entries.items() if entry["tensor"] is not None}
+        return True
+
+    def _take_other(self, file: Path) -> None:
+        try:
+            self._check(file)
+            with _copied(file) as copy:
+                self._take(file, copy)
+        except FileNotFoundError:  # closed without a record since its folder was listed
+            pass
+        except OSError as error:
+            raise CodebookError(f"cannot read {file}: {error.strerror}; {remedy_for(error, self._remedy)}") from None
+
+    # Errors
+
+    def _damaged(self, file: Path) -> CodebookError:
+        return CodebookError(f"{file} is no journal, or damaged: {self._remedy}")
+
+    def _failure(self, error: OSError | sqlite3.Error, kept: str = "") -> CodebookError:
+        assert self.file is not None
+        system = error if isinstance(error, OSError) else _system_error(error)
+        return self._damaged(self.file) if system is None else cannot_write(self.file, system, kept)
 
 
-def _intact(entry: dict[str, Any]) -> dict[str, Any]:
-    """An entry whose checksum is right, without it; entries of earlier versions have none."""
-    checksum = entry.pop("crc", None)
-    if checksum is not None and checksum != _checksum(entry):
-        raise ValueError("a record differs from its checksum")
-    return entry
+def _system_error(error: sqlite3.Error) -> OSError | None:
+    """The error of the operating system behind one of SQLite; None if it is about what a file contains."""
+    code = getattr(error, "sqlite_errorcode", 0)  # missing where Python's module is the one that complains
+    return OSError(REASONS.get(code, errno.EIO), str(error)) if code & 0xFF in SYSTEM else None
 
 
 def differences(a: Any, b: Any) -> str:
@@ -259,3 +310,131 @@ def _flat(record: dict[str, Any]) -> dict[str, Any]:
     settings = record.get("settings")
     inner = settings if isinstance(settings, dict) else {}
     return {**record, **inner, "settings": None if isinstance(settings, dict) else settings}
+
+
+# Files
+
+
+def _beside(file: Path, ending: str) -> Path:
+    return file.with_name(file.name + ending)
+
+
+def _delete(file: Path) -> None:
+    """Delete a database, and then its log, which would be nothing without it."""
+    for ending in ("", LOG, INDEX, ROLLBACK):
+        _beside(file, ending).unlink(missing_ok=True)
+
+
+def _head(file: Path) -> bytes:
+    with file.open("rb") as opened:
+        return opened.read(len(MAGIC))
+
+
+@contextlib.contextmanager
+def _copied(file: Path) -> Iterator[Path]:
+    """A copy of a database as it was at one moment, in a folder of its own, while another process may be writing it.
+
+    Nothing is locked, and nothing is made beside the database, so that its writer may even be on another machine. What
+    is not in the database yet is in its log. The log begins anew, with another header, only when all of it is in the
+    database: if the header was the same before and after both were read, they belong together, and SQLite puts in
+    from the log what a half-read database lacks.
+    """
+    with tempfile.TemporaryDirectory(prefix="codebook-") as folder:
+        copy, log = Path(folder, file.name), _beside(file, LOG)
+        for _ in range(ATTEMPTS):
+            before = _state(file)
+            shutil.copyfile(file, copy)
+            _beside(copy, LOG).unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                shutil.copyfile(log, _beside(copy, LOG))
+            if _state(file) == before:
+                break
+        else:
+            raise CodebookError(f"cannot read {file}: it changes too fast; try again")
+        yield copy
+
+
+def _state(file: Path) -> tuple[bytes, int]:
+    """The header of a database's log, and where there is none, the time at which the database was last written."""
+    with contextlib.suppress(FileNotFoundError), _beside(file, LOG).open("rb") as log:
+        if header := log.read(32):
+            return header, 0
+    return b"", file.stat().st_mtime_ns
+
+
+# The database
+
+
+def _entry(name: str | None, value: Any, tensor: str | None = None) -> dict[str, Any]:
+    """A record as it is written: a value, the digest of its tensor, and one of all that, so that no damage is read."""
+    text = json.dumps([name, value, tensor])
+    return {"value": value, "tensor": tensor, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _entries(file: Path) -> dict[Any, dict[str, Any]]:
+    """The records of a database by their names, None for what they depend on; empty if it has none yet.
+
+    Raises sqlite3.Error, ValueError, KeyError, TypeError or RecursionError if that is not what a journal has written.
+    The database is read as data alone: JSON, from the one table that a journal has.
+    """
+    if not file.exists():
+        return {}
+    # Opened for writing, because SQLite may first have to undo or redo what a kill left half done.
+    with contextlib.closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True)) as database:
+        schema = database.execute("SELECT sql FROM sqlite_master WHERE sql IS NOT NULL").fetchall()
+        if schema and (schema != [(TABLE,)] or database.execute("PRAGMA integrity_check(1)").fetchone() != ("ok",)):
+            raise ValueError("other tables, or damaged ones")
+        rows = database.execute('SELECT key, value FROM "records" ORDER BY rowid').fetchall() if schema else []
+    entries = {}
+    for key, text in rows:
+        name, entry = json.loads(key), json.loads(text)
+        if entry != _entry(name, entry["value"], entry["tensor"]):
+            raise ValueError("another digest")
+        entries[name] = entry
+    if rows and None not in entries:
+        raise ValueError("about nothing")
+    return entries
+
+
+class _Connection(SqliteMultithread):
+    """sqlitedict's database thread, but an error in it reaches the caller.
+
+    The stock thread dies of a failed COMMIT, as on a full disk, and the caller waits for its reply for ever.
+    """
+
+    _opened: sqlite3.Connection | None = None
+
+    def _connect(self) -> tuple[sqlite3.Connection, sqlite3.Cursor]:
+        self._opened, cursor = super()._connect()
+        return self._opened, cursor
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except Exception:
+            self.exception = sys.exc_info()
+        finally:
+            if self._opened is not None:
+                self._opened.close()  # or its transaction would keep the database locked
+
+    def select(self, req: str, arg: Any = None) -> Iterator[Any]:
+        replies: Queue[Any] = Queue()
+        self.execute(req, arg, replies)
+        while True:
+            alive = self.is_alive()  # asked before the queue is: what a dying thread still says is heard
+            try:
+                row = replies.get(timeout=WAIT)
+            except Empty:
+                self.check_raise_error()
+                if not alive:
+                    raise sqlite3.OperationalError("the database is closed") from None
+                continue
+            self.check_raise_error()
+            if row == "--no more--":
+                return
+            yield row
+
+
+class _Database(SqliteDict):
+    def _new_conn(self) -> _Connection:
+        return _Connection(self.filename, self.autocommit, self.journal_mode, self._outer_stack)

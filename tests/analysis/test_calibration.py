@@ -162,7 +162,7 @@ def test_a_search_goes_on_where_it_was(model, processor, samples, tmp_path, monk
     plain, found = candidate_schedules(model, "random", 0.25, at=[2])
     samples = samples[:18]
     whole = calibrate(model, processor, samples, plain, found)
-    file, calls = tmp_path / "search.jsonl", []
+    file, calls = tmp_path / "search.sqlite", []
 
     def stop(count):
         if count > 20:

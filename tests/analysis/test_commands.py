@@ -30,7 +30,7 @@ def test_horizon(run, file, tmp_path):
     assert (report["samples"], report["labelled"], report["layers"]) == (18, 9, 12)
     assert report["horizons"]["exist"]["full"] > 0.5 and len(report["horizons"]["mean"]["loss"]) == 12
     assert (out / "horizon.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(path.name for path in out.iterdir()) == ["first-token.jsonl", "horizon.json", "horizon.png"]
+    assert sorted(path.name for path in out.iterdir()) == ["first-token.sqlite", "horizon.json", "horizon.png"]
     code, again, _ = run("horizon", "miniature", "--data", file, "--out", out, "--json", "--metric", "accuracy")
     assert code == 0 and json.loads(again)["cost"] == {"processed": 0, "naive": 0}  # all from the journal
     assert json.loads(again)["horizons"]["exist"]["full"] == 1  # the model's own answers

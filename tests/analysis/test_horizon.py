@@ -1,7 +1,5 @@
 """Horizons of known curves, of a model that goes blind at a known layer, and sweeps against pruned forwards."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -15,6 +13,7 @@ from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_miniature
 from codebook.pruning import Drop, Schedule, Stage
 from tests.analysis.conftest import LAYERS, READS
+from tests.journals import read_journal
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +112,7 @@ def test_answers_are_scored_by_generation(samples):
 
 
 def test_a_sweep_goes_on_where_it_was(model, processor, samples, tmp_path):
-    file, seen = tmp_path / "new" / "sweep.jsonl", []
+    file, seen = tmp_path / "new" / "sweep.sqlite", []
 
     def stop(count):
         seen.append(count)
@@ -122,12 +121,11 @@ def test_a_sweep_goes_on_where_it_was(model, processor, samples, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         sweep(model, processor, samples, file=file, done=stop)
-    file.write_text(file.read_text() + '{"name": "4", "val')  # cut off by a kill
     again, cost = sweep(model, processor, samples, file=file)
     whole, all_ = sweep(model, processor, samples)
     assert np.array_equal(again.pruned, whole.pruned) and np.array_equal(again.full, whole.full)
     assert 0 < cost.processed < all_.processed
-    assert [json.loads(line)["name"] for line in file.read_text().splitlines()[1:]] == list("012345")
+    assert list(read_journal(file)[1]) == list("012345")
     assert sweep(model, processor, samples, file=file)[1].processed == 0
     with pytest.raises(CodebookError, match="another data"):
         sweep(model, processor, samples[1:], file=file)

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
+from sqlitedict import SqliteDict
 
 from codebook.building import STEPS, build
 from codebook.errors import CodebookError
@@ -18,6 +19,7 @@ from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
 from tests.building.folders import contents, run
 from tests.building.tiny import build_tiny, settings
+from tests.journals import read_journal
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +94,8 @@ def test_a_list_of_images_is_the_same_as_their_folder(tiny, pictures, tmp_path, 
 
 
 def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch):
-    """Stop before each fsync and rename in turn, resume every time: the same bytes, and no half codebook."""
-    real_fsync, real_replace = os.fsync, pathlib.Path.replace
+    """Stop before each fsync, rename and commit in turn, resume every time: the same bytes, and no half codebook."""
+    real_fsync, real_replace, real_commit = os.fsync, pathlib.Path.replace, SqliteDict.commit
     fuse = [0]
 
     def burning(real):
@@ -107,6 +109,7 @@ def test_interrupted_at_every_write(tiny, pictures, tmp_path, whole, monkeypatch
 
     monkeypatch.setattr(os, "fsync", burning(real_fsync))
     monkeypatch.setattr(pathlib.Path, "replace", burning(real_replace))
+    monkeypatch.setattr(SqliteDict, "commit", burning(real_commit))
     out, last = tmp_path / "out", 0
     for attempt in range(200):
         # while there are images, two to four calls get through a run; then the last step is stopped at each in turn
@@ -274,8 +277,8 @@ def test_unfinished_of_another_build(tiny, pictures, tmp_path):
 
 def test_two_at_once(tiny, pictures, tmp_path):
     interrupt(tiny, pictures, tmp_path)
-    file = tmp_path / ".build" / "journal.jsonl"
-    about = json.loads(file.read_text().partition("\n")[0])["about"]
+    file = tmp_path / ".build" / "journal.sqlite"
+    about, _ = read_journal(file)
     with Journal(file, about), pytest.raises(CodebookError, match=r"another run is writing .*: wait for it, or choose"):
         run(tiny, pictures, tmp_path)
     run(tiny, pictures, tmp_path)
@@ -283,16 +286,24 @@ def test_two_at_once(tiny, pictures, tmp_path):
 
 def test_damaged_journal(tiny, pictures, tmp_path):
     interrupt(tiny, pictures, tmp_path)
-    (tmp_path / ".build" / "journal.jsonl").write_bytes(b"garbage " * 1000)
+    (tmp_path / ".build" / "journal.sqlite").write_bytes(b"garbage " * 1000)
     with pytest.raises(CodebookError, match="no journal, or damaged: choose another --out, or delete it"):
         run(tiny, pictures, tmp_path)
 
 
-def test_journal_of_an_earlier_version(tiny, pictures, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("key.json", "{}", r"of an earlier version: delete .*\.build and run again"),
+        ("journal.jsonl", '{"about": {}}\n', r"of an earlier version: choose another --out, or delete it"),
+    ],
+)
+def test_journal_of_an_earlier_version(tiny, pictures, tmp_path, name, text, error):
     (tmp_path / ".build").mkdir()
-    (tmp_path / ".build" / "journal.sqlite").write_bytes(b"")
-    with pytest.raises(CodebookError, match=r"of an earlier version: delete .*\.build and run again"):
+    (tmp_path / ".build" / name).write_text(text)
+    with pytest.raises(CodebookError, match=error):
         run(tiny, pictures, tmp_path)
+    assert (tmp_path / ".build" / name).read_text() == text
 
 
 def test_damaged_part(tiny, pictures, tmp_path):

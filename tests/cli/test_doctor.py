@@ -12,8 +12,8 @@ import pytest
 import torch
 
 REQUIRED = [
-    "huggingface-hub", "jinja2", "numpy", "pillow", "pydantic", "rich", "safetensors", "torch", "transformers",
-    "typer",
+    "huggingface-hub", "jinja2", "numpy", "pillow", "pydantic", "rich", "safetensors", "sqlitedict", "torch",
+    "transformers", "typer",
 ]  # fmt: skip
 
 
@@ -169,12 +169,12 @@ def test_with_nothing_but_what_prints():
     """In a process of its own in which all packages fail to load but those of the command line."""
     code = """
 import sys
-for name in "torch transformers numpy PIL safetensors huggingface_hub jinja2 faiss".split():
+for name in "torch transformers numpy PIL safetensors huggingface_hub sqlitedict jinja2 faiss".split():
     sys.modules[name] = None
 from codebook.cli import main
 main(["doctor"])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
-    for name in ("torch", "transformers", "numpy", "pillow", "safetensors", "huggingface-hub", "jinja2"):
+    for name in ("torch", "transformers", "numpy", "pillow", "safetensors", "huggingface-hub", "sqlitedict", "jinja2"):
         assert re.search(rf"warning +{name} .*does not load", done.stdout), done.stdout

@@ -13,6 +13,7 @@ from PIL import Image
 from codebook import miniature
 from codebook.inference import ask as asking
 from codebook.store.files import TEMPORARY
+from tests.journals import count_records
 
 KEEP = ["--keep", "0.3", "--method", "random", "--seed", "3"]
 
@@ -156,8 +157,8 @@ def killed(argv, output, by):
         stderr=subprocess.PIPE,
         text=True,
     )
-    journal, deadline = output.with_name(output.name + ".journal"), time.monotonic() + 240
-    while not (journal.exists() and journal.read_bytes().count(b"\n") >= 2):
+    journal, deadline = output.with_name(output.name + ".sqlite"), time.monotonic() + 240
+    while not count_records(journal):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
     process.send_signal(by)
@@ -175,9 +176,9 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(run, job, scenes, by, 
     code, err = killed(argv, output, by)
     if by == signal.SIGINT:
         assert code == 130 and err.splitlines()[-1].endswith("the same command goes on") and "Traceback" not in err
-    journal = output.with_name("out.jsonl.journal")
+    journal = output.with_name("out.jsonl.sqlite")
     assert not output.exists() and journal.exists()
-    before = journal.read_bytes().count(b"\n") - 1
+    before = count_records(journal)
     (output.parent / f"{TEMPORARY}0123456789abcdef.tmp").write_bytes(b"half")  # of a kill during the last step
     asked = []
     real = asking.ask
@@ -204,7 +205,7 @@ def test_other_pictures_or_settings_are_not_taken_from_the_journal(run, refused,
 
     monkeypatch.setattr("codebook.cli.prune_file.ask", stop_at_second)
     assert run(*argv)[0] == 130
-    refused(*argv, "--max-new-tokens", 8, words=["out.jsonl.journal", "another max_new_tokens", "--output"])
+    refused(*argv, "--max-new-tokens", 8, words=["out.jsonl.sqlite", "another max_new_tokens", "--output"])
     picture.write_bytes(scenes[2].read_bytes())  # the same name, another picture
     monkeypatch.setattr("codebook.cli.prune_file.ask", real)
     assert run(*argv)[0] == 0

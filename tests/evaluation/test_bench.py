@@ -17,6 +17,7 @@ from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
 from codebook.inference.ask import ask
 from codebook.inference.prompts import prepare
+from tests.journals import read_journal
 
 KEEPS = [0.25, 0.05]
 METHODS = ["codebook", "fastv", "uniform"]
@@ -36,7 +37,7 @@ SETTINGS = bench.BenchSettings(seconds=0, against="uniform")
 
 @pytest.fixture(scope="module")
 def measured(loaded, tmp_path_factory):
-    """Results, what is shown, and the folder; the run was stopped half-way, in the middle of a line, and went on."""
+    """Results, what is shown, and the folder; the run was stopped half-way, and went on."""
     model, processor, tasks, rows, skipped = loaded
     folder = tmp_path_factory.mktemp("bench")
 
@@ -46,14 +47,13 @@ def measured(loaded, tmp_path_factory):
 
     with pytest.raises(KeyboardInterrupt):
         bench.measure(model, processor, tasks, rows, folder, SETTINGS, stop)
-    file = folder / "answers.jsonl"
-    before = file.read_text()
-    file.write_text(before + '{"name": "half')
+    _, before = read_journal(folder / "answers.sqlite")
     results = bench.measure(model, processor, tasks, rows, folder, SETTINGS)
-    assert file.read_text().startswith(before)  # nothing of the first half was done again
-    assert len(file.read_text().splitlines()) == 1 + 2 * sum(len(row.schedules) for row in rows)
+    _, after = read_journal(folder / "answers.sqlite")
+    assert list(after.items())[: len(before)] == list(before.items())  # nothing of the first half was done again
+    assert 0 < len(before) < len(after) == 2 * sum(len(row.schedules) for row in rows)
     samples = bench.samples_to_show(tasks, 2)
-    looks = bench.show_rows(model, processor, samples, rows, folder / "samples.jsonl")
+    looks = bench.show_rows(model, processor, samples, rows, folder / "samples.sqlite")
     whole = {"name": "miniature", "data": ["miniature"], "keeps": KEEPS, **results, "samples": looks}
     return json.loads(json.dumps(whole | {"skipped": skipped + whole["skipped"]})), samples, folder
 
@@ -74,8 +74,8 @@ def test_parts_make_the_whole(loaded, measured, tmp_path, monkeypatch):
     for part in ((1, 2), (2, 2)):
         bench.measure(model, processor, tasks, rows, tmp_path, settings, lambda n, note: heard.append(n), part)
         assert heard[-1] == bench.count_answers(tasks, rows, settings, part)
-    files = [tmp_path / f"answers-{i}-of-2.jsonl" for i in (1, 2)]
-    names = [json.loads(line)["name"] for file in files for line in file.read_text().splitlines()[1:]]
+    files = [tmp_path / f"answers-{i}-of-2.sqlite" for i in (1, 2)]
+    names = [name for file in files for name in read_journal(file)[1]]
     assert len(set(names)) == len(names) == 4 * sum(len(row.schedules) for row in rows)
     monkeypatch.setattr("codebook.inference.respond.answer_prompts", None)  # nothing is left to answer
     results = bench.measure(model, processor, tasks, rows, tmp_path, settings)

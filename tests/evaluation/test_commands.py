@@ -7,6 +7,7 @@ from PIL import Image
 
 from codebook import Codebook, miniature
 from codebook.store.shipped import folders
+from tests.journals import read_journal
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
     options = ["bench", "miniature", "--data", data, "--keep", "0.25", "--seeds", 1, "--seconds", 0, "--out", out]
     code, printed, err = run(*options, "--methods", "codebook, fastv@2", "--part", "1/2")
     assert (code, printed) == (0, "") and "part 1 of 2" in err and not (out / "results.json").exists()
-    first = (out / "answers-1-of-2.jsonl").read_text()
+    _, first = read_journal(out / "answers-1-of-2.sqlite")
     code, printed, err = run(*options, "--methods", "codebook, fastv@2")
     results = json.loads((out / "results.json").read_text())
     assert code == 0 and results["format"] == 1 and list(results["tasks"]) == ["cap", "all"]
@@ -31,15 +32,15 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
         "unpruned", "codebook", "fastv@2", "random", "uniform", "downsample",
     ]  # fmt: skip
     assert "| codebook |" in printed and "report.html" in err and (out / "report.html").read_text().endswith("</html>")
-    answers = (out / "answers.jsonl").read_text()
-    assert len(answers.splitlines()) == len(first.splitlines()) == 1 + 6  # one of the two questions each
+    _, answers = read_journal(out / "answers.sqlite")
+    assert len(answers) == len(first) == 6  # one of the two questions each
     (tmp_path / "own.json").write_text('{"format": 1, "schedule": "fastv@2"}')
     code, printed, _ = run(
         *options, "--methods", "codebook,fastv@2,uniform", "--against", tmp_path / "own.json", "--json"
     )
     again = json.loads(printed)
     assert again["against"] == "fastv@2" and "against" in again["rows"][1] and "against" not in again["rows"][2]
-    assert code == 0 and (out / "answers.jsonl").read_text() == answers  # uniform had been there as a baseline
+    assert code == 0 and read_journal(out / "answers.sqlite")[1] == answers  # uniform had been there as a baseline
     means, before = ({row["method"]: row["mean"] for row in rows["rows"]} for rows in (again, results))
     assert means == before and len(means) == 6
     (out / "horizon.json").write_text("{}")
