@@ -27,7 +27,17 @@ from sqlitedict import SqliteDict, SqliteMultithread
 from torch import Tensor
 
 from codebook.errors import CodebookError, remedy_for
-from codebook.store.files import NOT_FOLLOWED, cannot_write, check_regular, locked, one_line, remove_stale, write_files
+from codebook.store.files import (
+    NOT_FOLLOWED,
+    cannot_write,
+    check_regular,
+    locked,
+    one_line,
+    open_regular,
+    read_tensor_bytes,
+    remove_stale,
+    write_files,
+)
 
 KEPT = "what is finished is kept: "
 MAGIC = b"SQLite format 3\0"
@@ -53,6 +63,8 @@ SYSTEM = {
     sqlite3.SQLITE_PROTOCOL,
 }  # fmt: skip
 """Classes of SQLite's codes (their last byte) that are not about what a file contains."""
+LARGEST = 2**36
+"""Bytes of a database that is opened."""
 WAIT = 0.2
 """Seconds between looks at whether the database's thread is still alive."""
 ATTEMPTS = 100
@@ -142,12 +154,12 @@ class Journal:
         """The tensor of a record that was added with one."""
         digest = self._tensors[name]
         path = self.parts / f"{digest}.safetensors"
+        data = read_tensor_bytes(path, self._remedy)
         try:
-            data = path.read_bytes()
             if hashlib.sha256(data).hexdigest() != digest:
                 raise ValueError("its SHA-256 is another")
             return load(data)["tensor"]
-        except (OSError, ValueError, KeyError, SafetensorError) as error:
+        except (ValueError, KeyError, SafetensorError) as error:
             raise CodebookError(f"{path} is damaged ({one_line(error)}): {self._remedy}") from None
 
     @property
@@ -248,9 +260,9 @@ class Journal:
         for path in (file, *(_beside(file, ending) for ending in (LOG, INDEX, ROLLBACK, LOCK))):
             check_regular(path, self._remedy)
         earlier = file.with_suffix(".jsonl")
-        if earlier.is_file() and _head(earlier).startswith(b'{"about"'):
+        if earlier.is_file() and _magic(earlier).startswith(b'{"about"'):
             raise CodebookError(f"{earlier} is a journal of an earlier version: {self._remedy}")
-        if file.exists() and _head(file) not in (b"", MAGIC):
+        if file.exists() and _magic(file) not in (b"", MAGIC):
             raise self._damaged(file)
 
     def _take(self, file: Path, database: Path) -> bool:
@@ -325,8 +337,8 @@ def _delete(file: Path) -> None:
         _beside(file, ending).unlink(missing_ok=True)
 
 
-def _head(file: Path) -> bytes:
-    with file.open("rb") as opened:
+def _magic(file: Path) -> bytes:
+    with open(open_regular(file, LARGEST), "rb") as opened:
         return opened.read(len(MAGIC))
 
 

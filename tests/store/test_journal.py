@@ -334,8 +334,17 @@ def test_a_damaged_tensor(file):
         journal.add("two", 2, torch.zeros(3))
     [part] = file.with_suffix(".parts").iterdir()
     part.write_bytes(part.read_bytes()[:-1] + b"!")
-    with Journal(file, ABOUT) as journal, pytest.raises(CodebookError, match="safetensors is damaged"):
-        journal.tensor("two")
+    with Journal(file, ABOUT) as journal:
+        with pytest.raises(CodebookError, match="safetensors is damaged"):
+            journal.tensor("two")
+        with part.open("wb") as sparse:
+            sparse.truncate(2**40)  # not read
+        with pytest.raises(CodebookError, match="at most"):
+            journal.tensor("two")
+        part.unlink()
+        os.mkfifo(part)
+        with pytest.raises(CodebookError, match="not a regular file"):
+            journal.tensor("two")
 
 
 @pytest.mark.parametrize("ending", ["", "-wal", "-shm", "-journal", "-lock"])
@@ -434,7 +443,7 @@ def test_a_disk_that_is_full_from_the_start(file):
     ("code", "remedy"),
     [
         (errno.EROFS, "nothing can be written there"),
-        (errno.EACCES, "it may not be written there"),
+        (errno.EACCES, "change its permissions"),
         (errno.ENOLCK, "this file system has no file locks"),
     ],
 )
@@ -445,20 +454,20 @@ def test_other_reasons_do_not_speak_of_space(file, code, remedy, monkeypatch):
         raise OSError(code, text)
 
     monkeypatch.setattr(fcntl, "flock", fail)
-    with pytest.raises(CodebookError, match=rf"cannot write .*run\.sqlite: {text}; {remedy}"):
+    with pytest.raises(CodebookError, match=rf"cannot write .*run\.sqlite: {text}; .*{remedy}"):
         Journal(file, ABOUT)
     monkeypatch.undo()
     with Journal(file, ABOUT) as journal:
         journal.add("one", 1)
         monkeypatch.setattr(os, "fsync", fail)
-        with pytest.raises(CodebookError, match=f"{text}; what is finished is kept: {remedy}"):
+        with pytest.raises(CodebookError, match=f"{text}; what is finished is kept: .*{remedy}"):
             journal.add("two", 2, torch.zeros(3))
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_database_that_cannot_be_written(file):
     written(file).chmod(0o444)
-    with pytest.raises(CodebookError, match=r"cannot write .*readonly database; it may not be written there"):
+    with pytest.raises(CodebookError, match=r"cannot write .*readonly database; .*permissions"):
         Journal(file, ABOUT)
 
 
