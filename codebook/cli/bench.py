@@ -66,10 +66,11 @@ def bench_command(
 ) -> None:
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
     from codebook import models
-    from codebook.cli.checks import check_device, check_output_folder
+    from codebook.cli.checks import check_output_folder
     from codebook.cli.data import load_data
     from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
+    from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 

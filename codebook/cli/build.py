@@ -62,9 +62,10 @@ def build_command(
 ) -> None:
     """Probe training images and store the tokens that never change the answer as prototypes."""
     from codebook import building
-    from codebook.cli.checks import CODEBOOK_FILES, check_device, check_output_folder
+    from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.output import building_progress
     from codebook.cli.probing import Probing, report_codebook
+    from codebook.models.loading import check_device
 
     probing = Probing(limit, strict, batch, device, dtype, exhaustive, engine, address, workers)
     changes = {

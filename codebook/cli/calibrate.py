@@ -41,9 +41,10 @@ def calibrate_command(
     """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
     from codebook import models
     from codebook.analysis import calibration
-    from codebook.cli.checks import check_device, check_output_file
+    from codebook.cli.checks import check_output_file
     from codebook.cli.data import load_samples
     from codebook.cli.methods import codebook_for
+    from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 

@@ -1,4 +1,4 @@
-"""What can be known to fail before a model is loaded: outputs that cannot be written, devices that are not there."""
+"""Outputs that cannot be written: known before a model is loaded."""
 
 from __future__ import annotations
 
@@ -67,23 +67,6 @@ def check_output_folder(path: Path, files: Iterable[str] = ()) -> None:
     if there == path:
         for name in files:
             check_output_file(path / name)
-
-
-def check_device(name: str | None) -> None:
-    """Refuse a device that is not there, or on which nothing can be computed."""
-    import torch
-
-    if name is None:
-        return
-    try:
-        if torch.device(name).type == "cpu" and name != "cpu":
-            raise ValueError("all cores are one device")
-        torch.zeros(1, device=name).cpu()
-    except Exception as error:  # torch has another type for each kind of device
-        reason = " ".join(str(error).split())[:120]
-        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-        there += ["mps"] * torch.backends.mps.is_available()
-        raise CodebookError(f"no device {name!r} here ({reason}): use {', '.join(there)}") from None
 
 
 def _check_names(path: Path, there: Path) -> None:

@@ -33,7 +33,8 @@ def explain_command(
     from codebook.analysis.explain import explain, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
-    from codebook.cli.checks import check_device, check_output_file
+    from codebook.cli.checks import check_output_file
+    from codebook.models.loading import check_device
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
     from codebook.store.shipped import find_codebook

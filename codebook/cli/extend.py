@@ -39,9 +39,10 @@ def extend_command(
 ) -> None:
     """Add images to a codebook: the same result as building it from all of them."""
     from codebook import building
-    from codebook.cli.checks import CODEBOOK_FILES, check_device, check_output_folder
+    from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.output import building_progress
     from codebook.cli.probing import Probing, report_codebook
+    from codebook.models.loading import check_device
 
     probing = Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
     check_output_folder(out, CODEBOOK_FILES)

@@ -37,9 +37,10 @@ def horizon_command(
     """Find the layer beyond which visual tokens no longer change the answer, by task."""
     from codebook import models
     from codebook.analysis import horizon, plot
-    from codebook.cli.checks import check_device, check_output_folder
+    from codebook.cli.checks import check_output_folder
     from codebook.cli.data import load_samples
     from codebook.inference.samples import mixed
+    from codebook.models.loading import check_device
     from codebook.store.files import replacing
 
     if metric not in get_args(horizon.SweepMetric):

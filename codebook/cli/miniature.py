@@ -44,8 +44,9 @@ def train_command(
     device: DeviceOption = None,
 ) -> None:
     """Train the embedded model from scratch on procedural scenes; an interrupted run continues."""
-    from codebook.cli.checks import check_device, check_output_folder
+    from codebook.cli.checks import check_output_folder
     from codebook.miniature import train
+    from codebook.models.loading import check_device
 
     check_output_folder(out)
     check_device(device)
@@ -68,12 +69,13 @@ def evaluate_command(
 ) -> None:
     """Accuracy of the embedded model on held-out questions, beside its accuracy without the image."""
     from codebook import models
-    from codebook.cli.checks import check_device, check_output_file
+    from codebook.cli.checks import check_output_file
     from codebook.evaluation import accuracy_table, compare, evaluate, standard_error, task_means
     from codebook.miniature import TASK_FAMILIES, tasks
     from codebook.miniature import check as instrument
     from codebook.miniature.model import load_weights
     from codebook.miniature.samples import of_miniature, of_questions
+    from codebook.models.loading import check_device
 
     if check is not None:
         check_output_file(check)

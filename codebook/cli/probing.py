@@ -13,6 +13,7 @@ from codebook import building, models
 from codebook.cli.output import note
 from codebook.errors import CodebookError
 from codebook.models.base import Model, Processor
+from codebook.models.loading import check_device
 from codebook.pruning.plan import DTYPES
 from codebook.store.codebook import Codebook
 
@@ -51,7 +52,7 @@ class Probing:
                 source = building.open_images(images, self.limit)
                 return Worker(*self.load(name), source, settings, building.Options(**options))
 
-            gpus = 1 if (self.device or ("cuda" if torch.cuda.is_available() else "cpu")).startswith("cuda") else 0
+            gpus = 1 if check_device(self.device).startswith("cuda") else 0
             engine = ray_engine(make, self.workers, self.address, gpus)
             return options | {"strict": self.strict, "engine": engine}
         return options | {"strict": self.strict}

@@ -58,7 +58,8 @@ def prune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
-    from codebook.cli.checks import check_device, check_output_file
+    from codebook.cli.checks import check_output_file
+    from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
 

@@ -14,13 +14,12 @@ from codebook.pruning.stage import check_keep
 from codebook.store.codebook import Codebook
 from codebook.store.files import parse_tensors, read_tensor_bytes, replacing
 
-REMEDY = "give a safetensors file"
-
 
 def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json: bool) -> None:
     check_keep(keep)
     pruner = RedundancyCodebook(Codebook.load(folder))
-    tensors = parse_tensors(source, read_tensor_bytes(source, REMEDY), REMEDY)
+    remedy = "give a safetensors file"
+    tensors = parse_tensors(source, read_tensor_bytes(source, remedy), remedy)
     if not tensors:
         raise CodebookError(f"{source} holds no tensors: save projector outputs of (n, d) in it")
     for name in tensors:

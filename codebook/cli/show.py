@@ -36,11 +36,12 @@ def show_command(
 ) -> None:
     """Draw what each of several methods keeps of a picture, and what the model then answers."""
     from codebook import models
-    from codebook.cli.checks import check_device, check_output_file
+    from codebook.cli.checks import check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
     from codebook.inference.overlay import comparison, maps
     from codebook.inference.samples import Sample
+    from codebook.models.loading import check_device
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
 

@@ -47,7 +47,7 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    device = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = check_device(device)
     folder = SHIPPED_MODELS.get(name, Path(name))
     options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
     try:
@@ -70,14 +70,26 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
         raise CodebookError(_reason(name, error)) from None
 
 
-def check_device(device: str) -> str:
-    """Return the name of a device, or raise a CodebookError if this machine has none of that name."""
+def check_device(device: str | None) -> str:
+    """The name of a device; None stands for `cuda` if there is one, else `cpu`.
+
+    Raises
+    ------
+    CodebookError
+        If this machine has no device of that name, or nothing can be computed on it.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        if torch.device(device).type == "meta":
-            raise ValueError("it holds no numbers")
-        torch.empty(1, device=device)
+        if torch.device(device).type == "cpu" and device != "cpu":
+            raise ValueError("all cores are one device")
+        torch.zeros(1, device=device).cpu()
     except Exception as error:  # torch raises three types, by the kind of device
-        raise CodebookError(f"cannot use the device {device[:40]!r}: {_line(error, 120)}; use cpu") from None
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        there += ["mps"] * torch.backends.mps.is_available()
+        raise CodebookError(
+            f"cannot use the device {device[:40]!r}: {_line(error, 120)}; use {', '.join(there)}"
+        ) from None
     return device
 
 
