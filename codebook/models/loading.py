@@ -79,7 +79,7 @@ def check_device(device: str | None) -> str:
         If this machine has no device of that name, or nothing can be computed on it.
     """
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if torch.device(device).type == "cpu" and device != "cpu":
             raise ValueError("all cores are one device")
