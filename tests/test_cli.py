@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from codebook import Codebook, miniature
+from codebook import Codebook, miniature, models
 
 ROOT = Path(__file__).parent.parent
 
@@ -346,3 +346,23 @@ def test_full_disk_is_one_line_and_loses_nothing(run, refused, tmp_path):
             assert (disk / "book" / name).read_bytes() == (tmp_path / "book" / name).read_bytes()
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_a_codebook_does_not_choose_the_model_that_is_loaded(run, refused, tmp_path, monkeypatch):
+    """Its words may be anyone's: a model that does not ship is loaded only when the user names it."""
+    scenes = miniature.write_images(tmp_path / "scenes", 3)
+    loose = ["--candidates", "tiles", "--tau-p", "1", "--tau-j", "99"]
+    folder, weights = tmp_path / "book", tmp_path / "mine"
+    shutil.copytree(models.SHIPPED_MODELS["miniature"], weights)
+    assert run("build", weights, "--preset", "miniature", "--images", scenes[0].parent, "--out", folder, *loose)[0] == 0
+    more = miniature.write_images(tmp_path / "more", 2, seed=5)[0].parent
+    command = ["extend", folder, "--images", more, "--out", tmp_path / "larger"]
+    with monkeypatch.context() as patch:
+        patch.setattr(models, "load", None)
+        refused(*command, words=[f"built for '{weights}'", "--model NAME"])
+        config = json.loads((folder / "config.json").read_text()) | {"model": "someone/elses-model"}
+        (folder / "config.json").write_text(json.dumps(config))
+        refused(*command, words=["'someone/elses-model'", "--model NAME"])
+    code, _, err = run(*command, "--model", weights)
+    assert code == 0, err
+    assert len(Codebook.load(tmp_path / "larger")) > 0

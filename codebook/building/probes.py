@@ -17,6 +17,7 @@ from codebook import models
 from codebook.errors import CodebookError, out_of_memory
 from codebook.models import Model, Processor
 from codebook.models.chat import chat_text
+from codebook.models.finite import check_logits
 
 TOP_P1 = 50
 """Logits over which P1 is renormalised."""
@@ -260,7 +261,9 @@ class Prober:
             # outside of the handler, where the error no longer holds on to the tensors of the failed forward
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-        return torch.cat(rows)
+        logits = torch.cat(rows)
+        check_logits(logits)  # NaN is below no threshold: it would read as an image without redundant tokens
+        return logits
 
 
 def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int]]:

@@ -16,6 +16,7 @@ from codebook.cli.options import (
     ImagesOption,
     JsonOption,
     LimitOption,
+    NamedModelOption,
     StrictOption,
     WorkersOption,
 )
@@ -27,6 +28,7 @@ def extend_command(
     folder: Annotated[Path, typer.Argument(help="A codebook's folder; it stays as it is.")],
     images: ImagesOption,
     out: Annotated[Path, typer.Option(help="Folder of the larger codebook; run again to resume.")],
+    model: NamedModelOption = None,
     limit: LimitOption = None,
     batch: BatchOption = None,
     strict: StrictOption = False,
@@ -41,16 +43,17 @@ def extend_command(
     from codebook import building
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.output import building_progress
-    from codebook.cli.probing import Probing, report_codebook
+    from codebook.cli.probing import Probing, model_of, report_codebook
     from codebook.models.loading import check_device
 
     probing = Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
     check_output_folder(out, CODEBOOK_FILES)
     check_device(device)
     book, _ = building.SurvivorPool.load(folder)
+    name = model_of(book, folder, model)
     source = building.open_images(images, limit)  # before a model is loaded for nothing
-    model, processor = probing.load(name := book.config["model"])
+    loaded, processor = probing.load(name)
     with building_progress(len(source.names)) as tick:
         options = probing.options(name, images, building.read_settings(book.config["settings"], folder))
-        book = building.extend(model, processor, folder, source, out, progress=tick, **options)
+        book = building.extend(loaded, processor, folder, source, out, progress=tick, **options)
     report_codebook(book, out, as_json, source)

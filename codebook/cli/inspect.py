@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from codebook.cli.options import JsonOption
+from codebook.cli.options import JsonOption, NamedModelOption
 from codebook.cli.output import write_picture
 from codebook.errors import CodebookError, printable
 
@@ -23,6 +23,7 @@ def inspect_command(
     images: Annotated[
         list[Path] | None, typer.Option(help="Where the images are, for --sheet; repeat for several.")
     ] = None,
+    model: NamedModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a codebook holds and how it was built."""
@@ -33,7 +34,7 @@ def inspect_command(
         check_output_file(sheet)
     book = Codebook.load(folder)
     if sheet is not None:
-        _write_sheet(book, sheet, images or [])
+        _write_sheet(book, folder, sheet, images or [], model)
     clusters = Counter(record["cluster"] for record in book.provenance)
     report = {k: v for k, v in book.config.items() if k != "fingerprint"} | {
         "folder": str(folder),
@@ -58,15 +59,18 @@ def inspect_command(
         print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
 
 
-def _write_sheet(book: Codebook, picture: Path, images: list[Path]) -> None:
+def _write_sheet(book: Codebook, folder: Path, picture: Path, images: list[Path], named: str | None) -> None:
     """Write a picture of the tokens behind the prototypes."""
     from codebook import building, models
     from codebook.building.sheet import sheet
+    from codebook.cli.probing import model_of
 
     if not images:
         raise CodebookError("--sheet needs --images: the images that the codebook came from")
     grid = book.config.get("grid")
     if grid is None:  # imported, or built by an early version
-        grid = models.family(model := models.load(book.config["model"], "cpu")[0]).grid(model)
+        model, _ = models.load(model_of(book, folder, named), "cpu")
+        book.check(model)
+        grid = models.family(model).grid(model)
     title = f"{len(book)} prototypes for {book.config['model']}: tokens that change no answer, and recur"
     write_picture(sheet(book.provenance, tuple(grid), [building.open_images(path) for path in images], title), picture)

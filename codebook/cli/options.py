@@ -8,6 +8,10 @@ from typing import Annotated
 import typer
 
 ModelOption = Annotated[str, typer.Argument(help="`miniature`, a folder, or a name on the Hugging Face Hub.")]
+NamedModelOption = Annotated[
+    str | None,
+    typer.Option("--model", help="The model that it was built for; default: the one it names, if that ships."),
+]
 CodebookOption = Annotated[Path | None, typer.Option(help="Folder of a codebook; default: the model's, if one ships.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]

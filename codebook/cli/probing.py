@@ -58,6 +58,24 @@ class Probing:
         return options | {"strict": self.strict}
 
 
+def model_of(book: Codebook, folder: Path, named: str | None) -> str:
+    """The name of the model to load for a codebook: the user's, or the codebook's own if it ships with this package.
+
+    A codebook may come from anyone. What it says must not choose what is downloaded and loaded here.
+
+    Raises
+    ------
+    CodebookError
+        If the user has to name the model.
+    """
+    own = str(book.config["model"])
+    if named is None and own not in models.SHIPPED_MODELS:
+        raise CodebookError(
+            f"{folder} says that it was built for {own[:80]!r}, which is loaded only if you name it: add --model NAME"
+        )
+    return named or own
+
+
 def report_codebook(book: Codebook, out: Path, as_json: bool, source: building.Source | None = None) -> None:
     """Say what a new codebook holds, and which images were left out."""
     used = book.config["images"]

@@ -45,12 +45,12 @@ def check_question(model: Model, processor: Processor, question: str) -> None:
     Raises
     ------
     CodebookError
-        Naming the special token in it, or the model's limit.
+        Naming the model's limit, or the special token or unknown words in it.
     """
-    check_text(processor, question)
     limit = token_limit(model, processor)
     if len(question) > limit * CHARACTERS_PER_TOKEN or len(question.split()) > limit:
         raise CodebookError(f"the question of {len(question.split())} words is too long: {_at_most(limit)}")
+    check_text(processor, question)
 
 
 def check_samples(model: Model, processor: Processor, samples: Sequence[Sample]) -> None:

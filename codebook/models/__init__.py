@@ -4,7 +4,7 @@ from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
 from codebook.models.fingerprint import fingerprint, identity, same_fingerprint
 from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_error
-from codebook.models.loading import load
+from codebook.models.loading import SHIPPED_MODELS, check_device, load
 from codebook.models.registry import FAMILIES, family
 from codebook.models.shape import Shape, shape
 from codebook.models.wrappers import unwrap
@@ -12,6 +12,7 @@ from codebook.models.wrappers import unwrap
 __all__ = [
     "FAMILIES",
     "KINDS",
+    "SHIPPED_MODELS",
     "Encoded",
     "Family",
     "Grid",
@@ -20,6 +21,7 @@ __all__ = [
     "Model",
     "Processor",
     "Shape",
+    "check_device",
     "family",
     "fingerprint",
     "identity",

@@ -5,9 +5,10 @@ In the room of the models because building and inference both make prompts, and 
 
 from __future__ import annotations
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.models.base import Processor
 from codebook.models.layout import KINDS
+from codebook.models.loading import EXAMPLES, SHIPPED_MODELS
 
 
 def chat_text(processor: Processor, question: str, images: int = 1, answer: str | None = None) -> str:
@@ -23,7 +24,7 @@ def chat_text(processor: Processor, question: str, images: int = 1, answer: str 
     Raises
     ------
     CodebookError
-        If the processor has no chat template, or a text holds a special token.
+        If the processor has no chat template, or a text holds a special token or words that the tokenizer lacks.
     """
     if getattr(processor, "chat_template", None) is None:
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
@@ -56,3 +57,27 @@ def check_text(processor: Processor, text: str, name: str = "question") -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise CodebookError(f"the {name} holds {text[error.start]!r}, which is no character: remove it") from None
+    check_words(processor, text, name)
+
+
+def check_words(processor: Processor, text: str, name: str = "question") -> None:
+    """Refuse a text with words that the tokenizer has no token for: the model would answer another question.
+
+    Raises
+    ------
+    CodebookError
+        Naming the words.
+    """
+    tokenizer = processor.tokenizer
+    if tokenizer.unk_token_id is None:
+        return
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=tokenizer.is_fast)
+    if tokenizer.unk_token_id not in encoded["input_ids"]:
+        return
+    places = encoded.get("offset_mapping", [(0, len(text))] * len(encoded["input_ids"]))
+    pieces = zip(encoded["input_ids"], places, strict=True)
+    words = dict.fromkeys(text[start:end] for token, (start, end) in pieces if token == tokenizer.unk_token_id)
+    shown = ", ".join(map(quoted, list(words)[:5])) + (f" and {len(words) - 5} more" if len(words) > 5 else "")
+    shipped = next((name for name, folder in SHIPPED_MODELS.items() if str(folder) == tokenizer.name_or_path), None)
+    remedy = f"ask it as in {EXAMPLES[shipped]}" if shipped else "use words that it knows"
+    raise CodebookError(f"the model does not know {shown} in the {name}: {remedy}")

@@ -19,6 +19,11 @@ from codebook.models.registry import family_of_config
 SHIPPED_MODELS = {"miniature": Path(__file__).parents[1] / "miniature" / "weights"}
 """Folders of the models that ship with the package, by the name that `load` takes."""
 
+EXAMPLES = {
+    "miniature": "'is there a red circle?', 'how many objects are there?', 'read the number.' (docs/miniature.md)",
+}
+"""Questions that a shipped model can be asked."""
+
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the file that git leaves in the place of a large one."""
 

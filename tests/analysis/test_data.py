@@ -116,4 +116,4 @@ def test_answers_are_tokens_behind_the_prompt(processor):
     same = Sample((None,), "is there a yes?", "yes")  # the answer's word stands in the question too
     assert processor.tokenizer.convert_ids_to_tokens(answer_ids(processor, same)) == ["yes"]
     with pytest.raises(CodebookError, match="has no tokens"):
-        answer_ids(processor, Sample((None,), "q", " "))
+        answer_ids(processor, Sample((None,), "describe.", " "))

@@ -10,6 +10,7 @@ from codebook.errors import CodebookError
 from codebook.inference.overlay import overlay
 from codebook.inference.prompts import QuestionError, answer_ids, check_question, prepare, token_limit
 from codebook.inference.samples import Sample
+from codebook.models import chat
 from codebook.store.pictures import read_image
 
 
@@ -49,7 +50,7 @@ def test_an_open_picture_that_is_broken_is_named(loaded, picture, tmp_path):
         Image.open(tmp_path / "half.png") as opened,
         pytest.raises(QuestionError, match="image of question 2") as caught,
     ):
-        prepare(*loaded, [[picture], [opened]], ["a", "b"])
+        prepare(*loaded, [[picture], [opened]], ["describe.", "describe."])
     assert caught.value.row == 1
 
 
@@ -78,14 +79,15 @@ def test_the_processors_own_names_of_image_and_video_are_refused(loaded, monkeyp
 
 def test_special_tokens_in_an_answer_are_refused(loaded):
     with pytest.raises(CodebookError, match="the answer holds '<image>'"):
-        answer_ids(loaded[1], Sample((), "q", "an <image>"))
+        answer_ids(loaded[1], Sample((), "describe.", "an <image>"))
 
 
 PLAIN = ["a < b and c > d?", "50% of <b>bold</b>", "<IMAGE> {image} [img]", "", "ü 図 \u2028 x"]
 
 
 @pytest.mark.parametrize("question", PLAIN)
-def test_what_only_looks_like_a_token_is_asked(loaded, picture, question):
+def test_what_only_looks_like_a_token_is_asked(loaded, picture, question, monkeypatch):
+    monkeypatch.setattr(chat, "check_words", lambda *_: None)  # the miniature knows none of these
     [answer] = ask(*loaded, [[picture]], [question])
     assert isinstance(answer.text, str)
 
@@ -101,7 +103,7 @@ def test_a_question_too_long_for_the_model_is_refused_before_the_forward(loaded,
     assert token_limit(model, processor) == 2048
     monkeypatch.setattr(model, "forward", None)
     with pytest.raises(QuestionError, match="at most 2048 tokens") as caught:
-        prepare(model, processor, [[picture], [picture]], ["short", question])
+        prepare(model, processor, [[picture], [picture]], ["describe.", question])
     assert caught.value.row == 1 and len(str(caught.value)) < 200
 
 
@@ -113,3 +115,48 @@ def test_the_longest_prompt_is_taken(loaded, picture):
     assert prepare(model, processor, [[picture]], ["red " * most]).inputs["input_ids"].shape[1] == 2048
     with pytest.raises(QuestionError, match="a prompt of 2049 tokens"):
         prepare(model, processor, [[picture]], ["red " * (most + 1)])
+
+
+UNKNOWN = {
+    "what number is shown?": "does not know 'shown' in the question: ask it as in 'is there a red circle",
+    "Is there a Zebra, or a zebra?": "does not know 'Zebra', 'zebra' in",
+    "one x y z u v w of it": "'x', 'y', 'z', 'u', 'v' and 2 more in",
+    "is there a " + "zebra" * 99 + "?": "does not know 'zebra.*[.]{3}' in",
+}
+
+
+@pytest.mark.parametrize("question", UNKNOWN)
+def test_words_that_the_model_lacks_are_named(loaded, picture, question):
+    """They would become one and the same token, and the model would answer another question."""
+    with pytest.raises(QuestionError, match=UNKNOWN[question]) as caught:
+        ask(*loaded, [[picture], [picture]], ["is there a red circle?", question])
+    assert caught.value.row == 1 and "\n" not in str(caught.value)
+    with pytest.raises(CodebookError, match="in the answer"):
+        answer_ids(loaded[1], Sample((), "is there a red circle?", question))
+
+
+def stands_in(tokenizer, unknown):
+    """A slow tokenizer: it cannot say where in the text its tokens come from."""
+
+    class Slow:
+        is_fast, unk_token_id, name_or_path = False, unknown, "elsewhere"
+
+        def __call__(self, text, add_special_tokens, return_offsets_mapping):
+            assert not return_offsets_mapping
+            return tokenizer(text, add_special_tokens=add_special_tokens)
+
+    return Slow()
+
+
+def test_a_slow_tokenizer_names_the_question(loaded, monkeypatch):
+    processor = loaded[1]
+    monkeypatch.setattr(processor, "tokenizer", stands_in(processor.tokenizer, processor.tokenizer.unk_token_id))
+    with pytest.raises(CodebookError, match=r"does not know 'what zebra[?]' in the question: use words that it knows"):
+        chat.check_words(processor, "what zebra?")
+    chat.check_words(processor, "is there a red circle?")
+
+
+def test_a_tokenizer_without_a_token_for_the_unknown_knows_every_word(loaded, monkeypatch):
+    processor = loaded[1]
+    monkeypatch.setattr(processor, "tokenizer", stands_in(processor.tokenizer, None))
+    chat.check_words(processor, "what zebra?")
