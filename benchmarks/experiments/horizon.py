@@ -9,6 +9,7 @@ writes FOLDER/horizon.json.
 
 import argparse
 import json
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from codebook.cli.output import progress
 from codebook.evaluation import evaluate
 from codebook.evaluation.bench import reseeded
 from codebook.inference import samples as data
+from codebook.inference.uncertainty import plus_minus
 from codebook.miniature.samples import of_miniature, of_questions
 from codebook.pruning import Schedule, remember
 from codebook.store.files import replacing
@@ -166,7 +168,7 @@ def main() -> None:
 
 
 def percent(mean: float, half: float) -> str:
-    return f"{100 * mean:.1f} ± {100 * half:.1f}"
+    return f"{100 * mean:.1f} {plus_minus(None if math.isnan(half) else 100 * half)}"
 
 
 if __name__ == "__main__":

@@ -190,7 +190,9 @@ def _quality(
     best: bool,
 ) -> list[dict[str, Any]]:
     mean = row["mean"]
-    spread = f" {row['seeds']} seeds ± {100 * mean['spread']:.1f}" if "spread" in mean else ""
+    # Seeds that agree on too few questions for an interval do not show that they agree.
+    apart = None if mean["interval"] is None else 100 * mean.get("spread", 0.0)
+    spread = f" {row['seeds']} seeds {plus_minus(apart)}" if "spread" in mean else ""
     cells = [_cell(f"{100 * mean['score']:.1f}", f"{_half(mean['interval'])}{spread}", best=best)]
     cells += [_cell(*_change(row, key)) for key in changes.values()]
     for task, (low, high) in ranges.items():

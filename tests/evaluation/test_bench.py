@@ -313,14 +313,14 @@ def test_of_one_question_nothing_is_sure(loaded, tmp_path):
     """One question per task: no interval, in the results, the tables, the page and the comparison."""
     model, processor, tasks, rows, _ = loaded
     alone = [replace(task, samples=task.samples[:1]) for task in tasks]
-    results = bench.measure(model, processor, alone, [rows[0], rows[1], rows[3]], tmp_path, SETTINGS)
+    results = bench.measure(model, processor, alone, [rows[0], rows[1], rows[3], rows[4]], tmp_path, SETTINGS)
     for row in results["rows"]:
         assert row["mean"]["interval"] is row["mean"]["change_interval"] is None
         assert {task["interval"] for task in row["tasks"].values()} == {None}
     assert results["rows"][1]["against"]["change_interval"] is None
     results |= {"name": "miniature", "data": [], "keeps": KEEPS[:1], "samples": []}
     text, page = report.markdown(results), report.html(json.loads(json.dumps(results)))
-    assert "± 0.0" not in text + page and text.count("± unknown") == 3 + 2 + 1 and "interval unknown" in page
+    assert "± 0.0" not in text + page and text.count("± unknown") == 4 + 3 + 2 and "interval unknown" in page
     assert "beyond the interval: none" in text
 
 
