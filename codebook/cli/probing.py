@@ -11,7 +11,7 @@ import torch
 
 from codebook import building, models
 from codebook.cli.output import note
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, printable
 from codebook.models.base import Model, Processor
 from codebook.models.loading import check_device
 from codebook.pruning.plan import DTYPES
@@ -88,4 +88,4 @@ def report_codebook(book: Codebook, out: Path, as_json: bool, source: building.S
     if as_json:
         print(json.dumps({"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used}))
     else:
-        print(f"{len(book)} prototypes from {used['used']} images in {out}")
+        print(printable(f"{len(book)} prototypes from {used['used']} images in {out}"))

@@ -90,7 +90,7 @@ def prune_file(
     if as_json:
         print(json.dumps(report))
     else:
-        print(f"{len(lines) - len(failed)} answers in {output}, {len(failed)} skipped")
+        print(printable(f"{len(lines) - len(failed)} answers in {output}, {len(failed)} skipped"))
         note(summary(report, []))
     if len(failed) == len(lines):
         raise CodebookError(f"no question of {source} was answered; {failed[0]}")
