@@ -1,7 +1,7 @@
 """Spoiled files of every kind that the package reads: each is taken, or refused in one line; nothing in them is run.
 
     python -m benchmarks.faults.mutate --cases 20000
-    python -m benchmarks.faults.mutate --only codebook --from 1234 --cases 1   # one case again, with its traceback
+    python -m benchmarks.faults.mutate --from 1234 --cases 1   # one case again
 
 A case is a number: it draws a subject, copies its good example, spoils one file (`mutations.py`), and reads the copy as
 a user would. Wrong are: any error but a CodebookError or exit code 2; a message that is longer than MESSAGE, of several

@@ -85,8 +85,12 @@ ASK = "--ask exist? --max-new-tokens 1 --device cpu"
 
 
 def make_book(folder: Path) -> None:
-    write_images(folder / "images", 3)
-    run(f"build miniature --images {folder}/images --out {folder}/book --device cpu {SMALL}")
+    """A codebook and its images; made once, and copied for the next subjects."""
+    made = folder.parent / ".book"
+    if not made.exists():
+        write_images(made / "images", 3)
+        run(f"build miniature --images {made}/images --out {made}/book --device cpu {SMALL}")
+    shutil.copytree(made, folder, dirs_exist_ok=True)
 
 
 def read_book(folder: Path) -> None:
