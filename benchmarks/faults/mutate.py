@@ -205,7 +205,9 @@ def _seal(folder: Path) -> None:
     """Write the checksums of a codebook's files as they are now, where its config still has checksums."""
     import hashlib
 
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+    if not (folder / "config.json").is_file() or (folder / "config.json").stat().st_size > 2**20:
+        return
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         config = json.loads((folder / "config.json").read_text())
         for name in config["sha256"]:
             path = folder / name
