@@ -99,7 +99,7 @@ def make_examples(folder: Path, names: list[str]) -> dict[str, Path]:
 def in_processes(examples: dict[str, Path], cases: range, workers: int, folder: Path) -> tuple[list[Result], int]:
     """All results, and the largest peak memory of a process, in bytes. A process that dies costs one case."""
     context, waiting = multiprocessing.get_context("fork"), [cases[i : i + CHUNK] for i in range(0, len(cases), CHUNK)]
-    running: dict[Connection, tuple[Any, range]] = {}
+    running: dict[Connection, tuple[Any, range, list[Result]]] = {}
     results: list[Result] = []
     memory = 0
     while waiting or running:
@@ -109,23 +109,24 @@ def in_processes(examples: dict[str, Path], cases: range, workers: int, folder: 
             process = context.Process(target=_chunk, args=(theirs, examples, chunk, folder / str(chunk.start)))
             process.start()
             theirs.close()
-            running[ours] = process, chunk
+            running[ours] = process, chunk, []
         for pipe in wait(list(running)):
-            process, chunk = running.pop(pipe)
-            done: list[Result] = []
-            with contextlib.suppress(EOFError):
-                while True:
-                    received = pipe.recv()
-                    if isinstance(received, int):
-                        memory = max(memory, received)
-                    else:
-                        done.append(received)
-            process.join()
-            if len(done) < len(chunk):
-                done.append(Result(chunk[len(done)], "?", "?", "died", 0.0, f"exit code {process.exitcode}"))
-                if rest := chunk[len(done) :]:
-                    waiting.append(rest)
-            results += done
+            process, chunk, done = running[pipe]
+            try:
+                received = pipe.recv()
+            except EOFError:
+                process.join()
+                del running[pipe]
+                if len(done) < len(chunk):
+                    done.append(Result(chunk[len(done)], "?", "?", "died", 0.0, f"exit code {process.exitcode}"))
+                    if rest := chunk[len(done) :]:
+                        waiting.append(rest)
+                results += done
+            else:
+                if isinstance(received, Result):
+                    done.append(received)
+                else:
+                    memory = max(memory, received)
     return sorted(results, key=lambda result: result.case), memory
 
 
@@ -154,6 +155,8 @@ def case(number: int, examples: dict[str, Path], folder: Path) -> Result:
     start = time.perf_counter()
     verdict, detail = _verdict(partial(subject.read, copy))
     seconds = time.perf_counter() - start
+    if seconds > SECONDS:  # also where the alarm was taken for an error of the file
+        verdict = "slow"
     if canary.exists():
         verdict = "executed"
         canary.unlink()

@@ -81,7 +81,7 @@ def run(line: str, *more: str) -> None:
 
 
 SMALL = "--tau-p 0.99 --tau-j 0.9 --clusters 4 --min-image-fraction 0.3 --max-cluster-size 144"
-ASK = "--ask exist? --max-new-tokens 1 --device cpu"
+ASK = "--ask describe. --max-new-tokens 1 --device cpu"
 
 
 def make_book(folder: Path) -> None:
@@ -255,8 +255,12 @@ def make_sources(folder: Path) -> None:
 
 
 def read_sources(folder: Path) -> None:
+    """Every picture of every source. What is no picture a build counts and goes on, whatever PIL says of it."""
     for name in ("list.jsonl", "shard.tar", "images"):
-        run(f"build miniature --images {folder}/{name} --out {folder}/{name}-book --device cpu {SMALL} --limit 1")
+        source = building.open_images(folder / name)
+        for image in source.names:
+            with contextlib.suppress(Exception):
+                source.read(image)
 
 
 def make_journal(folder: Path) -> None:

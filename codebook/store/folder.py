@@ -39,6 +39,8 @@ OPEN = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 """Rule for the objects in files: what is known is checked, and what other versions add is kept."""
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]
+Side = Annotated[int, Field(ge=1, lt=2**16)]
+"""Rows or columns of a grid of visual tokens."""
 
 
 class TokenRecord(TypedDict, total=False):
@@ -68,6 +70,15 @@ class ImageCounts(TypedDict, total=False):
     duplicates: Count
 
 
+class Thresholds(TypedDict, total=False):
+    """What the store and its readers know of a build's settings; `codebook.building` checks them all."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    tau_p: float
+    tau_j: float
+    global_weight: float
+
+
 class Versioned(TypedDict):
     """What every version of `config.json` has."""
 
@@ -86,12 +97,12 @@ class Config(TypedDict, total=False):
     prototypes: Required[Count]
     sha256: Required[dict[str, str]]
     dtype: str
-    settings: dict[str, Any]
+    settings: Thresholds
     images_sha256: str
     images: ImageCounts
     funnel: dict[str, Count]
     spread: float | None
-    grid: tuple[Count, Count] | list[Count]
+    grid: Annotated[list[Side], Field(min_length=2, max_length=2)]
     extended_by: Count
     source: str
     exhaustive: bool
