@@ -181,7 +181,7 @@ class SurvivorPool:
             and features.shape == (len(rest), book.dimension)
             and len(images) == len(lines)
             and all({"image", "row", "col"} <= row.keys() and row["image"] in images for row in rows)
-            and all(_complete_record(image) for image in images.values())
+            and all(_complete_record(image, images) for image in images.values())
         )
         if not fits:
             raise CodebookError(f"cannot read {folder / IMAGE_RECORDS}: it does not fit the prototypes; {remedy}")
@@ -250,8 +250,12 @@ def unread(stamp: Any) -> bool:
     return stamp in (GONE, -1)
 
 
-def _complete_record(image: dict[str, Any]) -> bool:
-    return "error" in image or "duplicate" in image or set(STEPS[:-1]) <= image.get("funnel", {}).keys()
+def _complete_record(image: dict[str, Any], images: dict[str, dict[str, Any]]) -> bool:
+    """Whether a record says what its image yields, or which other one does."""
+    if "duplicate" in image:
+        owner = images.get(image["duplicate"], {})
+        return owner.get("stamp") == image["stamp"] and "duplicate" not in owner
+    return "error" in image or set(STEPS[:-1]) <= image.get("funnel", {}).keys()
 
 
 def images_digest(stamps: dict[str, Any]) -> str:

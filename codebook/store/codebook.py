@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.models import Model, fingerprint, same_fingerprint
-from codebook.store.files import LARGEST_TENSORS, one_line, parse_lines, read_bytes, read_json
+from codebook.store.files import LARGEST_TENSORS, open_regular, parse_lines, read_json
 from codebook.store.folder import (
     CONFIG,
     FORMAT_VERSION,
@@ -165,12 +164,17 @@ class Codebook:
             What to name as the model; the files do not say.
         """
         try:
-            data = io.BytesIO(read_bytes(Path(tensor), LARGEST_TENSORS))
-            prototypes = torch.load(data, map_location="cpu", weights_only=True)
+            with open(open_regular(Path(tensor), LARGEST_TENSORS), "rb") as file:
+                prototypes = torch.load(file, map_location="cpu", weights_only=True)
         except CodebookError:
             raise
-        except Exception as error:  # torch raises half a dozen types for a file that is no tensor
-            raise CodebookError(f"cannot read {tensor}: {one_line(error)}; give the released .pt file") from None
+        except OSError as error:
+            raise CodebookError(f"cannot read {tensor}: {error.strerror}; give the released .pt file") from None
+        except Exception:  # torch raises half a dozen types, and advises to run what the file says
+            raise CodebookError(
+                f"cannot read {tensor}: it holds no tensor that can be read without running code; give the released "
+                ".pt file"
+            ) from None
         ids = read_json(Path(images), "give the released .json file, a list of image ids", list[str | int])
         if not isinstance(prototypes, Tensor) or not prototypes.is_floating_point():
             raise CodebookError(f"{tensor} does not hold one tensor of floats: give the released .pt file")

@@ -33,7 +33,7 @@ TEMPORARY = ".codebook-"
 NOT_FOLLOWED = getattr(os, "O_NOFOLLOW", 0)
 BLOCKS_NOT = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 POINTER = b"version https://git-lfs.github.com/spec/"
-WRITER_PATIENCE = 5.0
+WRITER_PATIENCE = 10.0
 """Seconds to wait for another process that writes into the same folder."""
 MARK = b"\xef\xbb\xbf"
 """Byte-order mark, with which some editors begin a file."""
@@ -46,7 +46,8 @@ CHUNK = 2**20
 def open_regular(path: Path, largest: int) -> int:
     """Open a file for reading, following links, if it is a regular file within a limit; a handle of the system.
 
-    Nothing else is even opened: a pipe would block, and a device may do anything.
+    Nothing else is even opened: a pipe would block, and a device may do anything. A pointer of Git LFS in the place of
+    a file is named.
 
     Raises
     ------
@@ -61,6 +62,9 @@ def open_regular(path: Path, largest: int) -> int:
             raise CodebookError(f"{path} is not a regular file: name one")
         if found.st_size > largest:
             raise CodebookError(f"{path} has {found.st_size:,} bytes: at most {largest:,} are read")
+        if os.read(handle, len(POINTER)) == POINTER:
+            raise CodebookError(f"{path} is only a pointer of Git LFS: fetch the file with `git lfs pull`")
+        os.lseek(handle, 0, os.SEEK_SET)
     except BaseException:
         os.close(handle)
         raise
@@ -80,14 +84,12 @@ def read_bytes(path: Path, largest: int, longest_line: int | None = None) -> byt
     OSError
         If the file cannot be read.
     CodebookError
-        If it is not a regular file, is too long, or is a pointer of Git LFS in the place of a file.
+        If `open_regular` refuses it, or it is too long.
     """
     with open(open_regular(path, largest), "rb") as file:
         chunks: list[bytes] = []
         length = line = 0
         while chunk := file.read(CHUNK):
-            if not chunks and chunk.startswith(POINTER):
-                raise CodebookError(f"{path} is only a pointer of Git LFS: fetch the file with `git lfs pull`")
             chunks.append(chunk)
             length += len(chunk)
             line = line + len(chunk) if b"\n" not in chunk else len(chunk) - chunk.rindex(b"\n")

@@ -6,6 +6,7 @@ so a reader that finds them to fit has one codebook and not parts of two.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
@@ -137,19 +138,18 @@ def read_folder(path: Path, optional: Sequence[str] = ()) -> tuple[dict[str, Any
         raise CodebookError(f"no such folder: {path}; name a codebook, or make one with `codebook build`")
     until = time.monotonic() + WRITER_PATIENCE
     while True:
-        text = read_whole(path / CONFIG, "name a whole codebook folder", LARGEST_JSON)
-        config = _parse_config(path, text)
+        written = _config_stamp(path)
+        config = read_config(path)
         try:
             names = [PROTOTYPES, PROVENANCE, *(name for name in optional if name in config["sha256"])]
             return config, {name: _verified(path / name, config["sha256"].get(name)) for name in names}
         except CodebookError as error:
             # Another process may be between the first file that it replaces and the last, which is the config.
-            while being_written(path) and time.monotonic() < until:
-                time.sleep(0.01)
-            if read_whole(path / CONFIG, "name a whole codebook folder", LARGEST_JSON) == text:
+            if not being_written(path) and _config_stamp(path) == written:
                 raise error from None
             if time.monotonic() > until:
                 raise CodebookError(f"{path} is being written by another process: try again later") from None
+            time.sleep(0.005)
 
 
 def write_folder(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
@@ -164,6 +164,14 @@ def write_folder(path: Path, config: dict[str, Any], files: Mapping[str, bytes])
     except OSError as error:
         raise cannot_write(path, error) from None
     return config
+
+
+def _config_stamp(path: Path) -> tuple[int, int] | None:
+    """Inode and time of a folder's `config.json`: they differ from one writing to the next, whatever it holds."""
+    with contextlib.suppress(OSError):
+        found = (path / CONFIG).stat()
+        return found.st_ino, found.st_mtime_ns
+    return None
 
 
 def _parse_config(path: Path, text: bytes) -> dict[str, Any]:

@@ -152,7 +152,7 @@ class Journal:
 
     def tensor(self, name: str) -> Tensor:
         """The tensor of a record that was added with one."""
-        digest = self._tensors[name]
+        digest = self._tensors.get(name, "missing")
         path = self.parts / f"{digest}.safetensors"
         data = read_tensor_bytes(path, self._remedy)
         try:

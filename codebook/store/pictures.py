@@ -124,6 +124,8 @@ def _open_bytes(data: bytes) -> Iterator[Picture.Image]:
                 yield picture
     except Picture.UnidentifiedImageError:  # it names the object that held the bytes, which differs from run to run
         raise ValueError("not an image") from None
+    except Picture.DecompressionBombError:
+        raise ValueError(f"too many pixels, and at most {MOST_PIXELS:,} are read: scale it down") from None
     except Exception as error:  # damaged files make PIL's decoders raise nearly anything
         raise ValueError(one_line(error)) from None
 

@@ -2,6 +2,8 @@
 
 import pathlib
 
+import pytest
+
 from codebook.building import build
 from tests.building.tiny import settings
 
@@ -14,3 +16,12 @@ def run(tiny, images, out, **options):
 
 def contents(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def interrupt(tiny, images, out, at=2, **options):
+    def stop(state):
+        if state.done == at:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny, images, out, progress=stop, **options)

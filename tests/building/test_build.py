@@ -17,7 +17,7 @@ from codebook.building import STEPS, build
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
-from tests.building.folders import contents, run
+from tests.building.folders import contents, interrupt, run
 from tests.building.tiny import build_tiny, settings
 from tests.journals import read_journal
 
@@ -253,15 +253,6 @@ def test_out_of_another_build(tiny, pictures, some, tmp_path):
     assert len(contents(foreign)) == 2
     with pytest.raises(CodebookError, match="is a file"):
         run(tiny, pictures, foreign / "thesis.tex")
-
-
-def interrupt(tiny, images, out, at=2, **options):
-    def stop(state):
-        if state.done == at:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tiny, images, out, progress=stop, **options)
 
 
 def test_unfinished_of_another_build(tiny, pictures, tmp_path):

@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -12,8 +13,10 @@ from codebook.building import SurvivorPool, build, extend, merge, open_images
 from codebook.building.sheet import sheet
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
-from tests.building.folders import contents, run
+from codebook.store.shipped import folders
+from tests.building.folders import contents, interrupt, run
 from tests.building.tiny import settings
+from tests.store.books import reseal
 
 
 @pytest.fixture(scope="module")
@@ -169,3 +172,152 @@ def test_half_precision_builds(pictures, tmp_path):
     book = build(model().bfloat16(), processor(), pictures, tmp_path / "out", model_id="tiny", settings=settings())
     assert book.config["dtype"] == "torch.bfloat16" and book.prototypes.dtype == torch.float32
     assert Path(tmp_path / "out" / "survivors.safetensors").is_file()
+
+
+def noise(path, seed, size=(24, 24)):
+    """A bitmap: of the same size in bytes whatever is on it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size).save(path)
+
+
+def bitmaps(folder, seeds):
+    for i, seed in enumerate(seeds):
+        noise(folder / f"{i}.bmp", seed)
+    return folder
+
+
+def used(folder):
+    """For each image that counts, by its name, the SHA-256 it is known by."""
+    return {name: image["stamp"] for name, image in SurvivorPool.load(folder)[1].images.items() if "funnel" in image}
+
+
+def test_other_pixels_under_a_known_name_and_size_are_another_picture(tiny, tmp_path):
+    one, other = bitmaps(tmp_path / "one", [1, 2, 3]), bitmaps(tmp_path / "other", [1, 2, 4])
+    assert (one / "2.bmp").stat().st_size == (other / "2.bmp").stat().st_size
+    run(tiny, one, tmp_path / "book")
+    with pytest.raises(CodebookError, match="another images_sha256"):
+        run(tiny, other, tmp_path / "book")
+    states = []
+    book = extend(*tiny, tmp_path / "book", other, tmp_path / "more", progress=states.append)
+    assert states[0].total == 1 and book.config["images"]["used"] == 4
+    assert used(tmp_path / "more") == {**used(tmp_path / "book"), "other/2.bmp": open_images(other).digests()["2.bmp"]}
+    run(tiny, other, tmp_path / "second")
+    with pytest.raises(CodebookError, match=r"1 names, 2\.bmp first, are of different images"):
+        merge(tmp_path / "book", tmp_path / "second", tmp_path / "merged")
+
+
+def test_a_resumed_build_probes_other_pixels_under_a_known_name(tiny, tmp_path):
+    images = bitmaps(tmp_path / "in", [1, 2, 3, 4])
+    interrupt(tiny, images, tmp_path / "out", at=3)
+    noise(images / "0.bmp", 9)
+    states = []
+    run(tiny, images, tmp_path / "out", progress=states.append)
+    assert states[0].resumed == 2
+    run(tiny, images, tmp_path / "fresh")
+    assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_renamed_picture_is_not_probed_again(tiny, tmp_path):
+    images = bitmaps(tmp_path / "in", [1, 2, 3, 4])
+    interrupt(tiny, images, tmp_path / "out", at=3)
+    for i in range(4):
+        (images / f"{i}.bmp").rename(images / f"picture {i}.bmp")
+    states = []
+    run(tiny, images, tmp_path / "out", progress=states.append)
+    run(tiny, images, tmp_path / "fresh")
+    assert states[0].resumed == 3 and contents(tmp_path / "out") == contents(tmp_path / "fresh")
+
+
+def test_a_picture_that_changes_while_it_is_probed_is_not_taken(tiny, tmp_path):
+    images = bitmaps(tmp_path / "in", [1, 2, 3, 4])
+
+    def change(state):
+        if state.done == 1:
+            noise(images / "3.bmp", 9)
+
+    book = run(tiny, images, tmp_path / "out", progress=change)
+    assert book.config["images"] == {"used": 3, "skipped": ["3.bmp"]}
+    assert "it changed while" in SurvivorPool.load(tmp_path / "out")[1].images["3.bmp"]["error"]
+
+
+def test_copies_count_once_however_a_codebook_came_about(tiny, tmp_path):
+    """Copies inside a folder, and across the folders that are extended and merged."""
+    whole = bitmaps(tmp_path / "whole", [1, 2, 3, 1, 2, 5, 1])
+    for part, names in (("a", "1240"), ("b", "3156"), ("c", "235")):
+        (tmp_path / part).mkdir()
+        for name in names:
+            shutil.copy(whole / f"{name}.bmp", tmp_path / part / f"{name}.bmp")
+    book = run(tiny, whole, tmp_path / "book")
+    assert book.config["images"] == {"used": 4, "skipped": [], "duplicates": 3}
+    assert set(used(tmp_path / "book")) == {"0.bmp", "1.bmp", "2.bmp", "5.bmp"}
+    assert {row["image"] for row in book.provenance} <= {"0.bmp", "1.bmp", "2.bmp", "5.bmp"}
+    expected = contents(tmp_path / "book")
+    for part in "abc":
+        run(tiny, tmp_path / part, tmp_path / f"book-{part}")
+    assert set(used(tmp_path / "book-b")) == {"1.bmp", "3.bmp", "5.bmp"}
+    for first, second in ("ab", "ba"):
+        merge(tmp_path / f"book-{first}", tmp_path / f"book-{second}", tmp_path / f"merged-{first}")
+        assert contents(tmp_path / f"merged-{first}") == expected
+        states = []
+        extend(*tiny, tmp_path / f"book-{first}", tmp_path / second, tmp_path / f"ext-{first}", progress=states.append)
+        assert contents(tmp_path / f"ext-{first}") == expected and states[0].total == {"a": 1, "b": 1}[first]
+    merge(tmp_path / "book", tmp_path / "book-c", tmp_path / "more")
+    assert contents(tmp_path / "more") == expected
+
+
+def old(folder, stamp):
+    """Make a codebook as earlier versions wrote it: a size in the place of each digest."""
+    lines = [json.loads(line) for line in (folder / "images.jsonl").read_text().splitlines()]
+    (folder / "images.jsonl").write_text("".join(json.dumps(line | {"stamp": stamp(line)}) + "\n" for line in lines))
+    reseal(folder)
+    return folder
+
+
+def test_codebooks_of_earlier_versions_grow_where_nothing_is_guessed(tiny, tmp_path):
+    images = bitmaps(tmp_path / "in", [1, 2, 3, 4])
+    run(tiny, images, tmp_path / "new")
+    size = (images / "0.bmp").stat().st_size
+    before = old(Path(shutil.copytree(tmp_path / "new", tmp_path / "old")), lambda line: size)
+    with pytest.raises(CodebookError, match=r"0\.bmp may be the image of that name and size.*rename it, or build"):
+        extend(*tiny, before, images, tmp_path / "x")
+    other = bitmaps(tmp_path / "other", [6])
+    noise(other / "0.bmp", 6, (30, 30))
+    noise(other / "new.bmp", 7)
+    extend(*tiny, before, other, tmp_path / "grown")
+    assert set(used(tmp_path / "grown")) == {*(f"{i}.bmp" for i in range(4)), "other/0.bmp", "new.bmp"}
+    # Merged with what is known better, it takes the digests over: the images yielded the same.
+    for i, (a, b) in enumerate(((before, tmp_path / "new"), (tmp_path / "new", before))):
+        merge(a, b, tmp_path / f"merged{i}")
+        assert contents(tmp_path / f"merged{i}") == contents(tmp_path / "new")
+    merge(before, before, tmp_path / "itself")
+    assert used(tmp_path / "itself") == {f"{i}.bmp": size for i in range(4)}
+    run(tiny, bitmaps(tmp_path / "in2", [1, 2, 3, 8]), tmp_path / "new2")
+    with pytest.raises(CodebookError, match=r"1 names, 3\.bmp first, are of different images"):
+        merge(before, tmp_path / "new2", tmp_path / "x")
+    data_set = old(Path(shutil.copytree(tmp_path / "new", tmp_path / "set")), lambda line: "0123456789abcdef")
+    with pytest.raises(CodebookError, match=r"0\.bmp may be the image"):
+        extend(*tiny, data_set, images, tmp_path / "x")
+
+
+def test_the_shipped_codebook_grows(tmp_path):
+    from codebook import miniature, models
+
+    [shipped] = folders()
+    loaded = models.load("miniature", "cpu")
+    noise(tmp_path / "in" / "noise.png", 1, (96, 96))
+    miniature.write_images(tmp_path / "in", 1, seed=5)
+    book = extend(*loaded, shipped, tmp_path / "in", tmp_path / "out")
+    assert book.config["images"]["used"] == 122
+    assert {"in/000000.png", "000000.png", "noise.png"} <= set(used(tmp_path / "out"))
+    again = merge(shipped, tmp_path / "out", tmp_path / "merged")
+    assert again.config["images"]["used"] == 122 and contents(tmp_path / "merged") == contents(tmp_path / "out")
+
+
+def test_a_model_that_answers_nan_is_named(pictures, tmp_path):
+    from tests.building.tiny import model, processor
+
+    damaged = model()
+    damaged.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(CodebookError, match=r"not numbers \(NaN\): its weights are damaged"):
+        build(damaged, processor(), pictures, tmp_path / "out", model_id="tiny", settings=settings())

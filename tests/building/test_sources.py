@@ -1,6 +1,8 @@
 import hashlib
 import io
 import json
+import os
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -8,13 +10,18 @@ from collections.abc import Callable
 import pytest
 from PIL import Image
 
-from codebook.building import build, open_images
+from codebook.building import build, left_out_words, open_images
 from codebook.errors import CodebookError
 from tests.building.folders import contents, run
 
 
 def names(images, **options):
     return list(open_images(images, **options).names)
+
+
+@pytest.fixture
+def cli(request):
+    return request.getfixturevalue("run")
 
 
 @pytest.fixture
@@ -135,3 +142,108 @@ def test_upright_and_rgb(tmp_path):
     turned.save(tmp_path / "a.jpg", exif=exif)
     image = open_images(tmp_path).read("a.jpg")
     assert image.size == (10, 20) and image.mode == "RGB"
+
+
+def save(path, level, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), level).save(path, **options)
+
+
+def test_links_to_folders_and_loops(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    save(root / "a" / "1.png", 1)
+    save(outside / "2.png", 2)
+    (root / "a" / "up").symlink_to(root)
+    (root / "a" / "self").symlink_to(".")
+    (root / "b").symlink_to(outside)
+    (root / "c").symlink_to(root / "b")
+    (root / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (root / "d.png").symlink_to(outside / "2.png")
+    (root / "0").symlink_to(root / "a")  # by its own name first
+    source = open_images(root)
+    assert source.names == ("a/1.png", "b/2.png", "d.png", "gone.png") and not source.left_out
+    digests = source.digests()
+    assert digests["b/2.png"] == digests["d.png"] and digests["gone.png"] == ""
+
+
+def test_every_kind_of_file_is_taken_or_counted(tmp_path):
+    for i, suffix in enumerate(("tif", "TIFF", "gif", "jfif", "avif", "ppm", "pgm", "bmp", "webp", "JPG")):
+        save(tmp_path / f"{i}.{suffix}", i, format={"jfif": "JPEG", "JPG": "JPEG"}.get(suffix))
+    save(tmp_path / "no suffix", 20, format="PNG")
+    save(tmp_path / "odd.suffix", 21, format="JPEG")
+    for name in ("a.heic", "b.HEIC", "c.svg", "more.zip", "shard.tar.gz"):
+        (tmp_path / name).write_bytes(b"....ftypheic")
+    for name in ("notes.txt", "README", "labels.json", "Python.md", ".DS_Store"):
+        (tmp_path / name).write_text("Python {}")
+    os.mkfifo(tmp_path / "pipe.png")
+    os.mkfifo(tmp_path / "pipe")
+    source = open_images(tmp_path)
+    assert len(source.names) == 12 and {"no suffix", "odd.suffix", "0.tif"} <= set(source.names)
+    assert [source.read(name).getpixel((0, 0))[0] for name in ("0.tif", "2.gif", "odd.suffix")] == [0, 2, 21]
+    assert source.left_out == {".heic": 2, ".svg": 1, ".zip": 1, ".gz": 1, "that is no regular file": 1}
+    assert left_out_words(source.left_out) == "1 .gz, 2 .heic, 1 .svg, 1 .zip, 1 that is no regular file"
+
+
+def test_what_is_left_out_is_said_at_the_end(cli, tmp_path):
+    for i in range(3):
+        save(tmp_path / "in" / f"{i}.png", 80 * i)
+    shutil.copy(tmp_path / "in" / "0.png", tmp_path / "in" / "copy.png")
+    (tmp_path / "in" / "x.heic").write_bytes(b"")
+    command = ["build", "miniature", "--images", tmp_path / "in", "--out", tmp_path / "out"]
+    code, out, err = cli(*command, "--tau-p", 1, "--tau-j", 99, "--min-image-fraction", 0)
+    assert code == 0 and "from 3 images" in out
+    assert "left out, not readable as images: 1 .heic" in err and "counted once: 1 files are exact copies" in err
+
+
+def test_names_that_are_no_text(tmp_path, tiny):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.png"
+    save(tmp_path / "x.png", 3)
+    os.rename(tmp_path / "x.png", path)
+    source = open_images(tmp_path)
+    assert source.names == ("caf\\xe9.png",) and source.read("caf\\xe9.png").getpixel((0, 0)) == (3, 3, 3)
+
+
+def test_tar_with_links_and_repeated_names(tmp_path):
+    data = {}
+    for level in (1, 2):
+        buffer = io.BytesIO()
+        Image.new("L", (8, 8), level).save(buffer, "PNG")
+        data[level] = buffer.getvalue()
+
+    def add(tar, name, level=None, **fields):
+        member = tarfile.TarInfo(name)
+        for field, value in fields.items():
+            setattr(member, field, value)
+        member.size = len(data[level]) if level else 0
+        tar.addfile(member, io.BytesIO(data[level]) if level else None)
+
+    with tarfile.open(tmp_path / "in.tar", "w") as tar:
+        add(tar, "a/x.png", 1)
+        add(tar, "a/x.png", 2)
+        add(tar, "hard.png", type=tarfile.LNKTYPE, linkname="a/x.png")
+        add(tar, "a/soft.png", type=tarfile.SYMTYPE, linkname="x.png")
+        add(tar, "nothing.png", type=tarfile.SYMTYPE, linkname="../../etc/passwd")
+        add(tar, "unnamed", 1)
+        add(tar, "x.heic", 1)
+        add(tar, "x.cls", None)
+    source = open_images(tmp_path / "in.tar")
+    assert source.names == ("a/soft.png", "a/x.png", "a/x.png#2", "hard.png", "unnamed")
+    assert [source.read(name).getpixel((0, 0))[0] for name in source.names] == [2, 1, 2, 2, 1]
+    assert source.left_out == {".heic": 1, "link to nothing in a tar file": 1}
+
+
+def test_a_tar_beside_a_picture_is_taken_too(shard, pictures, tmp_path):
+    shard(tmp_path / "in" / "0.TAR")
+    save(tmp_path / "in" / "stray.png", 1)
+    source = open_images(tmp_path / "in")
+    assert len(source.names) == 9 and "0.TAR/1.jpg" in source.names and "stray.png" in source.names
+
+
+def test_many_folders_that_link_to_each_other(tmp_path):
+    """Every folder links to all: walked path by path that would be 12! folders."""
+    for i in range(12):
+        save(tmp_path / str(i) / "x.png", i)
+    for i in range(12):
+        for j in range(12):
+            (tmp_path / str(i) / f"to{j}").symlink_to(tmp_path / str(j))
+    assert open_images(tmp_path).names == tuple(sorted(f"{i}/x.png" for i in range(12)))

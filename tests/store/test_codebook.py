@@ -1,5 +1,3 @@
-import hashlib
-import json
 import os
 import sys
 
@@ -14,16 +12,7 @@ from codebook.models import fingerprint
 from codebook.store import search
 from codebook.store.codebook import Codebook
 from tests import tiny
-
-
-def make(n=50, d=16, seed=0, **config):
-    generator = torch.Generator().manual_seed(seed)
-    provenance = [{"image": f"{i}.png", "row": i, "col": 0, "cluster": i % 3} for i in range(n)]
-    return Codebook(torch.randn(n, d, generator=generator), provenance, {"model": "some/model"} | config)
-
-
-def tokens(n=40, d=16, seed=1):
-    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed))
+from tests.store.books import make, reseal, tokens
 
 
 def test_redundancy_is_the_highest_cosine():
@@ -129,14 +118,6 @@ def test_check():
     other = tiny.llava(layers=1, seed=1)
     with pytest.raises(CodebookError, match=r"built for some/model \(dimension 16\).*codebook build"):
         make(fingerprint=own).check(other)
-
-
-def reseal(folder, **changes):
-    """Make the checksums right again, so that what they hide is seen."""
-    config = json.loads((folder / "config.json").read_text()) | changes
-    for name in config["sha256"]:
-        config["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
-    (folder / "config.json").write_text(json.dumps(config))
 
 
 def tensor(folder, **tensors):
