@@ -240,13 +240,22 @@ def calibrate(
         return _halve(_Search(model, processor, mixed(samples, seed), journal, done), plain, candidates)
 
 
+def check_sample_count(count: int) -> None:
+    """Refuse fewer samples than the rounds of a search need.
+
+    Raises
+    ------
+    CodebookError
+    """
+    if count // SEARCH < 2 * len(RUNGS):
+        raise CodebookError(f"{count} samples are too few to calibrate with: give {2 * len(RUNGS) * SEARCH} at least")
+
+
 def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Calibration:
     """The rounds of the search, and the test of their winner."""
     skipped = run.fill_answers()
+    check_sample_count(len(run.samples))
     search = len(run.samples) // SEARCH
-    if search < 2 * len(RUNGS):
-        enough = 2 * len(RUNGS) * SEARCH
-        raise CodebookError(f"{len(run.samples)} samples are too few to calibrate with: give {enough} at least")
     fresh = range(search, len(run.samples))
     task, fewest = min(Counter(run.samples[row].task for row in fresh).items(), key=lambda item: item[1])
     if fewest < FRESH:

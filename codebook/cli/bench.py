@@ -66,7 +66,7 @@ def bench_command(
 ) -> None:
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
     from codebook import models
-    from codebook.cli.checks import check_output_folder
+    from codebook.cli.checks import check_codebook_folder, check_output_folder
     from codebook.cli.data import load_data
     from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
@@ -82,6 +82,7 @@ def bench_command(
     settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent)
     share = None if part is None else _parse_part(part)
     check_output_folder(out, ("results.json", "report.html"))
+    check_codebook_folder(codebook)
     check_device(device)
     curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     named = data or ["miniature"]

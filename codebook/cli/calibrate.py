@@ -41,7 +41,7 @@ def calibrate_command(
     """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
     from codebook import models
     from codebook.analysis import calibration
-    from codebook.cli.checks import check_output_file
+    from codebook.cli.checks import check_codebook_folder, check_output_file
     from codebook.cli.data import load_samples
     from codebook.cli.methods import codebook_for
     from codebook.models.loading import check_device
@@ -53,8 +53,10 @@ def calibrate_command(
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
     check_output_file(out)
+    check_codebook_folder(codebook)
     check_device(device)
     samples = load_samples(data, "train", seed, count)
+    calibration.check_sample_count(len(samples))
     loaded, processor = models.load(model, device)
     methods = [plan.schedule for plan in plans]
     book = codebook_for(loaded, methods, codebook)

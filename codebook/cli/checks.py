@@ -1,4 +1,4 @@
-"""Outputs that cannot be written: known before a model is loaded."""
+"""What can be known to fail before a model is loaded: outputs that cannot be written, folders without a codebook."""
 
 from __future__ import annotations
 
@@ -67,6 +67,12 @@ def check_output_folder(path: Path, files: Iterable[str] = ()) -> None:
     if there == path:
         for name in files:
             check_output_file(path / name)
+
+
+def check_codebook_folder(folder: Path | None) -> None:
+    """Refuse a folder that holds no codebook; None stands for the one that ships for the model."""
+    if folder is not None and not (folder / "config.json").is_file():
+        raise CodebookError(f"no codebook in {folder}: name another folder, or make one with `codebook build`")
 
 
 def _check_names(path: Path, there: Path) -> None:

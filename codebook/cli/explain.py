@@ -33,7 +33,7 @@ def explain_command(
     from codebook.analysis.explain import explain, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
-    from codebook.cli.checks import check_output_file
+    from codebook.cli.checks import check_codebook_folder, check_output_file
     from codebook.models.loading import check_device
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
@@ -48,6 +48,7 @@ def explain_command(
         raise CodebookError("--sheet needs --images: the images that the codebook came from")
     if sheet is not None:
         check_output_file(sheet, [image])
+    check_codebook_folder(codebook)
     check_device(device)
     picture = read_image(image)
     loaded, processor = models.load(model, device)

@@ -80,8 +80,10 @@ def evaluate_command(
     if check is not None:
         check_output_file(check)
     check_device(device)
-    loaded, processor = load_weights(folder, device or "cpu") if folder else models.load("miniature", device or "cpu")
     looks = look or ["plain"]
+    for name in looks:
+        next(iter(tasks(TASK_FAMILIES[0], "test", 0, 1, look=name)))  # refuses what it does not know
+    loaded, processor = load_weights(folder, device or "cpu") if folder else models.load("miniature", device or "cpu")
     rows: dict[str, Scores] = {}
     if check is not None:
         plans = instrument.check_plans(models.shape(loaded).layers)

@@ -58,7 +58,7 @@ def prune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
-    from codebook.cli.checks import check_output_file
+    from codebook.cli.checks import check_codebook_folder, check_output_file
     from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
@@ -83,6 +83,7 @@ def prune_command(
         if output is None:
             raise CodebookError("--input needs --output FILE")
         check_output_file(output, [source])
+        check_codebook_folder(codebook)
         check_device(device)
         prune_file(model, plan, source, output, batch, max_new_tokens, strict, device, as_json)
         return
@@ -94,6 +95,7 @@ def prune_command(
         for i in range(len(image)):
             shown.append(show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}"))
             check_output_file(shown[i], image)
+    check_codebook_folder(codebook)
     check_device(device)
 
     from codebook import models

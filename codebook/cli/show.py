@@ -36,7 +36,7 @@ def show_command(
 ) -> None:
     """Draw what each of several methods keeps of a picture, and what the model then answers."""
     from codebook import models
-    from codebook.cli.checks import check_output_file
+    from codebook.cli.checks import check_codebook_folder, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
     from codebook.inference.overlay import comparison, maps
@@ -48,6 +48,7 @@ def show_command(
     chosen = parse_methods(methods)
     check_keep(keep)
     check_output_file(out, [image])
+    check_codebook_folder(codebook)
     check_device(device)
     picture = read_image(image)
     loaded, processor = models.load(model, device)

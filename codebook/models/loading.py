@@ -24,10 +24,14 @@ EXAMPLES = {
 }
 """Questions that a shipped model can be asked."""
 
+LARGEST_JSON = 2**28
+"""Most bytes of a JSON file in a model's folder; the largest tokenizers have 35 million."""
+
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the file that git leaves in the place of a large one."""
 
 
+@torch.inference_mode(False)  # whatever the caller's mode: weights made in inference mode could never be trained
 def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Model, Processor]:
     """Load a model and its processor for inference. Code that comes with a model is never run.
 
@@ -54,8 +58,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
     device = check_device(device)
     folder = SHIPPED_MODELS.get(name, Path(name))
-    options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
     try:
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
         _check_config(name, folder, options)  # before gigabytes are read
         chosen: Any = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
         with _silent(bars=name not in SHIPPED_MODELS):
@@ -106,10 +110,7 @@ def _check_config(name: str, folder: Path, options: dict[str, Any]) -> None:
         if not (folder / "config.json").is_file():
             raise CodebookError(f"{name} holds no config.json: name a transformers model folder")
         for file in sorted(folder.iterdir()):
-            if file.is_file() and file.stat().st_size < 1024 and file.read_bytes().startswith(LFS_POINTER):
-                raise CodebookError(
-                    f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in its folder"
-                )
+            _check_file(file)
     written, _ = PreTrainedConfig.get_config_dict(str(folder), **options)
     if written.get("auto_map"):
         raise CodebookError(
@@ -119,6 +120,19 @@ def _check_config(name: str, folder: Path, options: dict[str, Any]) -> None:
     config = AutoConfig.from_pretrained(str(folder), **options)
     family_of_config(config)
     _check_size(name, folder, config)
+
+
+def _check_file(file: Path) -> None:
+    """Refuse what would block a reader or fill the memory, and pointers in the place of files."""
+    if file.is_dir():
+        return
+    if not file.is_file():
+        raise CodebookError(f"{file} is no regular file, or a link to none: put the file itself there")
+    size = file.stat().st_size
+    if file.suffix == ".json" and size > LARGEST_JSON:
+        raise CodebookError(f"{file} has {size:,} bytes, more than the {LARGEST_JSON:,} that are read: fetch it again")
+    if size < 1024 and file.read_bytes().startswith(LFS_POINTER):
+        raise CodebookError(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in its folder")
 
 
 def _check_size(name: str, folder: Path, config: Any) -> None:

@@ -166,3 +166,35 @@ def test_what_is_accepted(place):
     (place / "to-folder").symlink_to("folder")
     check_output_folder(place / "to-folder")
     assert not (place / "new").exists()
+
+
+@pytest.mark.parametrize("command", [
+    ["prune", "miniature", "--image", IMAGE, "--ask", "?", "--codebook", "folder"],
+    ["prune", "miniature", "--input", "in.jsonl", "--output", "new", "--codebook", "folder"],
+    ["show", "miniature", "--image", IMAGE, "--ask", "?", "--methods", "codebook", "--codebook", "folder"],
+    ["explain", "miniature", "--image", IMAGE, "--patch", "1,1", "--codebook", "folder"],
+    ["bench", "miniature", "--methods", "codebook", "--out", "new", "--codebook", "folder"],
+    ["calibrate", "miniature", "--data", "miniature", "--keep", "0.2", "--out", "new.json", "--codebook", "folder"],
+])  # fmt: skip
+def test_a_folder_without_a_codebook(refused, place, monkeypatch, command):
+    monkeypatch.chdir(place)
+    before = everything(place)
+    refused(*command, words=["no codebook in folder", "codebook build"])
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize("command, words", [
+    (["calibrate", "miniature", "--data", "miniature", "--keep", ".2", "--count", "1", "--out", "new.json"], ["few"]),
+    (["miniature", "evaluate", "--look", "odd"], ["'odd'", "plain"]),
+    (["horizon", "miniature", "--data", "miniature", "--split", "odd"], ["'odd'", "train"]),
+    (["bench", "miniature", "--methods", "uniform", "--out", "new", "--data", "miniature:odd"], ["'odd'"]),
+    (["bench", "miniature", "--methods", "uniform", "--out", "new", "--horizon", "odd.json"], ["odd.json"]),
+    (["build", "miniature", "--images", "images", "--out", "new", "--dtype", "odd"], ["'odd'", "bfloat16"]),
+    (["build", "miniature", "--images", "images", "--out", "new", "--engine", "odd"], ["'odd'", "ray"]),
+    (["build", "miniature", "--images", "images", "--out", "new", "--tau-p", "nan"], ["tau_p", "nan"]),
+])  # fmt: skip
+def test_options_that_make_no_sense(refused, place, monkeypatch, command, words):
+    monkeypatch.chdir(place)
+    before = everything(place)
+    refused(*command, words=words)
+    assert everything(place) == before

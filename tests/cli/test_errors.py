@@ -233,10 +233,10 @@ def test_a_reader_that_leaves():
 
 def test_closed_and_full_streams():
     closed = "error: standard output is closed: send it to a file, or to /dev/null\n"
-    done = shell("codebook list >&-")
+    done = shell("codebook list >&-")  # before anything is done
     assert done.returncode == 2 and done.stderr == closed
-    done = shell("codebook list <&- 2>&-")
-    assert done.returncode == 0 and "methods" in done.stdout
+    done = shell("codebook --help <&- 2>&-")
+    assert done.returncode == 0 and "prune" in done.stdout
     done = shell("codebook nonsense 2>&-")
     assert done.returncode == 2 and not done.stdout
     if os.path.exists("/dev/full"):

@@ -1,14 +1,19 @@
 """Questions have one right answer, and scorers score by hand-made examples."""
 
+import re
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from codebook.errors import CodebookError
-from codebook.miniature import TASK_FAMILIES, score, tasks
+from codebook.miniature import TASK_FAMILIES, model, score, tasks
 from codebook.miniature.scenes import SHAPES, Film, Scene, Thing, film, scene
 from codebook.miniature.tasks import TASK_TABLE, make_question, vocabulary
+from codebook.models.chat import check_words
+
+ROOT = Path(__file__).parents[2]
 
 
 def picture(*things):
@@ -166,3 +171,12 @@ def test_an_unknown_family_names_the_known_ones():
     with pytest.raises(CodebookError, match="exist"):
         next(tasks("ocrr"))
     assert tuple(TASK_TABLE) == TASK_FAMILIES
+
+
+def test_what_the_docs_ask_the_miniature_is_in_its_words():
+    processor = model.processor()
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]
+    asked = [q for page in pages for q in re.findall(r'codebook \w+ miniature.*--ask "([^"]+)"', page.read_text())]
+    assert len(asked) > 5
+    for question in asked:
+        check_words(processor, question)

@@ -1,6 +1,7 @@
 """Loading: what fits loads, and what is damaged, half there or brings code of its own is refused in one line."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -83,6 +84,27 @@ def removed(name):
     return lambda folder: (folder / name).unlink()
 
 
+def pipe(name):
+    def write(folder):
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return write
+
+
+def linked(name):
+    def write(folder):
+        (folder / name).unlink()
+        (folder / name).symlink_to("nowhere")
+
+    return write
+
+
+def sparse(folder):
+    with (folder / "config.json").open("r+b") as file:
+        file.truncate(2**30)
+
+
 NAN, INF = float("nan"), float("inf")
 DAMAGE = {
     "no LLM": (without("language_model"), "describes 4,847,776 weights and its files hold 91 tensors"),
@@ -122,6 +144,10 @@ DAMAGE = {
     "list for words": (file("tokenizer_config.json", b"[]"), "cannot load"),
     "list for processor": (file("processor_config.json", b"[]"), "cannot load"),
     "half a processor": (file("processor_config.json", b'{"image'), "cannot load.*processor_config.json"),
+    "pipe for weights": (pipe("model.safetensors"), "model.safetensors is no regular file"),
+    "pipe for words": (pipe("tokenizer.json"), "tokenizer.json is no regular file"),
+    "link to nothing": (linked("processor_config.json"), "processor_config.json is no regular file, or a link to none"),
+    "a gigabyte of zeros": (sparse, "config.json has 1,073,741,824 bytes, more than"),
     "no processor": (removed("processor_config.json"), "cannot load.*processor"),
 }  # fmt: skip
 
@@ -134,6 +160,21 @@ def test_damage_is_refused_in_one_line(what, folder):
         models.load(str(folder), "cpu")
     assert str(folder) in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + 2 * len(str(folder))
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a\0b", "a\nb", "", " ", "../..", "/dev/null", "https://x.y/z"])
+def test_odd_names(name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(CodebookError, match=r"cannot load|holds no config.json") as caught:
+        models.load(name, "cpu")
+    assert "\n" not in str(caught.value) and len(str(caught.value)) <= 600
+
+
+def test_a_model_loaded_in_inference_mode_can_be_trained():
+    with torch.inference_mode():
+        model, _ = models.load("miniature", "cpu")
+    model(input_ids=torch.tensor([[2, 5, 9, 6]])).logits.sum().backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0
 
 
 def test_what_only_other_programs_need_is_no_damage(folder):
