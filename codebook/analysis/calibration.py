@@ -229,6 +229,7 @@ def calibrate(
     CodebookError
         If there are too few samples, in all or for one task.
     """
+    model = models.unwrap(model)
     check_samples(model, processor, samples)
     about = {
         "model": models.identity(model),

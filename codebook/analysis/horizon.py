@@ -300,6 +300,7 @@ def sweep(
     Cost
         Work of the prefills and continuations that this call ran; none for `generated`.
     """
+    model = models.unwrap(model)
     if not samples:
         raise CodebookError("there are no samples to sweep: give one at least")
     about = {

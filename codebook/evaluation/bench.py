@@ -228,6 +228,7 @@ def measure(
     -------
     The contents of results.json without the samples shown, see docs/bench.md; {} for a shard
     """
+    model = models.unwrap(model)
     settings = settings or BenchSettings()
     samples = [sample for task in tasks for sample in task.samples]
     timed = _prompt(samples)
@@ -481,6 +482,7 @@ def show_rows(
     frame) and `rows`: for each row `method`, `keep`, `text`, `score` (None without a right answer) and `kept`: for each
     image the raster positions of those tokens of that view that were kept to the end
     """
+    model = models.unwrap(model)
     found, count = [], 0
     with Journal(file, {"model": models.identity(model), "max_new_tokens": max_new_tokens}) as journal:
         for sample in samples:

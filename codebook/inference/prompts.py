@@ -12,6 +12,7 @@ from codebook.errors import CodebookError
 from codebook.inference.samples import Sample
 from codebook.models.base import Model, Processor
 from codebook.models.chat import chat_text, check_text
+from codebook.models.wrappers import stock, unwrap
 from codebook.store.files import one_line
 from codebook.store.pictures import upright_rgb
 
@@ -35,6 +36,7 @@ class QuestionError(CodebookError):
 
 def token_limit(model: Model, processor: Processor) -> int:
     """Most tokens of a prompt, visual ones included: the positions that the model knows, else the tokenizer's limit."""
+    model = stock(model)
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     return int(positions or processor.tokenizer.model_max_length)
 
@@ -107,6 +109,7 @@ def prepare(
     QuestionError
         If a question cannot be asked; its `row` says which.
     """
+    model = unwrap(model)
     for row, question in enumerate(questions):
         try:
             check_question(model, processor, question)

@@ -85,6 +85,7 @@ def respond(
     -------
     For each policy one Response per sample, in the samples' order; {} for a shard
     """
+    model = models.unwrap(model)
     check_samples(model, processor, samples)
     about = {"model": models.identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
     answered, own_batches, keys = 0, batches(samples, batch, shard), []

@@ -24,7 +24,7 @@ EXAMPLES = {
 }
 """Questions that a shipped model can be asked."""
 
-LARGEST_JSON = 2**28
+LARGEST_MODEL_JSON = 2**28
 """Most bytes of a JSON file in a model's folder; the largest tokenizers have 35 million."""
 
 LFS_POINTER = b"version https://git-lfs"
@@ -129,8 +129,10 @@ def _check_file(file: Path) -> None:
     if not file.is_file():
         raise CodebookError(f"{file} is no regular file, or a link to none: put the file itself there")
     size = file.stat().st_size
-    if file.suffix == ".json" and size > LARGEST_JSON:
-        raise CodebookError(f"{file} has {size:,} bytes, more than the {LARGEST_JSON:,} that are read: fetch it again")
+    if file.suffix == ".json" and size > LARGEST_MODEL_JSON:
+        raise CodebookError(
+            f"{file} has {size:,} bytes, more than the {LARGEST_MODEL_JSON:,} that are read: fetch it again"
+        )
     if size < 1024 and file.read_bytes().startswith(LFS_POINTER):
         raise CodebookError(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in its folder")
 

@@ -9,7 +9,13 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from codebook import CodebookError, FastV, Random, Schedule, Stage, models, remember
+from codebook import CodebookError, FastV, Random, Schedule, Stage, ask, build, load, models, prebuilt, remember
+from codebook.analysis import sweep
+from codebook.analysis.explain import explain
+from codebook.building import Settings
+from codebook.evaluation import evaluate
+from codebook.miniature import write_images
+from codebook.miniature.samples import of_miniature
 from tests import reference
 from tests.models.cells import gone_from
 from tests.models.families import FAMILIES, TEXT
@@ -109,6 +115,31 @@ def test_generate_of_a_wrapper_is_pruned(wrap):
     gone = gone_from(inputs, TINY.columns(ROWS), pruning.kept, SCHEDULE.stages)
     expected, _ = reference.masked(model, inputs, gone, 4)
     assert torch.equal(tokens[:, inputs["input_ids"].shape[1] :], expected)
+
+
+def test_whatever_takes_a_model_takes_a_wrapper(group, tmp_path):
+    """And gives what the model inside gives: adapters that are new do nothing."""
+    peft = pytest.importorskip("peft")
+    model, processor = load("miniature", "cpu")
+    wrapper = DistributedDataParallel(
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=r".*language_model.*q_proj"))
+    )
+    samples, schedule = of_miniature("test", 0, 2, ["exist"]), Schedule.for_model(wrapper, "seeded", keep=0.2)
+    images = write_images(tmp_path / "scenes", 3)
+    book = build(
+        wrapper, processor, images[0].parent, tmp_path / "book", model_id="miniature",
+        settings=Settings(prompt="describe.", candidates="tiles", tau_p=1.0, tau_j=99.0),
+    )  # fmt: skip
+    assert str(schedule) == str(Schedule.for_model(model, "seeded", keep=0.2))
+    assert str(prebuilt(wrapper)) == str(prebuilt(model))
+    book.check(wrapper)
+    for use in (
+        lambda it: ask(it, processor, [s.pictures() for s in samples], [s.question for s in samples], schedule),
+        lambda it: evaluate(it, processor, samples, schedule),
+        lambda it: sweep(it, processor, samples)[0].pruned.tolist(),
+        lambda it: explain(it, processor, book, samples[0].pictures()[0], (3, 5)),
+    ):
+        assert repr(use(wrapper)) == repr(use(model))
 
 
 @torch.no_grad()
