@@ -5,16 +5,18 @@
 
 Commands run in forks of one process that has imported everything, so that the kills fall into their work and not into
 imports. A killed command is run again in the folder it left, up to five times killed, then to its end; what lies there
-must be what an uninterrupted run leaves: the same names, hidden ones too, and the same bytes. Of a benchmark's results,
-times do not count.
+must be what an uninterrupted run leaves: the same names, hidden ones too, and the same bytes; of journals, the same
+records. Of a benchmark's results, times do not count.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import tempfile
 import time
@@ -130,7 +132,7 @@ def run(words: list[str], seconds: float | None = None) -> bool:
 
 
 def contents(folder: Path) -> dict[str, object]:
-    """What each file holds: its bytes, or its values without times; of files that are all about times, nothing."""
+    """What each file holds: its bytes, its values without times, its records; of files about times alone, nothing."""
     found: dict[str, object] = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -138,6 +140,9 @@ def contents(folder: Path) -> dict[str, object]:
             found[name] = untimed(json.loads(path.read_text()))
         elif path.name == "report.html" or path.name.startswith("timing-"):
             found[name] = None
+        elif path.suffix == ".sqlite":  # where a record lies in it depends on what was written before and after a kill
+            with contextlib.closing(sqlite3.connect(path)) as database:
+                found[name] = database.execute("SELECT key, value FROM records ORDER BY key").fetchall()
         else:
             found[name] = path.read_bytes() if path.is_file() else "folder"
     return found
