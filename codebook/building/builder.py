@@ -442,6 +442,8 @@ def _nothing_left(journal: Journal, out: Path, funnel: dict[str, int]) -> Codebo
 def _journal(out: Path, key: dict[str, Any]) -> Journal:
     """The journal of an unfinished build into `out`."""
     folder = out / UNFINISHED
+    if folder.is_symlink():
+        raise CodebookError(f"{folder} is a link: choose another --out, or delete it")
     if (folder / "key.json").exists():
         raise CodebookError(f"{out} holds an unfinished build of an earlier version: delete {folder} and run again")
     journal = Journal(folder / "journal.sqlite", key, output="--out")

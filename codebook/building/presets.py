@@ -67,6 +67,8 @@ class Settings:
         for name in ("clusters_per_image", "max_cluster_size", "clusters", "neighbours"):
             if getattr(self, name) < 1:
                 raise CodebookError(f"{name} is {getattr(self, name)}: it must be at least 1")
+        if not 0 <= self.seed < 2**63:
+            raise CodebookError(f"seed is {self.seed}: it must be at least 0 and below 2**63")
         if self.candidates not in ("auto", "ranks", "tiles", "all"):
             raise CodebookError(f"candidates is {self.candidates!r}: use auto, ranks, tiles or all")
         if self.jsd not in ("coded", "textbook"):

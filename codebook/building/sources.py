@@ -115,7 +115,7 @@ def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
         if missing := [path for path in files if not path.is_file()]:
             raise CodebookError(f"no such image: {missing[0]}; check the list")
         root = _common([path.parent for path in files])
-        return _source(root, {_relative_name(path, root): partial(read_bytes, path, LARGEST_PICTURE) for path in files})
+        return _source(root, {_relative_name(path, root): partial(_read_picture, path) for path in files})
     root = Path(images)
     if root.is_dir():
         if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
@@ -147,11 +147,11 @@ def _folder(root: Path) -> Source:
         elif suffix in LEFT_OUT:
             left_out[suffix] += 1
         elif suffix in SUFFIXES and (path.is_file() or path.is_symlink()):  # a broken link is named when it is read
-            found[name] = partial(read_bytes, path, LARGEST_PICTURE)
+            found[name] = partial(_read_picture, path)
         elif suffix in SUFFIXES:
             left_out["that is no regular file"] += 1
         elif path.is_file() and is_picture(_head(path)):
-            found[name] = partial(read_bytes, path, LARGEST_PICTURE)
+            found[name] = partial(_read_picture, path)
     return _source(root, found, left_out)
 
 
@@ -178,6 +178,14 @@ def _files_below(root: Path, left_out: Counter[str]) -> Iterator[Path]:
         waiting = sorted(links)
 
 
+def _read_picture(path: Path) -> bytes:
+    """The contents of a picture's file; what a refusal says does not name this machine's folders."""
+    try:
+        return read_bytes(path, LARGEST_PICTURE)
+    except CodebookError as error:
+        raise CodebookError(str(error).replace(str(path), "it")) from None
+
+
 def _head(path: Path) -> bytes:
     """The first bytes of a file, none if it cannot be read."""
     with contextlib.suppress(OSError, CodebookError), open(open_regular(path, LARGEST_PICTURE), "rb") as file:
@@ -189,7 +197,7 @@ def _listed(path: Path) -> Source:
     remedy = 'write {"image": "file.png"} or "file.png"'
     records = [record for _, record in read_lines(path, remedy, ListedImage | str)]
     names = [record if isinstance(record, str) else record["image"] for record in records]
-    return _source(path, {name: partial(read_bytes, path.parent / name, LARGEST_PICTURE) for name in names})
+    return _source(path, {name: partial(_read_picture, path.parent / name) for name in names})
 
 
 def _shard(shard: Path, before: str, left_out: Counter[str]) -> Found:
@@ -257,7 +265,7 @@ def _data_set(root: Path) -> Source:
         cell = rows[int(name)][column]
         if cell is None:
             raise CodebookError("the row has no image")
-        return read_bytes(Path(cell["path"]), LARGEST_PICTURE) if cell["bytes"] is None else cell["bytes"]
+        return _read_picture(Path(cell["path"])) if cell["bytes"] is None else cell["bytes"]
 
     return Source(str(root), tuple(f"{i:08d}" for i in range(len(rows))), find)
 

@@ -141,12 +141,20 @@ def upright_rgb(picture: Picture.Image) -> Picture.Image:
     """An open picture as `read_image` would give it; what it gave stays as it is."""
     picture.load()
     if picture.mode.startswith(("I", "F")):
-        return ImageOps.exif_transpose(_grey(picture)).convert("RGB")
-    picture = ImageOps.exif_transpose(picture)
+        return _upright(_grey(picture)).convert("RGB")
+    picture = _upright(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
+
+
+def _upright(picture: Picture.Image) -> Picture.Image:
+    """A loaded picture turned as its EXIF orientation says; where that cannot be read, as it is stored."""
+    try:
+        return ImageOps.exif_transpose(picture)
+    except Exception:  # damaged metadata make PIL raise nearly anything
+        return picture
 
 
 def _grey(picture: Picture.Image) -> Picture.Image:
@@ -155,7 +163,9 @@ def _grey(picture: Picture.Image) -> Picture.Image:
     What is white is not in the file where PIL gives 32-bit integers or floats. Integers up to 65535 are 16-bit levels.
     White among floats is the first of 1, 255 and 65535 that none exceeds. Beyond 65535 white is the largest level.
     """
-    turned = picture.getexif().get(ORIENTATION, 1)
+    turned = 1
+    with contextlib.suppress(Exception):  # as of damaged metadata
+        turned = picture.getexif().get(ORIENTATION, 1)
     levels = np.asarray(picture).astype(np.float64)
     if not np.isfinite(levels).all():
         raise ValueError("it holds levels that are no numbers")

@@ -247,3 +247,20 @@ def test_many_folders_that_link_to_each_other(tmp_path):
         for j in range(12):
             (tmp_path / str(i) / f"to{j}").symlink_to(tmp_path / str(j))
     assert open_images(tmp_path).names == tuple(sorted(f"{i}/x.png" for i in range(12)))
+
+
+def test_pointers_of_git_lfs_are_skipped_by_that_name(tiny, pictures, tmp_path):
+    images = shutil.copytree(pictures, tmp_path / "in")
+    (images / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    run(tiny, images, tmp_path / "out")
+    listed = (tmp_path / "out" / "images.jsonl").read_text()
+    assert "it is only a pointer of Git LFS" in listed and str(tmp_path) not in listed
+
+
+def test_a_link_in_the_place_of_the_journal_is_refused(tiny, pictures, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "victim").mkdir()
+    (tmp_path / "out" / ".build").symlink_to(tmp_path / "victim")
+    with pytest.raises(CodebookError, match=r"\.build is a link: choose another --out"):
+        run(tiny, pictures, tmp_path / "out")
+    assert not list((tmp_path / "victim").iterdir())

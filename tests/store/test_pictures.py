@@ -172,3 +172,13 @@ def test_only_whole_pictures_of_known_formats():
             read_image(data, "x")
     with pytest.raises(CodebookError, match=r"no such image: nowhere\.png"):
         read_image("nowhere.png")
+
+
+def test_damaged_metadata_leave_the_picture_as_it_is_stored():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (8, 4)), "JPEG", exif=exif)
+    start = data.index(b"Exif")
+    for broken in (b"Exif\0\0MM\0*\xff\xff\xff\xff", b"Exif\0\0II", b"Exif\0\0" + b"\xff" * 20):
+        damaged = data[:start] + broken + data[start + len(broken) :]
+        assert levels(damaged).shape[:2] in ((4, 8), (8, 4))
