@@ -143,7 +143,7 @@ def test_variants_that_would_go_wrong_are_refused():
 
 @pytest.mark.parametrize("name", ["no/such-model-anywhere", "."])
 def test_models_that_cannot_be_loaded(name, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(CodebookError) as caught:
         models.load(name)
     assert "\n" not in str(caught.value) and name in str(caught.value)
