@@ -111,7 +111,7 @@ class Journal:
         self._tensors: dict[str, str] = {}
         self._begun: bool | None = None  # whether the file has records; until that is known, it is never removed
         self._lock: int | None = None
-        self._database: SqliteDict | None = None
+        self._database: _Database | None = None
         for other in others:
             self._take_other(other)
         if file is not None:
@@ -217,7 +217,7 @@ class Journal:
                 raise
             os.close(handle)  # whoever held the lock has removed the file since it was opened
 
-    def _connect(self) -> SqliteDict:
+    def _connect(self) -> _Database:
         assert self.file is not None
         self._database = _Database(
             str(self.file.absolute()), "records", journal_mode="WAL", encode=json.dumps, decode=json.loads,
@@ -233,7 +233,7 @@ class Journal:
         try:
             self._database.close()
         except (OSError, sqlite3.Error):  # nothing is lost: every record was committed when it was added
-            self._database.close(force=True)
+            self._database.abandon()
         self._database = None
 
     def _commit(self, name: str, value: Any, digest: str | None) -> None:
@@ -448,5 +448,19 @@ class _Connection(SqliteMultithread):
 
 
 class _Database(SqliteDict):
+    def __init__(self, *args: Any, **options: Any) -> None:
+        try:
+            super().__init__(*args, **options)
+        except BaseException:  # as on a full disk; the thread would wait for ever, and hold the files open
+            self.abandon()
+            raise
+
     def _new_conn(self) -> _Connection:
         return _Connection(self.filename, self.autocommit, self.journal_mode, self._outer_stack)
+
+    def abandon(self) -> None:
+        """Close without a commit, and wait until the files are let go."""
+        connection = getattr(self, "conn", None)
+        if connection is not None:
+            self.close(force=True)
+            connection.join()
