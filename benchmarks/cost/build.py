@@ -25,8 +25,8 @@ from PIL import Image
 
 from codebook import Codebook, models
 from codebook.building import build, preset
-from codebook.building.builder import Outcome, Worker
 from codebook.building.clustering import dpc_knn
+from codebook.building.worker import Outcome, Worker
 from codebook.miniature.scenes import scene
 
 SEED = 77

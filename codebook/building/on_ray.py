@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from codebook.building.builder import Engine, Outcome, Worker
+from codebook.building.worker import Engine, Outcome, Worker
 from codebook.errors import CodebookError
 
 PATIENCE = 5.0

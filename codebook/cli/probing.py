@@ -45,8 +45,8 @@ class Probing:
         """Keyword arguments of `building.build` and `building.extend`."""
         options: dict[str, Any] = {"batch_size": self.batch, "exhaustive": self.exhaustive}
         if self.engine == "ray":
-            from codebook.building.builder import Worker
             from codebook.building.on_ray import ray_engine
+            from codebook.building.worker import Worker
 
             def make() -> Worker:
                 source = building.open_images(images, self.limit)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from codebook.building.builder import Options, Worker
 from codebook.building.on_ray import ray_engine
 from codebook.building.sources import open_images
+from codebook.building.worker import Options, Worker
 from codebook.errors import CodebookError
 from tests.building.folders import ROOT, contents, run
 from tests.building.tiny import model, processor, settings

@@ -1,17 +1,14 @@
 """Every file of a codebook and of an unfinished build, changed at will: it loads, or one line says why not.
 
-    python -m tests.store.test_mutations 20000      # as many cases as are asked for, and the peak memory
-
-The short version runs with the other tests. Seeds are fixed; a case that fails is printed with its number.
+Half of the changes are to values in JSON, under checksums that are right again. `benchmarks/faults/mutate.py` has many
+more cases, of every kind of file that the package reads.
 """
 
 import contextlib
 import json
 import random
-import resource
 import shutil
 import sqlite3
-import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -179,25 +176,3 @@ def originals(tmp_path_factory):
 def test_mutated_files_are_refused_in_one_line_or_taken(originals, start):
     found = Counter(case(originals, number)[2] for number in range(start, start + 100))
     assert found["refused"] > 20 and found["taken"] > 3  # the mutations reach what they are to test
-
-
-def main(count):
-    import torch
-
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as place:
-        originals, found, wrong = make_originals(Path(place)), Counter(), 0
-        for number in range(count):
-            try:
-                found[case(originals, number)] += 1
-            except Exception as error:
-                wrong += 1
-                print(f"case {number}: {type(error).__name__}: {str(error)[:200]}")
-    for (name, way, what), cases in sorted(found.items()):
-        print(f"{cases:6} {what:8} {way:6} {name}")
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{count} cases, {wrong} with another error than CodebookError, {memory:.0f} MiB at most")
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]))
