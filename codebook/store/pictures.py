@@ -141,15 +141,15 @@ def upright_rgb(picture: Picture.Image) -> Picture.Image:
     """An open picture as `read_image` would give it; what it gave stays as it is."""
     picture.load()
     if picture.mode.startswith(("I", "F")):
-        return _upright(_grey(picture)).convert("RGB")
-    picture = _upright(picture)
+        return _turned(_grey(picture)).convert("RGB")
+    picture = _turned(picture)
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         return Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return picture.convert("RGB")
 
 
-def _upright(picture: Picture.Image) -> Picture.Image:
+def _turned(picture: Picture.Image) -> Picture.Image:
     """A loaded picture turned as its EXIF orientation says; where that cannot be read, as it is stored."""
     try:
         return ImageOps.exif_transpose(picture)
