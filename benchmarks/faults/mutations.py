@@ -186,7 +186,7 @@ def _changed_at(value: Any, at: tuple[Any, ...], draw: random.Random) -> Any:
         return value
     if isinstance(value, list) and value and draw.random() < 0.6:
         return draw.choice((value + value[-1:], value[:-1], value[::-1], value * 50))
-    if isinstance(value, int | float) and not isinstance(value, bool) and draw.random() < 0.5:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300 and draw.random() < 0.5:
         return draw.choice((value + 1, -value, value * 1000, float(value), str(value), value / 3))
     return json.loads(json.dumps(draw.choice(ODD)))
 
