@@ -31,7 +31,6 @@ LFS_POINTER = b"version https://git-lfs"
 """First bytes of the file that git leaves in the place of a large one."""
 
 
-@torch.inference_mode(False)  # whatever the caller's mode: weights made in inference mode could never be trained
 def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Model, Processor]:
     """Load a model and its processor for inference. Code that comes with a model is never run.
 
@@ -62,14 +61,16 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
         _check_config(name, folder, options)  # before gigabytes are read
         chosen: Any = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
-        with _silent(bars=name not in SHIPPED_MODELS):
-            loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True, **options
-            )
-        model, found = loaded
-        _check_fit(name, model, found)
-        model = model.to(device).eval()
-        check_weights(name, model)
+        # Not as a decorator, behind which type checkers see no signature.
+        with torch.inference_mode(False):  # whatever the caller's: weights made in inference mode cannot be trained
+            with _silent(bars=name not in SHIPPED_MODELS):
+                loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                    str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                )
+            model, found = loaded
+            _check_fit(name, model, found)
+            model = model.to(device).eval()
+            check_weights(name, model)
         processor = AutoProcessor.from_pretrained(str(folder), **options)
         _check_processor(name, model, processor)
         return model, processor
