@@ -55,6 +55,20 @@ def solo(model, prompts):
     return answers
 
 
+class Pause:
+    """A streamer that holds a generation before its first token, until it may go on."""
+
+    def __init__(self, started, resume):
+        self.started, self.resume = started, resume
+
+    def put(self, value):
+        self.started.set()
+        assert self.resume.wait(60)
+
+    def end(self):
+        pass
+
+
 def run(function, count=THREADS):
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(function, range(count)))
@@ -129,16 +143,8 @@ def test_a_streaming_thread_outlives_the_context(model, prompts, solo):
     started, left = threading.Event(), threading.Event()
     inputs, found = prompts[1], []
 
-    class Pause:
-        def put(self, value):
-            started.set()
-            assert left.wait(60)
-
-        def end(self):
-            pass
-
     one = {name: value[:1] for name, value in prompts[0].items()}
-    thread = threading.Thread(target=lambda: found.append(generated(model, one, streamer=Pause())))
+    thread = threading.Thread(target=lambda: found.append(generated(model, one, streamer=Pause(started, left))))
     with SCHEDULES[2](model):
         thread.start()
         assert started.wait(60)
@@ -153,17 +159,11 @@ def test_a_plain_generation_stays_plain(model, prompts, solo):
     """A context that opens meanwhile does not prune the rest of it."""
     started, opened, found = threading.Event(), threading.Event(), []
 
-    class Pause:
-        def put(self, value):
-            started.set()
-            assert opened.wait(60)
-
-        def end(self):
-            pass
-
     one = {name: value[:1] for name, value in prompts[0].items()}
     with SCHEDULES[3](model, "thread"):  # another thread's call: plain
-        thread = threading.Thread(target=lambda: found.append(generated(model, one, streamer=Pause(), use_cache=False)))
+        thread = threading.Thread(
+            target=lambda: found.append(generated(model, one, streamer=Pause(started, opened), use_cache=False))
+        )
         thread.start()
         assert started.wait(60)
         with SCHEDULES[2](model):
