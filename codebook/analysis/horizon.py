@@ -300,9 +300,9 @@ def sweep(
     Cost
         Work of the prefills and continuations that this call ran; none for `generated`.
     """
-    model = models.unwrap(model)
     if not samples:
         raise CodebookError("there are no samples to sweep: give one at least")
+    model = models.unwrap(model)
     about = {
         "model": models.identity(model),
         "data": samples_digest(samples),

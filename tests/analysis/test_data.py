@@ -1,6 +1,8 @@
 """Samples from files and from the miniature, and the tokens of their answers."""
 
 import json
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -94,13 +96,18 @@ def test_samples_are_known_by_their_pictures_contents(tmp_path, picture):
 
 def test_an_edited_picture_is_asked_again(tmp_path, picture):
     loaded = models.load("miniature", "cpu")
-    file, asked = tmp_path / "answers.jsonl", [Sample((picture,), "is there a red circle?")]
+    file, asked = tmp_path / "answers.sqlite", [Sample((picture,), "is there a red circle?")]
+
+    def count():
+        with closing(sqlite3.connect(file)) as database:
+            return database.execute("SELECT count(*) FROM records WHERE key != 'null'").fetchone()[0]
+
     respond(*loaded, asked, {"": lambda group: None}, file)
     respond(*loaded, asked, {"": lambda group: None}, file)
-    assert len(file.read_text().splitlines()) == 2
+    assert count() == 1
     Image.new("RGB", asked[0].pictures()[0].size).save(picture)
     respond(*loaded, asked, {"": lambda group: None}, file)
-    assert len(file.read_text().splitlines()) == 3
+    assert count() == 2
 
 
 def test_samples_of_the_miniature_are_scored_its_way():

@@ -190,7 +190,7 @@ def test_the_rate_of_guesses_by_hand():
 def test_a_model_that_is_wrong_is_not_safe_to_prune(samples):
     """End to end: right questions with wrong answers, by each metric."""
     loaded, own = models.load("miniature", "cpu")
-    colours = ["red", "blue", "green", "yellow", "purple", "white"]
+    colours = ["red", "blue", "green", "yellow", "purple", "orange"]
     asked = [
         Sample(s.images, s.question, colour, "exist")
         for s, colour in zip(of_miniature("test", 0, 6, ["exist"]), colours, strict=True)

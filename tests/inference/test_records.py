@@ -1,6 +1,8 @@
-"""Journals whose lines are JSON, but whose records are not what was written: one error, and never a wrong result."""
+"""Journals that are whole, but whose records are not what was written: one error, and never a wrong result."""
 
 import json
+import sqlite3
+from contextlib import closing
 
 import pytest
 from pydantic import TypeAdapter
@@ -14,7 +16,7 @@ from codebook.inference.records import read_record
 from codebook.inference.respond import respond
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_miniature
-from codebook.store.journal import Journal
+from codebook.store.journal import Journal, _entry
 
 WRONG = [None, 3, "text", [], {}, [1, 2], [["a", "b"]], [["a", [1]]] * 3, {"full": 1}, float("nan"), [[{}]], -1]
 
@@ -25,15 +27,21 @@ def loaded():
 
 
 def spoil(file):
-    """Each record of a journal in turn with each of the wrong values, without the checksum that would give it away."""
-    lines = file.read_text().splitlines()
-    for i, line in enumerate(lines[1:], 1):
-        entry = {k: v for k, v in json.loads(line).items() if k != "crc"}
-        for wrong in WRONG:
-            broken = [*lines[:i], json.dumps(entry | {"value": wrong}), *lines[i + 1 :]]
-            file.write_text("\n".join(broken) + "\n")
-            yield
-    file.write_text("\n".join(lines) + "\n")
+    """Each record of a journal in turn with each of the wrong values, and with the checksum of that."""
+    with closing(sqlite3.connect(file)) as database:
+        rows = database.execute("SELECT key, value FROM records").fetchall()
+    assert len(rows) > 1
+    for key, stored in rows:
+        if (name := json.loads(key)) is not None:  # the null row is what they depend on
+            for wrong in WRONG:
+                put(file, key, json.dumps(_entry(name, wrong)))
+                yield
+            put(file, key, stored)
+
+
+def put(file, key, value):
+    with closing(sqlite3.connect(file)) as database, database:
+        database.execute("UPDATE records SET value = ? WHERE key = ?", (value, key))
 
 
 def refused(run, file):
@@ -45,13 +53,13 @@ def refused(run, file):
 
 
 def test_answers(loaded, tmp_path):
-    samples, file = of_miniature("test", 0, 2, ["exist"]), tmp_path / "answers.jsonl"
+    samples, file = of_miniature("test", 0, 2, ["exist"]), tmp_path / "answers.sqlite"
     refused(lambda: respond(*loaded, samples, {"": lambda asked: None}, file), file)
 
 
 @pytest.mark.parametrize("metric", ["probability", "generated"])
 def test_sweeps(loaded, tmp_path, metric):
-    samples, file = of_miniature("test", 0, 2, ["exist"]), tmp_path / "sweep.jsonl"
+    samples, file = of_miniature("test", 0, 2, ["exist"]), tmp_path / "sweep.sqlite"
     refused(lambda: sweep(*loaded, samples, metric, file)[0].pruned.tolist(), file)
 
 
@@ -60,7 +68,7 @@ def test_calibration(loaded, tmp_path):
     asked = of_miniature("test", 0, 18, ["exist"])
     samples = [Sample(s.images, s.question, s.answer if i % 2 else None) for i, s in enumerate(asked)]
     plain, other = Schedule([Stage(0, 9, Random())]), Schedule([Stage(0, 140, Random())])
-    file = tmp_path / "search.jsonl"
+    file = tmp_path / "search.sqlite"
     refused(lambda: str(calibrate(*loaded, samples, plain, [other], file=file)), file)
 
 
@@ -70,9 +78,9 @@ def test_times_and_looks(loaded, tmp_path, monkeypatch):
     tasks, rows = [Task("exist", samples, ACCURACY)], [bench.Row("unpruned", 1.0, (None,))]
     run = lambda: bench.measure(*loaded, tasks, rows, tmp_path)["rows"]  # noqa: E731
     run()
-    [file] = tmp_path.glob("timing-*.jsonl")
+    [file] = tmp_path.glob("timing-*.sqlite")
     refused(run, file)
-    file = tmp_path / "samples.jsonl"
+    file = tmp_path / "samples.sqlite"
     refused(lambda: bench.show_rows(*loaded, samples, rows, file), file)
 
 
