@@ -19,7 +19,8 @@ def test_fingerprint_is_the_weights_whatever_their_type():
     changed = llava()
     changed.model.multi_modal_projector.linear_2.weight.data.mul_(1.1)
     assert not models.same_fingerprint(one, models.fingerprint(changed))
-    assert not models.same_fingerprint(one, "garbage") and not models.same_fingerprint(one, "")
+    for other in ("garbage", "", one[:-1], one.replace("-", "--"), one + ":", one[:-4] + "<e78", one[:-4] + "١٢٣٤"):
+        assert not models.same_fingerprint(one, other) and not models.same_fingerprint(other, one), other
 
 
 class Packed(torch.nn.Module):

@@ -18,7 +18,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.files import open_regular, read_bytes, read_lines
+from codebook.store.files import is_file, open_regular, read_bytes, read_lines
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture, read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pnm"}
@@ -112,7 +112,7 @@ def left_out_words(left_out: Mapping[str, int]) -> str:
 def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
     if not isinstance(images, (str, Path)):
         files = [Path(path).absolute() for path in images]
-        if missing := [path for path in files if not path.is_file()]:
+        if missing := [path for path in files if not is_file(path)]:
             raise CodebookError(f"no such image: {missing[0]}; check the list")
         root = _common([path.parent for path in files])
         return _source(root, {_relative_name(path, root): partial(_read_picture, path) for path in files})
@@ -123,12 +123,12 @@ def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
         if (root / "dataset_dict.json").is_file():
             raise CodebookError(f"{root} holds several splits: give the folder of one, such as {root / 'train'}")
         return _folder(root)
-    if root.is_file() and root.suffix.lower() == ".tar":
+    if is_file(root) and root.suffix.lower() == ".tar":
         left_out = Counter[str]()
         return _source(root, dict(_shard(root, "", left_out)), left_out)
-    if root.is_file() and root.suffix in (".jsonl", ".ndjson"):
+    if is_file(root) and root.suffix in (".jsonl", ".ndjson"):
         return _listed(root)
-    if root.is_file():
+    if is_file(root):
         raise CodebookError(f"cannot take images from {root}: give a folder, a .jsonl list or a .tar shard")
     raise CodebookError(f"no such folder: {root}; give a folder of images, a .jsonl list or a .tar shard")
 

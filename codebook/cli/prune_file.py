@@ -20,7 +20,7 @@ from codebook.inference.prompts import check_question
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 from codebook.pruning.plan import Plan
-from codebook.store.files import read_lines, replacing, sha256
+from codebook.store.files import is_file, read_lines, replacing, sha256
 from codebook.store.journal import Journal
 from codebook.store.pictures import read_image
 
@@ -45,7 +45,7 @@ def prune_file(
     if not lines:
         raise CodebookError(f"{source} holds no questions: {QUESTION_FORMAT}, one per line")
     folder = source.parent
-    if not any(all((folder / image).is_file() for image in line["images"]) for _, line in lines):
+    if not any(all(is_file(folder / image) for image in line["images"]) for _, line in lines):
         raise CodebookError(
             f"no question of {source} has its images, not even {folder / lines[0][1]['images'][0]}: "
             "paths are relative to the file"
@@ -116,7 +116,7 @@ def _digest(group: Sequence[Line], folder: Path) -> str:
     parts = []
     for _, line in group:
         paths = [folder / image for image in line["images"]]
-        pictures = [sha256(path) if path.is_file() else None for path in paths]
+        pictures = [sha256(path) if is_file(path) else None for path in paths]
         parts.append([line["question"], line["images"], pictures])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 

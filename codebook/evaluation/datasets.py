@@ -16,7 +16,7 @@ from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
 from codebook.inference.samples import Sample, read_samples
-from codebook.store.files import LARGEST_LINES, one_line, read_json, read_lines, read_whole
+from codebook.store.files import LARGEST_LINES, is_file, one_line, read_json, read_lines, read_whole
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -81,7 +81,7 @@ def _tasks(name: str, count: int | None, seed: int, generators: Mapping[str, Gen
         samples = _read_dataset(kind, Path(folder))
     elif kind in LOADERS:
         raise CodebookError(f"say where the files of {kind} are: --data {kind}:FOLDER")
-    elif Path(name).is_file():
+    elif is_file(Path(name)):
         samples = read_samples(Path(name))
     else:
         known = ", ".join([*generators, "a JSONL file"]), ", ".join(f"{loader}:FOLDER" for loader in LOADERS)
@@ -121,7 +121,7 @@ def _read_dataset(kind: str, folder: Path) -> list[Sample]:
     if not samples:
         raise CodebookError(f"{folder} holds no questions of {kind}: see docs/bench.md for the files")
     for image in dict.fromkeys(image for sample in samples for image in sample.images if isinstance(image, Path)):
-        if not image.is_file():
+        if not is_file(image):
             raise CodebookError(f"an image of {kind} is missing: {image}")
     return samples
 
@@ -135,7 +135,7 @@ def _text(path: Path) -> str:
 
 
 def _there(path: Path) -> Path:
-    if not path.is_file():
+    if not is_file(path):
         raise CodebookError(f"no file {path}: see docs/bench.md for the files")
     return path
 

@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.files import read_lines, sha256
+from codebook.store.files import is_file, read_lines, sha256
 from codebook.store.pictures import read_image, read_video, upright_rgb
 
 Scorer = Callable[[str, Sequence[str]], float]
@@ -85,7 +85,7 @@ def read_samples(source: Path) -> list[Sample]:
     if not samples:
         raise CodebookError(f"{source} holds no samples: {SAMPLE_FORMAT}")
     for path in {image for sample in samples for image in sample.images if isinstance(image, Path)}:
-        if not path.is_file():
+        if not is_file(path):
             raise CodebookError(f"{source} names an image that is missing: {path}")
     return samples
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import re
 from collections.abc import Iterator
 
 import torch
@@ -16,6 +17,9 @@ from codebook.models.wrappers import stock
 
 FINGERPRINT_SAMPLES = 32
 """Weights sampled from each of tower and projector."""
+
+FINGERPRINT = re.compile(r"\w+(:[0-9]+-([0-9a-f]{4})*){2}")
+"""Form of a fingerprint: the family, then for tower and projector the number of weights and some of them."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of weights that are not quantised."""
@@ -63,7 +67,12 @@ def _stored(model: Model) -> str:
 
 
 def same_fingerprint(a: str, b: str) -> bool:
-    """Whether two fingerprints are of the same weights, up to the rounding of half-precision types."""
+    """Whether two fingerprints are of the same weights, up to the rounding of half-precision types.
+
+    A text that is no fingerprint, as in a damaged or foreign file, is that of no model.
+    """
+    if not (FINGERPRINT.fullmatch(a) and FINGERPRINT.fullmatch(b)):
+        return False
     parts_a, parts_b = a.split(":"), b.split(":")
     if len(parts_a) != len(parts_b) or parts_a[0] != parts_b[0]:
         return False

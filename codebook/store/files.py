@@ -43,6 +43,14 @@ CHUNK = 2**20
 # Reading
 
 
+def is_file(path: Path) -> bool:
+    """Whether a path names a file. A name that no file can have, such as one that is too long, names none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
 def open_regular(path: Path, largest: int) -> int:
     """Open a file for reading, following links, if it is a regular file within a limit; a handle of the system.
 

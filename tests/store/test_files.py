@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import save
 
 from codebook.errors import CodebookError
+from codebook.inference.samples import read_samples
 from codebook.store import files
 from codebook.store.codebook import Codebook
-from codebook.store.files import read_json, read_lines, read_tensor_bytes, replacing, write_files
+from codebook.store.files import is_file, read_json, read_lines, read_tensor_bytes, replacing, write_files
 from codebook.store.journal import Journal
 from codebook.store.pictures import read_image
 from tests.store.books import make
@@ -193,3 +194,13 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
         temporary.write_text("new")
         raise KeyboardInterrupt
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a", "old")]
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "a/" * 3000, "nul\0", "", "missing"])
+def test_names_that_no_file_has(tmp_path, name):
+    """Names in data are asked for, whatever they are: a sample's, a data set's, a list's."""
+    assert not is_file(tmp_path / name)
+    record = {"image": name or "?", "question": "describe."}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(record) + "\n")
+    with pytest.raises(CodebookError):
+        read_samples(tmp_path / "samples.jsonl")
