@@ -24,8 +24,11 @@ EXAMPLES = {
 }
 """Questions that a shipped model can be asked."""
 
-LARGEST_MODEL_JSON = 2**28
-"""Most bytes of a JSON file in a model's folder; the largest tokenizers have 35 million."""
+READ_WHOLE = {".json", ".jinja", ".txt", ".model"}
+"""Endings of a model's files that are read whole: configs, chat templates, vocabularies."""
+
+LARGEST_MODEL_TEXT = 2**28
+"""Most bytes of such a file; the largest tokenizers have 35 million."""
 
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the file that git leaves in the place of a large one."""
@@ -130,9 +133,9 @@ def _check_file(file: Path) -> None:
     if not file.is_file():
         raise CodebookError(f"{file} is no regular file, or a link to none: put the file itself there")
     size = file.stat().st_size
-    if file.suffix == ".json" and size > LARGEST_MODEL_JSON:
+    if file.suffix in READ_WHOLE and size > LARGEST_MODEL_TEXT:
         raise CodebookError(
-            f"{file} has {size:,} bytes, more than the {LARGEST_MODEL_JSON:,} that are read: fetch it again"
+            f"{file} has {size:,} bytes, more than the {LARGEST_MODEL_TEXT:,} that are read: fetch it again"
         )
     if size < 1024 and file.read_bytes().startswith(LFS_POINTER):
         raise CodebookError(f"{file} is a pointer of git-lfs and not the file itself: run `git lfs pull` in its folder")

@@ -100,9 +100,12 @@ def linked(name):
     return write
 
 
-def sparse(folder):
-    with (folder / "config.json").open("r+b") as file:
-        file.truncate(2**30)
+def sparse(name):
+    def write(folder):
+        with (folder / name).open("r+b") as file:
+            file.truncate(2**30)
+
+    return write
 
 
 NAN, INF = float("nan"), float("inf")
@@ -147,7 +150,8 @@ DAMAGE = {
     "pipe for weights": (pipe("model.safetensors"), "model.safetensors is no regular file"),
     "pipe for words": (pipe("tokenizer.json"), "tokenizer.json is no regular file"),
     "link to nothing": (linked("processor_config.json"), "processor_config.json is no regular file, or a link to none"),
-    "a gigabyte of zeros": (sparse, "config.json has 1,073,741,824 bytes, more than"),
+    "a gigabyte of zeros": (sparse("config.json"), "config.json has 1,073,741,824 bytes, more than"),
+    "a huge template": (sparse("chat_template.jinja"), "chat_template.jinja has 1,073,741,824 bytes, more than"),
     "no processor": (removed("processor_config.json"), "cannot load.*processor"),
 }  # fmt: skip
 
