@@ -50,9 +50,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commands", nargs="*", metavar="command", help=f"{', '.join(COMMANDS)}; default: all")
     parser.add_argument("--kills", type=int, default=50, help="of each command")
-    parser.add_argument("--images", type=int, default=24)
+    parser.add_argument("--images", type=int, default=10)
     options = parser.parse_args()
-    torch.set_num_threads(1)  # for forks, and bit for bit the same after a kill
+    torch.set_num_threads(1)  # bit for bit the same after a kill
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"  # a thread's OpenMP pool does not survive a fork
     load("miniature", "cpu")
     with tempfile.TemporaryDirectory() as name:
         prepare(Path(name), options.images)
