@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from codebook import Codebook, miniature, models
+from codebook import Codebook, CodebookError, miniature, models
+from codebook.building.sheet import sheet
 
 ROOT = Path(__file__).parent.parent
 
@@ -366,3 +367,13 @@ def test_a_codebook_does_not_choose_the_model_that_is_loaded(run, refused, tmp_p
     code, _, err = run(*command, "--model", weights)
     assert code == 0, err
     assert len(Codebook.load(tmp_path / "larger")) > 0
+
+
+def test_prototypes_that_do_not_say_where_they_are_from(run, tmp_path):
+    """As those that `Codebook.extend` adds: they are counted, and have no place in a sheet."""
+    book = Codebook(torch.eye(4), [{"image": "a.png", "row": 0, "col": 1, "cluster": 0}, *[{"cluster": 0}] * 3])
+    book.save(tmp_path / "book")
+    code, out, _ = run("inspect", tmp_path / "book", "--json")
+    assert code == 0 and json.loads(out)["clusters"] == [{"cluster": 0, "prototypes": 4, "images": 1}]
+    with pytest.raises(CodebookError, match="leave --sheet out"):
+        sheet(book.provenance, (2, 2), [], "title")

@@ -115,7 +115,7 @@ def explanation_text(found: Explanation, config: dict[str, Any], kept: int | Non
     head = ("cosine", "P1", "JSD region", "JSD global", "cluster", "patch", "image")
     rows = []
     for one in found.neighbours:
-        place = f"{one['row']},{one['col']}" if "row" in one else "-"
+        place = f"{one['row']},{one['col']}" if {"row", "col"} <= one.keys() else "-"
         figures = [f"{one[key]:.3g}" if key in one else "-" for key in ("p1", "jsd_region", "jsd_global")]
         cluster = f"{one['cluster']} ({one['cluster_size']})"
         rows.append((f"{one['similarity']:.3f}", *figures, cluster, place, str(one.get("image", "-"))))

@@ -34,8 +34,10 @@ def sheet(
     Raises
     ------
     CodebookError
-        If none of the images is found.
+        If a prototype does not say where it is from, or none of the images is found.
     """
+    if not all({"image", "row", "col"} <= row.keys() for row in provenance):
+        raise CodebookError("this codebook does not say which patches its prototypes are: leave --sheet out")
     clusters: dict[int, dict[str, dict[str, Any]]] = {}
     sizes: dict[int, int] = {}
     for row in provenance:

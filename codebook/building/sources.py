@@ -18,7 +18,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.files import is_file, open_regular, read_bytes, read_lines
+from codebook.store.files import is_file, is_folder, open_regular, read_bytes, read_lines
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture, read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pnm"}
@@ -117,7 +117,7 @@ def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
         root = _common([path.parent for path in files])
         return _source(root, {_relative_name(path, root): partial(_read_picture, path) for path in files})
     root = Path(images)
-    if root.is_dir():
+    if is_folder(root):
         if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
             return _data_set(root)
         if (root / "dataset_dict.json").is_file():

@@ -56,8 +56,6 @@ def explain_command(
     found = explain(loaded, processor, book, picture, (row, col), neighbours)
     kept = max(1, round(keep * found.tokens))
     if sheet is not None:
-        if not all("row" in one for one in found.neighbours):
-            raise CodebookError("this codebook does not say which patches its prototypes are: leave --sheet out")
         title = f"prototypes nearest to patch {row},{col} of {image.name}"
         sources = [open_images(folder) for folder in images or ()]
         write_picture(draw_sheet(found.neighbours, found.grid, sources, title), sheet)

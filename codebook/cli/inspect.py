@@ -42,7 +42,7 @@ def inspect_command(
             {
                 "cluster": cluster,
                 "prototypes": size,
-                "images": len({r["image"] for r in book.provenance if r["cluster"] == cluster}),
+                "images": len({r["image"] for r in book.provenance if r["cluster"] == cluster and "image" in r}),
             }
             for cluster, size in clusters.most_common()
         ],

@@ -16,7 +16,7 @@ from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
 from codebook.inference.samples import Sample, read_samples
-from codebook.store.files import LARGEST_LINES, is_file, one_line, read_json, read_lines, read_whole
+from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, read_json, read_lines, read_whole
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -109,7 +109,7 @@ def _draw_groups(task: Task, count: int | None, seed: int) -> Task:
 
 
 def _read_dataset(kind: str, folder: Path) -> list[Sample]:
-    if not folder.is_dir():
+    if not is_folder(folder):
         raise CodebookError(f"no folder {folder}: give the one with the files of {kind}")
     try:
         samples = list(LOADERS[kind](folder))

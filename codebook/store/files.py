@@ -51,6 +51,14 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a path names a folder, as `is_file` tells it of files."""
+    try:
+        return path.is_dir()
+    except OSError:
+        return False
+
+
 def open_regular(path: Path, largest: int) -> int:
     """Open a file for reading, following links, if it is a regular file within a limit; a handle of the system.
 

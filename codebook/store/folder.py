@@ -24,6 +24,7 @@ from codebook.store.files import (
     WRITER_PATIENCE,
     being_written,
     cannot_write,
+    is_folder,
     parse,
     parse_tensors,
     read_tensor_bytes,
@@ -134,7 +135,7 @@ def read_folder(path: Path, optional: Sequence[str] = ()) -> tuple[dict[str, Any
     CodebookError
         If the folder is no codebook, or a file is missing or damaged.
     """
-    if not path.is_dir():
+    if not is_folder(path):
         raise CodebookError(f"no such folder: {path}; name a codebook, or make one with `codebook build`")
     until = time.monotonic() + WRITER_PATIENCE
     while True:

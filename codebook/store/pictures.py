@@ -18,7 +18,7 @@ from PIL import Image as Picture
 from PIL import ImageOps, ImageSequence
 
 from codebook.errors import CodebookError
-from codebook.store.files import one_line, read_bytes
+from codebook.store.files import is_folder, one_line, read_bytes
 
 USE_WHOLE = "use a whole PNG, JPEG or WebP file"
 VIDEO_FRAMES = 8
@@ -70,7 +70,7 @@ def decode_image(data: bytes) -> Picture.Image:
 
 def read_video(path: Path, frames: int = VIDEO_FRAMES) -> tuple[Path | Picture.Image, ...]:
     """Up to `frames` frames, evenly spaced, of a folder of them (in order of their names) or an animated picture."""
-    if path.is_dir():
+    if is_folder(path):
         files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
         return tuple(files[i] for i in _spaced(path, len(files), frames))
     with _open_picture(path, None, "video", "give a folder of frames, or an animated GIF, PNG or WebP file") as picture:

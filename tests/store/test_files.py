@@ -200,7 +200,10 @@ def test_an_interrupted_write_leaves_nothing(tmp_path):
 def test_names_that_no_file_has(tmp_path, name):
     """Names in data are asked for, whatever they are: a sample's, a data set's, a list's."""
     assert not is_file(tmp_path / name)
-    record = {"image": name or "?", "question": "describe."}
-    (tmp_path / "samples.jsonl").write_text(json.dumps(record) + "\n")
+    for kind in ("image", "video"):
+        record = {kind: name or "?", "question": "describe."}
+        (tmp_path / "samples.jsonl").write_text(json.dumps(record) + "\n")
+        with pytest.raises(CodebookError):
+            read_samples(tmp_path / "samples.jsonl")
     with pytest.raises(CodebookError):
-        read_samples(tmp_path / "samples.jsonl")
+        Codebook.load(tmp_path / (name or "?"))
