@@ -15,8 +15,8 @@ import pytest
 import codebook
 
 ROOT = Path(__file__).parent.parent
-# Every module may define these; any other top-level name lives in one module.
-REPEATED = {"__all__", "__getattr__", "__dir__"}
+# Every module may define these; any other top-level name lives in one module. `router` makes a part of the service.
+REPEATED = {"__all__", "__getattr__", "__dir__", "router"}
 
 
 def rooms(markdown: str) -> dict[str, set[str]]:
@@ -93,7 +93,15 @@ def test_the_map_names_the_rooms_that_are_there(graph, table):
 
 def test_what_the_table_itself_must_say(table):
     """The rule of the design, however the table is edited."""
-    order = ["models", "store", ("pruning", "building"), "inference", ("analysis", "evaluation"), "integrations", "cli"]
+    order = [
+        "models",
+        "store",
+        ("pruning", "building"),
+        "inference",
+        ("analysis", "evaluation"),
+        ("integrations", "serving"),
+        "cli",
+    ]
     floors = {name: i for i, names in enumerate(order) for name in ([names] if isinstance(names, str) else names)}
     for name, others in table.items():
         top = name.partition(".")[0]

@@ -26,6 +26,7 @@ from codebook.cli.merge import merge_command
 from codebook.cli.miniature import evaluate_command, images_command, train_command
 from codebook.cli.output import Interrupted
 from codebook.cli.prune import prune_command
+from codebook.cli.serve import serve_command
 from codebook.cli.show import show_command
 from codebook.cli.streams import flush_output, prepare_streams, say
 from codebook.errors import CodebookError, out_of_memory, remedy_for
@@ -38,6 +39,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "extend": extend_command,
     "merge": merge_command,
     "prune": prune_command,
+    "serve": serve_command,
     "horizon": horizon_command,
     "calibrate": calibrate_command,
     "bench": bench_command,

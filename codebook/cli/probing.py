@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 from codebook import building, models
+from codebook.cli.checks import check_dtype
 from codebook.cli.output import note
 from codebook.errors import CodebookError, printable
 from codebook.models.base import Model, Processor
 from codebook.models.loading import check_device
-from codebook.pruning.plan import DTYPES
 from codebook.store.codebook import Codebook
 
 
@@ -35,8 +35,7 @@ class Probing:
     def __post_init__(self) -> None:
         if self.engine not in ("local", "ray"):
             raise CodebookError(f"no engine {self.engine!r}: use local or ray")
-        if self.dtype not in (None, *DTYPES):
-            raise CodebookError(f"no dtype {self.dtype!r}: use {', '.join(DTYPES)}")
+        check_dtype(self.dtype)
 
     def load(self, name: str) -> tuple[Model, Processor]:
         return models.load(name, self.device, None if self.dtype is None else getattr(torch, self.dtype))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from PIL import Image as Picture
+from torch import Tensor
 from transformers import LogitsProcessorList
 
 from codebook.inference.outputs import NanWatch
@@ -84,22 +86,45 @@ def answer_prompts(
     CodebookError
         If the model's outputs are NaN.
     """
-    watch = NanWatch()
-    with torch.inference_mode(), (schedule or Schedule([]))(model, "thread") as pruning:
-        out = model.generate(
-            **prompts.inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([watch]),
-        )
-    watch.check()
-    texts = processor.batch_decode(out[:, prompts.inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    # Pruning lists the images of the whole batch, prompt by prompt.
-    every_image = iter(zip(pruning.images, pruning.kept, strict=True))
+    generated = generate(model, prompts, schedule, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = processor.batch_decode(generated.tokens, skip_special_tokens=True)
     answers = []
-    for text, count in zip(texts, prompts.images, strict=True):
-        shown = [next(every_image) for _ in range(count)]
+    for text, shown in zip(texts, generated.shown, strict=True):
         kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in shown]
         counts = [[image.count, *map(len, stages)] for image, stages in shown]
         answers.append(Answer(text.strip(), kept, [image for image, _ in shown], counts))
     return answers
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What a model generated for a batch of prompts.
+
+    Attributes
+    ----------
+    tokens
+        (B, n) int64: the new tokens; rows that ended early are padded.
+    shown
+        For each prompt its images, each with the tokens (int64) that survived each stage.
+    """
+
+    tokens: Tensor
+    shown: list[list[tuple[Image, list[Tensor]]]]
+
+
+def generate(model: Model, prompts: Prompts, schedule: Schedule | None = None, **options: Any) -> Generated:
+    """Run the model's own `generate` on prepared prompts under a schedule, with options of its.
+
+    Raises
+    ------
+    CodebookError
+        If the model's outputs are NaN.
+    """
+    watch = NanWatch()
+    with torch.inference_mode(), (schedule or Schedule([]))(model, "thread") as pruning:
+        out = model.generate(**prompts.inputs, logits_processor=LogitsProcessorList([watch]), **options)
+    watch.check()
+    # Pruning lists the images of the whole batch, prompt by prompt.
+    every_image = iter(zip(pruning.images, pruning.kept, strict=True))
+    shown = [[next(every_image) for _ in range(count)] for count in prompts.images]
+    return Generated(out[:, prompts.inputs["input_ids"].shape[1] :], shown)

@@ -116,6 +116,19 @@ def prepare(
         except CodebookError as error:
             raise QuestionError(str(error), row) from None
     texts = [chat_text(processor, question, len(own)) for own, question in zip(images, questions, strict=True)]
+    return encode_prompts(model, processor, images, texts)
+
+
+def encode_prompts(
+    model: Model, processor: Processor, images: Sequence[Sequence[Picture.Image]], texts: Sequence[str]
+) -> Prompts:
+    """Process a batch of prompts that the chat template has made, each with its images.
+
+    Raises
+    ------
+    QuestionError
+        If an image cannot be read, or a prompt is longer than the model's positions; its `row` says which.
+    """
     shown = [_upright(row, own) for row, own in enumerate(images)] if any(images) else None
     inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
     limit = token_limit(model, processor)

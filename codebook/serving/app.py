@@ -1,0 +1,23 @@
+"""The app of the service: its parts, each a module with a `router`, behind the limits that hold for all."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+
+from codebook.serving import chat, health
+from codebook.serving.errors import add_error_handlers
+from codebook.serving.limits import Guard
+from codebook.serving.state import State
+
+PARTS = (health, chat)
+"""Modules with a function `router(state) -> fastapi.APIRouter`."""
+
+
+def build_app(state: State) -> FastAPI:
+    """The ASGI app of a service."""
+    app = FastAPI(title="codebook", openapi_url=None)
+    add_error_handlers(app)
+    for part in PARTS:
+        app.include_router(part.router(state))
+    app.add_middleware(Guard, state=state)
+    return app

@@ -1,0 +1,77 @@
+"""Errors of the service: every one has the shape that OpenAI's clients read."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from codebook.errors import CodebookError, printable
+
+TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+"""Types of errors by status, beside `invalid_request_error` below 500 and `server_error` above."""
+
+
+class ServiceError(CodebookError):
+    """A request that is refused.
+
+    Parameters
+    ----------
+    status
+        HTTP status.
+    message
+        What is wrong and what to do about it.
+    code
+        A short name for programs, such as `model_not_found`.
+    param
+        The field of the request that is at fault.
+    """
+
+    def __init__(self, status: int, message: str, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.code, self.param = status, code, param
+
+
+def error_response(
+    status: int, message: str, code: str | None = None, param: str | None = None, headers: dict[str, str] | None = None
+) -> JSONResponse:
+    """An error in OpenAI's shape: `{"error": {message, type, param, code}}`."""
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    body = {"error": {"message": printable(message), "type": kind, "param": param, "code": code}}
+    headers = dict(headers or {})
+    if status in (429, 503):
+        headers.setdefault("Retry-After", "1")
+    return JSONResponse(body, status_code=status, headers=headers)
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Give every error of an app the one shape, also those of the framework and those that nobody expected."""
+
+    @app.exception_handler(ServiceError)
+    async def refused(_: Request, error: ServiceError) -> JSONResponse:
+        return error_response(error.status, str(error), error.code, error.param)
+
+    @app.exception_handler(CodebookError)
+    async def unusable(_: Request, error: CodebookError) -> JSONResponse:
+        return error_response(422, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        return error_response(422, *first_fault(error.errors()))
+
+    @app.exception_handler(HTTPException)
+    async def by_framework(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+
+    @app.exception_handler(Exception)
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"unexpected {type(error).__name__}: please report it with the server's log")
+
+
+def first_fault(faults: Any) -> tuple[str, None, str]:
+    """(message, None, place) of the first fault that pydantic found; nothing of the input is repeated."""
+    place = ".".join(str(part) for part in faults[0]["loc"])
+    return f"{place or 'the body'}: {faults[0]['msg']}", None, place[:200]

@@ -1,0 +1,30 @@
+"""`GET /health`, `GET /ready` and `GET /metrics`."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from codebook.serving.errors import ServiceError
+from codebook.serving.state import State
+
+
+def router(state: State) -> APIRouter:
+    """Whether the service lives, whether it takes requests, and what it has counted."""
+    routes = APIRouter()
+
+    @routes.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @routes.get("/ready")
+    async def ready() -> dict[str, str]:
+        if state.draining:
+            raise ServiceError(503, "the service is about to end: ask another one", "draining")
+        return {"status": "ready"}
+
+    @routes.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(state.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    return routes

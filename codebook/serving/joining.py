@@ -1,0 +1,40 @@
+"""Prompts that were processed one by one as one batch, as if the processor had made them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import BatchFeature
+
+from codebook.inference.prompts import Prompts
+
+FILLERS = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+"""Inputs with one number per token, and what stands in padding; None: the padding token."""
+PER_IMAGE = {"pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"}
+"""Inputs of which one prompt's rows simply follow another's."""
+
+
+def alike(first: Prompts, other: Prompts) -> bool:
+    """Whether two prompts can share a batch: known inputs, the same for both, of equal shapes per image."""
+    if first.inputs.keys() != other.inputs.keys() or not first.inputs.keys() <= FILLERS.keys() | PER_IMAGE:
+        return False
+    images = PER_IMAGE & first.inputs.keys()
+    return all(first.inputs[name].shape[1:] == other.inputs[name].shape[1:] for name in images)
+
+
+def join(prompts: Sequence[Prompts], pad_token: int) -> Prompts:
+    """One batch of prompts that are alike, padded on the left."""
+    if len(prompts) == 1:
+        return prompts[0]
+    joined: dict[str, Tensor] = {}
+    for name in prompts[0].inputs:
+        parts = [one.inputs[name] for one in prompts]
+        if name in FILLERS:
+            filler = FILLERS[name] if name != "input_ids" else pad_token
+            longest = max(part.shape[1] for part in parts)
+            parts = [pad(part, (longest - part.shape[1], 0), value=filler) for part in parts]
+        joined[name] = torch.cat(parts)
+    return Prompts(BatchFeature(joined), [count for one in prompts for count in one.images])

@@ -1,0 +1,84 @@
+"""The server: uvicorn, which on SIGTERM answers what it has accepted and then ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Callable, Iterator
+
+import uvicorn
+
+from codebook.errors import CodebookError
+from codebook.serving.app import build_app
+from codebook.serving.state import State
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that is bound to an address; port 0 takes a free one.
+
+    Raises
+    ------
+    CodebookError
+        If the address is not one of this machine, or is taken.
+    """
+    try:
+        [family, *_, found] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return socket.create_server(found[:2], family=family, backlog=2048)
+    except OSError as error:
+        raise CodebookError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port") from None
+
+
+def address(bound: socket.socket) -> str:
+    """The URL of a bound socket."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server with our way to end.
+
+    Parameters
+    ----------
+    ready
+        Called when requests are taken.
+    """
+
+    def __init__(self, state: State, ready: Callable[[], None] = lambda: None) -> None:
+        self._state, self._ready = state, ready
+        self.cut = 0
+        super().__init__(uvicorn.Config(build_app(state), lifespan="off", log_level="warning", access_log=False))
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Drain on SIGTERM and SIGINT; a second one ends at once."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, other threads
+                loop.add_signal_handler(number, self._told_to_end)
+        yield
+
+    def _told_to_end(self) -> None:
+        if self._state.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._state.draining = True
+        self._draining = asyncio.ensure_future(self.drain())
+
+    async def drain(self) -> None:
+        """Refuse new requests, wait for the accepted ones, and end."""
+        state = self._state
+        state.draining = True
+        try:
+            async with asyncio.timeout(state.limits.drain_seconds):
+                while state.active:
+                    state.idle.clear()
+                    await state.idle.wait()
+        except TimeoutError:
+            self.cut, self.force_exit = state.active, True
+        self.should_exit = True

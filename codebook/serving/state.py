@@ -1,0 +1,46 @@
+"""What all parts of the service share."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+
+from codebook.models.base import Model, Processor
+from codebook.pruning import Schedule
+from codebook.serving.limits import Limits
+from codebook.serving.metrics import Metrics
+from codebook.serving.model_thread import ModelThread
+
+
+@dataclass
+class State:
+    """A running service.
+
+    Attributes
+    ----------
+    name
+        What clients call the model.
+    schedule
+        What prunes every prompt.
+    model_thread
+        The thread that the model runs on; `await state.model_thread.run(function)` is for other work with the model.
+    limits
+        What is beyond them is refused.
+    draining
+        Whether the service is about to end: what it has accepted is answered, new requests are refused.
+    active
+        Requests that are accepted and not yet answered.
+    """
+
+    name: str
+    model: Model
+    processor: Processor
+    schedule: Schedule
+    model_thread: ModelThread
+    metrics: Metrics
+    limits: Limits = field(default_factory=Limits)
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    draining: bool = False
+    active: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)

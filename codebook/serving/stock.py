@@ -1,0 +1,130 @@
+"""The chat completions of `transformers serve`: its answers and streams, made of what our worker generates.
+
+The only module that touches `transformers.cli.serving`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import torch
+from fastapi import Response
+from transformers import __version__
+from transformers.cli.serving import chat_completion, utils
+from transformers.generation import BaseStreamer, GenerationConfig
+
+from codebook.errors import CodebookError, printable
+from codebook.serving.model_thread import Job
+from codebook.serving.state import State
+
+USED = {
+    "ChatCompletionHandler": ("_streaming", "_non_streaming", "_build_completion", "_build_chunk_sse"),
+    "DirectStreamer": ("put", "end", "cancel", "_enqueue"),
+    "_StreamError": (),
+}
+"""Names of `transformers serve` that are used here; none of them is promised to stay."""
+
+
+def check_names(*modules: Any) -> None:
+    """Refuse a transformers whose server is built in another way.
+
+    Raises
+    ------
+    CodebookError
+        Naming what is missing.
+    """
+    for name, parts in USED.items():
+        found = next((getattr(module, name) for module in modules if hasattr(module, name)), None)
+        missing = [name] if found is None else [f"{name}.{part}" for part in parts if not hasattr(found, part)]
+        if missing:
+            raise CodebookError(
+                f"transformers {__version__} has no {missing[0]}, on which serving stands: install a version that the "
+                "package names, `pip install 'codebook[serve]'`"
+            )
+
+
+check_names(chat_completion, utils)
+
+
+class Completion(chat_completion.ChatCompletionHandler):
+    """The answer to one request, in the shapes of `transformers serve`.
+
+    It is handler and generation manager at once: the stock handler asks it to generate, and it asks the worker.
+    """
+
+    def __init__(self, state: State, job: Job) -> None:
+        none: Any = None  # the stock handler only keeps what it would load models with
+        super().__init__(model_manager=none, generation_state=none)
+        self._state, self._job = state, job
+
+    async def respond(self, request_id: str, stream: bool) -> Response:
+        """The whole answer, or one that streams."""
+        state, job = self._state, self._job
+        config = GenerationConfig(max_new_tokens=job.new_tokens)
+        given: Any = (request_id, state.model, state.processor, state.name, job.prompts.inputs, config, self)
+        return self._streaming(*given) if stream else await self._non_streaming(*given)
+
+    async def generate_non_streaming(
+        self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str
+    ) -> tuple[str, int, Any]:
+        """(text, tokens of the prompt, tokens of the answer), as the stock manager gives them."""
+        self._state.model_thread.submit(self._job)
+        try:
+            tokens = await asyncio.wrap_future(self._job.answer)
+        except asyncio.CancelledError:
+            self._job.left.set()
+            raise
+        return processor.decode(tokens, skip_special_tokens=True), inputs["input_ids"].shape[-1], tokens
+
+    def generate_streaming(
+        self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str, response_parser: Any = None
+    ) -> tuple[asyncio.Queue[Any], Any]:
+        """(queue of texts, streamer), as the stock manager gives them."""
+        loop, queue, job = asyncio.get_running_loop(), asyncio.Queue[Any](), self._job
+        streamer = LateStreamer(processor.tokenizer._tokenizer, loop, queue, job, response_parser)
+        job.streamer = streamer
+        job.answer.add_done_callback(lambda _: streamer.finish())
+        self._state.model_thread.submit(job)
+        return queue, streamer
+
+    def _build_completion(self, *args: Any, **fields: Any) -> Any:
+        return super()._build_completion(*args, **self._counted(fields))
+
+    def _build_chunk_sse(self, *args: Any, **fields: Any) -> Any:
+        return super()._build_chunk_sse(*args, **self._counted(fields))
+
+    def _counted(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of an answer, with the visual tokens of the prompt and those that were kept in its usage."""
+        if (usage := fields.get("usage")) is None:
+            return fields
+        counts = {"seen": self._job.seen, "kept": self._job.kept}
+        return {**fields, "usage": type(usage)(**usage.model_dump(), codebook=counts)}
+
+
+class LateStreamer(utils.DirectStreamer, BaseStreamer):
+    """The stock streamer, which ends when the counts of the answer are there, and not when `generate` does."""
+
+    def __init__(self, tokenizer: Any, loop: Any, queue: Any, job: Job, response_parser: Any) -> None:
+        super().__init__(tokenizer, loop, queue, response_parser=response_parser)
+        self._job = job
+
+    def put(self, value: torch.Tensor) -> None:
+        if not self._job.left.is_set():
+            super().put(value)
+
+    def end(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        """End the stream, with an error if there is no answer."""
+        error = None if self._job.answer.cancelled() else self._job.answer.exception()
+        if error is None:
+            super().end()
+        else:
+            self._enqueue(utils._StreamError(printable(str(error))))
+
+    def cancel(self) -> None:
+        """Stop the generation: the client has left."""
+        self._job.left.set()
+        self._job.answer.cancel()

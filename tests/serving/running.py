@@ -1,0 +1,44 @@
+"""A service in a thread of this process, asked over a real socket, and requests for it."""
+
+import asyncio
+import base64
+import io
+import threading
+
+from codebook.serving.limits import Limits
+from codebook.serving.metrics import Metrics
+from codebook.serving.model_thread import ModelThread
+from codebook.serving.server import Server, address, listen
+from codebook.serving.state import State
+
+
+def data_url(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def body(sample, **fields):
+    """A request that asks a sample's question about its pictures, as `ask` does."""
+    shown = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in sample.pictures()]
+    content = [*shown, {"type": "text", "text": sample.question}]
+    return {"model": "miniature", "messages": [{"role": "user", "content": content}], **fields}
+
+
+class Service:
+    """A running service: its URL, its state, and `stop`."""
+
+    def __init__(self, model, processor, schedule, limits=None, **options):
+        metrics = Metrics()
+        thread = ModelThread(model, processor, schedule, metrics)
+        self.state = State("miniature", model, processor, schedule, thread, metrics, limits or Limits(), **options)
+        bound, started = listen("127.0.0.1", 0), threading.Event()
+        self.url, self.server = address(bound), Server(self.state, started.set)
+        self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([bound])), daemon=True)
+        self._thread.start()
+        assert started.wait(30)
+
+    def stop(self):
+        self.server.should_exit = True
+        self._thread.join(30)
+        self.state.model_thread.stop()
