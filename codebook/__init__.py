@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import Any
 
 _HOME = {
+    "Client": "codebook.serving.client",
     "Codebook": "codebook.store.codebook",
     "CodebookError": "codebook.errors",
     "ask": "codebook.inference.ask",

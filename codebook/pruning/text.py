@@ -180,7 +180,7 @@ def _read_stage(number: int, start: int, text: str, others: Iterable[str]) -> St
             method,
             values,
             None if layer is None else _read_layer(layer),
-            None if keep is None else _read_keep(keep),
+            None if keep is None else read_keep(keep),
             mass,
         )
     except CodebookError as error:
@@ -243,7 +243,7 @@ def _read_layer(layer: str) -> int:
     return _read_whole(layer, "layer")
 
 
-def _read_keep(keep: str) -> int | float:
+def read_keep(keep: str) -> int | float:
     if _WHOLE.fullmatch(keep):
         return _read_whole(keep, "keep")
     if (number := _read_float(keep)) is None:

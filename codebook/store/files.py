@@ -175,8 +175,8 @@ def parse_lines(path: Path, data: bytes, remedy: str, schema: Any) -> list[tuple
     return found
 
 
-def parse_tensors(path: Path, data: bytes, remedy: str) -> dict[str, Tensor]:
-    """The tensors of a safetensors file whose bytes are there already."""
+def parse_tensors(path: Path | str, data: bytes, remedy: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file whose bytes are there already; `path` is what an error calls it."""
     try:
         return load(data)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:

@@ -1,0 +1,192 @@
+"""The client: what it sends and gets, without torch for users of NumPy, and in one sentence what went wrong."""
+
+import http.server
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import uvicorn
+from fastapi import FastAPI
+from safetensors.torch import save
+
+from codebook import Client
+from codebook.errors import CodebookError
+from codebook.serving.errors import add_error_handlers
+from codebook.serving.metrics import Metrics
+from codebook.serving.scores import router
+from codebook.serving.shelf import Shelf
+from tests.store.books import make, tokens
+
+ROOT = Path(__file__).parents[2]
+
+
+@contextmanager
+def running(serve, end):
+    """Run a server in a thread."""
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        end()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    make().save(folder)
+    app = FastAPI()
+    add_error_handlers(app)
+    app.include_router(router(SimpleNamespace(shelf=Shelf({"small": folder}), metrics=Metrics())))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
+    with running(server.run, lambda: setattr(server, "should_exit", True)):
+        while not server.started:
+            time.sleep(0.01)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+
+@pytest.fixture
+def answering():
+    """Start a server that answers every request with these bytes; returns a client of it."""
+
+    @contextmanager
+    def start(status, body, **headers):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def reply(self):
+                self.rfile.read(int(self.headers.get("Content-Length", 0)))
+                self.send_response(status, "so\x1b[31m")
+                for name, value in ({"Content-Length": len(body)} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(body)
+
+            do_GET = do_POST = reply
+
+            def log_message(self, *_):
+                pass
+
+        with (
+            http.server.HTTPServer(("127.0.0.1", 0), Handler) as server,
+            running(lambda: server.serve_forever(0.01), server.shutdown),
+        ):
+            yield Client(f"http://127.0.0.1:{server.server_port}", timeout=5)
+
+    return start
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_torch_in_and_torch_out(service, dtype):
+    features, book = tokens().to(dtype), make()
+    redundancy, kept = Client(service).score("small", features.T.contiguous().T, keep=7, method="codebook")
+    assert torch.equal(redundancy, book.redundancy(features)) and kept.dtype == torch.int64
+    assert kept.tolist() == sorted(redundancy.topk(7, largest=False).indices.tolist())
+
+
+def test_numpy_in_and_numpy_out_without_torch(service):
+    """In a process that must not have imported torch."""
+    script = (
+        "import sys, numpy, codebook\n"
+        f"client = codebook.Client({service!r})\n"
+        "features = numpy.linspace(-1, 1, 3 * 40 * 16).reshape(3, 40, 16)\n"
+        "for dtype in ('float16', 'float32', '>f4'):\n"
+        "    redundancy, kept = client.score('small', features.astype(dtype)[:, ::2], keep=0.25)\n"
+        "    assert type(redundancy) is type(kept) is numpy.ndarray\n"
+        "    assert redundancy.shape == (3, 20) and redundancy.dtype == 'float32'\n"
+        "    assert kept.shape == (3, 5) and kept.dtype == 'int64'\n"
+        "assert client.codebooks()[0]['dimension'] == 16\n"
+        "assert not {'torch', 'transformers', 'fastapi'} & set(sys.modules)\n"
+        "print(redundancy.tobytes().hex())\n"
+    )
+    said = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True).stdout
+    features = torch.from_numpy(np.linspace(-1, 1, 3 * 40 * 16).reshape(3, 40, 16).astype("float32")[:, ::2].copy())
+    assert said.strip() == torch.stack([make().redundancy(image) for image in features]).numpy().tobytes().hex()
+
+
+def test_the_listing(service):
+    [book] = Client(service + "/").codebooks()
+    assert book["name"] == "small" and book["prototypes"] == 50 and len(book["sha256"]) == 64
+
+
+def test_refusals_are_the_services_sentences(service):
+    client = Client(service)
+    for name, features, options, words in [
+        ("large", tokens(), {}, "this service has small"),
+        ("small", tokens(d=8), {}, "(n, 16)"),
+        ("small", tokens(), {"keep": 1.5}, "keep must be"),
+        ("small", tokens(), {"keep": np.float64(1.5)}, "keep must be"),
+        ("small", tokens(), {"method": "fastv"}, "seeded"),
+        ("../x", tokens(), {}, "Not Found"),
+    ]:
+        with pytest.raises(CodebookError) as refused:
+            client.score(name, features, **options)
+        assert words in str(refused.value)
+
+
+def test_what_is_refused_before_it_is_sent():
+    client = Client("http://127.0.0.1:9")
+    for features in (tokens().double(), tokens().double().numpy(), tokens().numpy().astype("int64"), [[1.0, 2.0]]):
+        with pytest.raises(CodebookError, match="features are"):
+            client.score("small", features)
+    with pytest.raises(CodebookError, match="keep is True"):
+        client.score("small", tokens(), keep=True)
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://me:word@x", "", "http://x?a"]
+)
+def test_addresses_that_are_none(url):
+    with pytest.raises(CodebookError, match="address"):
+        Client(url)
+
+
+def test_keys_that_no_header_can_have():
+    with pytest.raises(CodebookError, match="api_key"):
+        Client("http://x", api_key="a\r\nHost: y")
+
+
+def test_nobody_there():
+    with pytest.raises(CodebookError, match=r"cannot reach http://127\.0\.0\.1:9: Connection refused"):
+        Client("http://127.0.0.1:9").codebooks()
+
+
+GOOD = {"redundancy": torch.zeros(40), "kept": torch.zeros(8, dtype=torch.int64)}
+
+
+@pytest.mark.parametrize(("status", "body", "words"), [
+    (200, b"", "no scores"),
+    (200, b"\xff" * 100, "no scores"),
+    (200, save({"redundancy": torch.zeros(40)}), "no scores"),
+    (200, save(GOOD | {"redundancy": torch.zeros(39)}), r"scores of (39,)"),
+    (200, b"a" * 100_000, "more than"),
+    (302, b"", "302"),
+    (502, b"<html>" + b"x" * 10**6, "502"),
+    (429, json.dumps({"error": {"message": "busy\x1b[2J" + "z" * 10**4}}).encode(), r"busy\x1b[2J"),
+    (500, json.dumps({"error": 3}).encode(), "500"),
+])  # fmt: skip
+def test_answers_of_strangers(answering, status, body, words):
+    with answering(status, body, Location="http://127.0.0.1:9/") as client, pytest.raises(CodebookError) as refused:
+        client.score("small", tokens().half())
+    message = str(refused.value)
+    assert words in message and message.isprintable() and len(message) <= 600
+
+
+def test_an_answer_that_is_cut_off(answering):
+    with answering(200, b"{", **{"Content-Length": 100}) as client, pytest.raises(CodebookError, match="cut off"):
+        client.codebooks()
+
+
+def test_an_answer_that_does_not_come():
+    with socket.create_server(("127.0.0.1", 0)) as deaf:
+        client = Client(f"http://127.0.0.1:{deaf.getsockname()[1]}", timeout=0.1)
+        with pytest.raises(CodebookError, match=r"did not answer for 0\.1 s"):
+            client.codebooks()
