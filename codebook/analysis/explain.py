@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
@@ -71,18 +73,45 @@ def explain(
         raise CodebookError(f"no patch {row},{col}: rows are 0 to {rows - 1}, columns 0 to {cols - 1}")
     pixels = family.view(processor, upright_rgb(picture)).to(model.device, model.dtype)
     with torch.inference_mode():
-        features = family.image_features(model, pixels)[0][0][:, : book.dimension]
+        features = family.image_features(model, pixels)[0][0]
+    [found] = compare(book, features, (rows, cols), [row * cols + col], neighbours)
+    return found
+
+
+def compare(
+    book: Codebook, features: Tensor, grid: tuple[int, int], tokens: Sequence[int], neighbours: int = 5
+) -> list[Explanation]:
+    """Compare visual tokens of one image with a codebook's prototypes.
+
+    Parameters
+    ----------
+    features : (n, width) float
+        Projector outputs of the image; what deeper layers add, behind the codebook's dimension, plays no part.
+    grid
+        Rows and columns of the n tokens.
+    tokens
+        Raster positions of those that are explained.
+    neighbours
+        Prototypes to name for each; at most as many as there are.
+    """
+    with torch.inference_mode():
+        features = features[:, : book.dimension]
         redundancy = book.redundancy(features)
-        token = row * cols + col
-        similarity, index = book.search(features[token][None], min(neighbours, len(book)))
-    # Of equal tokens the pruner keeps the first, as topk does.
-    rank = int((redundancy > redundancy[token]).sum() + (redundancy[token + 1 :] == redundancy[token]).sum()) + 1
+        chosen = features[list(tokens)]
+        similarity, index = book.search(chosen, min(neighbours, len(book)))
+    # Of equal tokens the last counts as dropped first; topk, by which the pruner keeps, may break such a tie either way.
+    order = redundancy.flip(0).argsort(descending=True, stable=True)
+    ranks = torch.empty_like(order)
+    ranks[len(order) - 1 - order] = torch.arange(1, len(order) + 1, device=order.device)
     sizes = Counter(record["cluster"] for record in book.provenance)
-    found = [
-        {"similarity": value, **book.provenance[i], "cluster_size": sizes[book.provenance[i]["cluster"]]}
-        for value, i in zip(similarity[0].tolist(), index[0].tolist(), strict=True)
-    ]
-    return Explanation((row, col), (rows, cols), float(redundancy[token]), rank, found)
+    out = []
+    for token, values, places in zip(tokens, similarity.tolist(), index.tolist(), strict=True):
+        near = [
+            {"similarity": value, **book.provenance[i], "cluster_size": sizes[book.provenance[i]["cluster"]]}
+            for value, i in zip(values, places, strict=True)
+        ]
+        out.append(Explanation(divmod(token, grid[1]), grid, float(redundancy[token]), int(ranks[token]), near))
+    return out
 
 
 def explanation_text(found: Explanation, config: dict[str, Any], kept: int | None = None) -> str:
