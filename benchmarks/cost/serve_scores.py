@@ -3,9 +3,9 @@
     python -m benchmarks.cost.serve_scores
 
 576 tokens of 4096 numbers in half precision, as of LLaVA-1.5-7B, against 454 prototypes: the authors' where
-CODEBOOK_RELEASED names their folder (repository DingchenYang99/RedundancyCodebook), else random ones. Both ways run once
-a round, the service in a process of its own with as many threads. Ratios are taken round by round: HTTP's seconds beyond
-the library's, over the library's.
+CODEBOOK_RELEASED names their folder (repository DingchenYang99/RedundancyCodebook), else random ones. Both ways run
+once a round, the service in a process of its own with as many threads. Ratios are taken round by round: HTTP's seconds
+beyond the library's, over the library's.
 """
 
 import contextlib

@@ -99,7 +99,7 @@ def compare(
         redundancy = book.redundancy(features)
         chosen = features[list(tokens)]
         similarity, index = book.search(chosen, min(neighbours, len(book)))
-    # Of equal tokens the last counts as dropped first; topk, by which the pruner keeps, may break such a tie either way.
+    # Of equal tokens the last counts as dropped first; topk, by which the pruner keeps, may break the tie either way.
     order = redundancy.flip(0).argsort(descending=True, stable=True)
     ranks = torch.empty_like(order)
     ranks[len(order) - 1 - order] = torch.arange(1, len(order) + 1, device=order.device)
