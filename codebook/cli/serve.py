@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from socket import socket
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import CodebookOption, DeviceOption, DtypeOption, ModelOption, SeedOption
+from codebook.cli.options import DeviceOption, DtypeOption, SeedOption
 from codebook.cli.output import note
 from codebook.errors import CodebookError
+
+if TYPE_CHECKING:
+    from codebook.serving.state import State
 
 NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 """Packages of the extra `serve`."""
@@ -20,7 +24,9 @@ KEY = "CODEBOOK_API_KEY"
 
 
 def serve_command(
-    model: ModelOption,
+    model: Annotated[
+        str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none to serve codebooks alone.")
+    ] = None,
     keep: Annotated[
         float | None,
         typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
@@ -29,7 +35,13 @@ def serve_command(
         str | None,
         typer.Option("--schedule", "--method", help="As in `codebook prune`: `seeded` (default), or another."),
     ] = None,
-    codebook: CodebookOption = None,
+    codebook: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=DIR: a codebook that features are scored against, by its name; repeat for more. DIR alone is "
+            "scored under the folder's name, and MODEL's schedule prunes with it; default: the model's, if one ships."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
@@ -44,21 +56,37 @@ def serve_command(
         Path | None, typer.Option(help=f"File with the key that clients must send; default: ${KEY}, or no key.")
     ] = None,
 ) -> None:
-    """Answer chat completions over HTTP with most visual tokens dropped."""
+    """Answer chat completions over HTTP with most visual tokens dropped, and score features against codebooks."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise CodebookError(f"serving needs {', '.join(missing)}: run `pip install 'codebook[serve]'`")
     from codebook.serving.limits import read_limits
 
     limits = read_limits(limit or [])
     key = _api_key(api_key_file)
+    from codebook.serving.shelf import named_folders
+
+    books, unnamed = named_folders(codebook or [])
+    shared: dict[str, Any] = {"limits": limits, "api_key": key}
+    if model is None:
+        _refuse_without_model({"--keep": keep, "--schedule": schedule, "--device": device, "--dtype": dtype})
+        if not books:
+            raise CodebookError("name a model to answer with, or codebooks to score against: --codebook NAME=DIR")
+        _serve_codebooks(books, host, port, shared)
+        return
+    if len(unnamed) > 1:
+        raise CodebookError(
+            f"the schedule prunes with one codebook, and {len(unnamed)} came without a name: write NAME=DIR for those "
+            "that are scored against only"
+        )
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT
 
-    plan = Plan(schedule or DEFAULT, keep, None, codebook, seed)
+    plan = Plan(schedule or DEFAULT, keep, None, next(iter(unnamed), None), seed)
     from codebook.cli.checks import check_codebook_folder, check_dtype
     from codebook.models.loading import check_device, load
 
-    check_codebook_folder(codebook)
+    for folder in books.values():
+        check_codebook_folder(folder)
     check_device(device)
     check_dtype(dtype)
 
@@ -67,22 +95,54 @@ def serve_command(
     from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
     from codebook.serving.metrics import Metrics
     from codebook.serving.model_thread import ModelThread
-    from codebook.serving.server import Server, address, listen
-    from codebook.serving.state import State
+    from codebook.serving.server import address, listen
+    from codebook.serving.shelf import Shelf
+    from codebook.serving.state import ModelState
 
     bound = listen(host, port)  # before the model is loaded, which takes long
+    shelf = Shelf(books)
     loaded, processor = load(model, device, None if dtype is None else getattr(torch, dtype))
     applied, metrics = plan.apply(loaded), Metrics()
     thread = ModelThread(loaded, processor, applied, metrics)
     name = Path(model).name if Path(model).is_dir() else model
-    state = State(name, loaded, processor, applied, thread, metrics, limits, key)
-    server = Server(state, ready=lambda: note(f"{name} under {applied}: {address(bound)}/v1"))
+    state = ModelState(
+        name=name, model=loaded, processor=processor, schedule=applied, model_thread=thread, metrics=metrics,
+        shelf=shelf, **shared,
+    )  # fmt: skip
+    try:
+        _run(state, bound, f"{name} under {applied}: {address(bound)}/v1")
+    finally:
+        thread.stop()
+
+
+def _serve_codebooks(books: dict[str, Path], host: str, port: int, shared: dict[str, Any]) -> None:
+    """Serve scores alone, without a model."""
+    from codebook.serving.metrics import Metrics
+    from codebook.serving.server import address, listen
+    from codebook.serving.shelf import Shelf
+    from codebook.serving.state import State
+
+    shelf, bound = Shelf(books), listen(host, port)
+    state = State(metrics=Metrics(), shelf=shelf, **shared)
+    _run(state, bound, f"codebooks {shelf.names()}: {address(bound)}/v1/codebooks")
+
+
+def _run(state: State, bound: socket, greeting: str) -> None:
+    """Serve until told to end."""
+    from codebook.serving.server import Server
+
+    server = Server(state, ready=lambda: note(greeting), say=note)
     server.run([bound])
-    thread.stop()
     if server.cut:
         raise CodebookError(
             f"{server.cut} requests were cut off: they took longer than drain_seconds; raise that limit"
         )
+
+
+def _refuse_without_model(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise CodebookError(f"{name} is the model's: name one, or leave {name} out")
 
 
 def _api_key(file: Path | None) -> str | None:

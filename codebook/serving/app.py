@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from fastapi import FastAPI
 
-from codebook.serving import chat, health
+from codebook.serving import health, scores
 from codebook.serving.errors import add_error_handlers
 from codebook.serving.limits import Guard
-from codebook.serving.state import State
+from codebook.serving.state import ModelState, State
 
-PARTS = (health, chat)
-"""Modules with a function `router(state) -> fastapi.APIRouter`."""
+PARTS = (health, scores)
+"""Modules with a function `router(state) -> fastapi.APIRouter`, of every service; `chat` is of those with a model."""
 
 
 def build_app(state: State) -> FastAPI:
@@ -19,5 +19,9 @@ def build_app(state: State) -> FastAPI:
     add_error_handlers(app)
     for part in PARTS:
         app.include_router(part.router(state))
+    if isinstance(state, ModelState):
+        from codebook.serving import chat  # it needs transformers' server
+
+        app.include_router(chat.router(state))
     app.add_middleware(Guard, state=state)
     return app

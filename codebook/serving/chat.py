@@ -14,13 +14,13 @@ from fastapi import APIRouter, Request, Response
 from codebook.serving.errors import ServiceError
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import parse_request
-from codebook.serving.state import State
+from codebook.serving.state import ModelState
 
 PREPARERS = min(4, os.cpu_count() or 1)
 """Threads that make prompts of requests."""
 
 
-def router(state: State) -> APIRouter:
+def router(state: ModelState) -> APIRouter:
     """Chat completions and the one model that there is."""
     from codebook.serving.stock import Completion
 

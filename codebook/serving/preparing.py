@@ -18,7 +18,7 @@ from codebook.models.chat import check_text
 from codebook.serving.errors import ServiceError
 from codebook.serving.model_thread import Job
 from codebook.serving.request import ChatRequest, ImagePart
-from codebook.serving.state import State
+from codebook.serving.state import ModelState
 from codebook.store.files import one_line
 from codebook.store.pictures import decode_image
 
@@ -29,7 +29,7 @@ class Preparer:
     Each thread has a copy of the processor: tokenizers must not be used by two threads at once.
     """
 
-    def __init__(self, state: State) -> None:
+    def __init__(self, state: ModelState) -> None:
         self._state = state
         self._own = threading.local()
 

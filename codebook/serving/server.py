@@ -1,4 +1,4 @@
-"""The server: uvicorn, which on SIGTERM answers what it has accepted and then ends."""
+"""The server: uvicorn, which on SIGTERM answers what it has accepted and then ends, and on SIGHUP reads anew."""
 
 from __future__ import annotations
 
@@ -43,10 +43,15 @@ class Server(uvicorn.Server):
     ----------
     ready
         Called when requests are taken.
+    say
+        Called with what whoever runs the service should read.
     """
 
-    def __init__(self, state: State, ready: Callable[[], None] = lambda: None) -> None:
-        self._state, self._ready = state, ready
+    def __init__(
+        self, state: State, ready: Callable[[], None] = lambda: None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
+        self._state, self._ready, self._say = state, ready, say
+        self._reloading: set[asyncio.Task[None]] = set()
         self.cut = 0
         super().__init__(uvicorn.Config(build_app(state), lifespan="off", log_level="warning", access_log=False))
 
@@ -61,7 +66,25 @@ class Server(uvicorn.Server):
         for number in (signal.SIGTERM, signal.SIGINT):
             with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # Windows, other threads
                 loop.add_signal_handler(number, self._told_to_end)
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            with contextlib.suppress(RuntimeError, ValueError):
+                loop.add_signal_handler(signal.SIGHUP, self._told_to_reload)
         yield
+
+    def _told_to_reload(self) -> None:
+        task = asyncio.ensure_future(self.reload())
+        self._reloading.add(task)  # the loop itself would let it go
+        task.add_done_callback(self._reloading.discard)
+
+    async def reload(self) -> None:
+        """Read the codebooks again, beside the requests that go on; if one cannot be read, all stay as they were."""
+        shelf = self._state.shelf
+        try:
+            await asyncio.to_thread(shelf.reload)
+        except Exception as error:
+            self._say(f"the codebooks stay as they were: {error}")
+        else:
+            self._say(f"codebooks read again: {shelf.names()}")
 
     def _told_to_end(self) -> None:
         if self._state.draining:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -10,10 +11,11 @@ from codebook.errors import CodebookError, quoted
 from codebook.serving.wire import ServedCodebook
 from codebook.store.codebook import Codebook
 from codebook.store.folder import PROTOTYPES
-from codebook.store.shipped import folders
+from codebook.store.shipped import folder_of
 
-NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,63}", re.ASCII)
-"""What a name may look like: it stands in addresses and in metrics."""
+LONGEST_NAME = 64
+NAME, NOT_IN_NAMES = re.compile(rf"(?=\w)[\w.-]{{1,{LONGEST_NAME}}}", re.ASCII), re.compile(r"[^\w.-]", re.ASCII)
+"""What a name may look like, which stands in addresses and in metrics; and characters that none has."""
 MOST_NAMES = 10
 """Names that an error lists."""
 
@@ -32,13 +34,15 @@ class Shelf:
         If a folder holds no whole codebook.
     """
 
-    def __init__(self, given: Mapping[str, Path]) -> None:
-        self._folders = dict(given)
-        self._books = self._read()
+    def __init__(self, given: Mapping[str, Path] | None = None) -> None:
+        self._folders = dict(given or {})
+        self._reading = threading.Lock()
+        self.reload()
 
     def reload(self) -> None:
-        """Read all folders again; the new codebooks take the old ones' place when all are there and none before."""
-        self._books = self._read()
+        """Read all folders again; the new codebooks take the old ones' place when all are there, and none before."""
+        with self._reading:  # what was read first must not take the place of what was read later
+            self._books = self._read()
 
     def find(self, name: str) -> Codebook | None:
         """The codebook of a name, as it is now: whoever has it goes on with it through a `reload`."""
@@ -71,23 +75,35 @@ class Shelf:
         return books
 
 
-def named_folders(given: Iterable[str]) -> dict[str, Path]:
-    """The folder of each name, of texts as in `--codebook`: NAME=DIR, or the name of a shipped codebook.
+def named_folders(given: Iterable[str]) -> tuple[dict[str, Path], list[Path]]:
+    """The folders that texts as in `--codebook` say: NAME=DIR, or DIR alone, whose name is then the folder's own.
+
+    Returns
+    -------
+    the folder of each name
+    those of the folders that came without a name
 
     Raises
     ------
     CodebookError
         If a name is no name, or stands for two folders.
     """
-    shipped = {folder.name: folder for folder in folders()}
     found: dict[str, Path] = {}
+    unnamed: list[Path] = []
     for text in given:
         name, equals, folder = text.partition("=")
-        if not NAME.fullmatch(name):
-            raise CodebookError(f"{quoted(name)} names no codebook: use letters, digits, '.', '_' and '-', at most 64")
-        if name in found:
-            raise CodebookError(f"two codebooks are named {name}: give each a name of its own")
-        if not equals and name not in shipped:
-            raise CodebookError(f"no codebook {name} ships: name a folder, {name}=DIR, or one of {', '.join(shipped)}")
-        found[name] = Path(folder) if equals else shipped[name]
-    return found
+        if not equals or "/" in name:  # the sign is part of a path
+            unnamed.append(folder_of(text))
+            own = NOT_IN_NAMES.sub("-", unnamed[-1].resolve().name).strip("-.")
+            found |= _new(found, own[:LONGEST_NAME] or "codebook", unnamed[-1])
+        else:
+            found |= _new(found, name, folder_of(folder))
+    return found, unnamed
+
+
+def _new(found: Mapping[str, Path], name: str, folder: Path) -> dict[str, Path]:
+    if not NAME.fullmatch(name):
+        raise CodebookError(f"{quoted(name)} can name no codebook: use letters, digits, '.', '_' and '-', at most 64")
+    if name in found:
+        raise CodebookError(f"two codebooks are named {name}: give one another name, as in NAME={quoted(str(folder))}")
+    return {name: folder}

@@ -4,17 +4,47 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 from codebook.serving.limits import Limits
 from codebook.serving.metrics import Metrics
-from codebook.serving.model_thread import ModelThread
+from codebook.serving.shelf import Shelf
+
+if TYPE_CHECKING:
+    from codebook.serving.model_thread import ModelThread
 
 
-@dataclass
+@dataclass(kw_only=True)
 class State:
     """A running service.
+
+    Attributes
+    ----------
+    shelf
+        The codebooks that are scored against, by name.
+    limits
+        What is beyond them is refused.
+    draining
+        Whether the service is about to end: what it has accepted is answered, new requests are refused.
+    active
+        Requests that are accepted and not yet answered.
+    """
+
+    metrics: Metrics
+    shelf: Shelf = field(default_factory=Shelf)
+    limits: Limits = field(default_factory=Limits)
+    api_key: str | None = None
+    allowed_hosts: tuple[str, ...] = ()
+    draining: bool = False
+    active: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+
+@dataclass(kw_only=True)
+class ModelState(State):
+    """A running service that has a model.
 
     Attributes
     ----------
@@ -24,12 +54,6 @@ class State:
         What prunes every prompt.
     model_thread
         The thread that the model runs on; `await state.model_thread.run(function)` is for other work with the model.
-    limits
-        What is beyond them is refused.
-    draining
-        Whether the service is about to end: what it has accepted is answered, new requests are refused.
-    active
-        Requests that are accepted and not yet answered.
     """
 
     name: str
@@ -37,10 +61,3 @@ class State:
     processor: Processor
     schedule: Schedule
     model_thread: ModelThread
-    metrics: Metrics
-    limits: Limits = field(default_factory=Limits)
-    api_key: str | None = None
-    allowed_hosts: tuple[str, ...] = ()
-    draining: bool = False
-    active: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)

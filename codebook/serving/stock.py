@@ -16,7 +16,7 @@ from transformers.generation import BaseStreamer, GenerationConfig
 
 from codebook.errors import CodebookError, printable
 from codebook.serving.model_thread import Job
-from codebook.serving.state import State
+from codebook.serving.state import ModelState
 
 USED = {
     "ChatCompletionHandler": ("_streaming", "_non_streaming", "_build_completion", "_build_chunk_sse"),
@@ -53,7 +53,7 @@ class Completion(chat_completion.ChatCompletionHandler):
     It is handler and generation manager at once: the stock handler asks it to generate, and it asks the worker.
     """
 
-    def __init__(self, state: State, job: Job) -> None:
+    def __init__(self, state: ModelState, job: Job) -> None:
         none: Any = None  # the stock handler only keeps what it would load models with
         super().__init__(model_manager=none, generation_state=none)
         self._state, self._job = state, job

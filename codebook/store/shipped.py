@@ -19,6 +19,14 @@ def folders() -> list[Path]:
     return []
 
 
+def folder_of(source: Path | str) -> Path:
+    """The folder of a codebook that is named by it, or by a name in `codebook list`.
+
+    A name comes before a folder of that name: write `./name` for the folder.
+    """
+    return next((folder for folder in folders() if folder.name == str(source)), Path(source))
+
+
 def prebuilt(model: Model) -> Codebook:
     """The shipped codebook that was built for this very model: same tower and projector.
 

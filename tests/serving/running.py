@@ -9,7 +9,7 @@ from codebook.serving.limits import Limits
 from codebook.serving.metrics import Metrics
 from codebook.serving.model_thread import ModelThread
 from codebook.serving.server import Server, address, listen
-from codebook.serving.state import State
+from codebook.serving.state import ModelState
 
 
 def data_url(picture):
@@ -31,7 +31,10 @@ class Service:
     def __init__(self, model, processor, schedule, limits=None, **options):
         metrics = Metrics()
         thread = ModelThread(model, processor, schedule, metrics)
-        self.state = State("miniature", model, processor, schedule, thread, metrics, limits or Limits(), **options)
+        self.state = ModelState(
+            name="miniature", model=model, processor=processor, schedule=schedule, model_thread=thread, metrics=metrics,
+            limits=limits or Limits(), **options,
+        )  # fmt: skip
         bound, started = listen("127.0.0.1", 0), threading.Event()
         self.url, self.server = address(bound), Server(self.state, started.set)
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([bound])), daemon=True)

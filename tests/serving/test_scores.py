@@ -1,6 +1,7 @@
 """Scores over HTTP: the library's to the last bit, or a refusal that says why."""
 
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from codebook.serving.metrics import Metrics
 from codebook.serving.scores import router
 from codebook.serving.shelf import Shelf, named_folders
 from codebook.serving.wire import Malformed, Misfit, check_features
+from codebook.store.shipped import folders
 from tests.serving.bodies import hostile, one, raw
 from tests.store.books import make, tokens
 
@@ -180,7 +182,11 @@ def test_a_shelf_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 
 
 def test_names_of_folders(tmp_path):
-    assert named_folders(["x=some/folder", "miniature"]).keys() == {"x", "miniature"}
-    for given in (["x=a", "x=b"], ["../x=a"], ["=a"], ["a" * 65 + "=b"], ["x y=a"], ["nonsense"]):
+    found, unnamed = named_folders(["x=some/folder", "y=miniature", "miniature", "./a=b", str(tmp_path / "é à")])
+    [shipped] = [folder for folder in folders() if folder.name == "miniature"]
+    assert found == {"x": Path("some/folder"), "y": shipped, "miniature": shipped, "a-b": Path("./a=b"),
+                     "codebook": tmp_path / "é à"}  # fmt: skip
+    assert unnamed == [shipped, Path("./a=b"), tmp_path / "é à"]
+    for given in (["x=a", "x=b"], ["=a"], ["a" * 65 + "=b"], ["x y=a"], ["x", "./x"], ["..=a"], ["x\n=a"]):
         with pytest.raises(CodebookError):
             named_folders(given)
