@@ -24,6 +24,15 @@ def test_importing_the_package_imports_no_torch():
     subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
+def test_schedules_and_a_service_of_scores_import_no_transformers():
+    script = (
+        "import sys, codebook, codebook.serving.server\n"
+        "from codebook import Codebook, Schedule\n"
+        "assert 'transformers' not in sys.modules and 'remember' in codebook.__all__\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
+
+
 def test_names_that_are_not_there_are_refused():
     for name in ("Nonsense", "nonsense", "alpha"):
         with pytest.raises(AttributeError, match=f"'codebook' has no attribute '{name}'"):

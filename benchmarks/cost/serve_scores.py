@@ -22,7 +22,7 @@ import torch
 
 from benchmarks.cost.timing import interleaved, measured, quartiles
 from codebook import Client, Codebook
-from codebook.serving.scores import score
+from codebook.serving.scores import score_features
 
 TOKENS, WIDTH, PROTOTYPES = 576, 4096, 454
 METHODS = ("codebook", "seeded")
@@ -60,7 +60,7 @@ def compare(seconds: float, device: str) -> list[dict]:
     with served(book) as client:
         tasks = {}
         for method in METHODS:
-            tasks["library", method] = partial(score, book, features, KEEP, method)
+            tasks["library", method] = partial(score_features, book, features, KEEP, method)
             tasks["http", method] = partial(client.score, "book", features, KEEP, method)
             own, theirs = tasks["library", method](), tasks["http", method]()
             assert torch.equal(own["redundancy"], theirs.redundancy) and torch.equal(own["kept"], theirs.kept)

@@ -74,11 +74,11 @@ def explain(
     pixels = family.view(processor, upright_rgb(picture)).to(model.device, model.dtype)
     with torch.inference_mode():
         features = family.image_features(model, pixels)[0][0]
-    [found] = compare(book, features, (rows, cols), [row * cols + col], neighbours)
+    [found] = explain_tokens(book, features, (rows, cols), [row * cols + col], neighbours)
     return found
 
 
-def compare(
+def explain_tokens(
     book: Codebook, features: Tensor, grid: tuple[int, int], tokens: Sequence[int], neighbours: int = 5
 ) -> list[Explanation]:
     """Compare visual tokens of one image with a codebook's prototypes.

@@ -110,7 +110,7 @@ def serve_command(
         shelf=shelf, **shared,
     )  # fmt: skip
     try:
-        _run(state, bound, f"{name} under {applied}: {address(bound)}/v1")
+        _serve(state, bound, f"{name} under {applied}: {address(bound)}/v1")
     finally:
         thread.stop()
 
@@ -124,10 +124,10 @@ def _serve_codebooks(books: dict[str, Path], host: str, port: int, shared: dict[
 
     shelf, bound = Shelf(books), listen(host, port)
     state = State(metrics=Metrics(), shelf=shelf, **shared)
-    _run(state, bound, f"codebooks {shelf.names()}: {address(bound)}/v1/codebooks")
+    _serve(state, bound, f"codebooks {shelf.names()}: {address(bound)}/v1/codebooks")
 
 
-def _run(state: State, bound: socket, greeting: str) -> None:
+def _serve(state: State, bound: socket, greeting: str) -> None:
     """Serve until told to end."""
     from codebook.serving.server import Server
 

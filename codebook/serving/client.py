@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, quoted
-from codebook.serving.wire import FEATURES, KEPT, LONGEST_HEADER, MEDIA_TYPE, REDUNDANCY, ServedCodebook
+from codebook.serving.wire import FEATURES_NAME, KEPT_NAME, LONGEST_HEADER, MEDIA_TYPE, REDUNDANCY_NAME, ServedCodebook
 
 if TYPE_CHECKING:
     import numpy
@@ -25,7 +25,7 @@ else:
 
 LARGEST_LISTING = 2**24
 """Bytes of an answer that is JSON, such as an error."""
-NUMBERS = ("float16", "float32", "bfloat16")
+NUMBER_TYPES = ("float16", "float32", "bfloat16")
 """Number types of features, in the words of NumPy and torch; NumPy itself has no bfloat16."""
 
 
@@ -50,7 +50,7 @@ class Refusal(TypedDict):
 _LISTING, _REFUSAL = TypeAdapter(Listing), TypeAdapter(Refusal)
 
 
-class Scores(NamedTuple, Generic[Array]):
+class TokenScores(NamedTuple, Generic[Array]):
     """What a codebook says of visual tokens, in the kind of array that they came in."""
 
     redundancy: Array
@@ -112,7 +112,7 @@ class Client:
         except ValidationError:
             raise self._strange("lists no codebooks") from None
 
-    def score(self, name: str, features: Array, keep: int | float = 0.2, method: str = "seeded") -> Scores[Array]:
+    def score(self, name: str, features: Array, keep: int | float = 0.2, method: str = "seeded") -> TokenScores[Array]:
         """Redundancy of visual tokens, and which of them stay.
 
         Parameters
@@ -128,7 +128,7 @@ class Client:
 
         Returns
         -------
-        Scores of two arrays of the kind that was given, on the tensor's device
+        TokenScores of two arrays of the kind that was given, on the tensor's device
 
         Raises
         ------
@@ -142,13 +142,13 @@ class Client:
         answer = self._ask("POST", path, body, 6 * len(body) + LONGEST_HEADER)
         try:
             found = _unpacked(answer, like)
-            redundancy, kept = found[REDUNDANCY], found[KEPT]
+            redundancy, kept = found[REDUNDANCY_NAME], found[KEPT_NAME]
         except Exception:  # safetensors, numpy and torch raise half a dozen types
             raise self._strange("answered with no scores") from None
         shape = tuple(features.shape[:-1])
         if tuple(redundancy.shape) != shape or tuple(kept.shape[:-1]) != shape[:-1]:
             raise self._strange(f"answered with scores of {tuple(redundancy.shape)} for features of {shape}")
-        return Scores(redundancy, kept)
+        return TokenScores(redundancy, kept)
 
     @property
     def _where(self) -> str:
@@ -209,14 +209,14 @@ def _packed(features: Any) -> tuple[bytes, Any]:
         from safetensors.torch import save as save_torch
 
         _check_numbers(str(features.dtype).removeprefix("torch."))
-        return save_torch({FEATURES: features.detach().cpu().contiguous()}), features
+        return save_torch({FEATURES_NAME: features.detach().cpu().contiguous()}), features
     import numpy
     from safetensors.numpy import save as save_numpy
 
     if not isinstance(features, numpy.ndarray):
         raise CodebookError(f"features are {type(features).__name__}: give an array of NumPy or a tensor of torch")
     _check_numbers(features.dtype.name)
-    return save_numpy({FEATURES: numpy.ascontiguousarray(features, features.dtype.newbyteorder("="))}), None
+    return save_numpy({FEATURES_NAME: numpy.ascontiguousarray(features, features.dtype.newbyteorder("="))}), None
 
 
 def _unpacked(answer: bytes, like: Any) -> dict[str, Any]:
@@ -230,5 +230,5 @@ def _unpacked(answer: bytes, like: Any) -> dict[str, Any]:
 
 
 def _check_numbers(name: str) -> None:
-    if name not in NUMBERS:
-        raise CodebookError(f"features are {name}: give {', '.join(NUMBERS)}, such as features.astype('float32')")
+    if name not in NUMBER_TYPES:
+        raise CodebookError(f"features are {name}: give {', '.join(NUMBER_TYPES)}, such as features.astype('float32')")

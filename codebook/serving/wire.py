@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-FEATURES, REDUNDANCY, KEPT = "features", "redundancy", "kept"
+FEATURES_NAME, REDUNDANCY_NAME, KEPT_NAME = "features", "redundancy", "kept"
 """Names of the tensors: the one of a question, and the two of its answer."""
 METADATA = "__metadata__"
 """Entry of a header that is no tensor."""
@@ -33,7 +33,7 @@ class ServedCodebook(TypedDict):
     prototypes: int
     """How many prototypes there are."""
     fingerprint: str | None
-    """Of the model's tower and projector; None for one that was imported."""
+    """Identifies the model's tower and projector; None for a codebook that was imported."""
     sha256: str
     """Digest of `prototypes.safetensors`."""
 
@@ -80,8 +80,8 @@ def check_features(body: bytes, dimension: int) -> None:
         tensors = [_TENSOR.validate_python(header[name], strict=True) for name in header if name != METADATA]
     except ValidationError:
         raise Malformed("the header is not that of a safetensors file") from None
-    if set(header) - {METADATA} != {FEATURES}:
-        raise Misfit(f"the body holds {len(tensors)} tensors: send one named {FEATURES!r}")
+    if set(header) - {METADATA} != {FEATURES_NAME}:
+        raise Misfit(f"the body holds {len(tensors)} tensors: send one named {FEATURES_NAME!r}")
     [tensor] = tensors
     if tensor["dtype"] not in WIDTHS:
         raise Misfit(f"features are {tensor['dtype'][:20]}: send {', '.join(WIDTHS)}")

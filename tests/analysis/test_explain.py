@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from codebook import RedundancyCodebook, VisualTokens
-from codebook.analysis.explain import compare
+from codebook.analysis.explain import explain_tokens
 from codebook.store.codebook import Codebook
 
 
@@ -15,7 +15,7 @@ def test_ranks_ties_and_neighbours():
     features = torch.tensor(
         [[0.6, 0.8, 0, 9], [0, 0, 1, 9], [0.6, 0.8, 0, 9], [0.48, 0.6, 0.64, 9]]
     )  # 9: deeper layers
-    found = compare(book, features, (2, 2), [3, 0, 2, 1], neighbours=2)
+    found = explain_tokens(book, features, (2, 2), [3, 0, 2, 1], neighbours=2)
     assert [one.patch for one in found] == [(1, 1), (0, 0), (1, 0), (0, 1)]
     assert [one.rank for one in found] == [4, 3, 2, 1]
     assert [one.similarity for one in found] == pytest.approx([0.64, 0.8, 0.8, 1.0])
@@ -29,4 +29,4 @@ def test_ranks_ties_and_neighbours():
 
 def test_more_neighbours_than_prototypes():
     book = Codebook(torch.eye(3))
-    assert len(compare(book, torch.eye(3), (1, 3), [1], neighbours=5)[0].neighbours) == 3
+    assert len(explain_tokens(book, torch.eye(3), (1, 3), [1], neighbours=5)[0].neighbours) == 3

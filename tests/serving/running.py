@@ -25,18 +25,13 @@ def body(sample, **fields):
     return {"model": "miniature", "messages": [{"role": "user", "content": content}], **fields}
 
 
-class Service:
+class Running:
     """A running service: its URL, its state, and `stop`."""
 
-    def __init__(self, model, processor, schedule, limits=None, **options):
-        metrics = Metrics()
-        thread = ModelThread(model, processor, schedule, metrics)
-        self.state = ModelState(
-            name="miniature", model=model, processor=processor, schedule=schedule, model_thread=thread, metrics=metrics,
-            limits=limits or Limits(), **options,
-        )  # fmt: skip
+    def __init__(self, state):
+        self.state = state
         bound, started = listen("127.0.0.1", 0), threading.Event()
-        self.url, self.server = address(bound), Server(self.state, started.set)
+        self.url, self.server = address(bound), Server(state, started.set)
         self._thread = threading.Thread(target=lambda: asyncio.run(self.server.serve([bound])), daemon=True)
         self._thread.start()
         assert started.wait(30)
@@ -44,4 +39,19 @@ class Service:
     def stop(self):
         self.server.should_exit = True
         self._thread.join(30)
+
+
+class Service(Running):
+    """A running service of a model."""
+
+    def __init__(self, model, processor, schedule, limits=None, **options):
+        metrics = Metrics()
+        thread = ModelThread(model, processor, schedule, metrics)
+        super().__init__(ModelState(
+            name="miniature", model=model, processor=processor, schedule=schedule, model_thread=thread, metrics=metrics,
+            limits=limits or Limits(), **options,
+        ))  # fmt: skip
+
+    def stop(self):
+        super().stop()
         self.state.model_thread.stop()

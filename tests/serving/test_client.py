@@ -6,53 +6,37 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import uvicorn
-from fastapi import FastAPI
 from safetensors.torch import save
 
 from codebook import Client
 from codebook.errors import CodebookError
-from codebook.serving.errors import add_error_handlers
 from codebook.serving.metrics import Metrics
-from codebook.serving.scores import router
 from codebook.serving.shelf import Shelf
+from codebook.serving.state import State
+from tests.serving.running import Running
 from tests.store.books import make, tokens
 
 ROOT = Path(__file__).parents[2]
 
 
-@contextmanager
-def running(serve, end):
-    """Run a server in a thread."""
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield
-    finally:
-        end()
-        thread.join()
+@pytest.fixture(scope="module")
+def shelf(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("books")
+    make().save(folder)
+    return Shelf({"small": folder})
 
 
 @pytest.fixture(scope="module")
-def service(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("books")
-    make().save(folder)
-    app = FastAPI()
-    add_error_handlers(app)
-    app.include_router(router(SimpleNamespace(shelf=Shelf({"small": folder}), metrics=Metrics())))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
-    with running(server.run, lambda: setattr(server, "should_exit", True)):
-        while not server.started:
-            time.sleep(0.01)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+def service(shelf):
+    running = Running(State(metrics=Metrics(), shelf=shelf))
+    yield running.url
+    running.stop()
 
 
 @pytest.fixture
@@ -75,11 +59,12 @@ def answering():
             def log_message(self, *_):
                 pass
 
-        with (
-            http.server.HTTPServer(("127.0.0.1", 0), Handler) as server,
-            running(lambda: server.serve_forever(0.01), server.shutdown),
-        ):
-            yield Client(f"http://127.0.0.1:{server.server_port}", timeout=5)
+        with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+            threading.Thread(target=server.serve_forever, args=(0.01,)).start()
+            try:
+                yield Client(f"http://127.0.0.1:{server.server_port}", timeout=5)
+            finally:
+                server.shutdown()
 
     return start
 
@@ -110,6 +95,21 @@ def test_numpy_in_and_numpy_out_without_torch(service):
     said = subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True).stdout
     features = torch.from_numpy(np.linspace(-1, 1, 3 * 40 * 16).reshape(3, 40, 16).astype("float32")[:, ::2].copy())
     assert said.strip() == torch.stack([make().redundancy(image) for image in features]).numpy().tobytes().hex()
+
+
+def test_a_body_that_is_too_large(service):
+    """The service answers before it has read it, and closes."""
+    with pytest.raises(CodebookError, match="more than 20,971,520 bytes"):
+        Client(service).score("small", np.zeros((2**19, 16), "float32"))
+
+
+def test_keys(shelf):
+    running = Running(State(metrics=Metrics(), shelf=shelf, api_key="sesame"))
+    assert Client(running.url, "sesame").codebooks()[0]["name"] == "small"
+    for key in (None, "other"):
+        with pytest.raises(CodebookError, match="no API key, or another one"):
+            Client(running.url, key).score("small", tokens())
+    running.stop()
 
 
 def test_the_listing(service):

@@ -2,21 +2,19 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from fastapi import FastAPI
 from safetensors.torch import load, save
 from starlette.testclient import TestClient
 
 from codebook import RedundancyCodebook, SeededFarthestPoint, VisualTokens
 from codebook.errors import CodebookError
 from codebook.pruning.presets import DEFAULT, KEEP
-from codebook.serving.errors import add_error_handlers
+from codebook.serving.app import build_app
 from codebook.serving.metrics import Metrics
-from codebook.serving.scores import router
 from codebook.serving.shelf import Shelf, named_folders
+from codebook.serving.state import State
 from codebook.serving.wire import Malformed, Misfit, check_features
 from codebook.store.shipped import folders
 from tests.serving.bodies import hostile, one, raw
@@ -35,15 +33,12 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def state(folder):
-    return SimpleNamespace(shelf=Shelf({"small": folder}), metrics=Metrics())
+    return State(shelf=Shelf({"small": folder}), metrics=Metrics())
 
 
 @pytest.fixture(scope="module")
 def client(state):
-    app = FastAPI()
-    add_error_handlers(app)
-    app.include_router(router(state))
-    return TestClient(app)
+    return TestClient(build_app(state))
 
 
 @pytest.fixture
