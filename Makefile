@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Waiting threads sleep instead of spinning: on shared cores small models run many times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint table results test-versions test-lmms clean
+.PHONY: demo test lint table results test-versions test-lmms test-cuda clean
 
 demo: $(READY)
 	$(VENV)/bin/codebook demo --out out/demo
@@ -14,6 +14,10 @@ demo: $(READY)
 WORKERS ?= 2
 test: lint
 	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+
+# What only a GPU can show; skipped where there is none. CODEBOOK_TEST_DEVICE=cpu runs the same tests without one.
+test-cuda: $(READY)
+	$(VENV)/bin/python -m pytest tests/cuda -m cuda --numprocesses $(WORKERS)
 
 # The compatibility table in docs/models.md, from its full grid: minutes.
 table: $(READY)

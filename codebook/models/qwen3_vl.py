@@ -45,8 +45,8 @@ class Qwen3VL(Qwen2VL):
             if hidden.shape[1] == visual.shape[1]:
                 return stock(hidden, visual, embeds)
             added = hidden.new_zeros(*visual.shape, hidden.shape[-1])
-            added[visual.to(hidden.device)] = embeds.to(hidden)
-            return hidden + gather(added)
+            # Scattered and not indexed: how many places a mask has, the host would wait to know.
+            return hidden + gather(added.masked_scatter(visual.to(hidden.device)[..., None], embeds.to(hidden)))
 
         decoder._deepstack_process = process
         try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, TypeVar
@@ -86,6 +86,12 @@ def needed(value: T | None, what: str) -> T:
     if value is None:
         raise CodebookError(f"this method needs {what}: use it in a schedule, on a model's own forward")
     return value
+
+
+def on_device(values: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """Whole numbers (n,) int64 of the host on a device, sent without waiting until it has worked off its queue."""
+    host = torch.as_tensor(values, dtype=torch.int64)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host.to(device)
 
 
 def mix(x: Tensor) -> Tensor:

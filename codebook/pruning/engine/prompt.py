@@ -14,7 +14,7 @@ from codebook.models import Encoded, Family, Image
 from codebook.models.base import Model
 from codebook.pruning.attention import PackedVision, Tower, Vision
 from codebook.pruning.engine.sequence import Given
-from codebook.pruning.tokens import digest_rows, mix
+from codebook.pruning.tokens import digest_rows, mix, on_device
 from codebook.store.spread import spread
 
 
@@ -129,13 +129,13 @@ def find(
                 raise CodebookError("the attention mask hides visual tokens: unmask them, or prune them instead")
             text = [i for i in seen[row] if i > image.columns[-1] and ids[row][i] not in visual]
             where = len(images), row, place
-            units += _units(image, where, given, torch.tensor(text, device=given.device), sources[image.kind], shared)
+            units += _units(image, where, given, on_device(text, given.device), sources[image.kind], shared)
             images.append(image)
     return Prompt(
         tuple(images),
         tuple(units),
         [len(columns) for columns in valid],
-        [torch.tensor(columns, device=given.device) for columns in seen],
+        [on_device(columns, given.device) for columns in seen],
         () if usual is None or not units else _portions(units, usual),
     )
 
@@ -145,7 +145,7 @@ class _Source:
     """What one call encoded: pixels and their digests, one per piece, and the tower's attention if it was noted."""
 
     pixels: list[Tensor] | None
-    digests: Tensor | None
+    digests: list[Tensor] | None
     tower: Tower | None
     encode: Callable[[Tensor, int, int], Tensor]
 
@@ -156,7 +156,7 @@ class _Source:
             return cls(None, None, None, encode)
         pixels = family.pixels(model, call)
         # Digests one by one: the piece of an image alone has the same as in any batch.
-        digests = torch.stack([digest_rows(piece[None])[0] for piece in pixels]).to(device)
+        digests = [digest_rows(piece[None])[0].to(device) for piece in pixels]
         if not call.attention:
             return cls(pixels, digests, None, encode)
         has_cls = family.has_cls(model)
@@ -172,17 +172,17 @@ def _units(
     image: Image, where: tuple[int, int, int], given: Given, text: Tensor, source: _Source, shared: bool
 ) -> list[Unit]:
     number, row, place = where
-    columns = torch.tensor(image.columns, device=given.device)
+    columns = on_device(image.columns, given.device)
     features, pieces = given.embeds[row, columns], image.sources
     if source.pixels is None or source.digests is None or pieces is None:  # encoded beforehand: no pixels were seen
         digest, encode = digest_rows(features[None])[0], None
     else:
-        parts = source.digests[list(pieces)]
-        digest = parts[0] if len(pieces) == 1 else digest_rows(parts[None])[0]
+        parts = [source.digests[piece] for piece in pieces]
+        digest = parts[0] if len(parts) == 1 else digest_rows(torch.stack(parts)[None])[0]
         encode = partial(source.encode, source.pixels[pieces[0]])
     units, offset = [], 0
     for i, (grid, index) in enumerate(image.units(shared)):
-        index = index.to(given.device)
+        index = on_device(index, given.device)
         units.append(
             Unit(
                 image=number,
@@ -194,7 +194,7 @@ def _units(
                 ordinal=torch.arange(len(index), device=given.device),
                 # The picture, its place in the prompt, the grid's place in it: nothing that depends on the batch. With
                 # the place the same picture shown twice keeps two different random sets.
-                key=mix(digest + place) ^ mix(torch.tensor(i, device=given.device)),
+                key=mix(digest + place) ^ int(mix(torch.tensor(i))),
                 features=features[index],
                 vision=None if source.tower is None else PackedVision(source.tower, pieces or (), index),
                 encode=encode,

@@ -16,6 +16,7 @@ from codebook.models import Family
 from codebook.models.base import Model
 from codebook.pruning.engine.cache import PAD, KeptIndex, visible
 from codebook.pruning.engine.sequence import Given, Shortened
+from codebook.pruning.tokens import on_device
 
 
 class View(NamedTuple):
@@ -71,7 +72,7 @@ class Viewer:
         if sequence is not None:
             source, padded, bias = sequence.source, sequence.padded, sequence.bias
             less = [a - b for a, b in zip(self.lengths, sequence.lengths, strict=True)]
-            dropped = torch.tensor(less, device=self.given.device)
+            dropped = on_device(less, self.given.device)
         else:
             on = self.given.valid().bool()
             # Decoding one token: it is valid, and asking the device would cost a sync at every step.
@@ -133,7 +134,7 @@ class Viewer:
             positions = positions - past.dropped[:, None]
         if sequence is not None:
             before = sequence.gather(self.given.valid().long().cumsum(1)) - 1
-            left = torch.tensor([sequence.source.shape[1] - n for n in sequence.lengths], device=before.device)
+            left = on_device([sequence.source.shape[1] - n for n in sequence.lengths], before.device)
             rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
             positions = sequence.gather(positions) - (before - rank)
         return self.family.rotary(self.model, self.given.embeds, positions, layer)

@@ -55,8 +55,8 @@ class Weighted(Combination, ScoringPruner):
         return self.pruners
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        scores = torch.stack([unit_range(pruner.score(tokens).float()) for pruner in self.pruners])
-        return (scores * scores.new_tensor(self.weights)[:, None]).sum(0)
+        scores = [unit_range(pruner.score(tokens).float()) for pruner in self.pruners]
+        return torch.stack([score * weight for score, weight in zip(scores, self.weights, strict=True)]).sum(0)
 
 
 @dataclass(frozen=True)
