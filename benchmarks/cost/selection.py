@@ -14,18 +14,21 @@ import argparse
 import json
 import math
 import sys
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.nn.functional import normalize
 from transformers import LlamaConfig, LlamaModel
 
-from benchmarks.cost.timing import interleaved, machine, quartiles
+from benchmarks.cost.timing import Report, clocked, device_seconds, interleaved, machine, quartiles
 from codebook import Codebook, Pruner, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision
 from codebook.pruning.methods.base import nearest_kept
 
 TEXT = 32
+ROUNDS = 7
 SIMILARITIES, TEXTBOOK, MASS = "similarities, n x n", "divprune, textbook", "+mass"
 PROTOTYPES = 454
 """Of LLaVA-1.5-7B's released codebook."""
@@ -43,16 +46,17 @@ def llama(width: int, device: str) -> tuple[LlamaModel, int]:
     return LlamaModel(config).eval().to(device), layers // measured
 
 
-def image(n: int, width: int, device: str) -> VisualTokens:
+def image(n: int, width: int, device: str, dtype: torch.dtype = torch.float32) -> VisualTokens:
     """A random image's tokens followed by text, with the attention of a decoder layer and of a CLIP tower."""
+    kind = {"device": device, "dtype": dtype}
     heads, length = SHAPES[width][2], n + TEXT
     rows = next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
-    sequence = torch.randn(length, width, device=device)
+    sequence = torch.randn(length, width, **kind)
     span = slice(0, n)
-    query, key = torch.randn(2, heads, length, width // heads, device=device)
-    angles = torch.randn(length, width // heads, device=device)
+    query, key = torch.randn(2, heads, length, width // heads, **kind)
+    angles = torch.randn(length, width // heads, **kind)
     attention = Attention(query, key, angles.cos(), angles.sin(), (width // heads) ** -0.5, span)
-    vision = Vision(*torch.randn(2, 16, n + 1, 64, device=device), 64**-0.5, has_cls=True)
+    vision = Vision(*torch.randn(2, 16, n + 1, 64, **kind), 64**-0.5, has_cls=True)
     return VisualTokens(
         sequence[span], sequence[span], sequence, span, torch.arange(n, length, device=device),
         torch.arange(n, device=device), (rows, n // rows), torch.tensor(7, device=device), attention, vision,
@@ -90,18 +94,66 @@ def similarities(tokens: VisualTokens) -> torch.Tensor:
     return unit @ unit.T
 
 
-def compare(width: int, n: int, keeps: list[float], seconds: float, device: str) -> dict:
-    decoder, times = llama(width, device)
-    book, tokens = Codebook(torch.randn(PROTOTYPES, width)), image(n, width, device)
-    counts = [round(keep * n) // 12 * 12 for keep in keeps]  # counts that `downsample` can make
-    inputs = tokens.sequence[None]
-    tasks = {("prefill", n): lambda: decoder(inputs_embeds=inputs), (SIMILARITIES, n): lambda: similarities(tokens)}
+def counts_of(n: int, keeps: list[float]) -> list[int]:
+    """How many stay, as `downsample` can make it too."""
+    return [round(keep * n) // 12 * 12 for keep in keeps]
+
+
+def choices(book: Codebook, tokens: VisualTokens, counts: list[int]) -> dict[tuple[str, int], Callable[[], object]]:
+    """Every method's choice of every count, and what `+mass` adds to any."""
+    tasks: dict[tuple[str, int], Callable[[], object]] = {}
     for name, factory in METHODS.items():
         if name != "drop":
             pruner = factory(book) if factory.needs_codebook else factory()
             tasks |= {(name, c): lambda pruner=pruner, c=c: choose(pruner, tokens, c) for c in counts}
+    return tasks | {(MASS, c): lambda c=c: mass(tokens, tokens.ordinal[:c]) for c in counts}
+
+
+def side_by_side(report: Report, n: int, keeps: list[float], device: str, dtype: torch.dtype) -> None:
+    """Time every method at LLaVA-1.5-7B's width, and write down after each round what is known by then.
+
+    `wall`: until the device is done. `host`: until the host has said what is to be done. `device`: what the device
+    takes where it need not wait for the host.
+    """
+    book, tokens = Codebook(torch.randn(PROTOTYPES, 4096)), image(n, 4096, device, dtype)
+    tasks = choices(book, tokens, counts_of(n, keeps))
+    times: dict[tuple[str, int], dict[str, list[float]]] = {key: {} for key in tasks}
+    for task in tasks.values():
+        task()
+    for _ in range(ROUNDS):
+        for key, task in tasks.items():
+            wall, host, _ = clocked(task, device)
+            measured = {"wall": wall, "host": host}
+            if device == "cuda":
+                measured["device"] = device_seconds(task, host)
+            for name, value in measured.items():
+                times[key].setdefault(name, []).append(value)
+        for (method, count), own in times.items():
+            row = {"part": "selection", "tokens": n, "method": method, "count": count}
+            report.put(row, **{name: quartiles(values) for name, values in own.items()})
+        if report.left < 0:
+            break
+
+
+def lines(rows: list[dict[str, Any]], prefill: dict[int, float]) -> Iterator[str]:
+    """The table of `side_by_side`; `prefill` has for each number of tokens the unpruned model's seconds."""
+    yield f"{'tokens':>6}  {'method':<20}{'keeps':>6}{'wall ms':>10}{'host ms':>10}{'device ms':>10}{'of prefill':>12}"
+    for row in rows:
+        wall, host, device = (row.get(name, {}).get("median") for name in ("wall", "host", "device"))
+        share = f"{wall / prefill[row['tokens']]:.2%}" if row["tokens"] in prefill else ""
+        alone = "" if device is None else f"{device * 1e3:.3f}"
+        yield (f"{row['tokens']:>6}  {row['method']:<20}{row['count']:>6}{wall * 1e3:>10.3f}{host * 1e3:>10.3f}"
+               f"{alone:>10}{share:>12}")  # fmt: skip
+
+
+def compare(width: int, n: int, keeps: list[float], seconds: float, device: str) -> dict:
+    decoder, times = llama(width, device)
+    book, tokens = Codebook(torch.randn(PROTOTYPES, width)), image(n, width, device)
+    counts = counts_of(n, keeps)
+    inputs = tokens.sequence[None]
+    tasks = {("prefill", n): lambda: decoder(inputs_embeds=inputs), (SIMILARITIES, n): lambda: similarities(tokens)}
+    tasks |= choices(book, tokens, counts)
     tasks |= {(TEXTBOOK, c): lambda c=c: textbook(tokens, c) for c in counts}
-    tasks |= {(MASS, c): lambda c=c: mass(tokens, tokens.ordinal[:c]) for c in counts}
     with torch.inference_mode():
         for c in counts:
             assert torch.equal(METHODS["divprune"]().select(tokens, c).cpu(), textbook(tokens, c))

@@ -1,4 +1,4 @@
-"""The device of these tests: a GPU, or with CODEBOOK_TEST_DEVICE=cpu the CPU, which finds mistakes in the tests alone."""
+"""The device of these tests: a GPU; with CODEBOOK_TEST_DEVICE=cpu the CPU, which finds mistakes of the tests alone."""
 
 import os
 

@@ -14,8 +14,8 @@ import torch
 import codebook
 from codebook.pruning import METHODS, FastV, Random, Schedule, SeededFarthestPoint, Stage
 from codebook.store.codebook import Codebook
+from tests.cuda.choices import choose, tokens
 from tests.cuda.device import CUDA, DEVICE, moved
-from tests.cuda.test_kept_sets import choose, tokens
 from tests.models.cells import ROWS, model
 from tests.models.families import FAMILIES
 

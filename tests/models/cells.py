@@ -143,7 +143,8 @@ def check(cell, device="cpu", tolerance=1e-5):
     try:
         with plan(own) as pruning:
             out = own.generate(
-                **{name: x.to(device) for name, x in inputs.items()}, max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, output_logits=True,
+                **{name: x.to(device) for name, x in inputs.items()},
+                max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, output_logits=True,
                 suppress_tokens=[IMAGE, VIDEO],
             )  # fmt: skip
     except CodebookError as error:
