@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request, Response
 
 from codebook.serving.errors import ServiceError
 from codebook.serving.preparing import Preparer
-from codebook.serving.request import parse_request
+from codebook.serving.request import ChatRequest, parse_request
 from codebook.serving.state import ModelState
 
 PREPARERS = min(4, os.cpu_count() or 1)
@@ -31,7 +31,7 @@ def router(state: ModelState) -> APIRouter:
 
     @routes.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
-        asked = parse_request(await request.body())
+        asked = parse_request(await request.body(), ChatRequest)
         loop = asyncio.get_running_loop()
         job = await loop.run_in_executor(pool, preparer.prepare, asked)
         identity = f"chatcmpl-{uuid.uuid4().hex}"

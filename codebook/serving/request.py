@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -19,6 +19,9 @@ class Strict(BaseModel):
     def _without_nulls(cls, given: Any) -> Any:
         """Null means that the field is not given: clients send it of what they do not use."""
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+K = TypeVar("K", bound=Strict)
 
 
 class TextPart(Strict):
@@ -72,8 +75,8 @@ class ChatRequest(Strict):
     user: str | None = None
 
 
-def parse_request(body: bytes) -> ChatRequest:
-    """A request from its JSON.
+def parse_request(body: bytes, kind: type[K]) -> K:
+    """A request of some kind from its JSON.
 
     Raises
     ------
@@ -81,7 +84,7 @@ def parse_request(body: bytes) -> ChatRequest:
         400 if it is no JSON; 422 naming the field that is not understood.
     """
     try:
-        return ChatRequest.model_validate_json(body)
+        return kind.model_validate_json(body)
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
         if faults[0]["type"] == "json_invalid":
