@@ -142,7 +142,7 @@ def _serve(state: State, bound: socket, greeting: str) -> None:
 def _refuse_without_model(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None:
-            raise CodebookError(f"{name} is the model's: name one, or leave {name} out")
+            raise CodebookError(f"{name} needs a MODEL: name one, or leave {name} out")
 
 
 def _api_key(file: Path | None) -> str | None:

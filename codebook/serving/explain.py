@@ -120,7 +120,8 @@ def explain_job(
 
 def _dropped(found: Explained, features: Tensor, book: Codebook, patches: int, neighbours: int) -> list[dict[str, Any]]:
     """Each grid's most redundant patches that were not kept, those of all grids in one order."""
-    kept, first, out = set(found.kept), 0, []
+    kept, first = set(found.kept), 0
+    out: list[dict[str, Any]] = []
     for number, grid in enumerate(found.image.layout.grids):
         own = features[grid.index]
         gone = [token for token in range(grid.count) if first + token not in kept]
