@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Annotated, Any, Literal
 
 import anyio
@@ -125,9 +126,12 @@ def router(state: State) -> APIRouter:
         if book is None:
             raise ServiceError(404, f"no codebook {quoted(name)}: this service has {shelf.names()}", "no_codebook")
         body = await request.body()
-        answer, seconds = await anyio.to_thread.run_sync(
-            score_body, book, body, asked.keep, asked.method, limiter=limiter
-        )
+        work = partial(score_body, book, body, asked.keep, asked.method)
+        try:
+            with anyio.fail_after(state.limits.seconds):  # what is being scored is not cut off, but what waits is
+                answer, seconds = await anyio.to_thread.run_sync(work, limiter=limiter)
+        except TimeoutError:
+            raise ServiceError(503, "not scored within the time limit: try again later", "timeout") from None
         state.metrics.score_seconds.labels(name).observe(seconds)
         return Response(answer, media_type=MEDIA_TYPE)
 

@@ -18,7 +18,7 @@ LONGEST_HEADER = 2**16
 """Bytes of a body's header; that of one tensor has about a hundred."""
 WIDTHS = {"F16": 2, "BF16": 2, "F32": 4}
 """Number types of features, in the words of safetensors, and their bytes."""
-MOST_TOKENS = 2**13
+MOST_IMAGE_TOKENS = 2**13
 """Tokens of an image: `seeded` compares each with each, and so many take a quarter of a gigabyte."""
 
 
@@ -90,8 +90,8 @@ def check_features(body: bytes, dimension: int) -> None:
         raise Misfit(f"features are {_shown(shape)}: this codebook scores (n, {dimension}) or (images, n, {dimension})")
     if 0 in shape:
         raise Misfit(f"features are {_shown(shape)}: send at least one token")
-    if shape[-2] > MOST_TOKENS:
-        raise Misfit(f"an image has {shape[-2]:,} tokens: at most {MOST_TOKENS:,} are scored; send it in parts")
+    if shape[-2] > MOST_IMAGE_TOKENS:
+        raise Misfit(f"an image has {shape[-2]:,} tokens: at most {MOST_IMAGE_TOKENS:,} are scored; send it in parts")
     size = math.prod(shape) * WIDTHS[tensor["dtype"]]
     if size != len(body) - 8 - length:
         raise Malformed(f"features {_shown(shape)} have {size:,} bytes, and the body {len(body) - 8 - length:,}")

@@ -1,6 +1,8 @@
 """Scores over HTTP: the library's to the last bit, or a refusal that says why."""
 
 import json
+import threading
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,9 @@ from codebook import RedundancyCodebook, SeededFarthestPoint, VisualTokens
 from codebook.errors import CodebookError
 from codebook.pruning.presets import DEFAULT, KEEP
 from codebook.serving.app import build_app
+from codebook.serving.limits import Limits
 from codebook.serving.metrics import Metrics
+from codebook.serving.scores import SCORED_AT_ONCE
 from codebook.serving.shelf import Shelf, named_folders
 from codebook.serving.state import State
 from codebook.serving.wire import Malformed, Misfit, check_features
@@ -158,6 +162,22 @@ def test_seconds_are_counted_under_the_books_name(client, state):
     client.post(SCORE, content=raw({}))
     client.post("/v1/codebooks/other/score", content=save({"features": tokens()}))
     assert count() == before + 1
+
+
+def test_what_waits_too_long_is_refused(folder):
+    """One more is asked than are scored at once, and those take longer than the limit."""
+    shelf, over = Shelf({"small": folder}), threading.Event()
+    book = shelf.find("small")
+    redundancy = book.redundancy
+    book.redundancy = lambda tokens: redundancy(tokens) if over.wait(30) else None
+    state = State(shelf=shelf, metrics=Metrics(), limits=Limits(seconds=1))
+    body, statuses = save({"features": tokens()}), []
+    with TestClient(build_app(state)) as client, ThreadPoolExecutor(SCORED_AT_ONCE + 1) as pool:
+        asked = [pool.submit(client.post, SCORE, content=body) for _ in range(SCORED_AT_ONCE + 1)]
+        for future in as_completed(asked):
+            statuses.append(future.result().status_code)
+            over.set()
+    assert statuses == [503] + [200] * SCORED_AT_ONCE
 
 
 def test_a_shelf_is_replaced_as_a_whole_or_not_at_all(tmp_path):
