@@ -107,10 +107,10 @@ def serve_command(
     name = Path(model).name if Path(model).is_dir() else model
     state = ModelState(
         name=name, model=loaded, processor=processor, schedule=applied, model_thread=thread, metrics=metrics,
-        shelf=shelf, **shared,
+        shelf=shelf, codebook=plan.codebook, seed=seed, examples=_examples(model), **shared,
     )  # fmt: skip
     try:
-        _serve(state, bound, f"{name} under {applied}: {address(bound)}/v1")
+        _serve(state, bound, f"{name} under {applied}: {address(bound)}/v1; page: {address(bound)}")
     finally:
         thread.stop()
 
@@ -143,6 +143,15 @@ def _refuse_without_model(given: dict[str, Any]) -> None:
     for name, value in given.items():
         if value is not None:
             raise CodebookError(f"{name} needs a MODEL: name one, or leave {name} out")
+
+
+def _examples(model: str) -> tuple[dict[str, str], ...]:
+    """Pictures for the page that the model can read, where it can read only such ones."""
+    if model != "miniature":
+        return ()
+    from codebook.miniature.examples import examples
+
+    return examples()
 
 
 def _api_key(file: Path | None) -> str | None:

@@ -10,7 +10,7 @@ from codebook.serving.limits import Guard
 from codebook.serving.state import ModelState, State
 
 PARTS = (health, scores)
-"""Modules with a function `router(state) -> fastapi.APIRouter`, of every service; `chat` and `explain` need a model."""
+"""Modules with a function `router(state) -> fastapi.APIRouter`, of every service; `build_app` adds those of a model."""
 
 
 def build_app(state: State) -> FastAPI:
@@ -20,9 +20,9 @@ def build_app(state: State) -> FastAPI:
     for part in PARTS:
         app.include_router(part.router(state))
     if isinstance(state, ModelState):
-        from codebook.serving import chat, explain  # they need transformers' server
+        from codebook.serving import chat, compare, explain, page  # they need transformers' server
 
-        app.include_router(chat.router(state))
-        app.include_router(explain.router(state))
+        for model_part in (chat, compare, explain, page):
+            app.include_router(model_part.router(state))
     app.add_middleware(Guard, state=state)
     return app

@@ -35,7 +35,7 @@ def router(state: ModelState) -> APIRouter:
         loop = asyncio.get_running_loop()
         job = await loop.run_in_executor(pool, preparer.prepare, asked)
         identity = f"chatcmpl-{uuid.uuid4().hex}"
-        return await _unless_left(request, Completion(state, job).respond(identity, asked.stream))
+        return await unless_left(request, Completion(state, job).respond(identity, asked.stream))
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -50,7 +50,7 @@ def router(state: ModelState) -> APIRouter:
     return routes
 
 
-async def _unless_left(request: Request, answering: Any) -> Response:
+async def unless_left(request: Request, answering: Any) -> Response:
     """The response, or an empty one when the client has left before; what answers is then cancelled."""
     answer = asyncio.ensure_future(answering)
     left = asyncio.ensure_future(_leaving(request))

@@ -16,9 +16,11 @@ from codebook.serving.errors import ServiceError, error_response
 if TYPE_CHECKING:
     from codebook.serving.state import State
 
-KEYLESS = {"/health", "/ready"}
-"""Paths that need no API key."""
-ANSWERED_WHILE_DRAINING = KEYLESS | {"/metrics"}
+LIVENESS = {"/health", "/ready"}
+"""Paths that tell whether the service lives."""
+KEYLESS = LIVENESS | {"/"}
+"""Paths that need no API key; the page asks its reader for it."""
+ANSWERED_WHILE_DRAINING = LIVENESS | {"/metrics"}
 
 
 @dataclass(frozen=True)

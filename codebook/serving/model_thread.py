@@ -18,6 +18,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from codebook.errors import CodebookError
 from codebook.inference.ask import generate
 from codebook.inference.prompts import Prompts
+from codebook.models import Image
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 from codebook.serving.errors import ServiceError
@@ -48,12 +49,18 @@ class Job:
         Seed of sampling; None: another one each time.
     streamer
         Gets each token as it comes, and makes the prompt be answered alone.
+    schedule
+        Prunes this prompt instead of the service's own, and makes it be answered alone.
     left
         Set when nobody waits for the answer any more.
     answer
         The tokens (int64) of the answer, up to its end.
     seen, kept
         Visual tokens of the prompt, and those that were kept to the last layer; set before `answer` is.
+    shown
+        The images of the prompt, each with the tokens that survived each stage; set before `answer` is.
+    seconds
+        How long the batch of this prompt took in the model; set before `answer` is.
     """
 
     prompts: Prompts
@@ -62,14 +69,17 @@ class Job:
     options: dict[str, Any] = field(default_factory=dict)
     seed: int | None = None
     streamer: Any = None
+    schedule: Schedule | None = None
     left: threading.Event = field(default_factory=threading.Event)
     answer: Future[Tensor] = field(default_factory=Future)
     seen: int = 0
     kept: int = 0
+    shown: list[tuple[Image, list[Tensor]]] = field(default_factory=list)
+    seconds: float = 0.0
 
     @property
     def alone(self) -> bool:
-        return bool(self.options) or self.streamer is not None
+        return bool(self.options) or self.streamer is not None or self.schedule is not None
 
 
 @dataclass(eq=False)
@@ -83,8 +93,9 @@ class Errand:
 class ModelThread:
     """Answers prompts on a thread of its own.
 
-    There is no delay that waits for company: while a batch runs the next one gathers. Streams and sampling are answered
-    alone. A batch that fails is answered again one by one, so that a prompt can fail only itself.
+    There is no delay that waits for company: while a batch runs the next one gathers. Streams, sampling and prompts
+    with a schedule of their own are answered alone. A batch that fails is answered again one by one, so that a prompt
+    can fail only itself.
     """
 
     def __init__(self, model: Model, processor: Processor, schedule: Schedule, metrics: Metrics) -> None:
@@ -170,9 +181,11 @@ class ModelThread:
             self._metrics.generate_errors.inc()
             jobs[0].answer.set_exception(error)
             return
-        self._metrics.generate_seconds.observe(time.monotonic() - start)
+        seconds = time.monotonic() - start
+        self._metrics.generate_seconds.observe(seconds)
         self._metrics.batch_size.observe(len(jobs))
         for job, tokens, shown in zip(jobs, generated.tokens.cpu(), generated.shown, strict=True):
+            job.shown, job.seconds = shown, seconds
             job.seen = sum(image.count for image, _ in shown)
             job.kept = sum(len(stages[-1]) if stages else image.count for image, stages in shown)
             self._metrics.visual_tokens.labels("seen").inc(job.seen)
@@ -192,7 +205,7 @@ class ModelThread:
                 stack.enter_context(torch.random.fork_rng(devices))
                 torch.manual_seed(first.seed) if first.seed is not None else torch.seed()
             return generate(
-                self._model, prompts, self._schedule,
+                self._model, prompts, self._schedule if first.schedule is None else first.schedule,
                 max_new_tokens=max(job.new_tokens for job in jobs),
                 stopping_criteria=StoppingCriteriaList([RowsDone(jobs, prompts.inputs["input_ids"].shape[1])]),
                 streamer=first.streamer, **options,

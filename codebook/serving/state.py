@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from codebook.models.base import Model, Processor
@@ -54,6 +55,10 @@ class ModelState(State):
         What prunes every prompt.
     model_thread
         The thread that the model runs on; `await state.model_thread.run(function)` is for other work with the model.
+    codebook, seed
+        Folder of the codebook and the seed for the methods of a comparison; None: the codebook that ships.
+    examples
+        Questions for the page: for each its `question`, `answer` and `image`, a data URL.
     """
 
     name: str
@@ -61,3 +66,6 @@ class ModelState(State):
     processor: Processor
     schedule: Schedule
     model_thread: ModelThread
+    codebook: Path | None = None
+    seed: int = 0
+    examples: tuple[dict[str, str], ...] = ()

@@ -1,0 +1,138 @@
+"""`POST /v1/compare`: one question under several methods and budgets, and what each of them kept of the picture."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import Field
+from torch import Tensor
+
+from codebook.errors import CodebookError
+from codebook.models import Image
+from codebook.pruning.presets import KEEP
+from codebook.serving.chat import unless_left
+from codebook.serving.errors import ServiceError
+from codebook.serving.methods import Methods
+from codebook.serving.model_thread import Job
+from codebook.serving.preparing import Preparer
+from codebook.serving.request import ChatRequest, Strict, parse_request
+from codebook.serving.state import ModelState
+
+MOST_WAYS = 4
+"""Ways of answering that a request compares."""
+NEW_TOKENS = 64
+"""Tokens of an answer, where the request does not say how many."""
+
+
+class Choice(Strict):
+    """A method of `GET /v1/compare`, or `unpruned`, and its budget."""
+
+    method: str = Field(max_length=100)
+    keep: float = Field(KEEP, gt=0, le=1)
+
+
+class Comparison(Strict):
+    """The body of `POST /v1/compare`."""
+
+    image: str
+    question: str
+    ways: list[Choice] = Field(min_length=1, max_length=MOST_WAYS)
+    max_tokens: int = Field(NEW_TOKENS, ge=1)
+
+    @property
+    def as_chat(self) -> ChatRequest:
+        """The same question as a chat, which is held to the limits of chats."""
+        content = [
+            {"type": "image_url", "image_url": {"url": self.image}},
+            {"type": "text", "text": self.question},
+        ]
+        turns = [{"role": "user", "content": content}]
+        return ChatRequest.model_validate({"messages": turns, "max_tokens": self.max_tokens})
+
+
+def kept_map(image: Image, stages: Sequence[Tensor]) -> dict[str, Any]:
+    """Where the tokens of an image lie, and which of them survive each stage.
+
+    Parameters
+    ----------
+    stages
+        For each stage (k,) int64, places among the image's visual tokens, as `Pruning.kept` has them.
+
+    Returns
+    -------
+    `tokens`, the number of visual tokens, and `grids`: for each its kind (`view`, `crop`, `frame`), rows, cols, `box`,
+    the part of the picture that it shows as left, top, right, bottom in [0, 1] or None, and `kept`: for each stage the
+    raster positions of the grid's tokens that stay; without stages all stay
+    """
+    grids: list[dict[str, Any]] = [
+        {"kind": grid.kind, "rows": grid.rows, "cols": grid.cols, "box": grid.box, "kept": []}
+        for grid in image.layout.grids
+    ]
+    for tokens in [stage.tolist() for stage in stages] or [list(range(image.count))]:
+        for grid in grids:
+            grid["kept"].append([])
+        for number, row, col in map(image.locate, tokens):
+            grids[number]["kept"][-1].append(row * grids[number]["cols"] + col)
+    return {"tokens": image.count, "grids": grids}
+
+
+def router(state: ModelState) -> APIRouter:
+    """Comparisons, and what can be compared."""
+    routes, preparer = APIRouter(), Preparer(state)
+    methods = Methods(state.model, state.codebook, state.seed)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="codebook-compare")
+
+    @routes.get("/v1/compare")
+    async def offered() -> dict[str, Any]:
+        return {
+            "model": state.name,
+            "schedule": str(state.schedule),
+            "methods": [{"name": name, "about": text} for name, text in methods.offered.items()],
+            "examples": state.examples,
+            "largest_body": state.limits.body,
+        }
+
+    @routes.post("/v1/compare")
+    async def compare(request: Request) -> Response:
+        asked = parse_request(await request.body(), Comparison)
+        job = await asyncio.get_running_loop().run_in_executor(pool, preparer.prepare, asked.as_chat)
+        return await unless_left(request, answered(asked.ways, job))
+
+    async def answered(ways: Sequence[Choice], job: Job) -> Response:
+        return JSONResponse({"ways": [await answer(way, job) for way in ways]})  # between two others may be answered
+
+    async def answer(way: Choice, job: Job) -> dict[str, Any]:
+        """One way's answer, or why this method cannot give one here."""
+        named = {"method": way.method, "keep": way.keep}
+        try:
+            schedule = methods.schedule(way.method, way.keep)
+            own = Job(job.prompts, job.new_tokens, job.deadline, schedule=schedule)
+            tokens = await ask(own)
+        except ServiceError:
+            raise
+        except CodebookError as error:
+            return {**named, "error": str(error)}
+        return {
+            **named,
+            "schedule": str(schedule),
+            "answer": state.processor.decode(tokens, skip_special_tokens=True).strip(),
+            "seen": own.seen,
+            "kept": own.kept,
+            "seconds": round(own.seconds, 4),
+            "images": [kept_map(image, stages) for image, stages in own.shown],
+        }
+
+    async def ask(job: Job) -> Tensor:
+        state.model_thread.submit(job)
+        try:
+            return await asyncio.wrap_future(job.answer)
+        except asyncio.CancelledError:
+            job.left.set()
+            raise
+
+    return routes
