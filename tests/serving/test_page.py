@@ -17,7 +17,7 @@ from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.running import Service
 
 HTML = FILE.read_text()
-ANSWERED = "document.querySelector('#way-unpruned .answer').textContent && !document.querySelector('.waiting')"
+ANSWERED = "document.querySelector('#way-unpruned .answer')?.textContent && !document.querySelector('.waiting')"
 
 
 @pytest.fixture(scope="module")
