@@ -13,10 +13,10 @@ from pydantic import Field
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.models import Image
 from codebook.pruning.presets import KEEP
 from codebook.serving.chat import unless_left
 from codebook.serving.errors import ServiceError
+from codebook.serving.maps import kept_map
 from codebook.serving.methods import Methods
 from codebook.serving.model_thread import Job
 from codebook.serving.preparing import Preparer
@@ -55,32 +55,6 @@ class Comparison(Strict):
         return ChatRequest.model_validate({"messages": turns, "max_tokens": self.max_tokens})
 
 
-def kept_map(image: Image, stages: Sequence[Tensor]) -> dict[str, Any]:
-    """Where the tokens of an image lie, and which of them survive each stage.
-
-    Parameters
-    ----------
-    stages
-        For each stage (k,) int64, places among the image's visual tokens, as `Pruning.kept` has them.
-
-    Returns
-    -------
-    `tokens`, the number of visual tokens, and `grids`: for each its kind (`view`, `crop`, `frame`), rows, cols, `box`,
-    the part of the picture that it shows as left, top, right, bottom in [0, 1] or None, and `kept`: for each stage the
-    raster positions of the grid's tokens that stay; without stages all stay
-    """
-    grids: list[dict[str, Any]] = [
-        {"kind": grid.kind, "rows": grid.rows, "cols": grid.cols, "box": grid.box, "kept": []}
-        for grid in image.layout.grids
-    ]
-    for tokens in [stage.tolist() for stage in stages] or [list(range(image.count))]:
-        for grid in grids:
-            grid["kept"].append([])
-        for number, row, col in map(image.locate, tokens):
-            grids[number]["kept"][-1].append(row * grids[number]["cols"] + col)
-    return {"tokens": image.count, "grids": grids}
-
-
 def router(state: ModelState) -> APIRouter:
     """Comparisons, and what can be compared."""
     routes, preparer = APIRouter(), Preparer(state)
@@ -117,6 +91,7 @@ def router(state: ModelState) -> APIRouter:
             raise
         except CodebookError as error:
             return {**named, "error": str(error)}
+        image, stages = own.shown[0]  # where crops are images of their own, the first is the whole picture
         return {
             **named,
             "schedule": str(schedule),
@@ -124,7 +99,7 @@ def router(state: ModelState) -> APIRouter:
             "seen": own.seen,
             "kept": own.kept,
             "seconds": round(own.seconds, 4),
-            "images": [kept_map(image, stages) for image, stages in own.shown],
+            **kept_map(image, schedule, stages),
         }
 
     async def ask(job: Job) -> Tensor:

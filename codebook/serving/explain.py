@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -29,6 +28,7 @@ from codebook.models.base import Model
 from codebook.pruning import Schedule
 from codebook.pruning.ownership import codebooks_of
 from codebook.serving.errors import ServiceError
+from codebook.serving.maps import kept_map
 from codebook.serving.model_thread import Job, too_late
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import ChatRequest, ImagePart, Strict, Turn, parse_request
@@ -154,23 +154,12 @@ def _entering(model: Model) -> Iterator[list[Tensor]]:
 
 def report(state: ModelState, found: Explained, schedule: Schedule, book: Codebook | None, text: str) -> dict[str, Any]:
     """The answer as JSON."""
-    grids, starts = found.image.layout.grids, [0]
-    for grid in grids:
-        starts.append(starts[-1] + grid.count)
-
-    def by_grid(kept: list[int]) -> list[list[int]]:
-        return [[token - start for token in kept if start <= token < end] for start, end in pairwise(starts)]
-
     return {
         "object": "explanation",
         "model": state.name,
         "schedule": str(schedule),
         "answer": text,
-        "grids": [{"kind": grid.kind, "rows": grid.rows, "cols": grid.cols} for grid in grids],
-        "stages": [
-            {"layer": stage.layer, "stage": str(stage), "kept": by_grid(kept.tolist())}
-            for stage, kept in zip(schedule.stages, found.stages, strict=True)
-        ],
+        **kept_map(found.image, schedule, found.stages),
         "codebook": None if book is None else {
             "model": book.config["model"],
             "prototypes": len(book),

@@ -8,7 +8,7 @@ from codebook.inference.ask import ask
 from codebook.miniature.samples import of_miniature
 from codebook.models.layout import Grid, Image, Layout
 from codebook.pruning import Schedule
-from codebook.serving.compare import kept_map
+from codebook.serving.maps import kept_map
 from tests.serving.running import body, data_url
 
 
@@ -34,13 +34,12 @@ def test_ways_equal_ask(service, loaded, sample):
     for way, (method, keep) in zip(found, ways, strict=True):
         schedule = None if method == "unpruned" else Schedule.for_model(model, method, keep)
         [expected] = ask(model, processor, [sample.pictures()], [sample.question], schedule)
-        [image] = way["images"]
-        [grid] = image["grids"]
+        [grid] = way["grids"]
         assert way["answer"] == expected.text and way["method"] == method and way["keep"] == keep
-        assert [way["seen"], way["kept"]] == [image["tokens"], len(expected.kept[0])] and way["seconds"] > 0
+        assert [way["seen"], way["kept"]] == [144, len(expected.kept[0])] and way["seconds"] > 0
         assert (grid["kind"], grid["rows"], grid["cols"], grid["box"]) == ("view", 12, 12, [0, 0, 1, 1])
-        assert grid["kept"][-1] == expected.kept[0]
-        assert [144, *map(len, grid["kept"])] == (expected.counts[0] if schedule else [144, 144])
+        assert [144, *(len(stage["kept"][0]) for stage in way["stages"])] == expected.counts[0]
+        assert not schedule or way["stages"][-1]["kept"] == expected.kept
     # The schedule of the service is still what chats are pruned by.
     answer = httpx.post(f"{service.url}/v1/chat/completions", json=body(sample), timeout=60).json()
     assert answer["usage"]["codebook"]["kept"] == own.counts(144, 12)[-1]
@@ -88,12 +87,14 @@ def test_a_map_of_several_grids():
     """A view of 2 x 2 tokens and a crop of 1 x 3, whose row ends with a newline that is no visual token."""
     grids = (Grid(0, 2, 2), Grid(4, 1, 3, "crop", stride=4, box=None))
     image = Image("image", Layout(8, grids), tuple(range(8)))
-    found = kept_map(image, [torch.tensor([1, 3, 4, 6]), torch.tensor([3])])
-    assert found == {
-        "tokens": 7,
+    schedule = Schedule.parse("random@0:4, drop@2")
+    assert kept_map(image, schedule, [torch.tensor([1, 3, 4, 6]), torch.tensor([], dtype=torch.long)]) == {
         "grids": [
-            {"kind": "view", "rows": 2, "cols": 2, "box": (0, 0, 1, 1), "kept": [[1, 3], [3]]},
-            {"kind": "crop", "rows": 1, "cols": 3, "box": None, "kept": [[0, 2], []]},
+            {"kind": "view", "rows": 2, "cols": 2, "box": (0, 0, 1, 1)},
+            {"kind": "crop", "rows": 1, "cols": 3, "box": None},
+        ],
+        "stages": [
+            {"layer": 0, "stage": "random:4", "kept": [[1, 3], [0, 2]]},
+            {"layer": 2, "stage": "drop@2", "kept": [[], []]},
         ],
     }
-    assert [grid["kept"] for grid in kept_map(image, [])["grids"]] == [[[0, 1, 2, 3]], [[0, 1, 2]]]

@@ -49,7 +49,7 @@ def test_the_services_schedule(asked, loaded, sample):
     model, processor, schedule = loaded
     found, expected, book = asked().json(), kept_by_ask(loaded, sample, schedule), prebuilt(model)
     assert found["answer"] == expected.text and found["schedule"] == str(schedule)
-    assert found["grids"] == [{"kind": "view", "rows": 12, "cols": 12}]
+    assert found["grids"] == [{"kind": "view", "rows": 12, "cols": 12, "box": [0, 0, 1, 1]}]
     [stage] = found["stages"]
     assert stage == {"layer": 0, "stage": str(schedule), "kept": expected.kept}
     assert (found["codebook"]["prototypes"], found["codebook"]["model"]) == (len(book), "miniature")
