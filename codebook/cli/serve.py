@@ -43,14 +43,17 @@ def serve_command(
         ),
     ] = None,
     seed: SeedOption = 0,
+    engine: Annotated[str, typer.Option(help="What runs the model: transformers.")] = "transformers",
     device: DeviceOption = None,
     dtype: DtypeOption = None,
-    host: Annotated[
-        str, typer.Option(help="Address to listen on; beyond this machine only with an API key.")
-    ] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; default: this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
     limit: Annotated[
         list[str] | None, typer.Option("--limit", help="A limit as NAME=VALUE (see docs/serving.md); repeat for more.")
+    ] = None,
+    allow_urls: Annotated[
+        list[str] | None,
+        typer.Option("--allow-urls", help="Host whose images are fetched; repeat for more. Default: data URLs only."),
     ] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help=f"File with the key that clients must send; default: ${KEY}, or no key.")
@@ -59,16 +62,21 @@ def serve_command(
     """Answer chat completions over HTTP with most visual tokens dropped, and score features against codebooks."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise CodebookError(f"serving needs {', '.join(missing)}: run `pip install 'codebook[serve]'`")
+    if engine != "transformers":
+        raise CodebookError(f"no engine {engine!r}: use transformers")
     from codebook.serving.limits import read_limits
+    from codebook.serving.pictures import read_hosts
 
-    limits = read_limits(limit or [])
+    limits, hosts = read_limits(limit or []), read_hosts(allow_urls or [])
     key = _api_key(api_key_file)
     from codebook.serving.shelf import named_folders
 
     books, unnamed = named_folders(codebook or [])
     shared: dict[str, Any] = {"limits": limits, "api_key": key}
     if model is None:
-        _refuse_without_model({"--keep": keep, "--schedule": schedule, "--device": device, "--dtype": dtype})
+        _refuse_without_model({
+            "--keep": keep, "--schedule": schedule, "--device": device, "--dtype": dtype, "--allow-urls": allow_urls,
+        })  # fmt: skip
         if not books:
             raise CodebookError("name a model to answer with, or codebooks to score against: --codebook NAME=DIR")
         _serve_codebooks(books, host, port, shared)
@@ -95,19 +103,22 @@ def serve_command(
     from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
     from codebook.serving.metrics import Metrics
     from codebook.serving.model_thread import ModelThread
-    from codebook.serving.server import address, listen
+    from codebook.serving.server import address, is_local, listen
     from codebook.serving.shelf import Shelf
     from codebook.serving.state import ModelState
+    from codebook.store.files import is_folder
 
     bound = listen(host, port)  # before the model is loaded, which takes long
     shelf = Shelf(books)
     loaded, processor = load(model, device, None if dtype is None else getattr(torch, dtype))
     applied, metrics = plan.apply(loaded), Metrics()
+    metrics.describe(applied, plan.keep)
     thread = ModelThread(loaded, processor, applied, metrics)
-    name = Path(model).name if Path(model).is_dir() else model
+    name = Path(model).resolve().name if is_folder(Path(model)) else model
     state = ModelState(
         name=name, model=loaded, processor=processor, schedule=applied, model_thread=thread, metrics=metrics,
-        shelf=shelf, codebook=plan.codebook, seed=seed, examples=_examples(model), **shared,
+        shelf=shelf, codebook=plan.codebook, seed=seed, examples=_examples(model), allowed_hosts=hosts,
+        local=is_local(bound), **shared,
     )  # fmt: skip
     try:
         _serve(state, bound, f"{name} under {applied}: {address(bound)}/v1; page: {address(bound)}")
@@ -118,12 +129,12 @@ def serve_command(
 def _serve_codebooks(books: dict[str, Path], host: str, port: int, shared: dict[str, Any]) -> None:
     """Serve scores alone, without a model."""
     from codebook.serving.metrics import Metrics
-    from codebook.serving.server import address, listen
+    from codebook.serving.server import address, is_local, listen
     from codebook.serving.shelf import Shelf
     from codebook.serving.state import State
 
     shelf, bound = Shelf(books), listen(host, port)
-    state = State(metrics=Metrics(), shelf=shelf, **shared)
+    state = State(metrics=Metrics(), shelf=shelf, local=is_local(bound), **shared)
     _serve(state, bound, f"codebooks {shelf.names()}: {address(bound)}/v1/codebooks")
 
 
@@ -131,12 +142,12 @@ def _serve(state: State, bound: socket, greeting: str) -> None:
     """Serve until told to end."""
     from codebook.serving.server import Server
 
+    if state.api_key is None and not state.local:
+        note(f"no API key: whoever reaches this address can ask; set one by --api-key-file or {KEY}")
     server = Server(state, ready=lambda: note(greeting), say=note)
     server.run([bound])
     if server.cut:
-        raise CodebookError(
-            f"{server.cut} requests were cut off: they took longer than drain_seconds; raise that limit"
-        )
+        raise CodebookError(f"{server.cut} requests were cut off after drain_seconds: raise that limit")
 
 
 def _refuse_without_model(given: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import Image as Picture
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from codebook.inference.outputs import NanWatch
 from codebook.inference.prompts import Prompts, prepare
@@ -112,8 +112,21 @@ class Generated:
     shown: list[list[tuple[Image, list[Tensor]]]]
 
 
-def generate(model: Model, prompts: Prompts, schedule: Schedule | None = None, **options: Any) -> Generated:
-    """Run the model's own `generate` on prepared prompts under a schedule, with options of its.
+def generate(
+    model: Model,
+    prompts: Prompts,
+    schedule: Schedule | None = None,
+    processors: Sequence[LogitsProcessor] = (),
+    **options: Any,
+) -> Generated:
+    """Run the model's own `generate` on prepared prompts under a schedule.
+
+    Parameters
+    ----------
+    processors
+        Logits processors, which see the outputs after the check that these are numbers.
+    options
+        Other arguments of `generate`.
 
     Raises
     ------
@@ -122,7 +135,7 @@ def generate(model: Model, prompts: Prompts, schedule: Schedule | None = None, *
     """
     watch = NanWatch()
     with torch.inference_mode(), (schedule or Schedule([]))(model, "thread") as pruning:
-        out = model.generate(**prompts.inputs, logits_processor=LogitsProcessorList([watch]), **options)
+        out = model.generate(**prompts.inputs, logits_processor=LogitsProcessorList([watch, *processors]), **options)
     watch.check()
     # Pruning lists the images of the whole batch, prompt by prompt.
     every_image = iter(zip(pruning.images, pruning.kept, strict=True))

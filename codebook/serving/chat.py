@@ -6,13 +6,16 @@ import asyncio
 import os
 import time
 import uuid
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from codebook.serving.errors import ServiceError
-from codebook.serving.preparing import Preparer
+from codebook.serving.errors import CLIENT_LEFT
+from codebook.serving.limits import whole_body
+from codebook.serving.model_thread import Job
+from codebook.serving.preparing import Preparer, unknown_model
 from codebook.serving.request import ChatRequest, parse_request
 from codebook.serving.state import ModelState
 
@@ -26,16 +29,25 @@ def router(state: ModelState) -> APIRouter:
 
     routes, preparer = APIRouter(), Preparer(state)
     pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="codebook-prepare")
+    free = asyncio.Semaphore(PREPARERS)  # what waits for a thread is let go when its client leaves
     started = int(time.time())
     model = {"id": state.name, "object": "model", "created": started, "owned_by": "codebook"}
 
+    def read(body: bytes, deadline: float) -> tuple[Job, bool]:
+        asked = parse_request(body, ChatRequest)
+        return preparer.prepare(asked, deadline)[0], asked.stream
+
+    async def answered(body: bytes) -> Response:
+        deadline = time.monotonic() + state.limits.seconds
+        async with free:
+            reading = asyncio.get_running_loop().run_in_executor(pool, read, body, deadline)
+            del body  # of megabytes, while the answer is waited for
+            job, stream = await reading
+        return await Completion(state, job).respond(f"chatcmpl-{uuid.uuid4().hex}", stream)
+
     @routes.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:
-        asked = parse_request(await request.body(), ChatRequest)
-        loop = asyncio.get_running_loop()
-        job = await loop.run_in_executor(pool, preparer.prepare, asked)
-        identity = f"chatcmpl-{uuid.uuid4().hex}"
-        return await unless_left(request, Completion(state, job).respond(identity, asked.stream))
+        return await unless_left(request, answered(await whole_body(request)))
 
     @routes.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -44,13 +56,13 @@ def router(state: ModelState) -> APIRouter:
     @routes.get("/v1/models/{name:path}")
     async def one(name: str) -> dict[str, Any]:
         if name != state.name:
-            raise ServiceError(404, f"there is no such model here: the model is {state.name!r}", "model_not_found")
+            raise unknown_model(state)
         return model
 
     return routes
 
 
-async def unless_left(request: Request, answering: Any) -> Response:
+async def unless_left(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
     """The response, or an empty one when the client has left before; what answers is then cancelled."""
     answer = asyncio.ensure_future(answering)
     left = asyncio.ensure_future(_leaving(request))
@@ -58,7 +70,7 @@ async def unless_left(request: Request, answering: Any) -> Response:
         await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
         if answer.done():
             return answer.result()
-        return Response(status_code=499)
+        return Response(status_code=CLIENT_LEFT)
     finally:
         answer.cancel()
         left.cancel()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ from codebook.errors import CodebookError
 from codebook.pruning.presets import KEEP
 from codebook.serving.chat import unless_left
 from codebook.serving.errors import ServiceError
+from codebook.serving.limits import whole_body
 from codebook.serving.maps import kept_map
 from codebook.serving.methods import Methods
 from codebook.serving.model_thread import Job
@@ -73,8 +75,9 @@ def router(state: ModelState) -> APIRouter:
 
     @routes.post("/v1/compare")
     async def compare(request: Request) -> Response:
-        asked = parse_request(await request.body(), Comparison)
-        job = await asyncio.get_running_loop().run_in_executor(pool, preparer.prepare, asked.as_chat)
+        asked, deadline = parse_request(await whole_body(request), Comparison), time.monotonic() + state.limits.seconds
+        prepare = asyncio.get_running_loop().run_in_executor
+        job, _ = await prepare(pool, preparer.prepare, asked.as_chat, deadline)
         return await unless_left(request, answered(asked.ways, job))
 
     async def answered(ways: Sequence[Choice], job: Job) -> Response:
@@ -107,7 +110,7 @@ def router(state: ModelState) -> APIRouter:
         try:
             return await asyncio.wrap_future(job.answer)
         except asyncio.CancelledError:
-            job.left.set()
+            state.model_thread.withdraw(job)
             raise
 
     return routes

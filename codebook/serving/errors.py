@@ -11,7 +11,9 @@ from starlette.exceptions import HTTPException
 
 from codebook.errors import CodebookError, printable
 
-TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+CLIENT_LEFT = 499
+"""Status, as nginx has it, of a request whose client left before the answer."""
+TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 """Types of errors by status, beside `invalid_request_error` below 500 and `server_error` above."""
 
 
@@ -47,16 +49,21 @@ def error_response(
     return JSONResponse(body, status_code=status, headers=headers)
 
 
+def response_to(error: BaseException) -> JSONResponse:
+    """The response to an error that was raised."""
+    if isinstance(error, ServiceError):
+        return error_response(error.status, str(error), error.code, error.param)
+    if isinstance(error, CodebookError):
+        return error_response(422, str(error))
+    return error_response(500, f"unexpected {type(error).__name__}: please report it with the server's log")
+
+
 def add_error_handlers(app: FastAPI) -> None:
     """Give every error of an app the one shape, also those of the framework and those that nobody expected."""
 
-    @app.exception_handler(ServiceError)
-    async def refused(_: Request, error: ServiceError) -> JSONResponse:
-        return error_response(error.status, str(error), error.code, error.param)
-
     @app.exception_handler(CodebookError)
-    async def unusable(_: Request, error: CodebookError) -> JSONResponse:
-        return error_response(422, str(error))
+    async def refused(_: Request, error: CodebookError) -> JSONResponse:
+        return response_to(error)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
@@ -68,7 +75,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return error_response(500, f"unexpected {type(error).__name__}: please report it with the server's log")
+        return response_to(error)
 
 
 def first_fault(faults: Any) -> tuple[str, None, str]:

@@ -28,10 +28,11 @@ from codebook.models.base import Model
 from codebook.pruning import Schedule
 from codebook.pruning.ownership import codebooks_of
 from codebook.serving.errors import ServiceError
+from codebook.serving.limits import whole_body
 from codebook.serving.maps import kept_map
 from codebook.serving.model_thread import Job, too_late
 from codebook.serving.preparing import Preparer
-from codebook.serving.request import ChatRequest, ImagePart, Strict, Turn, parse_request
+from codebook.serving.request import MOST_PARTS, ChatRequest, ImagePart, Strict, Turn, parse_request
 from codebook.serving.state import ModelState
 from codebook.store.codebook import Codebook
 from codebook.store.folder import PROTOTYPES
@@ -45,7 +46,7 @@ LARGEST_OVERLAY = 2**24
 class ExplainRequest(Strict):
     """The body of `POST /v1/explain`: messages as of a chat completion, with one image in them."""
 
-    messages: list[Turn] = Field(min_length=1, max_length=1000)
+    messages: list[Turn] = Field(min_length=1, max_length=MOST_PARTS)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     method: str | None = Field(None, pattern=r"^[a-z][a-z-]{0,63}$")
@@ -213,11 +214,12 @@ def router(state: ModelState) -> APIRouter:
             raise ServiceError(422, f"{len(parts)} images: an explanation is of one", None, "messages")
         shared = {"messages": asked.messages, "model": asked.model, "max_tokens": asked.max_tokens}
         chat = ChatRequest.model_validate(shared)
-        return asked, preparer.prepare(chat), preparer._picture(parts[0].image_url.url)
+        job, [picture] = preparer.prepare(chat, time.monotonic() + state.limits.seconds)
+        return asked, job, picture
 
     @routes.post("/v1/explain")
     async def explain_answer(request: Request) -> Response:
-        asked, job, picture = await asyncio.to_thread(prepare, await request.body())
+        asked, job, picture = await asyncio.to_thread(prepare, await whole_body(request))
         try:
             schedule = chosen_schedule(state, asked.method, asked.keep)
         except CodebookError as error:

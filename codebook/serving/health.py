@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from codebook.serving.errors import ServiceError
-from codebook.serving.state import State
+from codebook.serving.state import ModelState, State
 
 
 def router(state: State) -> APIRouter:
@@ -15,6 +15,8 @@ def router(state: State) -> APIRouter:
 
     @routes.get("/health")
     async def health() -> dict[str, str]:
+        if isinstance(state, ModelState) and state.model_thread.broken:
+            raise ServiceError(503, "the device has failed: start the service anew", "device_failed")
         return {"status": "ok"}
 
     @routes.get("/ready")

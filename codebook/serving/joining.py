@@ -16,13 +16,19 @@ FILLERS = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "mm_toke
 PER_IMAGE = {"pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"}
 """Inputs of which one prompt's rows simply follow another's."""
 
+LONGEST_TO_SHORTEST = 1.5
+"""Of the lengths in a batch: on a CPU the padding of prompts that differ more costs more than company saves."""
+
 
 def alike(first: Prompts, other: Prompts) -> bool:
-    """Whether two prompts can share a batch: known inputs, the same for both, of equal shapes per image."""
+    """Whether two prompts can share a batch: the same inputs, all known, of one shape per image; and like lengths."""
     if first.inputs.keys() != other.inputs.keys() or not first.inputs.keys() <= FILLERS.keys() | PER_IMAGE:
         return False
+    lengths = sorted(one.inputs["input_ids"].shape[1] for one in (first, other))
     images = PER_IMAGE & first.inputs.keys()
-    return all(first.inputs[name].shape[1:] == other.inputs[name].shape[1:] for name in images)
+    return lengths[1] <= LONGEST_TO_SHORTEST * lengths[0] and all(
+        first.inputs[name].shape[1:] == other.inputs[name].shape[1:] for name in images
+    )
 
 
 def join(prompts: Sequence[Prompts], pad_token: int) -> Prompts:

@@ -7,11 +7,13 @@ import secrets
 import time
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
+from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from codebook.errors import CodebookError, quoted
-from codebook.serving.errors import ServiceError, error_response
+from codebook.serving.errors import CLIENT_LEFT, ServiceError, response_to
 
 if TYPE_CHECKING:
     from codebook.serving.state import State
@@ -21,6 +23,10 @@ LIVENESS = {"/health", "/ready"}
 KEYLESS = LIVENESS | {"/"}
 """Paths that need no API key; the page asks its reader for it."""
 ANSWERED_WHILE_DRAINING = LIVENESS | {"/metrics"}
+LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+"""Names under which a service of this machine alone is asked: a page of another name would be a web site's."""
+UPLOADS = 16
+"""The bytes of all requests that are arriving together, as a multiple of the largest one."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +36,7 @@ class Limits:
     Attributes
     ----------
     body
-        Bytes of a request.
+        Bytes of a request, and of an image that is fetched for it.
     images, pixels
         Pictures of a request, and their pixels together.
     queue
@@ -40,7 +46,7 @@ class Limits:
     seconds
         From the acceptance of a request to the end of its answer.
     upload_seconds
-        To send a request.
+        For the head of a request to arrive, for its body, and for an image to be fetched.
     drain_seconds
         To answer what is accepted when the service is told to end.
     """
@@ -76,19 +82,21 @@ def read_limits(changes: list[str]) -> Limits:
 
 
 class Guard:
-    """ASGI middleware: the API key, draining, the queue, the size of the body and the time to send it; and counting.
+    """ASGI middleware that every request passes first: it refuses what is beyond the limits, and counts the rest.
 
-    The body is read here, whole and within its limits, before anything else sees the request.
+    The body is read here, whole, before anything else sees the request. From then on the request is accepted: it takes
+    a place in the queue, and is answered even when the service is told to end.
     """
 
     def __init__(self, app: ASGIApp, state: State) -> None:
-        self.app, self.state = app, state
+        self._app, self._state = app, state
+        self._arriving = 0  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), 499  # what nginx writes down of a client that left
+        start, status = time.monotonic(), CLIENT_LEFT
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -98,77 +106,89 @@ class Guard:
 
         try:
             await self._pass(scope, receive, noting)
+        except ServiceError as error:
+            await response_to(error)(scope, receive, noting)
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
-            self.state.metrics.requests.labels(endpoint, str(status)).inc()
-            self.state.metrics.request_seconds.labels(endpoint).observe(time.monotonic() - start)
+            self._state.metrics.requests.labels(endpoint, str(status)).inc()
+            self._state.metrics.request_seconds.labels(endpoint).observe(time.monotonic() - start)
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        state = self.state
-        try:
-            self._check(scope)
-        except ServiceError as error:
-            await error_response(error.status, str(error), error.code)(scope, receive, send)
-            return
+        state = self._state
+        self._check_client(scope)
         if scope["method"] != "POST":
-            await self.app(scope, receive, send)
+            await self._app(scope, receive, send)
             return
+        waiting = [await self._read(scope, receive)]
+        self._check_room(scope)  # again: it took time to arrive
+
+        async def replay() -> Message:
+            return waiting.pop() if waiting else await receive()
+
         state.active += 1
         try:
-            try:
-                body = await self._read(scope, receive)
-            except ServiceError as error:
-                await error_response(error.status, str(error), error.code)(scope, receive, send)
-                return
-            if body is not None:
-                await self.app(scope, _replayed(body, receive), send)
+            await self._app(scope, replay, send)
         finally:
             state.active -= 1
             if not state.active:
                 state.idle.set()
 
-    def _check(self, scope: Scope) -> None:
-        state, path = self.state, scope["path"]
-        if state.api_key is not None and path not in KEYLESS:
-            given = dict(scope["headers"]).get(b"authorization", b"").removeprefix(b"Bearer ")
+    def _check_client(self, scope: Scope) -> None:
+        """Refuse who may not ask."""
+        state, headers = self._state, dict(scope["headers"])
+        if state.api_key is None:
+            host = headers.get(b"host", b"").decode("latin-1")
+            if state.local and host and urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
+                raise ServiceError(403, "this service answers to names of this machine only, such as localhost")
+            origin = headers.get(b"origin", b"").decode("latin-1")
+            if origin and urlsplit(origin).netloc != host:
+                raise ServiceError(403, "this service has no API key, and answers no pages of other sites")
+        elif scope["path"] not in KEYLESS:
+            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
             if not secrets.compare_digest(given, state.api_key.encode()):
                 raise ServiceError(401, "no API key, or another one: send it as `Authorization: Bearer KEY`")
-        if state.draining and path not in ANSWERED_WHILE_DRAINING:
+        self._check_room(scope)
+
+    def _check_room(self, scope: Scope) -> None:
+        """Refuse new work when the service is about to end, or its queue is full."""
+        state = self._state
+        if state.draining and scope["path"] not in ANSWERED_WHILE_DRAINING:
             raise ServiceError(503, "the service is about to end: ask another one", "draining")
         if scope["method"] == "POST" and state.active >= state.limits.queue:
             raise ServiceError(429, f"{state.active} requests are waiting: try again later", "queue_full")
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes | None:
-        """The body of a request; None if the client left."""
-        limits, headers = self.state.limits, dict(scope["headers"])
-        declared = headers.get(b"content-length", b"0")
+    async def _read(self, scope: Scope, receive: Receive) -> Message:
+        """The whole body of a request, as one message."""
+        limits = self._state.limits
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
         too_large = ServiceError(413, f"the request has more than {limits.body:,} bytes: send less", "too_large")
         if not declared.isdigit() or int(declared[:20]) > limits.body:
             raise too_large
-        parts, size = [], 0
+        parts: list[bytes] = []
+        size = 0
         try:
             async with asyncio.timeout(limits.upload_seconds):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
+                        raise ServiceError(400, "the request ended before its body did")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
+                    self._arriving += len(parts[-1])
                     if size > limits.body:
                         raise too_large
+                    if self._arriving > UPLOADS * limits.body:
+                        raise ServiceError(429, "too many requests are arriving: try again later", "queue_full")
                     if not message.get("more_body"):
-                        return b"".join(parts)
+                        return {"type": "http.request", "body": b"".join(parts), "more_body": False}
         except TimeoutError:
             raise ServiceError(
                 408, f"the request did not arrive within {limits.upload_seconds} s: send it faster", "too_slow"
             ) from None
+        finally:
+            self._arriving -= size
 
 
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that was read before, and then what comes after it."""
-    waiting: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Message:
-        return waiting.pop() if waiting else await receive()
-
-    return replay
+async def whole_body(request: Request) -> bytes:
+    """The body of a request, which `Guard` has read; given once, so that nothing holds it any longer."""
+    return bytes((await request.receive())["body"])

@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import chain
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+
+from codebook import __version__
+from codebook.pruning import Schedule
+from codebook.pruning.ownership import codebooks_of
+from codebook.store.folder import PROTOTYPES
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 """Bounds of the buckets of durations."""
@@ -45,3 +52,12 @@ class Metrics:
             buckets=SECONDS, registry=own,
         )  # fmt: skip
         self.info = Info("codebook", "What runs: version, method, keep, SHA-256 of the codebook.", registry=own)
+
+    def describe(self, schedule: Schedule, keep: float | None) -> None:
+        """Say what runs: `codebook_info`."""
+        found = chain.from_iterable(codebooks_of(stage.pruner) for stage in schedule.stages)
+        books = {book.config.get("sha256", {}).get(PROTOTYPES, "") for book in found}
+        self.info.info({
+            "version": __version__, "method": str(schedule), "keep": "" if keep is None else str(keep),
+            "codebook_sha256": ",".join(sorted(books)),
+        })  # fmt: skip

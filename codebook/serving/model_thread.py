@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -13,9 +15,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import BaseStreamer
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, out_of_memory
 from codebook.inference.ask import generate
 from codebook.inference.prompts import Prompts
 from codebook.models import Image
@@ -25,9 +28,14 @@ from codebook.serving.errors import ServiceError
 from codebook.serving.joining import alike, join
 from codebook.serving.metrics import Metrics
 
-MOST_TOGETHER = 16
+MOST_TOGETHER = 32
 """Most prompts of one batch."""
+MOST_TOKENS = 2**17
+"""Most tokens of one batch with its padding, of prompts that could also be answered alone."""
 
+DEVICE_ERRORS: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
+"""Errors after which a GPU computes nothing more for this process."""
+logger = logging.getLogger(__name__)
 R = TypeVar("R")
 
 
@@ -48,7 +56,7 @@ class Job:
     seed
         Seed of sampling; None: another one each time.
     streamer
-        Gets each token as it comes, and makes the prompt be answered alone.
+        Gets each token as it comes.
     schedule
         Prunes this prompt instead of the service's own, and makes it be answered alone.
     left
@@ -78,8 +86,14 @@ class Job:
     seconds: float = 0.0
 
     @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return int(self.prompts.inputs["input_ids"].shape[1])
+
+    @property
     def alone(self) -> bool:
-        return bool(self.options) or self.streamer is not None or self.schedule is not None
+        """Whether the prompt cannot share a batch."""
+        return bool(self.options) or self.schedule is not None
 
 
 @dataclass(eq=False)
@@ -93,9 +107,14 @@ class Errand:
 class ModelThread:
     """Answers prompts on a thread of its own.
 
-    There is no delay that waits for company: while a batch runs the next one gathers. Streams, sampling and prompts
-    with a schedule of their own are answered alone. A batch that fails is answered again one by one, so that a prompt
-    can fail only itself.
+    There is no delay that waits for company: while a batch runs the next one gathers. Sampling and prompts with a
+    schedule of their own are answered alone. A batch that fails is answered again one by one, so that a prompt can fail
+    only itself.
+
+    Attributes
+    ----------
+    broken
+        Whether the device has failed for good: only another process can use it again.
     """
 
     def __init__(self, model: Model, processor: Processor, schedule: Schedule, metrics: Metrics) -> None:
@@ -105,6 +124,8 @@ class ModelThread:
         self._queue: deque[Job | Errand] = deque()
         self._ready = threading.Condition()
         self._stopping = False
+        self._running: list[Job] = []
+        self.broken = False
         self._thread = threading.Thread(target=self._run, name="codebook-model", daemon=True)
         self._thread.start()
 
@@ -115,18 +136,27 @@ class ModelThread:
             self._metrics.waiting.set(len(self._queue))
             self._ready.notify()
 
+    def withdraw(self, job: Job) -> None:
+        """Let go of a prompt whose client has left: it is not answered, or no further."""
+        job.left.set()
+        with self._ready:
+            if job in self._queue:
+                self._queue.remove(job)
+                self._metrics.waiting.set(len(self._queue))
+        job.answer.cancel()
+
     async def run(self, function: Callable[[], R]) -> R:
         """The result of a function that needs the model, called between two batches."""
-        import asyncio
-
         errand = Errand(function)
         self.submit(errand)
         return await asyncio.wrap_future(errand.answer)
 
     def stop(self) -> None:
-        """End the thread after the batch that runs."""
+        """End the thread, and what it is answering with it."""
         with self._ready:
             self._stopping = True
+            for job in self._running:
+                job.left.set()
             self._ready.notify()
         self._thread.join()
 
@@ -151,14 +181,22 @@ class ModelThread:
             first = self._queue.popleft()
             batch = [first] if isinstance(first, Job) else []
             if batch and not batch[0].alone:
-                for job in list(self._queue):
-                    if len(batch) == MOST_TOGETHER:
-                        break
-                    if isinstance(job, Job) and not job.alone and alike(batch[0].prompts, job.prompts):
-                        batch.append(job)
-                        self._queue.remove(job)
+                self._gather(batch)
             self._metrics.waiting.set(len(self._queue))
-        return first if isinstance(first, Errand) else [job for job in batch if self._begins(job)]
+            self._running = [job for job in batch if self._begins(job)]
+        return first if isinstance(first, Errand) else self._running
+
+    def _gather(self, batch: list[Job]) -> None:
+        """Take from the queue what can be answered together with the first prompt of a batch."""
+        longest = batch[0].length
+        for job in [job for job in self._queue if isinstance(job, Job) and not job.alone]:
+            if len(batch) == MOST_TOGETHER:
+                return
+            widest = max(longest, job.length)
+            if (len(batch) + 1) * widest <= MOST_TOKENS and alike(batch[0].prompts, job.prompts):
+                batch.append(job)
+                self._queue.remove(job)
+                longest = widest
 
     def _begins(self, job: Job) -> bool:
         """Whether a prompt is to be answered: not if its client left, or has waited too long."""
@@ -174,12 +212,13 @@ class ModelThread:
         try:
             generated = self._generate(jobs)
         except Exception as error:
+            self.broken = self.broken or isinstance(error, DEVICE_ERRORS)
             if len(jobs) > 1:
                 for job in jobs:
                     self._answer([job])
                 return
             self._metrics.generate_errors.inc()
-            jobs[0].answer.set_exception(error)
+            jobs[0].answer.set_exception(_failed(error))
             return
         seconds = time.monotonic() - start
         self._metrics.generate_seconds.observe(seconds)
@@ -196,19 +235,21 @@ class ModelThread:
                 job.answer.set_result(self._cut(tokens[: job.new_tokens]))
 
     def _generate(self, jobs: list[Job]) -> Any:
-        first = jobs[0]
+        first, processors = jobs[0], []
         prompts = join([job.prompts for job in jobs], self._pad)
+        rows = Rows(jobs, prompts.inputs["input_ids"].shape[1], self._ends)
         options: dict[str, Any] = {"do_sample": False, **first.options}
         with ExitStack() as stack:
             if options["do_sample"]:
+                processors.append(Finite())
                 devices = [self._model.device] if self._model.device.type == "cuda" else []
                 stack.enter_context(torch.random.fork_rng(devices))
                 torch.manual_seed(first.seed) if first.seed is not None else torch.seed()
             return generate(
-                self._model, prompts, self._schedule if first.schedule is None else first.schedule,
+                self._model, prompts, self._schedule if first.schedule is None else first.schedule, processors,
                 max_new_tokens=max(job.new_tokens for job in jobs),
-                stopping_criteria=StoppingCriteriaList([RowsDone(jobs, prompts.inputs["input_ids"].shape[1])]),
-                streamer=first.streamer, **options,
+                stopping_criteria=StoppingCriteriaList([rows]),
+                streamer=rows if any(job.streamer for job in jobs) else None, **options,
             )  # fmt: skip
 
     def _cut(self, tokens: Tensor) -> Tensor:
@@ -217,23 +258,58 @@ class ModelThread:
         return tokens if not len(ends) else tokens[: int(ends[0]) + 1]
 
 
-class RowsDone(StoppingCriteria):
-    """Ends single rows of a batch: at their own length, at their deadline, or when their client has left."""
+class Finite(LogitsProcessor):
+    """Makes logits numbers again, for sampling, which on a GPU could not go on; that they were none is found later."""
 
-    def __init__(self, jobs: list[Job], length: int) -> None:
-        self._jobs, self._length = jobs, length
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.nan_to_num(scores)
+
+
+class Rows(StoppingCriteria, BaseStreamer):
+    """The rows of a batch while it is generated: each ends by itself, and each stream gets the tokens of its own.
+
+    A row ends at its own length, at its deadline, and when its client has left.
+    """
+
+    def __init__(self, jobs: list[Job], length: int, ends: Tensor) -> None:
+        self._jobs, self._length, self._ends = jobs, length, set(ends.tolist())
+        self._done = [False] * len(jobs)
         self._known: tuple[list[bool], Tensor] | None = None
+        self._begun = False
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
         now, new = time.monotonic(), input_ids.shape[1] - self._length
-        done = [new >= job.new_tokens or job.left.is_set() or now > job.deadline for job in self._jobs]
-        if self._known is None or self._known[0] != done:  # most steps change nothing, and copy nothing to a device
-            self._known = done, torch.tensor(done, device=input_ids.device)
+        for row, job in enumerate(self._jobs):
+            self._done[row] |= new >= job.new_tokens or job.left.is_set() or now > job.deadline
+        if self._known is None or self._known[0] != self._done:  # most steps change nothing, and copy nothing
+            self._known = list(self._done), torch.tensor(self._done, device=input_ids.device)
         return self._known[1]
 
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, and then one token of each row."""
+        for row, job in enumerate(self._jobs):
+            if job.streamer is not None and not self._done[row]:
+                job.streamer.put(value[row : row + 1] if self._begun else value)
+                self._done[row] = self._begun and int(value[row]) in self._ends  # what follows is padding
+        self._begun = True
 
-def too_late() -> CodebookError:
+    def end(self) -> None:
+        """Nothing: a stream ends when its answer is there."""
+
+
+def too_late() -> ServiceError:
+    """The error of a request that took too long."""
     return ServiceError(503, "no answer within the time limit: ask for fewer tokens, or try again later", "timeout")
+
+
+def _failed(error: Exception) -> CodebookError:
+    """The error of a prompt that the model could not answer; what is not meant for readers stays in the log."""
+    if isinstance(error, CodebookError):
+        return error
+    logger.error("a prompt could not be answered", exc_info=error)
+    if out_of_memory(error):
+        return ServiceError(503, "not enough memory for this prompt: make it shorter", "out_of_memory")
+    return ServiceError(500, f"the model could not answer: {type(error).__name__}", "generation_failed")
 
 
 def _ends(model: Model) -> Tensor:

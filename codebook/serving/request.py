@@ -4,9 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from codebook.serving.errors import ServiceError, first_fault
+
+MOST_PARTS = 256
+"""Messages of a conversation, and parts of a message."""
+COLDEST = 0.01
+"""Lowest temperature that is not 0: below it sampling divides by next to nothing."""
 
 
 class Strict(BaseModel):
@@ -46,7 +51,7 @@ class Turn(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS)]
     name: str | None = None
 
     @property
@@ -62,17 +67,29 @@ class StreamOptions(Strict):
 class ChatRequest(Strict):
     """The body of `POST /v1/chat/completions`."""
 
-    messages: list[Turn] = Field(min_length=1, max_length=1000)
+    messages: list[Turn] = Field(min_length=1, max_length=MOST_PARTS)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions | None = None
-    n: Literal[1] = 1
     user: str | None = None
+    # Fields that clients send at their neutral values; others would be ignored, and are refused.
+    n: Literal[1] = 1
+    frequency_penalty: float = Field(0.0, ge=0, le=0)
+    presence_penalty: float = Field(0.0, ge=0, le=0)
+    logprobs: Literal[False] = False
+    store: Literal[False] = False
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_too_cold(cls, value: float) -> float:
+        if 0 < value < COLDEST:
+            raise ValueError(f"must be 0, which is greedy, or at least {COLDEST}")
+        return value
 
 
 def parse_request(body: bytes, kind: type[K]) -> K:

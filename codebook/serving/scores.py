@@ -18,6 +18,7 @@ from codebook.pruning import METHODS, Stage, VisualTokens
 from codebook.pruning.presets import KEEP
 from codebook.pruning.text import WITH_MASS, read_keep
 from codebook.serving.errors import ServiceError
+from codebook.serving.limits import whole_body
 from codebook.serving.state import State
 from codebook.serving.wire import (
     FEATURES_NAME,
@@ -125,7 +126,7 @@ def router(state: State) -> APIRouter:
         book = shelf.find(name)
         if book is None:
             raise ServiceError(404, f"no codebook {quoted(name)}: this service has {shelf.names()}", "no_codebook")
-        body = await request.body()
+        body = await whole_body(request)
         work = partial(score_body, book, body, asked.keep, asked.method)
         try:
             with anyio.fail_after(state.limits.seconds):  # what is being scored is not cut off, but what waits is

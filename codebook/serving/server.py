@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import ipaddress
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import uvicorn
 
 from codebook.errors import CodebookError
 from codebook.serving.app import build_app
+from codebook.serving.protocol import LimitedProtocol
 from codebook.serving.state import State
 
 
@@ -27,13 +31,21 @@ def listen(host: str, port: int) -> socket.socket:
         [family, *_, found] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(found[:2], family=family, backlog=2048)
     except OSError as error:
-        raise CodebookError(f"cannot listen on {host}, port {port}: {error.strerror}; choose another --port") from None
+        reason = (error.strerror or str(error)).partition(" (")[0]
+        raise CodebookError(
+            f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port"
+        ) from None
 
 
 def address(bound: socket.socket) -> str:
     """The URL of a bound socket."""
     host, port = bound.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def is_local(bound: socket.socket) -> bool:
+    """Whether a bound socket can be reached from this machine alone."""
+    return ipaddress.ip_address(bound.getsockname()[0]).is_loopback
 
 
 class Server(uvicorn.Server):
@@ -53,7 +65,12 @@ class Server(uvicorn.Server):
         self._state, self._ready, self._say = state, ready, say
         self._reloading: set[asyncio.Task[None]] = set()
         self.cut = 0
-        super().__init__(uvicorn.Config(build_app(state), lifespan="off", log_level="warning", access_log=False))
+        protocol: Any = functools.partial(LimitedProtocol, seconds=state.limits.upload_seconds)
+        config = uvicorn.Config(
+            build_app(state), http=protocol, ws="none", lifespan="off", log_level="warning", access_log=False,
+            server_header=False, timeout_graceful_shutdown=state.limits.upload_seconds,
+        )  # fmt: skip
+        super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -27,6 +27,12 @@ class State:
         The codebooks that are scored against, by name.
     limits
         What is beyond them is refused.
+    api_key
+        What clients must send; None: anybody who reaches the service may ask.
+    allowed_hosts
+        Hosts, with their ports if not the usual ones, whose images are fetched.
+    local
+        Whether the service listens to this machine alone.
     draining
         Whether the service is about to end: what it has accepted is answered, new requests are refused.
     active
@@ -38,6 +44,7 @@ class State:
     limits: Limits = field(default_factory=Limits)
     api_key: str | None = None
     allowed_hosts: tuple[str, ...] = ()
+    local: bool = False
     draining: bool = False
     active: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)

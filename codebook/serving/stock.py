@@ -6,15 +6,18 @@ The only module that touches `transformers.cli.serving`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator
 from typing import Any
 
 import torch
 from fastapi import Response
 from transformers import __version__
 from transformers.cli.serving import chat_completion, utils
-from transformers.generation import BaseStreamer, GenerationConfig
+from transformers.generation import GenerationConfig
 
-from codebook.errors import CodebookError, printable
+from codebook.errors import CodebookError
+from codebook.serving.errors import response_to
 from codebook.serving.model_thread import Job
 from codebook.serving.state import ModelState
 
@@ -24,6 +27,10 @@ USED = {
     "_StreamError": (),
 }
 """Names of `transformers serve` that are used here; none of them is promised to stay."""
+
+FAILED = "failed"
+STOCK_ERROR = f'data: {{"error": "{FAILED}"}}\n\n'
+"""How the stock handler writes an error into a stream."""
 
 
 def check_names(*modules: Any) -> None:
@@ -63,7 +70,22 @@ class Completion(chat_completion.ChatCompletionHandler):
         state, job = self._state, self._job
         config = GenerationConfig(max_new_tokens=job.new_tokens)
         given: Any = (request_id, state.model, state.processor, state.name, job.prompts.inputs, config, self)
-        return self._streaming(*given) if stream else await self._non_streaming(*given)
+        if not stream:
+            return await self._non_streaming(*given)
+        response = self._streaming(*given)
+        response.body_iterator = self._events(response.body_iterator)
+        return response
+
+    async def _events(self, parts: Any) -> AsyncIterator[str]:
+        """The events of a stream: an error in the service's shape, and the end as OpenAI's clients know it."""
+        async with contextlib.aclosing(parts):
+            async for part in parts:
+                if STOCK_ERROR in part and (error := self._job.answer.exception()) is not None:
+                    ours = bytes(response_to(error).body).decode()
+                    yield part.replace(STOCK_ERROR, f"data: {ours}\n\n")
+                    return
+                yield part
+        yield "data: [DONE]\n\n"
 
     async def generate_non_streaming(
         self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str
@@ -73,7 +95,7 @@ class Completion(chat_completion.ChatCompletionHandler):
         try:
             tokens = await asyncio.wrap_future(self._job.answer)
         except asyncio.CancelledError:
-            self._job.left.set()
+            self._state.model_thread.withdraw(self._job)
             raise
         return processor.decode(tokens, skip_special_tokens=True), inputs["input_ids"].shape[-1], tokens
 
@@ -82,7 +104,8 @@ class Completion(chat_completion.ChatCompletionHandler):
     ) -> tuple[asyncio.Queue[Any], Any]:
         """(queue of texts, streamer), as the stock manager gives them."""
         loop, queue, job = asyncio.get_running_loop(), asyncio.Queue[Any](), self._job
-        streamer = LateStreamer(processor.tokenizer._tokenizer, loop, queue, job, response_parser)
+        streamer = LateStreamer(processor.tokenizer._tokenizer, loop, queue, response_parser=response_parser)
+        streamer.serve(self._state, job)
         job.streamer = streamer
         job.answer.add_done_callback(lambda _: streamer.finish())
         self._state.model_thread.submit(job)
@@ -102,12 +125,12 @@ class Completion(chat_completion.ChatCompletionHandler):
         return {**fields, "usage": type(usage)(**usage.model_dump(), codebook=counts)}
 
 
-class LateStreamer(utils.DirectStreamer, BaseStreamer):
+class LateStreamer(utils.DirectStreamer):
     """The stock streamer, which ends when the counts of the answer are there, and not when `generate` does."""
 
-    def __init__(self, tokenizer: Any, loop: Any, queue: Any, job: Job, response_parser: Any) -> None:
-        super().__init__(tokenizer, loop, queue, response_parser=response_parser)
-        self._job = job
+    def serve(self, state: ModelState, job: Job) -> None:
+        """Say whose tokens these are."""
+        self._state, self._job = state, job
 
     def put(self, value: torch.Tensor) -> None:
         if not self._job.left.is_set():
@@ -122,9 +145,8 @@ class LateStreamer(utils.DirectStreamer, BaseStreamer):
         if error is None:
             super().end()
         else:
-            self._enqueue(utils._StreamError(printable(str(error))))
+            self._enqueue(utils._StreamError(FAILED))
 
     def cancel(self) -> None:
         """Stop the generation: the client has left."""
-        self._job.left.set()
-        self._job.answer.cancel()
+        self._state.model_thread.withdraw(self._job)

@@ -62,9 +62,9 @@ def read_image(source: Path | str | bytes, name: str | None = None) -> Picture.I
         return upright_rgb(picture)
 
 
-def decode_image(data: bytes) -> Picture.Image:
+def decode_image(data: bytes, most_pixels: int = MOST_PIXELS) -> Picture.Image:
     """Like `read_image`, of a file's contents; raises a ValueError that says only what is wrong with them."""
-    with _open_bytes(data) as picture:
+    with _open_bytes(data, most_pixels) as picture:
         return upright_rgb(picture)
 
 
@@ -112,7 +112,7 @@ def _open_picture(
 
 
 @contextlib.contextmanager
-def _open_bytes(data: bytes) -> Iterator[Picture.Image]:
+def _open_bytes(data: bytes, most_pixels: int = MOST_PIXELS) -> Iterator[Picture.Image]:
     """Open a picture within the limits; whatever a decoder raises, then or while it is used, is a ValueError."""
     if not is_picture(data[:HEAD]):
         raise ValueError("not an image")
@@ -120,7 +120,7 @@ def _open_bytes(data: bytes) -> Iterator[Picture.Image]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of sizes that are refused here, and of damaged metadata
             with Picture.open(io.BytesIO(data), formats=list(_accepted())) as picture:
-                _check_pixels(*picture.size)
+                _check_pixels(*picture.size, most_pixels)
                 yield picture
     except Picture.UnidentifiedImageError:  # it names the object that held the bytes, which differs from run to run
         raise ValueError("not an image") from None
@@ -130,9 +130,9 @@ def _open_bytes(data: bytes) -> Iterator[Picture.Image]:
         raise ValueError(one_line(error)) from None
 
 
-def _check_pixels(width: int, height: int) -> None:
-    if width * height > MOST_PIXELS:
-        raise ValueError(f"{width} x {height} pixels, and at most {MOST_PIXELS:,} are read: scale it down")
+def _check_pixels(width: int, height: int, most: int) -> None:
+    if width * height > most:
+        raise ValueError(f"{width} x {height} pixels, and at most {most:,} are read: scale it down")
     if max(width, height) > LONGEST_SHAPE * min(width, height):
         raise ValueError(f"{width} x {height} pixels, and one side may be {LONGEST_SHAPE} times the other: cut it")
 

@@ -1,5 +1,6 @@
 """Prompts that were processed alone are joined to the batch that the processor makes of them together."""
 
+import pytest
 import torch
 
 from codebook.inference.prompts import prepare
@@ -7,16 +8,21 @@ from codebook.miniature.samples import of_miniature
 from codebook.serving.joining import alike, join
 
 
-def test_joined_prompts_equal_the_processors_batch(loaded):
+@pytest.mark.parametrize("families", [["ocr", "box", "rel"], ["multi"]])
+def test_joined_prompts_equal_the_processors_batch(loaded, families):
     model, processor, _ = loaded
-    samples = of_miniature("test", 0, 1, ["ocr", "multi", "box"])
+    samples = of_miniature("test", 0, 3, families)
     pictures, questions = [sample.pictures() for sample in samples], [sample.question for sample in samples]
     alone = [prepare(model, processor, [p], [q]) for p, q in zip(pictures, questions, strict=True)]
-    assert all(alike(alone[0], other) for other in alone)
-    joined, together = join(alone, processor.tokenizer.pad_token_id), prepare(model, processor, pictures, questions)
-    assert joined.images == together.images == [1, 3, 1]
-    assert joined.inputs.keys() == together.inputs.keys()
-    for name, tensor in together.inputs.items():
+    alone = [one for one in alone if alike(alone[0], one)]
+    together = [
+        (p, q) for p, q in zip(pictures, questions, strict=True) if alike(alone[0], prepare(model, processor, [p], [q]))
+    ]
+    joined = join(alone, processor.tokenizer.pad_token_id)
+    reference = prepare(model, processor, *zip(*together, strict=True))
+    assert len(alone) > 1 and joined.images == reference.images
+    assert joined.inputs.keys() == reference.inputs.keys()
+    for name, tensor in reference.inputs.items():
         assert torch.equal(joined.inputs[name], tensor), name
 
 
