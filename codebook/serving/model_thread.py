@@ -30,7 +30,7 @@ from codebook.serving.metrics import Metrics
 
 MOST_TOGETHER = 32
 """Most prompts of one batch."""
-MOST_TOKENS = 2**17
+TOKENS_TOGETHER = 2**17
 """Most tokens of one batch with its padding, of prompts that could also be answered alone."""
 
 DEVICE_ERRORS: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
@@ -193,7 +193,7 @@ class ModelThread:
             if len(batch) == MOST_TOGETHER:
                 return
             widest = max(longest, job.length)
-            if (len(batch) + 1) * widest <= MOST_TOKENS and alike(batch[0].prompts, job.prompts):
+            if (len(batch) + 1) * widest <= TOKENS_TOGETHER and alike(batch[0].prompts, job.prompts):
                 batch.append(job)
                 self._queue.remove(job)
                 longest = widest
