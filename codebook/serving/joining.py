@@ -17,7 +17,7 @@ PER_IMAGE = {"pixel_values", "image_sizes", "image_grid_thw", "batch_num_images"
 """Inputs of which one prompt's rows simply follow another's."""
 
 LONGEST_TO_SHORTEST = 1.5
-"""Of the lengths in a batch: on a CPU the padding of prompts that differ more costs more than company saves."""
+"""Ratio of the lengths in a batch: on a CPU the padding of prompts that differ more costs more than company saves."""
 
 
 def alike(first: Prompts, other: Prompts) -> bool:
