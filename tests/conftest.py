@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; proce
 import pytest
 
 from codebook import cli
+from tests import isolation  # noqa: F401  # before anything imports the hub's client
 
 
 @pytest.fixture

@@ -298,7 +298,7 @@ def test_extend_merge_and_sheet(run, refused, tmp_path):
     picture.unlink()
     refused(*shown, words=["--sheet needs --images"])
     refused(*shown, "--images", tmp_path / "nowhere", words=["no such folder"])
-    refused("extend", tmp_path / "none", "--images", tmp_path / "b", "--out", tmp_path / "x", words=["no such folder"])
+    refused("extend", tmp_path / "none", "--images", tmp_path / "b", "--out", tmp_path / "x", words=["no codebook in"])
     [prebuilt] = json.loads(run("list", "--json")[1])["codebooks"]
     refused("merge", tmp_path / "ext", prebuilt["folder"], "--out", tmp_path / "x", words=["another", "do not merge"])
     shutil.copytree(prebuilt["folder"], tmp_path / "bare")

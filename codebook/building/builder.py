@@ -21,10 +21,9 @@ from codebook.building.worker import Options, Progress, Worker
 from codebook.errors import CodebookError
 from codebook.models import Model, Processor
 from codebook.store.codebook import Codebook
-from codebook.store.folder import CONFIG, Count, TokenRecord, read_config
+from codebook.store.folder import CONFIG, PROBES, Count, TokenRecord, read_config
 from codebook.store.journal import Journal, differences
 
-PROBES = "probes.jsonl"
 UNFINISHED = ".build"
 """Folder inside `out` of a build's journal, until the codebook is whole."""
 REMEDY = {

@@ -21,12 +21,11 @@ from codebook.building.sources import GONE
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
 from codebook.store.files import parse_lines
-from codebook.store.folder import OPEN, Count, TokenRecord, read_folder, tensor_of
+from codebook.store.folder import IMAGE_RECORDS, OPEN, SURVIVORS, Count, TokenRecord, read_folder, tensor_of
 
 GROWS_BY = ("fingerprint", "dtype", "settings", "grid")
 """What `config.json` must say of a codebook that is to grow."""
 STEPS = ("probed", "isolated", "P1", "JSD", "recurrent")
-SURVIVORS, IMAGE_RECORDS = "survivors.safetensors", "images.jsonl"
 
 
 class ImageRecord(TypedDict, total=False):

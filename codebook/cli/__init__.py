@@ -20,12 +20,15 @@ from codebook.cli.doctor import doctor_command
 from codebook.cli.explain import explain_command
 from codebook.cli.extend import extend_command
 from codebook.cli.horizon import horizon_command
+from codebook.cli.importing import import_command
 from codebook.cli.inspect import inspect_command
 from codebook.cli.listing import list_command
 from codebook.cli.merge import merge_command
 from codebook.cli.miniature import evaluate_command, images_command, train_command
 from codebook.cli.output import Interrupted
 from codebook.cli.prune import prune_command
+from codebook.cli.pull import pull_command
+from codebook.cli.push import push_command
 from codebook.cli.serve import serve_command
 from codebook.cli.show import show_command
 from codebook.cli.streams import flush_output, prepare_streams, say
@@ -47,6 +50,9 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "explain": explain_command,
     "list": list_command,
     "inspect": inspect_command,
+    "pull": pull_command,
+    "push": push_command,
+    "import": import_command,
     "demo": demo_command,
     "doctor": doctor_command,
 }

@@ -16,6 +16,7 @@ from codebook.cli.options import (
     MethodsOption,
     ModelOption,
     NewTokensOption,
+    PullOption,
     SeedOption,
 )
 from codebook.cli.output import note, progress, resumable
@@ -38,6 +39,7 @@ def bench_command(
         str, typer.Option(help="Budgets, separated by commas: visual tokens kept, averaged over the layers.")
     ] = "0.5,0.25,0.11",
     codebook: CodebookOption = None,
+    pull: PullOption = False,
     horizon: Annotated[
         Path | None, typer.Option(help="A horizon.json for the report; default: the one in --out, if there is one.")
     ] = None,
@@ -66,7 +68,7 @@ def bench_command(
 ) -> None:
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
     from codebook import models
-    from codebook.cli.checks import check_codebook_folder, check_output_folder
+    from codebook.cli.checks import check_codebook, check_output_folder
     from codebook.cli.data import load_data
     from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
@@ -82,7 +84,7 @@ def bench_command(
     settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent)
     share = None if part is None else _parse_part(part)
     check_output_folder(out, ("results.json", "report.html"))
-    check_codebook_folder(codebook)
+    check_codebook(codebook, model, pull)
     check_device(device)
     curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     named = data or ["miniature"]

@@ -15,6 +15,7 @@ from codebook.cli.options import (
     DeviceOption,
     JsonOption,
     ModelOption,
+    PullOption,
     SeedOption,
 )
 from codebook.cli.output import describe, note, progress, resumable, summary
@@ -33,6 +34,7 @@ def calibrate_command(
     ] = None,
     drop: Annotated[bool, typer.Option(help="Also try to drop all tokens.")] = True,
     codebook: CodebookOption = None,
+    pull: PullOption = False,
     count: CountOption = 100,
     seed: SeedOption = 0,
     device: DeviceOption = None,
@@ -41,7 +43,7 @@ def calibrate_command(
     """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
     from codebook import models
     from codebook.analysis import calibration
-    from codebook.cli.checks import check_codebook_folder, check_output_file
+    from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.data import load_samples
     from codebook.cli.methods import codebook_for
     from codebook.models.loading import check_device
@@ -53,7 +55,7 @@ def calibrate_command(
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
     check_output_file(out)
-    check_codebook_folder(codebook)
+    check_codebook(codebook, model, pull)
     check_device(device)
     samples = load_samples(data, "train", seed, count)
     calibration.check_sample_count(len(samples))

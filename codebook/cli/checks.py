@@ -69,10 +69,40 @@ def check_output_folder(path: Path, files: Iterable[str] = ()) -> None:
             check_output_file(path / name)
 
 
-def check_codebook_folder(folder: Path | None) -> None:
-    """Refuse a folder that holds no codebook; None stands for the one that ships for the model."""
-    if folder is not None and not (folder / "config.json").is_file():
-        raise CodebookError(f"no codebook in {folder}: name another folder, or make one with `codebook build`")
+def check_codebook(codebook: Path | None, model: str | None, pull: bool) -> None:
+    """Refuse a codebook that is not on this machine, before a model is loaded; None stands for the model's own.
+
+    Parameters
+    ----------
+    codebook
+        A folder, or a name that `codebook list` shows.
+    model
+        The model to be loaded.
+    pull
+        Fetch what is not on this machine: the one that is named, or the registry's for the model.
+
+    Raises
+    ------
+    CodebookError
+        If there is none of that name, or it cannot be fetched.
+    """
+    from codebook.cli.output import fetching_progress
+    from codebook.store.known import find_named
+    from codebook.store.registry import entry_for
+
+    entry = entry_for(model) if codebook is None and model is not None and pull else None
+    name = codebook or (Path(entry.name) if entry else None)
+    if name is None:
+        return
+    try:
+        find_named(name)
+    except CodebookError:
+        if not pull:
+            raise
+        from codebook.store.fetching import pull as fetch
+
+        with fetching_progress(name.as_posix()) as tick:
+            fetch(name.as_posix(), tick=tick)
 
 
 def check_dtype(dtype: str | None) -> None:

@@ -165,7 +165,7 @@ def _attention(torch: Any) -> dict[str, list[str]]:
 
 
 def _shipped_codebooks() -> list[str]:
-    from codebook.store.shipped import folders
+    from codebook.store.known import folders
 
     return [folder.name for folder in folders()]
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from codebook.cli.options import CodebookOption, DeviceOption, JsonOption, ModelOption
+from codebook.cli.options import CodebookOption, DeviceOption, JsonOption, ModelOption, PullOption
 from codebook.cli.output import write_picture
 from codebook.errors import CodebookError
 
@@ -25,6 +25,7 @@ def explain_command(
         list[Path] | None, typer.Option(help="Where the codebook's images are, for --sheet; repeat for several.")
     ] = None,
     codebook: CodebookOption = None,
+    pull: PullOption = False,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -33,7 +34,7 @@ def explain_command(
     from codebook.analysis.explain import explain, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
-    from codebook.cli.checks import check_codebook_folder, check_output_file
+    from codebook.cli.checks import check_codebook, check_output_file
     from codebook.models.loading import check_device
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
@@ -48,7 +49,7 @@ def explain_command(
         raise CodebookError("--sheet needs --images: the images that the codebook came from")
     if sheet is not None:
         check_output_file(sheet, [image])
-    check_codebook_folder(codebook)
+    check_codebook(codebook, model, pull)
     check_device(device)
     picture = read_image(image)
     loaded, processor = models.load(model, device)

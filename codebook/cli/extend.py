@@ -25,7 +25,7 @@ from codebook.cli.output import resumable
 
 @resumable()
 def extend_command(
-    folder: Annotated[Path, typer.Argument(help="A codebook's folder; it stays as it is.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a codebook, or a name; it stays as it is.")],
     images: ImagesOption,
     out: Annotated[Path, typer.Option(help="Folder of the larger codebook; run again to resume.")],
     model: NamedModelOption = None,
@@ -45,10 +45,12 @@ def extend_command(
     from codebook.cli.output import building_progress
     from codebook.cli.probing import Probing, model_of, report_codebook
     from codebook.models.loading import check_device
+    from codebook.store.known import find_named
 
     probing = Probing(limit, strict, batch, device, dtype, False, engine, address, workers)
     check_output_folder(out, CODEBOOK_FILES)
     check_device(device)
+    folder = find_named(folder)
     book, _ = building.SurvivorPool.load(folder)
     name = model_of(book, folder, model)
     source = building.open_images(images, limit)  # before a model is loaded for nothing

@@ -14,11 +14,13 @@ from codebook.cli.output import write_picture
 from codebook.errors import CodebookError, printable
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from codebook.store.codebook import Codebook
 
 
 def inspect_command(
-    folder: Annotated[Path, typer.Argument(help="A codebook's folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder of a codebook, or a name that `codebook list` shows.")],
     sheet: Annotated[Path | None, typer.Option(help="Write a picture of the tokens behind the prototypes.")] = None,
     images: Annotated[
         list[Path] | None, typer.Option(help="Where the images are, for --sheet; repeat for several.")
@@ -29,12 +31,14 @@ def inspect_command(
     """Show what a codebook holds and how it was built."""
     from codebook.cli.checks import check_output_file
     from codebook.store.codebook import Codebook
+    from codebook.store.known import find_named
 
     if sheet is not None:
         check_output_file(sheet)
+    folder = find_named(folder)
     book = Codebook.load(folder)
     if sheet is not None:
-        _write_sheet(book, folder, sheet, images or [], model)
+        write_picture(draw_sheet(book, folder, images or [], model), sheet)
     clusters = Counter(record["cluster"] for record in book.provenance)
     report = {k: v for k, v in book.config.items() if k != "fingerprint"} | {
         "folder": str(folder),
@@ -59,18 +63,19 @@ def inspect_command(
         print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
 
 
-def _write_sheet(book: Codebook, folder: Path, picture: Path, images: list[Path], named: str | None) -> None:
-    """Write a picture of the tokens behind the prototypes."""
+def draw_sheet(book: Codebook, folder: Path, images: list[Path], named: str | None) -> Image.Image:
+    """A picture of the tokens behind the prototypes."""
     from codebook import building, models
     from codebook.building.sheet import sheet
-    from codebook.cli.probing import model_of
 
     if not images:
         raise CodebookError("--sheet needs --images: the images that the codebook came from")
     grid = book.config.get("grid")
     if grid is None:  # imported, or built by an early version
+        from codebook.cli.probing import model_of
+
         model, _ = models.load(model_of(book, folder, named), "cpu")
         book.check(model)
         grid = models.family(model).grid(model)
     title = f"{len(book)} prototypes for {book.config['model']}: tokens that change no answer, and recur"
-    write_picture(sheet(book.provenance, tuple(grid), [building.open_images(path) for path in images], title), picture)
+    return sheet(book.provenance, tuple(grid), [building.open_images(path) for path in images], title)

@@ -1,36 +1,73 @@
-"""`codebook list`: the shipped codebooks, the methods and the presets."""
+"""`codebook list`: the codebooks on this machine and those of the registry, the methods and the presets."""
 
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from codebook.cli.options import JsonOption
+from codebook.errors import CodebookError, printable
 
 
 def list_command(as_json: JsonOption = False) -> None:
-    """List the codebooks that ship with the package, the methods, and the presets."""
+    """List the codebooks that ship, were fetched, or can be fetched by name; the methods; and the presets."""
     from codebook.pruning import METHODS
     from codebook.pruning.presets import SCHEDULE_PRESETS
     from codebook.pruning.text import WITH_MASS
-    from codebook.store.folder import read_config
-    from codebook.store.shipped import folders
 
-    books = []
-    for folder in folders():
-        config = read_config(folder)
-        books.append({"name": folder.name, "model": config["model"], "prototypes": config["prototypes"],
-                      "dimension": config["dimension"], "folder": str(folder)})  # fmt: skip
+    books, fetchable = _books(), _fetchable()
     methods = sorted(METHODS)
     named = {name: f"{method}+mass" for name, method in WITH_MASS.items()} | SCHEDULE_PRESETS
     if as_json:
-        print(json.dumps({"codebooks": books, "methods": methods, "presets": named}, indent=1))
+        lists = {"codebooks": books, "registry": fetchable, "methods": methods, "presets": named}
+        print(json.dumps(lists, indent=1))
         return
-    print("codebooks:")
+    print("codebooks on this machine:")
     for book in books:
-        print(
-            f"  {book['name']}: {book['prototypes']} prototypes of dimension {book['dimension']}, in {book['folder']}"
-        )
+        print(printable(f"  {book['name']}: {_book_words(book)}, in {book['folder']}", 2000))
+    print("codebooks of the registry, fetched by `codebook pull NAME` or --pull:")
+    for entry in fetchable:
+        print(f"  {entry['name']}: {_book_words(entry)}, {entry['bytes'] / 2**20:.1f} MiB")
     print(f"methods, each also a preset, alone or as method+random, method+drop:\n  {', '.join(methods)}")
     print("presets, for 32 layers:")
     for name, text in named.items():
         print(f"  {name}: {text}")
+
+
+def _books() -> list[dict[str, Any]]:
+    """The codebooks on this machine: those that ship, and those in the cache."""
+    from codebook.store.folder import read_config
+    from codebook.store.known import known
+
+    books: list[dict[str, Any]] = []
+    for book in known():
+        row = {"name": book.name, "origin": book.origin, "folder": str(book.folder)}
+        if book.revision is not None:
+            row["revision"] = book.revision
+        try:
+            config = read_config(book.folder)
+            books.append(row | {key: config[key] for key in ("model", "prototypes", "dimension")})
+        except CodebookError as error:
+            books.append(row | {"damaged": str(error)})
+    return books
+
+
+def _fetchable() -> list[dict[str, Any]]:
+    """The codebooks of the registry that are not on this machine."""
+    from codebook.store.known import known
+    from codebook.store.registry import read_registry
+
+    here = {book.name for book in known()}
+    return [
+        {"name": entry.name, "model": entry.models[0], "prototypes": entry.prototypes, "dimension": entry.dimension,
+         "licence": entry.licence, "source": entry.source, "revision": entry.revision,
+         "bytes": sum(file.size for file in entry.files.values())}
+        for entry in read_registry() if entry.name not in here
+    ]  # fmt: skip
+
+
+def _book_words(row: dict[str, Any]) -> str:
+    if "damaged" in row:
+        return f"damaged ({row['damaged']})"
+    revision = f", {row['origin']} at {row['revision'][:12]}" if "origin" in row and "revision" in row else ""
+    return f"{row['prototypes']} prototypes of dimension {row['dimension']} for {row['model']}{revision}"

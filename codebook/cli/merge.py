@@ -13,8 +13,8 @@ from codebook.cli.output import resumable
 
 @resumable()
 def merge_command(
-    first: Annotated[Path, typer.Argument(help="A codebook's folder.")],
-    second: Annotated[Path, typer.Argument(help="Folder of another one, of the same model and settings.")],
+    first: Annotated[Path, typer.Argument(help="Folder of a codebook, or a name that `codebook list` shows.")],
+    second: Annotated[Path, typer.Argument(help="Another one, of the same model and settings.")],
     out: Annotated[Path, typer.Option(help="Folder of the merged codebook.")],
     as_json: JsonOption = False,
 ) -> None:
@@ -22,6 +22,7 @@ def merge_command(
     from codebook import building
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.probing import report_codebook
+    from codebook.store.known import find_named
 
     check_output_folder(out, CODEBOOK_FILES)
-    report_codebook(building.merge(first, second, out), out, as_json)
+    report_codebook(building.merge(find_named(first), find_named(second), out), out, as_json)

@@ -12,7 +12,10 @@ NamedModelOption = Annotated[
     str | None,
     typer.Option("--model", help="The model that it was built for; default: the one it names, if that ships."),
 ]
-CodebookOption = Annotated[Path | None, typer.Option(help="Folder of a codebook; default: the model's, if one ships.")]
+CodebookOption = Annotated[
+    Path | None, typer.Option(help="Folder of a codebook, or a name that `codebook list` shows; default: the model's.")
+]
+PullOption = Annotated[bool, typer.Option("--pull", help="Fetch the codebook if it is not on this machine.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]

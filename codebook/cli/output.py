@@ -66,6 +66,27 @@ def building_progress(total: int) -> Iterator[Callable[[building.Progress], None
         yield show
 
 
+@contextlib.contextmanager
+def fetching_progress(name: str) -> Iterator[Callable[[int], None]]:
+    """Progress of a codebook that is fetched: KiB per second, and the time left. The hub's client draws its own bars.
+
+    Where there is no terminal, its bars are left out: each of their steps would be a line.
+    """
+    from codebook.store.registry import entry_named
+
+    if not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
+    entry = entry_named(name)
+    if entry is None:
+        yield lambda done: None
+        return
+    total = -(-sum(file.size for file in entry.files.values()) // 1024)
+    with progress(f"fetch {name}", total, "KiB") as tick:
+        yield lambda done: tick(-(-done // 1024))
+
+
 class Update(Protocol):
     def __call__(self, done: int, note: str = "") -> None:
         """Show how many units are done in all, and `note` beside it."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from codebook.cli.options import DeviceOption, JsonOption, NewTokensOption, SeedOption
+from codebook.cli.options import CodebookOption, DeviceOption, JsonOption, NewTokensOption, PullOption, SeedOption
 from codebook.cli.output import describe, note, resumable, summary, write_picture
 from codebook.errors import CodebookError
 
@@ -36,9 +36,8 @@ def prune_command(
     positions: Annotated[
         str | None, typer.Option(help="Position ids of kept tokens: keep or compact; default: the schedule's, or keep.")
     ] = None,
-    codebook: Annotated[
-        Path | None, typer.Option(help="Folder of a codebook; default: the model's, if one ships.")
-    ] = None,
+    codebook: CodebookOption = None,
+    pull: PullOption = False,
     show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
     source: Annotated[
         Path | None,
@@ -58,7 +57,7 @@ def prune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
-    from codebook.cli.checks import check_codebook_folder, check_output_file
+    from codebook.cli.checks import check_codebook, check_output_file
     from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
@@ -71,6 +70,7 @@ def prune_command(
         if codebook is None or output is None:
             raise CodebookError("--tokens needs --codebook DIR and --output FILE")
         check_output_file(output, [tokens])
+        check_codebook(codebook, None, pull)
         prune_tokens(tokens, codebook, KEEP if keep is None else keep, output, as_json)
         return
     if model is None:
@@ -83,7 +83,7 @@ def prune_command(
         if output is None:
             raise CodebookError("--input needs --output FILE")
         check_output_file(output, [source])
-        check_codebook_folder(codebook)
+        check_codebook(codebook, model, pull)
         check_device(device)
         prune_file(model, plan, source, output, batch, max_new_tokens, strict, device, as_json)
         return
@@ -95,7 +95,7 @@ def prune_command(
         for i in range(len(image)):
             shown.append(show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}"))
             check_output_file(shown[i], image)
-    check_codebook_folder(codebook)
+    check_codebook(codebook, model, pull)
     check_device(device)
 
     from codebook import models

@@ -13,11 +13,12 @@ from codebook.pruning import RedundancyCodebook, Stage, VisualTokens
 from codebook.pruning.stage import check_keep
 from codebook.store.codebook import Codebook
 from codebook.store.files import parse_tensors, read_tensor_bytes, replacing
+from codebook.store.known import find_named
 
 
-def prune_tokens(source: Path, folder: Path, keep: float, output: Path, as_json: bool) -> None:
+def prune_tokens(source: Path, book: Path, keep: float, output: Path, as_json: bool) -> None:
     check_keep(keep)
-    pruner = RedundancyCodebook(Codebook.load(folder))
+    pruner = RedundancyCodebook(Codebook.load(find_named(book)))
     remedy = "give a safetensors file"
     tensors = parse_tensors(source, read_tensor_bytes(source, remedy), remedy)
     if not tensors:

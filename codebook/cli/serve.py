@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import DeviceOption, DtypeOption, SeedOption
+from codebook.cli.options import DeviceOption, DtypeOption, PullOption, SeedOption
 from codebook.cli.output import note
 from codebook.errors import CodebookError
 
@@ -39,9 +39,11 @@ def serve_command(
         list[str] | None,
         typer.Option(
             help="NAME=DIR: a codebook that features are scored against, by its name; repeat for more. DIR alone is "
-            "scored under the folder's name, and MODEL's schedule prunes with it; default: the model's, if one ships."
+            "scored under the folder's name, and MODEL's schedule prunes with it; default: the model's. DIR may be a "
+            "name that `codebook list` shows."
         ),
     ] = None,
+    pull: PullOption = False,
     seed: SeedOption = 0,
     engine: Annotated[str, typer.Option(help="What runs the model: transformers.")] = "transformers",
     device: DeviceOption = None,
@@ -69,9 +71,12 @@ def serve_command(
 
     limits, hosts = read_limits(limit or []), read_hosts(allow_urls or [])
     key = _api_key(api_key_file)
+    from codebook.cli.checks import check_codebook, check_dtype
     from codebook.serving.shelf import named_folders
 
     books, unnamed = named_folders(codebook or [])
+    for book in books.values() or [None]:
+        check_codebook(book, model, pull)
     shared: dict[str, Any] = {"limits": limits, "api_key": key}
     if model is None:
         _refuse_without_model({
@@ -90,11 +95,8 @@ def serve_command(
     from codebook.pruning.presets import DEFAULT
 
     plan = Plan(schedule or DEFAULT, keep, None, next(iter(unnamed), None), seed)
-    from codebook.cli.checks import check_codebook_folder, check_dtype
     from codebook.models.loading import check_device, load
 
-    for folder in books.values():
-        check_codebook_folder(folder)
     check_device(device)
     check_dtype(dtype)
 

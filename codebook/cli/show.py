@@ -16,6 +16,7 @@ from codebook.cli.options import (
     JsonOption,
     MethodsOption,
     ModelOption,
+    PullOption,
     QuestionOption,
     SeedOption,
 )
@@ -30,13 +31,14 @@ def show_command(
     keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.25,
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("show.png"),
     codebook: CodebookOption = None,
+    pull: PullOption = False,
     seed: SeedOption = 0,
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw what each of several methods keeps of a picture, and what the model then answers."""
     from codebook import models
-    from codebook.cli.checks import check_codebook_folder, check_output_file
+    from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
     from codebook.inference.overlay import comparison, maps
@@ -48,7 +50,7 @@ def show_command(
     chosen = parse_methods(methods)
     check_keep(keep)
     check_output_file(out, [image])
-    check_codebook_folder(codebook)
+    check_codebook(codebook, model, pull)
     check_device(device)
     picture = read_image(image)
     loaded, processor = models.load(model, device)

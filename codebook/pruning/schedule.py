@@ -28,6 +28,7 @@ from codebook.pruning.text import (
     spell,
 )
 from codebook.store.codebook import Codebook
+from codebook.store.known import find_named
 from codebook.store.shipped import find_codebook
 
 if TYPE_CHECKING:
@@ -295,8 +296,8 @@ class Schedule:
             The budget, as `fit` takes it. A fraction holds for images of every size: counts that the text leaves to the
             budget become shares. Default: 0.2 where the text leaves its keep to the budget, else what the text says.
         codebook
-            Prototypes for the stages whose methods need them: a codebook or its folder, checked to be this model's.
-            Default: the one that ships for the model.
+            Prototypes for the stages whose methods need them: a codebook, its folder, or a name that `codebook list`
+            shows; checked to be this model's. Default: the model's own (`codebook.prebuilt`).
         seed
             Seed of methods that draw at random, where the text says none.
 
@@ -364,7 +365,7 @@ class Schedule:
         path
             The JSON file.
         codebook
-            Prototypes for the stages whose methods need them, or their folder.
+            Prototypes for the stages whose methods need them, their folder, or a name that `codebook list` shows.
         model
             The model to prune: its own codebook is found where none is given, and one that is given is checked.
         seed
@@ -378,7 +379,9 @@ class Schedule:
         text = read_schedule_text(path)
         if model is not None:
             return cls.for_model(model, text, codebook=codebook, seed=seed)
-        return cls.parse(text, Codebook.load(codebook) if isinstance(codebook, (Path, str)) else codebook, seed)
+        return cls.parse(
+            text, Codebook.load(find_named(codebook)) if isinstance(codebook, (Path, str)) else codebook, seed
+        )
 
 
 def _pruner(stage: StageText, codebook: Codebook | None, seed: int) -> Pruner:

@@ -11,7 +11,7 @@ from codebook.errors import CodebookError, quoted
 from codebook.serving.wire import ServedCodebook
 from codebook.store.codebook import Codebook
 from codebook.store.folder import PROTOTYPES
-from codebook.store.shipped import folder_of
+from codebook.store.known import find_named
 
 LONGEST_NAME = 64
 NAME, NOT_IN_NAMES = re.compile(rf"(?=\w)[\w.-]{{1,{LONGEST_NAME}}}", re.ASCII), re.compile(r"[^\w.-]", re.ASCII)
@@ -26,7 +26,7 @@ class Shelf:
     Parameters
     ----------
     given
-        The folder of each name.
+        The folder of each name, or what `codebook list` calls it.
 
     Raises
     ------
@@ -69,7 +69,7 @@ class Shelf:
         return ", ".join(found[:MOST_NAMES]) + more or "none"
 
     def _read(self) -> dict[str, Codebook]:
-        books = {name: Codebook.load(folder) for name, folder in self._folders.items()}
+        books = {name: Codebook.load(find_named(folder)) for name, folder in self._folders.items()}
         for book in books.values():
             book.redundancy(book.prototypes[:1])  # what a search prepares is ready before the first request
         return books
@@ -77,6 +77,8 @@ class Shelf:
 
 def named_folders(given: Iterable[str]) -> tuple[dict[str, Path], list[Path]]:
     """The folders that texts as in `--codebook` say: NAME=DIR, or DIR alone, whose name is then the folder's own.
+
+    In the place of a folder may stand a name that `codebook list` shows; `codebook.store.known.find_named` finds it.
 
     Returns
     -------
@@ -93,11 +95,11 @@ def named_folders(given: Iterable[str]) -> tuple[dict[str, Path], list[Path]]:
     for text in given:
         name, equals, folder = text.partition("=")
         if not equals or "/" in name:  # the sign is part of a path
-            unnamed.append(folder_of(text))
+            unnamed.append(Path(text))
             own = NOT_IN_NAMES.sub("-", unnamed[-1].resolve().name).strip("-.")
             found |= _new(found, own[:LONGEST_NAME] or "codebook", unnamed[-1])
         else:
-            found |= _new(found, name, folder_of(folder))
+            found |= _new(found, name, Path(folder))
     return found, unnamed
 
 

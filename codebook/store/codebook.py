@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.models import Model, fingerprint, same_fingerprint
-from codebook.store.files import LARGEST_TENSORS, open_regular, parse_lines, read_json
+from codebook.models import Model, fingerprint, same_fingerprint, shape
+from codebook.store.card import make_card
+from codebook.store.fetching import pull
+from codebook.store.files import is_file, parse_lines
 from codebook.store.folder import (
     CONFIG,
-    FORMAT_VERSION,
     PROTOTYPES,
     PROVENANCE,
     ProvenanceRecord,
+    packed,
     read_folder,
+    sealed,
     tensor_of,
+    whole_config,
     write_folder,
 )
+from codebook.store.hub import push_files
+from codebook.store.released import read_released
 from codebook.store.search import Backend, PrototypeSearch
 
 
@@ -59,11 +63,7 @@ class Codebook:
             )
         self.prototypes = prototypes.detach().contiguous()
         self.provenance = rows
-        self.config = {
-            "format_version": FORMAT_VERSION, "model": "unknown", "fingerprint": None,
-            **(config or {}),
-            "dimension": prototypes.shape[1], "prototypes": len(prototypes),
-        }  # fmt: skip
+        self.config = whole_config(prototypes, config)
         self._search = PrototypeSearch(self.prototypes)
 
     def __len__(self) -> int:
@@ -163,36 +163,27 @@ class Codebook:
         model
             What to name as the model; the files do not say.
         """
-        try:
-            with open(open_regular(Path(tensor), LARGEST_TENSORS), "rb") as file:
-                prototypes = torch.load(file, map_location="cpu", weights_only=True)
-        except CodebookError:
-            raise
-        except OSError as error:
-            raise CodebookError(f"cannot read {tensor}: {error.strerror}; give the released .pt file") from None
-        except Exception:  # torch raises half a dozen types, and advises to run what the file says
-            raise CodebookError(
-                f"cannot read {tensor}: it holds no tensor that can be read without running code; give the released "
-                ".pt file"
-            ) from None
-        ids = read_json(Path(images), "give the released .json file, a list of image ids", list[str | int])
-        if not isinstance(prototypes, Tensor) or not prototypes.is_floating_point():
-            raise CodebookError(f"{tensor} does not hold one tensor of floats: give the released .pt file")
-        provenance = [{"image": str(name), "cluster": 0} for name in ids]
-        return cls(prototypes.detach().float(), provenance, {"model": model, "source": Path(tensor).name})
+        prototypes, ids = read_released(Path(tensor), Path(images))
+        provenance = [{"image": name, "cluster": 0} for name in ids]
+        return cls(prototypes, provenance, {"model": model, "source": Path(tensor).name})
 
     # Files
 
     def check(self, model: Model) -> None:
         """Raise a CodebookError unless this codebook was built for the model's tower and projector.
 
-        A codebook without a fingerprint, such as an imported one, is not refused.
+        Where a codebook has no fingerprint, as an imported one, only its dimension is checked.
         """
         own = self.config["fingerprint"]
         if own is not None and not same_fingerprint(own, fingerprint(model)):
             raise CodebookError(
                 f"this codebook was built for {self.config['model']} (dimension {self.dimension}), and this model has "
                 "another tower or projector: build one with `codebook build`"
+            )
+        if self.dimension != (width := shape(model).hidden):
+            raise CodebookError(
+                f"this codebook, for {self.config['model']}, has dimension {self.dimension}, and the visual tokens of "
+                f"this model have {width}: build one with `codebook build`"
             )
 
     def save(self, path: Path | str, others: Mapping[str, bytes] | None = None) -> None:
@@ -206,10 +197,66 @@ class Codebook:
         others
             More files for the folder, by name, such as the survivors of a build.
         """
-        tensors = save({"prototypes": self.prototypes.cpu()})
-        rows = "".join(json.dumps(record) + "\n" for record in self.provenance).encode()
-        files = {PROTOTYPES: tensors, PROVENANCE: rows, **(others or {})}
+        files = {**packed(self.prototypes, self.provenance), **(others or {})}
         self.config = write_folder(Path(path), self.config, files)
+
+    def save_pretrained(self, save_directory: Path | str) -> None:
+        """`save`, by the name that PEFT, sentence-transformers and others have for it."""
+        self.save(save_directory)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        licence: str | None = None,
+    ) -> str:
+        """Push the codebook and its card to a repository of the Hugging Face Hub; `codebook push` pushes a folder.
+
+        Parameters
+        ----------
+        repo_id, private, token, commit_message
+            As `codebook.store.hub.push_files` takes them.
+        licence
+            Licence of the codebook, in the Hub's words, such as apache-2.0.
+
+        Returns
+        -------
+        Address of the commit.
+        """
+        files = packed(self.prototypes, self.provenance)
+        files = sealed(self.config, files, make_card(self.config, licence))
+        return push_files(files, repo_id, private=private, token=token, commit_message=commit_message)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: Path | str,
+        revision: str | None = None,
+        *,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Codebook:
+        """Read a codebook's folder, or one that ships, or fetch it: from the registry, or the Hugging Face Hub.
+
+        Parameters
+        ----------
+        name_or_path
+            A folder, a name that `codebook list` shows, or `OWNER/NAME` on the hub.
+        revision, token, local_files_only
+            As `codebook.store.hub.pull_repository` takes them.
+
+        Raises
+        ------
+        CodebookError
+            If there is none, it cannot be fetched, or it is damaged.
+        """
+        path = Path(name_or_path)
+        if not is_file(path / CONFIG):
+            path = pull(path.as_posix(), revision, token=token, local_files_only=local_files_only)
+        return cls.load(path)
 
     @classmethod
     def load(cls, path: Path | str) -> Codebook:

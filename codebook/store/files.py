@@ -12,14 +12,15 @@ import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
-from torch import Tensor
 
 from codebook.errors import CodebookError, remedy_for
+
+if TYPE_CHECKING:  # lists of codebooks are made without torch, which takes a second to import
+    from torch import Tensor
 
 LARGEST_JSON = 2**24
 """Bytes of a JSON file, or of a line of a JSONL file."""
@@ -160,7 +161,7 @@ def parse(path: Path, data: bytes, remedy: str, schema: Any) -> Any:
     try:
         return _validated(data.removeprefix(MARK), schema)
     except ValidationError as error:
-        raise CodebookError(f"cannot read {path}: {_first_fault(error)}; {remedy}") from None
+        raise CodebookError(f"cannot read {path}: {first_fault(error)}; {remedy}") from None
 
 
 def parse_lines(path: Path, data: bytes, remedy: str, schema: Any) -> list[tuple[int, Any]]:
@@ -171,12 +172,14 @@ def parse_lines(path: Path, data: bytes, remedy: str, schema: Any) -> list[tuple
             try:
                 found.append((number, _validated(line, schema)))
             except ValidationError as error:
-                raise CodebookError(f"cannot read {path}, line {number}: {remedy} ({_first_fault(error)})") from None
+                raise CodebookError(f"cannot read {path}, line {number}: {remedy} ({first_fault(error)})") from None
     return found
 
 
 def parse_tensors(path: Path | str, data: bytes, remedy: str) -> dict[str, Tensor]:
     """The tensors of a safetensors file whose bytes are there already; `path` is what an error calls it."""
+    from safetensors.torch import load
+
     try:
         return load(data)
     except (SafetensorError, ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -220,7 +223,7 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def _first_fault(error: ValidationError) -> str:
+def first_fault(error: ValidationError) -> str:
     """The first thing that is wrong with some JSON, and where."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
@@ -298,10 +301,15 @@ def locked(handle: int) -> bool:
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, patience: float = WRITER_PATIENCE) -> Iterator[None]:
     """Hold a folder against other writers; wait for one, but not for ever. Readers need no lock.
 
     Where folders cannot be locked, as on Windows and on some network file systems, nothing is held.
+
+    Parameters
+    ----------
+    patience
+        Seconds to wait for another writer.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -310,7 +318,7 @@ def writing(folder: Path) -> Iterator[None]:
             pass
         else:
             stack.callback(os.close, handle)
-            until = time.monotonic() + WRITER_PATIENCE
+            until = time.monotonic() + patience
             with contextlib.suppress(OSError):
                 while not locked(handle):
                     if time.monotonic() > until:

@@ -12,12 +12,13 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Required
+from typing import TYPE_CHECKING, Annotated, Any, Required
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
+from codebook.store.card import make_card
 from codebook.store.files import (
     LARGEST_JSON,
     LARGEST_LINES,
@@ -34,8 +35,14 @@ from codebook.store.files import (
     writing,
 )
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 FORMAT_VERSION = 1
 CONFIG, PROTOTYPES, PROVENANCE, CARD = "config.json", "prototypes.safetensors", "provenance.jsonl", "README.md"
+IMAGE_RECORDS, SURVIVORS, PROBES = "images.jsonl", "survivors.safetensors", "probes.jsonl"
+OPTIONAL = (IMAGE_RECORDS, SURVIVORS, PROBES)
+"""Files that a codebook may have: what `extend` and `merge` need, and what `build --exhaustive` measured."""
 REBUILD = "restore the file, or rebuild with `codebook build`"
 OPEN = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 """Rule for the objects in files: what is known is checked, and what other versions add is kept."""
@@ -107,6 +114,8 @@ class Config(TypedDict, total=False):
     grid: Annotated[list[Side], Field(min_length=2, max_length=2)]
     extended_by: Count
     source: str
+    licence: str
+    about_images: str
     exhaustive: bool
     extends: str
 
@@ -153,18 +162,48 @@ def read_folder(path: Path, optional: Sequence[str] = ()) -> tuple[dict[str, Any
             time.sleep(0.005)
 
 
+def whole_config(prototypes: Tensor, config: dict[str, Any] | None = None) -> dict[str, Any]:
+    """A config with all that is required, for prototypes (N, d)."""
+    return {
+        "format_version": FORMAT_VERSION, "model": "unknown", "fingerprint": None,
+        **(config or {}),
+        "dimension": prototypes.shape[1], "prototypes": len(prototypes),
+    }  # fmt: skip
+
+
+def packed(prototypes: Tensor, provenance: Sequence[dict[str, Any]]) -> dict[str, bytes]:
+    """The contents of the two files beside the config: prototypes (N, d) float32, and a line about each."""
+    from safetensors.torch import save
+
+    rows = "".join(json.dumps(record) + "\n" for record in provenance)
+    return {PROTOTYPES: save({"prototypes": prototypes.cpu()}), PROVENANCE: rows.encode()}
+
+
+def sealed(config: dict[str, Any], files: Mapping[str, bytes], card: str | None = None) -> dict[str, bytes]:
+    """The contents of a whole folder, `config.json` last: with the SHA-256 of the others, and a card.
+
+    Parameters
+    ----------
+    card
+        Default: the one that `make_card` makes.
+    """
+    config = {**config, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
+    text = json.dumps(config, indent=2) + "\n"
+    return {**files, CARD: (card or make_card(config)).encode(), CONFIG: text.encode()}
+
+
 def write_folder(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> dict[str, Any]:
     """Write a codebook's files, each replaced as a whole, `config.json` last; the config with their SHA-256."""
-    config = {**config, "sha256": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()}}
-    text = (json.dumps(config, indent=2) + "\n").encode()
+    contents = sealed(config, files)
     try:
         path.mkdir(parents=True, exist_ok=True)
         with writing(path):
             remove_stale(path)
-            write_files(path, {**files, CARD: _card(config).encode(), CONFIG: text})
+            write_files(path, contents)
     except OSError as error:
         raise cannot_write(path, error) from None
-    return config
+    written: dict[str, Any] = json.loads(contents[CONFIG])
+    return written
 
 
 def _config_stamp(path: Path) -> tuple[int, int] | None:
@@ -204,28 +243,3 @@ def tensor_of(path: Path, data: bytes, name: str) -> Any:
     if set(tensors) != {name}:
         raise CodebookError(f"{path} must hold one tensor named {name}: rebuild with `codebook build`")
     return tensors[name]
-
-
-def _card(config: dict[str, Any]) -> str:
-    """A model card with the YAML front matter that the Hugging Face Hub reads."""
-    funnel = config.get("funnel", {})
-    lines = [
-        "---",
-        "library_name: codebook",
-        "tags: [visual-token-pruning, vision-language-model]",
-        "---",
-        f"# Redundancy codebook for {config['model']}",
-        "",
-        f"{config['prototypes']} prototypes of dimension {config['dimension']}: projector outputs that were redundant "
-        "in the images they come from and recur across images (https://arxiv.org/abs/2503.20540). "
-        "Visual tokens most like them are pruned first.",
-        "",
-        "```python",
-        "from codebook import Codebook",
-        "book = Codebook.load(folder)",
-        "scores = book.redundancy(tokens)  # prune the highest",
-        "```",
-    ]
-    if funnel:
-        lines += ["", "| step | tokens |", "|---|---|", *(f"| {k} | {v} |" for k, v in funnel.items())]
-    return "\n".join(lines) + "\n"

@@ -1,52 +1,62 @@
-"""The codebooks that ship with the package, and which of them belongs to a model."""
+"""Which codebook belongs to a model: one that ships, or one that was fetched before."""
 
 from __future__ import annotations
 
+import contextlib
+import shlex
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from codebook.errors import CodebookError
-from codebook.models import Model, fingerprint, same_fingerprint
+from codebook.models import Model, fingerprint, same_fingerprint, shape
+from codebook.models.wrappers import stock
 from codebook.store.codebook import Codebook
 from codebook.store.folder import read_config
+from codebook.store.known import FETCHED, PULLED, Known, find_named, known
+from codebook.store.registry import entry_for, entry_named, read_registry
 
-
-def folders() -> list[Path]:
-    """The shipped codebooks' folders: inside the package when installed, beside it in a checkout."""
-    package = Path(__file__).parents[1]
-    for root in (package / "indexes", package.parent / "indexes"):
-        if root.is_dir():
-            return sorted(path.parent for path in root.glob("*/config.json"))
-    return []
-
-
-def folder_of(source: Path | str) -> Path:
-    """The folder of a codebook that is named by it, or by a name in `codebook list`.
-
-    A name comes before a folder of that name: write `./name` for the folder.
-    """
-    return next((folder for folder in folders() if folder.name == str(source)), Path(source))
+LONGEST_MODEL = 80
+"""Most characters of a model's name in a command to copy."""
 
 
 def prebuilt(model: Model) -> Codebook:
-    """The shipped codebook that was built for this very model: same tower and projector.
+    """The codebook that was built for this very model, if it is on this machine. Nothing is fetched.
+
+    Looked at are those that ship and those in the cache: first those that this package or its registry name for the
+    model, then those of the same tower and projector, by their fingerprint. What a codebook from the hub says of itself
+    does not choose it: only its fingerprint does.
 
     Raises
     ------
     CodebookError
-        If none was.
+        If there is none, or several from the hub. The message says what to do, with the commands.
     """
-    own = fingerprint(model)
-    for folder in folders():
-        if same_fingerprint(read_config(folder)["fingerprint"] or "", own):
-            return Codebook.load(folder)
-    raise CodebookError(
-        "no codebook ships for this model: build one with `codebook build` and name it with --codebook, or prune "
-        "without one: --schedule farthest+mass"
-    )
+    name = str(getattr(stock(model).config, "_name_or_path", ""))
+    own = cache(lambda: fingerprint(model))
+    here = [(book, config) for book, config in _readable() if config["dimension"] == shape(model).hidden]
+    for book, config in here:
+        if book.origin != PULLED and name.lower() in _models(book, config):
+            said = config["fingerprint"]
+            if said is None or same_fingerprint(said, own()):
+                return Codebook.load(book.folder)
+    same = [book for book, config in here if config["fingerprint"] and same_fingerprint(config["fingerprint"], own())]
+    if same and same[0].origin == PULLED and len(same) > 1:
+        choices = " or ".join(_choice(book) for book in same[:2])
+        raise CodebookError(f"there are {len(same)} codebooks from the hub for this model: choose one, {choices}")
+    if same:
+        return Codebook.load(same[0].folder)
+    raise CodebookError(_ways_on(name, own))
 
 
 def find_codebook(model: Model, source: Codebook | Path | str | None) -> Codebook:
-    """A model's codebook: the one that is given, or that lies in a folder, if it is this model's, or the shipped one.
+    """A model's codebook: the one that is given or named, if it is this model's, or the one that `prebuilt` finds.
+
+    Parameters
+    ----------
+    source
+        A codebook, its folder, or a name that `codebook list` shows.
 
     Raises
     ------
@@ -55,6 +65,44 @@ def find_codebook(model: Model, source: Codebook | Path | str | None) -> Codeboo
     """
     if source is None:
         return prebuilt(model)
-    book = source if isinstance(source, Codebook) else Codebook.load(source)
+    book = source if isinstance(source, Codebook) else Codebook.load(find_named(source))
     book.check(model)
     return book
+
+
+def _readable() -> Iterator[tuple[Known, dict[str, Any]]]:
+    """The codebooks on this machine with their configs; what is damaged, or an old revision, belongs to no model."""
+    books = known()
+    current = {book.name for book in books if book.current}
+    for book in books:
+        if book.current or book.name not in current:
+            with contextlib.suppress(CodebookError):
+                yield book, read_config(book.folder)
+
+
+def _models(book: Known, config: dict[str, Any]) -> list[str]:
+    """The models that this package or its registry names for a codebook, in small letters."""
+    entry = entry_named(book.name) if book.origin == FETCHED else None
+    return [model.lower() for model in (entry.models if entry else [config["model"]])]
+
+
+def _choice(book: Known) -> str:
+    """A codebook as an option of the command line."""
+    return f"--codebook {shlex.quote(book.name if book.current else str(book.folder))}"
+
+
+def _ways_on(name: str, own: Callable[[], str]) -> str:
+    """What is wrong where a model has no codebook, and the ways on, each with its command."""
+    entry = entry_for(name)
+    for other in read_registry():
+        if entry is None and other.fingerprint and same_fingerprint(other.fingerprint, own()):
+            entry = other
+    fits = 0 < len(name) <= LONGEST_MODEL
+    fetch = (
+        f"`codebook pull {entry.name}` (or --pull)" if entry else "`codebook pull OWNER/NAME`, if somebody shares one"
+    )
+    return (
+        f"no codebook for {name if fits else 'this model'} is on this machine: fetch one, {fetch}; build one, "
+        f"`codebook build {shlex.quote(name) if fits else 'MODEL'} --images IMAGES --out FOLDER`, and name it with "
+        "`--codebook FOLDER`; or prune without one, `--schedule farthest+mass`"
+    )

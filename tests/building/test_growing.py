@@ -13,7 +13,7 @@ from codebook.building import SurvivorPool, build, extend, merge, open_images
 from codebook.building.sheet import sheet
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
-from codebook.store.shipped import folders
+from codebook.store.known import folders
 from tests.building.folders import contents, interrupt, run
 from tests.building.tiny import settings
 from tests.store.books import reseal

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from codebook import Codebook, miniature
-from codebook.store.shipped import folders
+from codebook.store.known import folders
 from tests.journals import read_journal
 
 

@@ -7,7 +7,7 @@ import pytest
 from codebook import Codebook, CodebookError, Schedule, load, prebuilt
 from codebook.pruning import Drop, FastV, Random, SeededFarthestPoint, Stage
 from codebook.pruning.plan import Plan
-from codebook.store import shipped
+from codebook.store import known
 from tests.tiny import llava
 
 
@@ -70,7 +70,7 @@ def test_a_codebook_that_is_given(model, loads):
 
 
 def test_a_model_without_a_codebook():
-    with pytest.raises(CodebookError, match="no codebook ships"):
+    with pytest.raises(CodebookError, match=r"`codebook pull .*`codebook build .*`--schedule farthest.mass`"):
         Schedule.for_model(llava("sdpa"))
     assert str(Schedule.for_model(llava("sdpa"), "farthest+mass", 0.25)) == "farthest:0.25+mass"
 
@@ -96,7 +96,7 @@ def test_files_of_schedules_with_a_codebook(model, tmp_path, loads):
 
 
 def test_plans_are_checked_before_there_is_a_model(monkeypatch):
-    monkeypatch.setattr(shipped, "folders", lambda: pytest.fail("looked for a codebook"))
+    monkeypatch.setattr(known, "folders", lambda: pytest.fail("looked for a codebook"))
     assert Plan("seeded").keep == 0.2 and Plan("seeded:9").keep is None
     for text, says in (
         ("seded", "did you mean seeded"),

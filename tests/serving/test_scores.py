@@ -20,7 +20,6 @@ from codebook.serving.scores import SCORED_AT_ONCE
 from codebook.serving.shelf import Shelf, named_folders
 from codebook.serving.state import State
 from codebook.serving.wire import Malformed, Misfit, check_features
-from codebook.store.shipped import folders
 from tests.serving.bodies import hostile, one, raw
 from tests.store.books import make, tokens
 
@@ -198,10 +197,11 @@ def test_a_shelf_is_replaced_as_a_whole_or_not_at_all(tmp_path):
 
 def test_names_of_folders(tmp_path):
     found, unnamed = named_folders(["x=some/folder", "y=miniature", "miniature", "./a=b", str(tmp_path / "é à")])
-    [shipped] = [folder for folder in folders() if folder.name == "miniature"]
+    shipped = Path("miniature")
     assert found == {"x": Path("some/folder"), "y": shipped, "miniature": shipped, "a-b": Path("./a=b"),
                      "codebook": tmp_path / "é à"}  # fmt: skip
     assert unnamed == [shipped, Path("./a=b"), tmp_path / "é à"]
+    assert len(Shelf({"y": shipped}).find("y")) == 469
     for given in (["x=a", "x=b"], ["=a"], ["a" * 65 + "=b"], ["x y=a"], ["x", "./x"], ["..=a"], ["x\n=a"]):
         with pytest.raises(CodebookError):
             named_folders(given)

@@ -113,8 +113,10 @@ def test_round_trip_with_the_same_bytes(tmp_path):
 def test_check():
     model = tiny.llava(layers=1)
     own = fingerprint(model)
-    make(fingerprint=own).check(model)
-    make().check(model)  # an imported one has none
+    make(d=48, fingerprint=own).check(model)
+    make(d=48).check(model)  # an imported one has none
+    with pytest.raises(CodebookError, match=r"has dimension 16, and the visual tokens of this model have 48"):
+        make().check(model)
     other = tiny.llava(layers=1, seed=1)
     with pytest.raises(CodebookError, match=r"built for some/model \(dimension 16\).*codebook build"):
         make(fingerprint=own).check(other)

@@ -1,0 +1,76 @@
+"""`codebook push`: a codebook to a repository of the Hugging Face Hub, with its card."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from codebook.cli.options import JsonOption
+from codebook.cli.output import note
+from codebook.errors import CodebookError
+
+
+def push_command(
+    folder: Annotated[Path, typer.Argument(help="Folder of a codebook, or a name that `codebook list` shows.")],
+    repository: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there.")],
+    private: Annotated[
+        bool | None,
+        typer.Option("--private/--public", help="Who can see a new repository; default: as its owner has it."),
+    ] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the codebook, as in apache-2.0.")] = None,
+    images: Annotated[
+        list[Path] | None, typer.Option(help="Where its images are, for a picture in the card; repeat for several.")
+    ] = None,
+    bench: Annotated[
+        Path | None, typer.Option(help="A results.json of `codebook bench`, for a table in the card.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Push a codebook to the Hugging Face Hub. Its README.md is its card, written anew if an option here adds to it."""
+    from codebook.store.card import NO_LICENCE, SHEET, make_card
+    from codebook.store.codebook import Codebook
+    from codebook.store.files import is_file, read_whole
+    from codebook.store.folder import CARD, OPTIONAL, read_folder, sealed
+    from codebook.store.hub import LARGEST_SHEET, push_files
+    from codebook.store.known import find_named
+
+    path, remedy = find_named(folder), "restore it, or remove it"
+    config, found = read_folder(path, OPTIONAL)
+    files = {name: found[name] for name in config["sha256"] if name in found}  # in their order, for the same bytes
+    book = Codebook.of_files(path, config, files)
+    picture = read_whole(path / SHEET, remedy, LARGEST_SHEET) if is_file(path / SHEET) else None
+    if images:
+        from codebook.cli.inspect import draw_sheet
+
+        if "grid" not in config:
+            raise CodebookError(
+                "the codebook does not say how its images were divided: draw the picture with `codebook inspect "
+                f"--sheet {path / SHEET} --model MODEL`, and leave --images out"
+            )
+
+        drawn = io.BytesIO()
+        draw_sheet(book, path, images, None).save(drawn, format="PNG")
+        picture = drawn.getvalue()
+    if licence or images or bench or not is_file(path / CARD):
+        figures = ""
+        if bench:
+            from codebook.evaluation.figures import read_figures
+
+            figures = read_figures(bench, config["fingerprint"])
+        card = make_card(config, licence, figures, picture is not None)
+    else:
+        card = read_whole(path / CARD, remedy).decode(errors="replace")
+    if f"license: {NO_LICENCE}\n" in card:
+        note("the card names no licence: say it with --licence, as in --licence apache-2.0")
+    contents = sealed(config, files, card) | ({} if picture is None else {SHEET: picture})
+    address = push_files(contents, repository, private=private, commit_message=message)
+    if as_json:
+        print(json.dumps({"repository": repository, "commit": address, "files": sorted(contents)}))
+        return
+    print(address)
+    note(f"pull it with `codebook pull {repository}`, or Codebook.from_pretrained({repository!r})")
