@@ -2,7 +2,7 @@
 
 from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
-from codebook.models.fingerprint import fingerprint, identity, same_fingerprint
+from codebook.models.fingerprint import adapter_words, fingerprint, identity, same_fingerprint
 from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_error
 from codebook.models.loading import SHIPPED_MODELS, check_device, load
 from codebook.models.registry import FAMILIES, family
@@ -21,6 +21,7 @@ __all__ = [
     "Model",
     "Processor",
     "Shape",
+    "adapter_words",
     "check_device",
     "family",
     "fingerprint",

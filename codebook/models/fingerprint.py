@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from codebook.errors import CodebookError
 from codebook.models.base import Model
 from codebook.models.registry import family
-from codebook.models.wrappers import stock
+from codebook.models.wrappers import class_names, stock
 
 FINGERPRINT_SAMPLES = 32
 """Weights sampled from each of tower and projector."""
@@ -23,6 +23,9 @@ FINGERPRINT = re.compile(r"\w+(:[0-9]+-([0-9a-f]{4})*){2}")
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of weights that are not quantised."""
+
+ADAPTER = "peft.BaseTunerLayer"
+"""Class of the layers in which peft puts adapters."""
 
 PACKED = ("qweight", "weight_packed", "W_q")
 """Buffers of quantised weights, as GPTQ, AWQ, compressed-tensors and HQQ name them."""
@@ -43,8 +46,7 @@ def fingerprint(model: Model) -> str:
         that a codebook was built with.
     """
     model = stock(model)
-    kind = family(model)
-    for name, module in (("vision tower", kind.tower(model)), ("projector", kind.projector(model))):
+    for name, module in _parts(model).items():
         if _is_quantised(module):
             raise CodebookError(
                 f"the {name} is quantised, and codebooks belong to the weights before that: load the model with its "
@@ -53,11 +55,27 @@ def fingerprint(model: Model) -> str:
     return _stored(model)
 
 
+def adapter_words(model: Model) -> str:
+    """A few words about an adapter in tower or projector, for an error about a missing codebook; empty without one.
+
+    Their outputs are others than those of the weights alone, so that the codebook of these is not theirs.
+    """
+    for name, module in _parts(stock(model)).items():
+        if any(ADAPTER in class_names(part) for part in module.modules()):
+            return f": its {name} has an adapter"
+    return ""
+
+
+def _parts(model: Model) -> dict[str, nn.Module]:
+    """The modules that a codebook belongs to, by their names for people."""
+    kind = family(model)
+    return {"vision tower": kind.tower(model), "projector": kind.projector(model)}
+
+
 def _stored(model: Model) -> str:
     """The fingerprint of the weights as they are stored, quantised or not."""
-    kind = family(model)
-    parts = []
-    for module in (kind.tower(model), kind.projector(model)):
+    kind, parts = family(model), []
+    for module in _parts(model).values():
         weights = [name for name, p in module.named_parameters() if p.dim() > 1]
         step = max(1, len(weights) // FINGERPRINT_SAMPLES)
         sample = torch.stack([_middle(module, name) for name in weights[::step][:FINGERPRINT_SAMPLES]])

@@ -86,8 +86,12 @@ WRAPPERS: dict[str, str | Callable[[Any], Any]] = {
 
 def _wrapper(given: Any) -> str | Callable[[Any], Any] | None:
     """The entry of `WRAPPERS` for an object's class: by name, so that no library is imported for it."""
-    names = (f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(given).__mro__)
-    return next((WRAPPERS[name] for name in names if name in WRAPPERS), None)
+    return next((WRAPPERS[name] for name in class_names(given) if name in WRAPPERS), None)
+
+
+def class_names(given: Any) -> list[str]:
+    """An object's class and those that it is derived from, each by its library and name."""
+    return [f"{base.__module__.partition('.')[0]}.{base.__name__}" for base in type(given).__mro__]
 
 
 def _article(given: Any) -> str:

@@ -50,7 +50,7 @@ def make_card(config: dict[str, Any], licence: str | None = None, figures: str =
         lines.append(f"base_model: {model}")
     lines += [
         "tags:", "- visual-token-pruning", "- vision-language-model", "---",
-        f"# Redundancy codebook for {_shown(model)}",
+        f"# Redundancy codebook for {_quoted_text(model)}",
         "",
         f"{config['prototypes']} prototypes of dimension {config['dimension']}: projector outputs that were redundant "
         f"in the images they come from and recur across images ({PAPER}). Visual tokens most like them are pruned "
@@ -66,7 +66,7 @@ def make_card(config: dict[str, Any], licence: str | None = None, figures: str =
         _about_images(config),
     ]  # fmt: skip
     if "source" in config:
-        lines += ["", f"Source: {_shown(config['source'])}."]
+        lines += ["", f"Source: {_quoted_text(config['source'])}."]
     if funnel := config.get("funnel"):
         lines += ["", "Tokens left after each step of the build:", "", *_table(("step", "tokens"), funnel)]
     if settings := config.get("settings"):
@@ -81,7 +81,7 @@ def make_card(config: dict[str, Any], licence: str | None = None, figures: str =
 def _about_images(config: dict[str, Any]) -> str:
     """What the card says of the images: how many, and that their licence is their own."""
     if "about_images" in config:
-        return f"Built from {_shown(config['about_images'])}."
+        return f"Built from {_quoted_text(config['about_images'])}."
     count = config.get("images", {}).get("used")
     return (
         f"Built from {'images' if count is None else f'{count} images'}, which are not part of it: `provenance.jsonl` "
@@ -91,9 +91,13 @@ def _about_images(config: dict[str, Any]) -> str:
 
 def _table(head: tuple[str, str], rows: dict[str, Any]) -> list[str]:
     shown = {key: value if isinstance(value, str) else json.dumps(value) for key, value in rows.items()}
-    return [f"| {' | '.join(head)} |", "|---|---|", *(f"| {_shown(k)} | {_shown(v)} |" for k, v in shown.items())]
+    return [
+        f"| {' | '.join(head)} |",
+        "|---|---|",
+        *(f"| {_quoted_text(k)} | {_quoted_text(v)} |" for k, v in shown.items()),
+    ]
 
 
-def _shown(text: str) -> str:
+def _quoted_text(text: str) -> str:
     """A text from a config as part of a line of Markdown: it may come from anyone."""
     return re.sub(r"([|`<>\[\]])", r"\\\1", printable(text, CELL))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.models import Model, fingerprint, same_fingerprint, shape
+from codebook.models import Model, adapter_words, fingerprint, same_fingerprint, shape
 from codebook.store.card import make_card
 from codebook.store.fetching import pull
 from codebook.store.files import is_file, parse_lines
@@ -178,7 +178,7 @@ class Codebook:
         if own is not None and not same_fingerprint(own, fingerprint(model)):
             raise CodebookError(
                 f"this codebook was built for {self.config['model']} (dimension {self.dimension}), and this model has "
-                "another tower or projector: build one with `codebook build`"
+                f"another tower or projector{adapter_words(model)}: build one with `codebook build`"
             )
         if self.dimension != (width := shape(model).hidden):
             raise CodebookError(

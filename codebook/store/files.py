@@ -161,7 +161,7 @@ def parse(path: Path, data: bytes, remedy: str, schema: Any) -> Any:
     try:
         return _validated(data.removeprefix(MARK), schema)
     except ValidationError as error:
-        raise CodebookError(f"cannot read {path}: {first_fault(error)}; {remedy}") from None
+        raise CodebookError(f"cannot read {path}: {fault_words(error)}; {remedy}") from None
 
 
 def parse_lines(path: Path, data: bytes, remedy: str, schema: Any) -> list[tuple[int, Any]]:
@@ -172,7 +172,7 @@ def parse_lines(path: Path, data: bytes, remedy: str, schema: Any) -> list[tuple
             try:
                 found.append((number, _validated(line, schema)))
             except ValidationError as error:
-                raise CodebookError(f"cannot read {path}, line {number}: {remedy} ({first_fault(error)})") from None
+                raise CodebookError(f"cannot read {path}, line {number}: {remedy} ({fault_words(error)})") from None
     return found
 
 
@@ -223,7 +223,7 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def first_fault(error: ValidationError) -> str:
+def fault_words(error: ValidationError) -> str:
     """The first thing that is wrong with some JSON, and where."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))

@@ -16,9 +16,9 @@ from codebook.store.files import LARGEST_JSON, LARGEST_LINES, one_line
 from codebook.store.folder import CARD, CONFIG, OPTIONAL, PROTOTYPES, PROVENANCE, read_folder
 from codebook.store.registry import LARGEST_DOWNLOAD
 
-NEEDED = (CONFIG, PROTOTYPES, PROVENANCE)
+REQUIRED = (CONFIG, PROTOTYPES, PROVENANCE)
 """Files without which a repository is no codebook."""
-SHARED = (*NEEDED, CARD, SHEET, *OPTIONAL)
+SHARED = (*REQUIRED, CARD, SHEET, *OPTIONAL)
 """Files that are pulled and pushed; whatever else is in a repository or a folder stays there."""
 LARGEST_SHEET = 2**26
 """Bytes of the picture that a card shows."""
@@ -142,7 +142,7 @@ def _check_repository(name: str, revision: str | None, token: str | bool | None)
             return False
         raise
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or () if file.rfilename in SHARED}
-    if missing := [file for file in NEEDED if file not in sizes]:
+    if missing := [file for file in REQUIRED if file not in sizes]:
         raise CodebookError(
             f"{name} is no codebook: it has no {missing[0]}; name a repository that `codebook push` made"
         )

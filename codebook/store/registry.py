@@ -14,7 +14,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from codebook.errors import CodebookError
-from codebook.store.files import first_fault, read_whole
+from codebook.store.files import fault_words, read_whole
 from codebook.store.folder import CONFIG, PROTOTYPES, PROVENANCE
 
 REGISTRY = "registry.json"
@@ -138,7 +138,7 @@ def read_registry(path: Path | None = None) -> tuple[RegistryEntry, ...]:
     try:
         found = Registry.model_validate_json(read_whole(path, "install the package again"))
     except ValidationError as error:
-        raise CodebookError(f"cannot read {path}: {first_fault(error)}; see CONTRIBUTING.md, A codebook") from None
+        raise CodebookError(f"cannot read {path}: {fault_words(error)}; see CONTRIBUTING.md, A codebook") from None
     return tuple(found.codebooks)
 
 

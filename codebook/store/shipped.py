@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from codebook.errors import CodebookError
-from codebook.models import Model, fingerprint, same_fingerprint, shape
+from codebook.models import Model, adapter_words, fingerprint, same_fingerprint, shape
 from codebook.models.wrappers import stock
 from codebook.store.codebook import Codebook
 from codebook.store.folder import read_config
@@ -47,7 +47,7 @@ def prebuilt(model: Model) -> Codebook:
         raise CodebookError(f"there are {len(same)} codebooks from the hub for this model: choose one, {choices}")
     if same:
         return Codebook.load(same[0].folder)
-    raise CodebookError(_ways_on(name, own))
+    raise CodebookError(_ways_on(name, own, adapter_words(model)))
 
 
 def find_codebook(model: Model, source: Codebook | Path | str | None) -> Codebook:
@@ -91,7 +91,7 @@ def _choice(book: Known) -> str:
     return f"--codebook {shlex.quote(book.name if book.current else str(book.folder))}"
 
 
-def _ways_on(name: str, own: Callable[[], str]) -> str:
+def _ways_on(name: str, own: Callable[[], str], adapter: str) -> str:
     """What is wrong where a model has no codebook, and the ways on, each with its command."""
     entry = entry_for(name)
     for other in read_registry():
@@ -102,7 +102,7 @@ def _ways_on(name: str, own: Callable[[], str]) -> str:
         f"`codebook pull {entry.name}` (or --pull)" if entry else "`codebook pull OWNER/NAME`, if somebody shares one"
     )
     return (
-        f"no codebook for {name if fits else 'this model'} is on this machine: fetch one, {fetch}; build one, "
+        f"no codebook for {name if fits else 'this model'} is on this machine{adapter}; fetch one, {fetch}; build one, "
         f"`codebook build {shlex.quote(name) if fits else 'MODEL'} --images IMAGES --out FOLDER`, and name it with "
         "`--codebook FOLDER`; or prune without one, `--schedule farthest+mass`"
     )
