@@ -55,14 +55,14 @@ def pull(
     if shipped:
         return shipped[0]
     if entry:
-        return fetch(entry, local_files_only, tick)
+        return fetch_entry(entry, local_files_only, tick)
     if HUB_NAME.fullmatch(name):
         return pull_repository(name, revision, token, local_files_only)
     names = ", ".join(entry.name for entry in read_registry())
     raise CodebookError(f"no codebook {quoted(name)}: the registry has {names}, and the hub OWNER/NAME")
 
 
-def fetch(entry: RegistryEntry, local_files_only: bool = False, tick: Tick = lambda done: None) -> Path:
+def fetch_entry(entry: RegistryEntry, local_files_only: bool = False, tick: Tick = lambda done: None) -> Path:
     """The folder of a codebook of the registry; fetched, checked and converted where it is not in the cache.
 
     Two processes go one after the other. Each file is checked while it is fetched and kept until all are there, so

@@ -16,7 +16,7 @@ from huggingface_hub.utils._http import default_client_factory
 from codebook.errors import CodebookError
 from codebook.store import fetching, registry
 from codebook.store.codebook import Codebook
-from codebook.store.fetching import fetch, pull
+from codebook.store.fetching import fetch_entry, pull
 from codebook.store.known import entry_folder, find_named, folders, known
 from codebook.store.registry import RegistryEntry, entry_for, entry_named, read_registry
 from tests.hub import UNKNOWN_LENGTH, Hub, redirect, serving, spoil
@@ -238,7 +238,7 @@ def test_what_the_registry_says_of_a_codebook(hub, written):
     hub.plain = {f"/org/books/{COMMIT}/{name}": data for name, data in files.items()}
     [wrong] = written(entry(files, prototypes=6))
     with pytest.raises(CodebookError, match=r"tiny is \(5, 8\) and not as the registry says"):
-        fetch(wrong)
+        fetch_entry(wrong)
     assert not entry_folder(wrong).exists()
 
 
@@ -249,7 +249,7 @@ def test_a_folder_as_it_is(hub, written, tmp_path):
     files = {name: (tmp_path / "book" / name).read_bytes() for name in names}
     hub.plain = {f"/org/books/{COMMIT}/{name}": data for name, data in files.items()}
     [one] = written(entry(files, converter="folder", prototypes=50, dimension=16))
-    folder = fetch(one)
+    folder = fetch_entry(one)
     assert {name: (folder / name).read_bytes() for name in names} == files
     assert Codebook.load(folder).config["funnel"] == {"probed": 9}
 
@@ -260,7 +260,7 @@ def test_what_is_no_tensor(hub, written):
     hub.plain = {f"/org/books/{COMMIT}/{name}": data for name, data in files.items()}
     [wrong] = written(entry(files))
     with pytest.raises(CodebookError, match="holds no tensor that can be read without running code"):
-        fetch(wrong)
+        fetch_entry(wrong)
     assert not entry_folder(wrong).exists()
 
 
