@@ -6,14 +6,12 @@ import asyncio
 import os
 import time
 import uuid
-from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from codebook.serving.errors import CLIENT_LEFT
-from codebook.serving.limits import whole_body
+from codebook.serving.limits import unless_left, whole_body
 from codebook.serving.model_thread import Job
 from codebook.serving.preparing import Preparer, unknown_model
 from codebook.serving.request import ChatRequest, parse_request
@@ -60,22 +58,3 @@ def router(state: ModelState) -> APIRouter:
         return model
 
     return routes
-
-
-async def unless_left(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
-    """The response, or an empty one when the client has left before; what answers is then cancelled."""
-    answer = asyncio.ensure_future(answering)
-    left = asyncio.ensure_future(_leaving(request))
-    try:
-        await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
-        if answer.done():
-            return answer.result()
-        return Response(status_code=CLIENT_LEFT)
-    finally:
-        answer.cancel()
-        left.cancel()
-
-
-async def _leaving(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.pruning.presets import KEEP
-from codebook.serving.chat import unless_left
 from codebook.serving.errors import ServiceError
-from codebook.serving.limits import whole_body
+from codebook.serving.limits import unless_left, whole_body
 from codebook.serving.maps import kept_map
 from codebook.serving.methods import Methods
 from codebook.serving.model_thread import Job

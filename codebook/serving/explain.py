@@ -7,6 +7,7 @@ import contextlib
 import io
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -28,7 +29,7 @@ from codebook.models.base import Model
 from codebook.pruning import Schedule
 from codebook.pruning.ownership import codebooks_of
 from codebook.serving.errors import ServiceError
-from codebook.serving.limits import whole_body
+from codebook.serving.limits import unless_left, whole_body
 from codebook.serving.maps import kept_map
 from codebook.serving.model_thread import Job, too_late
 from codebook.serving.preparing import Preparer
@@ -196,7 +197,8 @@ def chosen_schedule(state: ModelState, method: str | None, keep: int | float | N
     size = models.shape(state.model)
     if keep is None and not own.varies:
         keep = own.budget(size.tokens, size.layers)
-    return Schedule.for_model(state.model, method or str(own), keep, _codebook(own))
+    book = _codebook(own) or state.codebook
+    return Schedule.for_model(state.model, method or str(own), keep, book, seed=state.seed)
 
 
 def _codebook(schedule: Schedule) -> Codebook | None:
@@ -206,8 +208,9 @@ def _codebook(schedule: Schedule) -> Codebook | None:
 def router(state: ModelState) -> APIRouter:
     """Explanations, as JSON or as a picture."""
     routes, preparer = APIRouter(), Preparer(state)
+    pool = ThreadPoolExecutor(1, thread_name_prefix="codebook-explain")
 
-    def prepare(body: bytes) -> tuple[ExplainRequest, Job, Picture.Image]:
+    def prepare(body: bytes) -> tuple[ExplainRequest, Job, Schedule, Picture.Image]:
         asked = parse_request(body, ExplainRequest)
         parts = [part for turn in asked.messages for part in turn.parts if isinstance(part, ImagePart)]
         if len(parts) != 1:
@@ -215,21 +218,26 @@ def router(state: ModelState) -> APIRouter:
         shared = {"messages": asked.messages, "model": asked.model, "max_tokens": asked.max_tokens}
         chat = ChatRequest.model_validate(shared)
         job, [picture] = preparer.prepare(chat, time.monotonic() + state.limits.seconds)
-        return asked, job, picture
-
-    @routes.post("/v1/explain")
-    async def explain_answer(request: Request) -> Response:
-        asked, job, picture = await asyncio.to_thread(prepare, await whole_body(request))
         try:
             schedule = chosen_schedule(state, asked.method, asked.keep)
         except CodebookError as error:
             raise ServiceError(422, str(error), None, "keep" if asked.method is None else "method") from None
+        return asked, job, schedule, picture
+
+    @routes.post("/v1/explain")
+    async def explain_answer(request: Request) -> Response:
+        wants_picture = "image/png" in request.headers.get("accept", "")
+        return await unless_left(request, answered(await whole_body(request), wants_picture))
+
+    async def answered(body: bytes, wants_picture: bool) -> Response:
+        on_pool = asyncio.get_running_loop().run_in_executor
+        asked, job, schedule, picture = await on_pool(pool, prepare, body)
         book = _codebook(schedule)
         found = await state.model_thread.run(
             partial(explain_job, state.model, job, schedule, book, asked.patches, asked.neighbours)
         )
-        if "image/png" in request.headers.get("accept", ""):
-            return Response(await asyncio.to_thread(drawing, picture, found), media_type="image/png")
+        if wants_picture:
+            return Response(await on_pool(pool, drawing, picture, found), media_type="image/png")
         text = state.processor.decode(found.tokens, skip_special_tokens=True).strip()
         return JSONResponse(report(state, found, schedule, book, text))
 

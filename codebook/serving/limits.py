@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
+from collections.abc import Coroutine
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from starlette.requests import Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from codebook.errors import CodebookError, quoted
@@ -192,3 +194,22 @@ class Guard:
 async def whole_body(request: Request) -> bytes:
     """The body of a request, which `Guard` has read; given once, so that nothing holds it any longer."""
     return bytes((await request.receive())["body"])
+
+
+async def unless_left(request: Request, answering: Coroutine[Any, Any, Response]) -> Response:
+    """The response, or an empty one when the client has left before; what answers is then cancelled."""
+    answer = asyncio.ensure_future(answering)
+    left = asyncio.ensure_future(_leaving(request))
+    try:
+        await asyncio.wait({answer, left}, return_when=asyncio.FIRST_COMPLETED)
+        if answer.done():
+            return answer.result()
+        return Response(status_code=CLIENT_LEFT)
+    finally:
+        answer.cancel()
+        left.cancel()
+
+
+async def _leaving(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -18,7 +19,7 @@ from codebook.pruning import METHODS, Stage, VisualTokens
 from codebook.pruning.presets import KEEP
 from codebook.pruning.text import WITH_MASS, read_keep
 from codebook.serving.errors import ServiceError
-from codebook.serving.limits import whole_body
+from codebook.serving.limits import unless_left, whole_body
 from codebook.serving.state import State
 from codebook.serving.wire import (
     FEATURES_NAME,
@@ -126,8 +127,10 @@ def router(state: State) -> APIRouter:
         book = shelf.find(name)
         if book is None:
             raise ServiceError(404, f"no codebook {quoted(name)}: this service has {shelf.names()}", "no_codebook")
-        body = await whole_body(request)
-        work = partial(score_body, book, body, asked.keep, asked.method)
+        work = partial(score_body, book, await whole_body(request), asked.keep, asked.method)
+        return await unless_left(request, answered(name, work))
+
+    async def answered(name: str, work: Callable[[], tuple[bytes, float]]) -> Response:
         try:
             with anyio.fail_after(state.limits.seconds):  # what is being scored is not cut off, but what waits is
                 answer, seconds = await anyio.to_thread.run_sync(work, limiter=limiter)
