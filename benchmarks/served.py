@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from PIL import Image as Picture
 
 from codebook.inference.samples import Sample
 
-START_SECONDS = 120
+START_SECONDS = 120.0
 
 
 class ServiceProcess:
@@ -32,14 +33,17 @@ class ServiceProcess:
             command, env={**os.environ, **environment}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
         )
         assert self.process.stderr is not None
-        lines = []
+        lines: list[str] = []
+        stuck = threading.Timer(START_SECONDS, self.process.kill)
+        stuck.start()
         for line in self.process.stderr:
             lines.append(line)
-            if found := re.search(r": (http://\S+)/v1$", line):
+            if found := re.search(r"(http://\S+)/v1", line):
                 self.url = found[1]
                 break
         else:
-            raise RuntimeError("".join(lines))
+            raise RuntimeError("".join(lines) or "the service did not say where it is")
+        stuck.cancel()
 
     def __enter__(self) -> ServiceProcess:
         return self

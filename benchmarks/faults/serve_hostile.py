@@ -52,6 +52,12 @@ class Target:
     expected: Reply
     client: httpx.Client = field(init=False)
 
+    @property
+    def place(self) -> tuple[str, int]:
+        """Host and port."""
+        parts = urlsplit(self.url)
+        return parts.hostname or "", parts.port or 0
+
     def __post_init__(self) -> None:
         self.client = httpx.Client(base_url=self.url, timeout=60)
 
@@ -62,8 +68,7 @@ class Target:
 
     def raw(self, data: bytes, then: Callable[[socket.socket], None] = lambda _: None) -> tuple[int, bytes]:
         """Write bytes on a connection of their own; (status, body of the response)."""
-        place = urlsplit(self.url)
-        with socket.create_connection((place.hostname or "", place.port or 0), timeout=30) as connection:
+        with socket.create_connection(self.place, timeout=30) as connection:
             connection.sendall(data)
             then(connection)
             got = b""
@@ -155,8 +160,7 @@ def _(target: Target, draw: random.Random) -> tuple[int, bytes]:
 def _(target: Target, draw: random.Random) -> tuple[int, bytes]:
     whole = json.dumps(target.valid).encode()
     cut = whole[: draw.randrange(len(whole))]
-    place = urlsplit(target.url)
-    with socket.create_connection((place.hostname or "", place.port or 0), timeout=30) as connection:
+    with socket.create_connection(target.place, timeout=30) as connection:
         connection.sendall(request_head(len(whole)) + cut)
     return CLOSED, b""
 
@@ -190,8 +194,7 @@ def _(target: Target, draw: random.Random) -> tuple[int, bytes]:
 @attack("a stream that is left", CLOSED)
 def _(target: Target, draw: random.Random) -> tuple[int, bytes]:
     body = json.dumps(target.valid | {"stream": True}).encode()
-    place = urlsplit(target.url)
-    with socket.create_connection((place.hostname or "", place.port or 0), timeout=30) as connection:
+    with socket.create_connection(target.place, timeout=30) as connection:
         connection.sendall(request_head(len(body)) + body)
         connection.recv(draw.choice([1, 10, 300]))
     return CLOSED, b""
@@ -200,8 +203,7 @@ def _(target: Target, draw: random.Random) -> tuple[int, bytes]:
 @attack("an answer that is not waited for", CLOSED)
 def _(target: Target, draw: random.Random) -> tuple[int, bytes]:
     body = json.dumps(target.valid).encode()
-    place = urlsplit(target.url)
-    with socket.create_connection((place.hostname or "", place.port or 0), timeout=30) as connection:
+    with socket.create_connection(target.place, timeout=30) as connection:
         connection.sendall(request_head(len(body)) + body)
         time.sleep(draw.choice([0, 0.01, 0.05]))
     return CLOSED, b""
@@ -383,8 +385,10 @@ def make_target(url: str) -> Target:
     return Target(url, chat_body(sample.pictures(), sample.question), Reply(200, answer.text, counts))
 
 
-def drain(service: ServiceProcess, target: Target, clients: int = 16) -> tuple[int, Counter[str], list[str]]:
-    """Tell a service under load to end; its exit code, how requests ended, and what should not have been."""
+def drain(
+    service: ServiceProcess, target: Target, clients: int = 16, after: int = 50
+) -> tuple[int, Counter[str], list[str]]:
+    """Tell a service to end after some answers; its exit code, how requests ended, and what should not have been."""
     ended: Counter[str] = Counter()
     faults: list[str] = []
     body, told, lock = json.dumps(target.valid).encode(), threading.Event(), threading.Lock()
@@ -416,7 +420,8 @@ def drain(service: ServiceProcess, target: Target, clients: int = 16) -> tuple[i
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    time.sleep(2)
+    while sum(ended.values()) < after and any(thread.is_alive() for thread in threads):
+        time.sleep(0.01)
     told.set()
     code = service.terminate()
     for thread in threads:

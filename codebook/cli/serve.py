@@ -67,9 +67,11 @@ def serve_command(
     if engine != "transformers":
         raise CodebookError(f"no engine {engine!r}: use transformers")
     from codebook.serving.limits import read_limits
+
+    limits = read_limits(limit or [])
     from codebook.serving.pictures import read_hosts
 
-    limits, hosts = read_limits(limit or []), read_hosts(allow_urls or [])
+    hosts = read_hosts(allow_urls or [])
     key = _api_key(api_key_file)
     from codebook.cli.checks import check_codebook, check_dtype
     from codebook.serving.shelf import named_folders

@@ -170,7 +170,7 @@ class ModelThread:
                         work.answer.set_exception(error)
             elif work:
                 self._answer(work)
-            del work  # nothing of it is held while the next one is waited for
+            work, self._running = None, []  # nothing of it is held while the next one is waited for
 
     def _next(self) -> Errand | list[Job] | None:
         """The next task, or prompts that can share a batch; None when the thread is to end."""

@@ -1,8 +1,6 @@
 """A service in a thread of this process, asked over a real socket, and requests for it."""
 
 import asyncio
-import base64
-import io
 import threading
 
 from codebook.serving.limits import Limits
@@ -10,19 +8,6 @@ from codebook.serving.metrics import Metrics
 from codebook.serving.model_thread import ModelThread
 from codebook.serving.server import Server, address, listen
 from codebook.serving.state import ModelState
-
-
-def data_url(picture):
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def body(sample, **fields):
-    """A request that asks a sample's question about its pictures, as `ask` does."""
-    shown = [{"type": "image_url", "image_url": {"url": data_url(picture)}} for picture in sample.pictures()]
-    content = [*shown, {"type": "text", "text": sample.question}]
-    return {"model": "miniature", "messages": [{"role": "user", "content": content}], **fields}
 
 
 class Running:
@@ -46,6 +31,7 @@ class Service(Running):
 
     def __init__(self, model, processor, schedule, limits=None, **options):
         metrics = Metrics()
+        metrics.describe(schedule, 0.2)
         thread = ModelThread(model, processor, schedule, metrics)
         super().__init__(ModelState(
             name="miniature", model=model, processor=processor, schedule=schedule, model_thread=thread, metrics=metrics,

@@ -1,11 +1,20 @@
 """Chat completions: every answer is the one that `ask` gives to the same question alone."""
 
+import json
+import re
+import socket
+import time
+from urllib.parse import urlsplit
+
+import httpx
+import openai
 import pytest
 from openai import OpenAI
 
+from benchmarks.cost import serve_load
+from benchmarks.served import sample_body as body
 from codebook.inference.ask import ask
 from codebook.miniature.samples import of_miniature
-from tests.serving.running import body
 
 
 @pytest.fixture(scope="module")
@@ -26,3 +35,92 @@ def test_answers_equal_ask(client, loaded, family):
         assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
         counts = {"seen": sum(c[0] for c in expected.counts), "kept": sum(c[-1] for c in expected.counts)}
         assert whole.usage.codebook == counts == chunks[-1].usage.codebook
+
+
+def test_many_clients_get_what_one_gets(service):
+    """The short version of `benchmarks/cost/serve_load.py`: all families of tasks, every fourth request as a stream."""
+    before = scrape(service)
+    asked = serve_load.requests(1)
+    _, replies = serve_load.load_service(service.url, asked, 44, 8)
+    assert len(replies) == 44 and not [(reply, wanted) for reply, wanted in replies if reply != wanted]
+    after = scrape(service)
+    change = {name: value - before.get(name, 0) for name, value in after.items()}
+    chat = 'endpoint="/v1/chat/completions"'
+    assert change[f'codebook_requests_total{{{chat},status="200"}}'] == 44
+    assert change[f"codebook_request_seconds_count{{{chat}}}"] == 44
+    assert change["codebook_batch_size_sum"] == 44 and change["codebook_batch_size_count"] < 44
+    assert change["codebook_generate_seconds_count"] == change["codebook_batch_size_count"]
+    for state in ("seen", "kept"):
+        total = sum(wanted.codebook[state] for _, wanted in replies)
+        assert change[f'codebook_visual_tokens_total{{state="{state}"}}'] == total
+    assert after["codebook_waiting_requests"] == 0
+
+
+def scrape(service):
+    """Every sample that Prometheus would read, by its name and labels."""
+    text = httpx.get(f"{service.url}/metrics").raise_for_status().text
+    return {name: float(value) for name, value in re.findall(r"(?m)^(\w+(?:\{.*\})?) (\S+)$", text)}
+
+
+def test_the_api_beside_answers(client, service):
+    assert [model.id for model in client.models.list()] == ["miniature"]
+    assert client.models.retrieve("miniature").owned_by == "codebook"
+    with pytest.raises(openai.NotFoundError, match="the model is 'miniature'"):
+        client.models.retrieve("other")
+    [sample] = of_miniature("test", 0, 1, ["ocr"])
+    with pytest.raises(openai.UnprocessableEntityError) as caught:
+        client.chat.completions.create(**body(sample, max_tokens=10**9))
+    assert caught.value.param == "max_tokens" and caught.value.body["message"].startswith("max_tokens is 1000000000")
+    info = next(name for name in scrape(service) if name.startswith("codebook_info{"))
+    assert (
+        'keep="0.2"' in info
+        and 'method="codebook-farthest' in info
+        and re.search('codebook_sha256="[0-9a-f]{64}"', info)
+    )
+
+
+def test_lengths_sampling_and_conversations(client):
+    [sample] = of_miniature("test", 0, 1, ["box"])
+    short = client.chat.completions.create(**body(sample, max_tokens=2))
+    assert (short.choices[0].finish_reason, short.usage.completion_tokens) == ("length", 2)
+    whole = client.chat.completions.create(**body(sample))
+    assert whole.choices[0].finish_reason == "stop"
+    drawn = [
+        client.chat.completions.create(**body(sample, temperature=2, seed=seed, max_tokens=8))
+        .choices[0]
+        .message.content
+        for seed in (1, 1, 2, 3)
+    ]
+    assert drawn[0] == drawn[1] and len(set(drawn)) > 1
+    # The fields that clients send although they say nothing.
+    neutral = {"n": 1, "temperature": 0, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "stop": None}
+    again = client.chat.completions.create(**body(sample, **neutral), user="me")
+    assert again.choices[0].message.content == whole.choices[0].message.content
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_slot(service, monkeypatch, stream):
+    """Before the answer, and in the middle of a stream; an answer that has no end would take long."""
+    thread = service.state.model_thread
+    monkeypatch.setattr(service.state.model.generation_config, "eos_token_id", None)
+    monkeypatch.setattr(thread, "_ends", thread._ends[:0])
+    [sample] = of_miniature("test", 0, 1, ["cap"])
+    content = json.dumps(body(sample, stream=stream)).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    place = urlsplit(service.url)
+    with socket.create_connection((place.hostname, place.port)) as connection:
+        connection.sendall(head.encode() + content)
+        while stream and b"data: " not in connection.recv(4096):
+            pass
+        wait(lambda: thread._running)
+        assert service.state.active == 1
+    wait(lambda: not service.state.active and not thread._running)
+    if not stream:
+        assert scrape(service)['codebook_requests_total{endpoint="/v1/chat/completions",status="499"}'] == 1
+
+
+def wait(condition, seconds=30):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -4,12 +4,13 @@ import httpx
 import pytest
 import torch
 
+from benchmarks.served import data_url
+from benchmarks.served import sample_body as body
 from codebook.inference.ask import ask
 from codebook.miniature.samples import of_miniature
 from codebook.models.layout import Grid, Image, Layout
 from codebook.pruning import Schedule
 from codebook.serving.maps import kept_map
-from tests.serving.running import body, data_url
 
 
 @pytest.fixture(scope="module")

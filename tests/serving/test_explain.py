@@ -9,6 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.served import data_url
+from benchmarks.served import sample_body as body
 from codebook import Schedule
 from codebook.analysis.explain import explain
 from codebook.inference.ask import ask
@@ -23,7 +25,6 @@ from codebook.serving.model_thread import Job
 from codebook.store.codebook import Codebook
 from codebook.store.shipped import prebuilt
 from tests.models.families import FAMILIES
-from tests.serving.running import body, data_url
 
 
 @pytest.fixture(scope="module")
