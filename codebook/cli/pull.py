@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from codebook.cli.options import JsonOption
-from codebook.cli.output import fetching_progress
+from codebook.cli.output import fetching_progress, resumable
 
 
+@resumable()
 def pull_command(
     name: Annotated[str, typer.Argument(help="A name of the registry, as `codebook list` shows, or OWNER/NAME.")],
     revision: Annotated[

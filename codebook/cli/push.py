@@ -48,11 +48,7 @@ def push_command(
         from codebook.cli.inspect import draw_sheet
 
         if "grid" not in config:
-            raise CodebookError(
-                "the codebook does not say how its images were divided: draw the picture with `codebook inspect "
-                f"--sheet {path / SHEET} --model MODEL`, and leave --images out"
-            )
-
+            raise CodebookError("the codebook does not say which patches its prototypes are: leave --images out")
         drawn = io.BytesIO()
         draw_sheet(book, path, images, None).save(drawn, format="PNG")
         picture = drawn.getvalue()

@@ -87,6 +87,7 @@ def fetch_entry(entry: RegistryEntry, local_files_only: bool = False, tick: Tick
                 return folder
             parts.mkdir(exist_ok=True)
             done = 0
+            tick(done)
             for name, file in entry.files.items():
                 _fetch_file(file, parts / name, partial(_tick_from, tick, done))
                 done += file.size
@@ -117,12 +118,13 @@ def _tick_from(tick: Tick, before: int, size: int) -> None:
 def _is_offline() -> bool:
     from huggingface_hub import constants
 
-    return constants.is_offline_mode()
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _fetch_file(file: RegistryFile, path: Path, tick: Tick) -> None:
     """Fetch one file; it appears under its name only if its size and SHA-256 are those of the registry."""
-    from huggingface_hub import constants, get_session
+    from huggingface_hub import constants
+    from huggingface_hub.utils import get_session
 
     if is_file(path) and sha256(path) == file.sha256:
         tick(file.size)

@@ -184,7 +184,7 @@ def _explained(what: str, name: str, revision: str | None, error: Exception) -> 
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) or _is_unreachable(error):
-        if constants.is_offline_mode():
+        if constants.HF_HUB_OFFLINE:
             return CodebookError(f"cannot {what}: it is not in the cache, and HF_HUB_OFFLINE is set: unset it")
         return CodebookError(
             f"cannot {what}: it is not whole in the cache, and {constants.ENDPOINT} is not reached: check the "

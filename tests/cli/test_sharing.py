@@ -14,6 +14,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from codebook import Codebook, miniature
+from codebook.pruning import METHODS
+from codebook.pruning.presets import SCHEDULE_PRESETS
+from codebook.pruning.text import WITH_MASS
 from codebook.store.known import find_named
 from tests.hub import Hub, Repository, serving
 from tests.store.books import make
@@ -144,16 +147,19 @@ def test_list(run, hub):
 
 NO_TORCH = """
 import sys
-from codebook.cli.listing import _books, _fetchable
-assert _books() and _fetchable()
+from codebook.cli import main
+main(["list", "--json"])
 from codebook.store.known import find_named
 find_named("miniature")
 assert "torch" not in sys.modules and "transformers" not in sys.modules
 """
 
 
-def test_codebooks_are_listed_without_torch():
-    subprocess.run([sys.executable, "-c", NO_TORCH], check=True, cwd=ROOT)
+def test_a_list_needs_no_torch():
+    done = subprocess.run([sys.executable, "-c", NO_TORCH], check=True, cwd=ROOT, capture_output=True)
+    found = json.loads(done.stdout)
+    assert found["methods"] == sorted(METHODS)
+    assert found["presets"] == {name: f"{method}+mass" for name, method in WITH_MASS.items()} | SCHEDULE_PRESETS
 
 
 @pytest.fixture(scope="module")
