@@ -56,7 +56,14 @@ class Report:
         rows = self.content["rows"]
         known = next((i for i, old in enumerate(rows) if row.items() <= old.items()), len(rows))
         rows[known : known + 1] = [row | values]
-        write_text(self.path, json.dumps(self.content, indent=1) + "\n")
+        write_text(self.path, as_text(self.content))
+
+
+def as_text(content: dict[str, Any]) -> str:
+    """JSON with one row per line, numbers to the nanosecond."""
+    short = json.loads(json.dumps(content), parse_float=lambda number: round(float(number), 9))
+    rows = ",\n".join(json.dumps(row) for row in short.pop("rows"))
+    return f'{json.dumps(short)[:-1]}, "rows": [\n{rows}\n]}}\n'
 
 
 def synchronize(device: str) -> None:

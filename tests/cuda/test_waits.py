@@ -21,7 +21,13 @@ from tests.models.families import FAMILIES
 
 pytestmark = CUDA
 PACKAGE = str(Path(codebook.__file__).parent)
-STOCK = {"attachment.py:_encode", "attachment.py:_generate", "tap.py:forward", "memory.py:_forward"}
+STOCK = {
+    "attachment.py:_encode",
+    "attachment.py:_generate",
+    "attachment.py:wrapper",
+    "tap.py:forward",
+    "memory.py:_forward",
+}
 """Functions of the package that call the stock model's own."""
 ADAPTIVE = [name for name, method in METHODS.items() if method.adaptive]
 """How many tokens these keep the host cannot know without asking."""

@@ -59,13 +59,17 @@ def test_a_stage_on_what_a_stage_left(name):
 
 
 class NoSync(TorchDispatchMode):
-    """Fails on what would make the host wait for an accelerator: numbers read from tensors, results of unknown size."""
+    """Fails on what makes the host wait for an accelerator, as seen on one.
+
+    Numbers read from tensors, results of unknown size, and numbers assigned to places that a tensor names.
+    """
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         aten = torch.ops.aten
         assert func.overloadpacket not in (aten._local_scalar_dense, aten.nonzero, aten.masked_select, aten.equal)
         if func.overloadpacket is aten.index:
             assert all(index is None or index.dtype != torch.bool for index in args[1])
+        assert func.overloadpacket is not aten.index_put_ or args[2].dim()
         return func(*args, **(kwargs or {}))
 
 

@@ -112,8 +112,8 @@ class Forward:
             values = None
             if index is not None:
                 places = self._places(unit.row, unit.columns)
-                kept[unit.row, places] = False
-                kept[unit.row, places[index]] = True
+                # Filled and not assigned: a number assigned to places that a tensor names makes the host wait.
+                kept[unit.row].index_fill_(0, places, False).index_fill_(0, places[index], True)
                 dropped[unit.row] += unit.count - len(index)
                 if len(index) and not isinstance(stage.pruner, FeaturePruner):
                     values = stage.pruner.merge(tokens(number), index)

@@ -88,7 +88,7 @@ class Union(Combination):
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         score = self.second.score(tokens).float()
         if own := round(self.share * keep):
-            score[self.first.select(tokens, own)] = torch.inf
+            score = score.index_fill(0, self.first.select(tokens, own), torch.inf)
         return score.topk(keep).indices.sort().values
 
 

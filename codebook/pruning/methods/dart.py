@@ -42,7 +42,7 @@ class Dart(Pruner):
         similarity = normalize(pivots.float(), dim=-1) @ normalize(tokens.hidden.float(), dim=-1).T
         chosen, rest = [image], keep - len(image)
         for i in range(len(pivots)):
-            similarity[:, chosen[-1]] = torch.inf
+            similarity.index_fill_(1, chosen[-1], torch.inf)  # an assignment would wait for the device
             share = rest // len(pivots) + (i < rest % len(pivots))
             chosen.append(similarity[i].topk(share, largest=False).indices)
         return torch.cat(chosen).sort().values

@@ -54,6 +54,5 @@ class RedundancyThreshold(RedundancyCodebook):
 
     def choose(self, tokens: VisualTokens) -> Tensor:
         score = self.score(tokens)
-        kept = score > -self.threshold
-        kept[score.argmax()] = True
+        kept = (score > -self.threshold).index_fill(0, score.argmax(keepdim=True), True)
         return kept.nonzero().flatten()
