@@ -3,9 +3,12 @@
 import pytest
 import torch
 
-from codebook.inference.prompts import prepare
+from codebook import Schedule, Stage, Uniform
+from codebook.inference.prompts import Prompts, prepare
 from codebook.miniature.samples import of_miniature
 from codebook.serving.joining import alike, join
+from tests.models.families import FAMILIES
+from tests.tiny import PAD
 
 
 @pytest.mark.parametrize("families", [["ocr", "box", "rel"], ["multi"]])
@@ -31,3 +34,23 @@ def test_prompts_with_and_without_pictures_are_not_alike(loaded):
     [sample] = of_miniature("test", 0, 1, ["ocr"])
     one, none = (prepare(model, processor, [p], [sample.question]) for p in (sample.pictures(), []))
     assert not alike(one, none) and not alike(none, one)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_every_family_answers_joined_prompts_as_alone(family):
+    """Pruned, next-token logits of both rows; what cannot be joined is not alike."""
+    model = family.make()
+    rows = [[5, 6, "image", 7, 8, 9], [10, "image", 11, 12, 13, 14, 15, 16]]
+    alone = [Prompts(family.inputs([row]), [1]) for row in rows]
+    assert alike(*alone) and not alike(alone[0], Prompts(family.inputs([[5, "image", 6, "image"]]), [2]))
+    schedule = Schedule([Stage(0, 0.5, Uniform())])
+
+    def logits(prompts):
+        with torch.inference_mode(), schedule(model):
+            out = model.generate(
+                **prompts.inputs, max_new_tokens=2, do_sample=False, output_logits=True, return_dict_in_generate=True
+            )
+        return torch.stack(out.logits, 1)
+
+    joined, expected = logits(join(alone, PAD)), torch.cat([logits(one) for one in alone])
+    assert (joined - expected).abs().max() <= 1e-5 * expected.abs().max()
