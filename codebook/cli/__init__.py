@@ -9,9 +9,11 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
+from codebook import __version__
 from codebook.cli.bench import bench_command
 from codebook.cli.build import build_command
 from codebook.cli.calibrate import calibrate_command
@@ -66,11 +68,27 @@ MINIATURE_COMMANDS: dict[str, Callable[..., None]] = {
 
 app = typer.Typer(
     name="codebook",
-    help="Training-free visual-token pruning for vision-language models.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def show_version(asked: bool) -> None:
+    """Print the version and end, if it is asked for."""
+    if asked:
+        print(f"codebook {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def global_options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Training-free visual-token pruning for vision-language models."""
+
+
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
 _miniature = typer.Typer(help="The embedded model: its training and its scenes.", no_args_is_help=True)
@@ -101,8 +119,8 @@ def _run(argv: list[str] | None) -> int:
         return _fail(str(error), INTERRUPTED if isinstance(error, Interrupted) else USER_ERROR)
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
-    except SystemExit:  # typer, of a broken pipe
-        return BROKEN_PIPE
+    except SystemExit as ended:  # typer: with 0 of a shell that completes a line, with 1 of a broken pipe
+        return BROKEN_PIPE if ended.code else 0
     except OSError as error:
         return _fail_by_system(error)
     except Exception as error:

@@ -30,23 +30,26 @@ def inspect_command(
 ) -> None:
     """Show what a codebook holds and how it was built."""
     from codebook.cli.checks import check_output_file
-    from codebook.store.codebook import Codebook
+    from codebook.store.folder import parse_book, read_folder, whole_config
     from codebook.store.known import find_named
 
     if sheet is not None:
         check_output_file(sheet)
     folder = find_named(folder)
-    book = Codebook.load(folder)
+    config, files = read_folder(folder)
+    prototypes, provenance = parse_book(folder, config, files)
     if sheet is not None:
-        write_picture(draw_sheet(book, folder, images or [], model), sheet)
-    clusters = Counter(record["cluster"] for record in book.provenance)
-    report = {k: v for k, v in book.config.items() if k != "fingerprint"} | {
+        from codebook.store.codebook import Codebook  # torch is imported for a sheet only
+
+        write_picture(draw_sheet(Codebook.of_files(folder, config, files), folder, images or [], model), sheet)
+    clusters = Counter(record["cluster"] for record in provenance)
+    report = {k: v for k, v in whole_config(prototypes, config).items() if k != "fingerprint"} | {
         "folder": str(folder),
         "clusters": [
             {
                 "cluster": cluster,
                 "prototypes": size,
-                "images": len({r["image"] for r in book.provenance if r["cluster"] == cluster and "image" in r}),
+                "images": len({r["image"] for r in provenance if r["cluster"] == cluster and "image" in r}),
             }
             for cluster, size in clusters.most_common()
         ],

@@ -1,20 +1,20 @@
 """Online: schedules of stages, the pruning methods, and the one mechanism that applies them to a model."""
 
+from importlib import import_module
 from typing import Any
 
 from codebook.pruning import methods
-from codebook.pruning.methods import *  # noqa: F403
-from codebook.pruning.schedule import Schedule
-from codebook.pruning.stage import Stage
-from codebook.pruning.tokens import VisualTokens
 
-__all__ = ["Schedule", "Stage", "VisualTokens", "remember"]  # noqa: F405  by __getattr__
+# Imported when first used: listing methods needs no torch, and only the engine needs transformers.
+_HOME = {"Schedule": "schedule", "Stage": "stage", "VisualTokens": "tokens", "remember": "engine.memory"}
+
+__all__ = [*_HOME]
 __all__ += methods.__all__  # a new method is public with its entry there; `__init__.pyi` says so to type checkers
 
 
 def __getattr__(name: str) -> Any:
-    if name == "remember":  # the engine imports transformers, which schedules and methods do without
-        from codebook.pruning.engine.memory import remember
-
-        return remember
-    raise AttributeError(f"module 'codebook.pruning' has no attribute {name!r}")
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in methods.__all__:
+        return getattr(methods, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

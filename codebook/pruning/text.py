@@ -18,10 +18,13 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from codebook.errors import QUOTED, CodebookError, quoted
-from codebook.pruning.methods import METHODS, Method, Pruner
+from codebook.pruning.methods import METHODS, Method
+
+if TYPE_CHECKING:
+    from codebook.pruning.methods import Pruner
 
 FROM_CODEBOOK = "codebook"
 """Value of `spread` that means: take it from the codebook of the schedule's stages."""

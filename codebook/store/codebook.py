@@ -13,16 +13,13 @@ from codebook.errors import CodebookError
 from codebook.models import Model, adapter_words, fingerprint, same_fingerprint, shape
 from codebook.store.card import make_card
 from codebook.store.fetching import pull
-from codebook.store.files import is_file, parse_lines
+from codebook.store.files import is_file
 from codebook.store.folder import (
     CONFIG,
-    PROTOTYPES,
-    PROVENANCE,
-    ProvenanceRecord,
     packed,
+    parse_book,
     read_folder,
     sealed,
-    tensor_of,
     whole_config,
     write_folder,
 )
@@ -273,15 +270,5 @@ class Codebook:
     @classmethod
     def of_files(cls, path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> Codebook:
         """The codebook of a folder whose files `read_folder` has read."""
-        prototypes = tensor_of(path / PROTOTYPES, files[PROTOTYPES], "prototypes")
-        rows = parse_lines(path / PROVENANCE, files[PROVENANCE], "rebuild with `codebook build`", ProvenanceRecord)
-        try:
-            book = cls(prototypes, [row for _, row in rows], config)
-        except CodebookError as error:
-            raise CodebookError(f"{path}: {error}") from None
-        if (config["prototypes"], config["dimension"]) != tuple(prototypes.shape):
-            raise CodebookError(
-                f"{path}: prototypes are {tuple(prototypes.shape)} but {CONFIG} says "
-                f"({config['prototypes']}, {config['dimension']}); rebuild with `codebook build`"
-            )
-        return book
+        prototypes, rows = parse_book(path, config, files)
+        return cls(torch.from_numpy(prototypes), rows, config)

@@ -186,6 +186,18 @@ def parse_tensors(path: Path | str, data: bytes, remedy: str) -> dict[str, Tenso
         raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
 
 
+def parse_arrays(path: Path, data: bytes, remedy: str) -> dict[str, Any]:
+    """The same as arrays of NumPy, without torch; it has no bfloat16."""
+    from safetensors.numpy import load
+
+    try:
+        return load(data)
+    except KeyError as error:
+        raise CodebookError(f"cannot read {path}: it holds numbers of type {error}; {remedy}") from None
+    except (SafetensorError, ValueError, TypeError) as error:
+        raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
+
+
 def read_tensor_bytes(path: Path, remedy: str) -> bytes:
     """The bytes of a safetensors file within the limit.
 

@@ -27,6 +27,8 @@ from codebook.store.files import (
     cannot_write,
     is_folder,
     parse,
+    parse_arrays,
+    parse_lines,
     parse_tensors,
     read_tensor_bytes,
     read_whole,
@@ -162,7 +164,7 @@ def read_folder(path: Path, optional: Sequence[str] = ()) -> tuple[dict[str, Any
             time.sleep(0.005)
 
 
-def whole_config(prototypes: Tensor, config: dict[str, Any] | None = None) -> dict[str, Any]:
+def whole_config(prototypes: Any, config: dict[str, Any] | None = None) -> dict[str, Any]:
     """A config with all that is required, for prototypes (N, d)."""
     return {
         "format_version": FORMAT_VERSION, "model": "unknown", "fingerprint": None,
@@ -237,9 +239,48 @@ def _verified(path: Path, digest: str | None) -> bytes:
     return data
 
 
+def parse_book(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> tuple[Any, list[dict[str, Any]]]:
+    """The prototypes, as an array (N, d) float32 of NumPy, and the provenance of a folder that `read_folder` has read.
+
+    Raises
+    ------
+    CodebookError
+        If they are not as they must be, or not what the config says.
+    """
+    import numpy as np
+
+    arrays = parse_arrays(path / PROTOTYPES, files[PROTOTYPES], REBUILD)
+    if set(arrays) != {"prototypes"}:
+        raise _not_one(path / PROTOTYPES, "prototypes")
+    prototypes = arrays["prototypes"]
+    if prototypes.ndim != 2 or not prototypes.size or prototypes.dtype != np.float32:
+        raise CodebookError(
+            f"{path}: prototypes are {prototypes.shape} {prototypes.dtype}: they must be (N, d) float32, N >= 1; "
+            "rebuild with `codebook build`"
+        )
+    if prototypes.shape != (config["prototypes"], config["dimension"]):
+        raise CodebookError(
+            f"{path}: prototypes are {prototypes.shape} but {CONFIG} says "
+            f"({config['prototypes']}, {config['dimension']}); rebuild with `codebook build`"
+        )
+    if not np.isfinite(prototypes).all():
+        raise CodebookError(f"{path}: prototypes hold NaN or infinite values: rebuild with `codebook build`")
+    rows = parse_lines(path / PROVENANCE, files[PROVENANCE], "rebuild with `codebook build`", ProvenanceRecord)
+    if len(rows) != len(prototypes):
+        raise CodebookError(
+            f"{path}: provenance has {len(rows)} records for {len(prototypes)} prototypes: rebuild with "
+            "`codebook build`"
+        )
+    return prototypes, [row for _, row in rows]
+
+
 def tensor_of(path: Path, data: bytes, name: str) -> Any:
     """The one tensor that a file of a codebook holds."""
     tensors = parse_tensors(path, data, "rebuild with `codebook build`")
     if set(tensors) != {name}:
-        raise CodebookError(f"{path} must hold one tensor named {name}: rebuild with `codebook build`")
+        raise _not_one(path, name)
     return tensors[name]
+
+
+def _not_one(path: Path, name: str) -> CodebookError:
+    return CodebookError(f"{path} must hold one tensor named {name}: rebuild with `codebook build`")

@@ -1,77 +1,51 @@
-"""The pruning methods, one small file each. `METHODS` is their registry: every list of methods is made from it."""
+"""The pruning methods, one small file each. `METHODS` is their registry: every list of methods is made from it.
 
-from codebook.pruning.methods.alpha import Alpha
-from codebook.pruning.methods.base import FeaturePruner, Pruner, ScoringPruner
-from codebook.pruning.methods.cdpruner import CDPruner
-from codebook.pruning.methods.cls import Cls
-from codebook.pruning.methods.combine import Union, Weighted, Window
-from codebook.pruning.methods.dart import Dart
-from codebook.pruning.methods.divprune import DivPrune
-from codebook.pruning.methods.downsample import Downsample
-from codebook.pruning.methods.drop import Drop
-from codebook.pruning.methods.farthest import FarthestPoint, SeededFarthestPoint
-from codebook.pruning.methods.fastv import FastV
-from codebook.pruning.methods.phi_knn import DensityPeaks
-from codebook.pruning.methods.pool import Pool
-from codebook.pruning.methods.random import Random
-from codebook.pruning.methods.redundancy import RedundancyCodebook, RedundancyThreshold
+Classes are imported when they are first used, so that methods can be listed without torch. `__init__.pyi` says the same
+to type checkers.
+"""
+
+from importlib import import_module
+from typing import Any
+
 from codebook.pruning.methods.registry import Method
-from codebook.pruning.methods.sparsevlm import SparseVLM
-from codebook.pruning.methods.uniform import Uniform
-from codebook.pruning.methods.visionzip import VisionZip
-
-__all__ = [
-    "METHODS",
-    "Alpha",
-    "CDPruner",
-    "Cls",
-    "Dart",
-    "DensityPeaks",
-    "DivPrune",
-    "Downsample",
-    "Drop",
-    "FarthestPoint",
-    "FastV",
-    "FeaturePruner",
-    "Pool",
-    "Pruner",
-    "Random",
-    "RedundancyCodebook",
-    "RedundancyThreshold",
-    "ScoringPruner",
-    "SeededFarthestPoint",
-    "SparseVLM",
-    "Uniform",
-    "Union",
-    "VisionZip",
-    "Weighted",
-    "Window",
-]
 
 METHODS: dict[str, Method] = {
-    "alpha": Method(Alpha),
-    "cdpruner": Method(CDPruner),
-    "cls": Method(Cls),
-    "codebook": Method(RedundancyCodebook),
-    "codebook-farthest": Method(SeededFarthestPoint),
-    "codebook-threshold": Method(RedundancyThreshold),
-    "dart": Method(Dart),
-    "divprune": Method(DivPrune),
-    "downsample": Method(Downsample),
-    "drop": Method(Drop),
-    "farthest": Method(FarthestPoint),
-    "fastv": Method(FastV),
-    "fastv-image": Method(FastV, image_only=True),
-    "fastv-norope": Method(FastV, rotated=False, image_only=True),
-    "fastv-reverse": Method(FastV, reverse=True),
-    "fastv-vis": Method(FastV, query="visual"),
-    "fastv-window": Method(Window, ranking=FastV()),
-    "feather-ensemble": Method(Union, first=Uniform(), second=FastV(rotated=False, image_only=True)),
-    "phi-knn": Method(DensityPeaks),
-    "pool": Method(Pool),
-    "random": Method(Random),
-    "sparsevlm": Method(SparseVLM),
-    "uniform": Method(Uniform),
-    "visionzip": Method(VisionZip),
+    "alpha": Method("alpha", "Alpha"),
+    "cdpruner": Method("cdpruner", "CDPruner"),
+    "cls": Method("cls", "Cls"),
+    "codebook": Method("redundancy", "RedundancyCodebook"),
+    "codebook-farthest": Method("farthest", "SeededFarthestPoint"),
+    "codebook-threshold": Method("redundancy", "RedundancyThreshold"),
+    "dart": Method("dart", "Dart"),
+    "divprune": Method("divprune", "DivPrune"),
+    "downsample": Method("downsample", "Downsample"),
+    "drop": Method("drop", "Drop"),
+    "farthest": Method("farthest", "FarthestPoint"),
+    "fastv": (FASTV := Method("fastv", "FastV")),
+    "fastv-image": Method("fastv", "FastV", image_only=True),
+    "fastv-norope": (NOROPE := Method("fastv", "FastV", rotated=False, image_only=True)),
+    "fastv-reverse": Method("fastv", "FastV", reverse=True),
+    "fastv-vis": Method("fastv", "FastV", query="visual"),
+    "fastv-window": Method("combine", "Window", ranking=FASTV),
+    "feather-ensemble": Method("combine", "Union", first=Method("uniform", "Uniform"), second=NOROPE),
+    "phi-knn": Method("phi_knn", "DensityPeaks"),
+    "pool": Method("pool", "Pool"),
+    "random": Method("random", "Random"),
+    "sparsevlm": Method("sparsevlm", "SparseVLM"),
+    "uniform": Method("uniform", "Uniform"),
+    "visionzip": Method("visionzip", "VisionZip"),
 }
 """The methods by the names that schedules have for them."""
+
+_PARTS = {"FeaturePruner": "base", "Pruner": "base", "ScoringPruner": "base", "Weighted": "combine"}
+"""Module of each public class that no name stands for."""
+_HOME = {method.name: method.module for method in METHODS.values()} | _PARTS
+
+__all__ = ["METHODS"]
+__all__ += sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,10 +6,13 @@ import inspect
 import math
 from dataclasses import fields
 from functools import cached_property
-from typing import Any
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from codebook.errors import CodebookError, quoted
-from codebook.pruning.methods.base import Pruner, check_options
+
+if TYPE_CHECKING:  # torch is imported with the first pruner
+    from codebook.pruning.methods.base import Pruner
 
 
 class Method:
@@ -17,21 +20,33 @@ class Method:
 
     Parameters
     ----------
-    kind
-        The pruner's class, a dataclass.
+    module, name
+        The module in `codebook.pruning.methods`, and in it the pruner's class, a dataclass. It is imported when it is
+        first needed.
     given
-        Arguments of the class where they differ from its defaults, as in `Method(FastV, reverse=True)`. Those that are
-        pruners are not options.
+        Arguments of the class where they differ from its defaults, as in `Method("fastv", "FastV", reverse=True)`. A
+        method among them stands for its pruner, and is no option.
     """
 
-    def __init__(self, kind: type[Pruner], **given: Any) -> None:
-        self.kind, self.given = kind, given
+    def __init__(self, module: str, name: str, **given: Any) -> None:
+        self.module, self.name, self._given = module, name, given
+
+    @cached_property
+    def kind(self) -> type[Pruner]:
+        """The pruner's class."""
+        kind: type[Pruner] = getattr(import_module(f"{__package__}.{self.module}"), self.name)
+        return kind
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        """Arguments of the class where they differ from its defaults."""
+        return {name: value() if isinstance(value, Method) else value for name, value in self._given.items()}
 
     def __call__(self, *args: Any, **options: Any) -> Pruner:
         return self.kind(*args, **{**self.given, **options})
 
     def __repr__(self) -> str:
-        return f"Method({', '.join([self.kind.__name__, *(f'{k}={v!r}' for k, v in self.given.items())])})"
+        return f"Method({', '.join([self.name, *(f'{k}={v!r}' for k, v in self.given.items())])})"
 
     @cached_property
     def defaults(self) -> dict[str, Any]:
@@ -42,7 +57,7 @@ class Method:
     @property
     def options(self) -> dict[str, Any]:
         """What a schedule's text can set, with the defaults."""
-        return {name: value for name, value in self.defaults.items() if not isinstance(value, Pruner)}
+        return {name: value for name, value in self.defaults.items() if not _is_pruner(value)}
 
     @property
     def needs_codebook(self) -> bool:
@@ -63,7 +78,7 @@ class Method:
     def uses_attention(self) -> bool:
         """Whether it needs the attention of the layer before: itself, or a method that it is made of."""
         own = self.kind.uses_attention
-        parts = (value for value in self.defaults.values() if isinstance(value, Pruner))
+        parts = (value for value in self.defaults.values() if _is_pruner(value))
         return own is True or any(part.uses_attention for part in parts)
 
     def check(self, name: str, options: dict[str, Any]) -> None:
@@ -75,7 +90,15 @@ class Method:
                 raise CodebookError(f"{name} has no option {quoted(option)}: {what}")
             if not _is_like(value, known[option]):
                 raise CodebookError(f"option {option} of {name} must be like {known[option]!r}, not {quoted(value)}")
+        from codebook.pruning.methods.base import check_options
+
         check_options(self.kind, options)
+
+
+def _is_pruner(value: Any) -> bool:
+    from codebook.pruning.methods.base import Pruner
+
+    return isinstance(value, Pruner)
 
 
 def _is_like(value: Any, example: Any) -> bool:
