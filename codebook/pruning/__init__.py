@@ -6,15 +6,15 @@ from typing import Any
 from codebook.pruning import methods
 
 # Imported when first used: listing methods needs no torch, and only the engine needs transformers.
-_HOME = {"Schedule": "schedule", "Stage": "stage", "VisualTokens": "tokens", "remember": "engine.memory"}
+_LATE = {"Schedule": "schedule", "Stage": "stage", "VisualTokens": "tokens", "remember": "engine.memory"}
 
-__all__ = [*_HOME]
+__all__ = [*_LATE]
 __all__ += methods.__all__  # a new method is public with its entry there; `__init__.pyi` says so to type checkers
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _LATE:
+        return getattr(import_module(f"{__name__}.{_LATE[name]}"), name)
     if name in methods.__all__:
         return getattr(methods, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -39,13 +39,13 @@ METHODS: dict[str, Method] = {
 
 _PARTS = {"FeaturePruner": "base", "Pruner": "base", "ScoringPruner": "base", "Weighted": "combine"}
 """Module of each public class that no name stands for."""
-_HOME = {method.name: method.module for method in METHODS.values()} | _PARTS
+_MODULES = {method.name: method.module for method in METHODS.values()} | _PARTS
 
 __all__ = ["METHODS"]
-__all__ += sorted(_HOME)
+__all__ += sorted(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOME:
-        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    if name in _MODULES:
+        return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
