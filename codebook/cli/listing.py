@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ast
 import json
-from pathlib import Path
 from typing import Any
 
 from codebook.cli.options import JsonOption
@@ -13,8 +11,13 @@ from codebook.errors import CodebookError, printable
 
 def list_command(as_json: JsonOption = False) -> None:
     """List the codebooks that ship, were fetched, or can be fetched by name; the methods; and the presets."""
+    from codebook.pruning import METHODS
+    from codebook.pruning.presets import SCHEDULE_PRESETS
+    from codebook.pruning.text import WITH_MASS
+
     books, fetchable = _books(), _fetchable()
-    methods, named = written_names()
+    methods = sorted(METHODS)
+    named = {name: f"{method}+mass" for name, method in WITH_MASS.items()} | SCHEDULE_PRESETS
     if as_json:
         lists = {"codebooks": books, "registry": fetchable, "methods": methods, "presets": named}
         print(json.dumps(lists, indent=1))
@@ -30,29 +33,6 @@ def list_command(as_json: JsonOption = False) -> None:
     print("presets, for 32 layers:")
     for name, text in named.items():
         print(f"  {name}: {text}")
-
-
-def written_names() -> tuple[list[str], dict[str, str]]:
-    """The names of all methods, and the presets with their texts.
-
-    They are read from the code and not imported from it: the methods are made with torch, which takes seconds to load.
-    """
-    methods = _written("methods/__init__.py", "METHODS")
-    with_mass, presets = _written("text.py", "WITH_MASS"), _written("presets.py", "SCHEDULE_PRESETS")
-    named = {name: f"{ast.literal_eval(method)}+mass" for name, method in with_mass.items()}
-    return sorted(methods), named | {name: ast.literal_eval(text) for name, text in presets.items()}
-
-
-def _written(file: str, name: str) -> dict[str, ast.expr]:
-    """The entries of a dict that a file of `codebook/pruning` defines, by their keys, as they are written."""
-    tree = ast.parse((Path(__file__).parents[1] / "pruning" / file).read_text(encoding="utf-8"))
-    for node in tree.body:
-        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
-            assert isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(node.value, ast.Dict)
-            pairs = zip(node.value.keys, node.value.values, strict=True)
-            return {ast.literal_eval(key): value for key, value in pairs if key is not None}
-    raise AssertionError(f"no {name} in {file}")  # a test looks for all of them
 
 
 def _books() -> list[dict[str, Any]]:
