@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import DeviceOption, DtypeOption, PullOption, SeedOption
+from codebook.cli.options import AddressOption, DeviceOption, DtypeOption, PullOption, SeedOption
 from codebook.cli.output import note
 from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
-    from codebook.serving.state import State
+    from codebook.serving.recipe import Recipe
 
 NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 """Packages of the extra `serve`."""
+TRANSFORMERS, RAY = "transformers", "ray"
+"""Engines."""
 KEY = "CODEBOOK_API_KEY"
 """Environment variable with the key that clients must send."""
 
@@ -45,7 +47,13 @@ def serve_command(
     ] = None,
     pull: PullOption = False,
     seed: SeedOption = 0,
-    engine: Annotated[str, typer.Option(help="What runs the model: transformers.")] = "transformers",
+    engine: Annotated[
+        str, typer.Option(help="What runs the service: transformers, or ray, with replicas.")
+    ] = TRANSFORMERS,
+    replicas: Annotated[
+        int | None, typer.Option(min=1, help="With --engine ray: how many, each with its own copy of the model.")
+    ] = None,
+    address: AddressOption = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; default: this machine alone.")] = "127.0.0.1",
@@ -64,8 +72,7 @@ def serve_command(
     """Answer chat completions over HTTP with most visual tokens dropped, and score features against codebooks."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise CodebookError(f"serving needs {', '.join(missing)}: run `pip install 'codebook[serve]'`")
-    if engine != "transformers":
-        raise CodebookError(f"no engine {engine!r}: use transformers")
+    _check_engine(engine, replicas, address)
     from codebook.serving.limits import read_limits
 
     limits = read_limits(limit or [])
@@ -79,15 +86,12 @@ def serve_command(
     books, unnamed = named_folders(codebook or [])
     for book in books.values() or [None]:
         check_codebook(book, model, pull)
-    shared: dict[str, Any] = {"limits": limits, "api_key": key}
     if model is None:
         _refuse_without_model({
             "--keep": keep, "--schedule": schedule, "--device": device, "--dtype": dtype, "--allow-urls": allow_urls,
         })  # fmt: skip
         if not books:
             raise CodebookError("name a model to answer with, or codebooks to score against: --codebook NAME=DIR")
-        _serve_codebooks(books, host, port, shared)
-        return
     if len(unnamed) > 1:
         raise CodebookError(
             f"the schedule prunes with one codebook, and {len(unnamed)} came without a name: write NAME=DIR for those "
@@ -96,62 +100,77 @@ def serve_command(
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT
 
-    plan = Plan(schedule or DEFAULT, keep, None, next(iter(unnamed), None), seed)
-    from codebook.models.loading import check_device, load
-
-    check_device(device)
+    plan = None if model is None else Plan(schedule or DEFAULT, keep, None, next(iter(unnamed), None), seed)
     check_dtype(dtype)
+    if model is not None:
+        from codebook.models.loading import check_device
+        from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
 
-    import torch
-
-    from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
-    from codebook.serving.metrics import Metrics
-    from codebook.serving.model_thread import ModelThread
-    from codebook.serving.server import address, is_local, listen
-    from codebook.serving.shelf import Shelf
-    from codebook.serving.state import ModelState
-    from codebook.store.files import is_folder
+        check_device(device)
+    from codebook.serving.recipe import Recipe
+    from codebook.serving.server import is_local, listen
 
     bound = listen(host, port)  # before the model is loaded, which takes long
-    shelf = Shelf(books)
-    loaded, processor = load(model, device, None if dtype is None else getattr(torch, dtype))
-    applied, metrics = plan.apply(loaded), Metrics()
-    metrics.describe(applied, plan.keep)
-    thread = ModelThread(loaded, processor, applied, metrics)
-    name = Path(model).resolve().name if is_folder(Path(model)) else model
-    state = ModelState(
-        name=name, model=loaded, processor=processor, schedule=applied, model_thread=thread, metrics=metrics,
-        shelf=shelf, codebook=plan.codebook, seed=seed, examples=_examples(model), allowed_hosts=hosts,
-        local=is_local(bound), **shared,
-    )  # fmt: skip
-    try:
-        _serve(state, bound, f"{name} under {applied}: {address(bound)}/v1; page: {address(bound)}")
-    finally:
-        thread.stop()
-
-
-def _serve_codebooks(books: dict[str, Path], host: str, port: int, shared: dict[str, Any]) -> None:
-    """Serve scores alone, without a model."""
-    from codebook.serving.metrics import Metrics
-    from codebook.serving.server import address, is_local, listen
-    from codebook.serving.shelf import Shelf
-    from codebook.serving.state import State
-
-    shelf, bound = Shelf(books), listen(host, port)
-    state = State(metrics=Metrics(), shelf=shelf, local=is_local(bound), **shared)
-    _serve(state, bound, f"codebooks {shelf.names()}: {address(bound)}/v1/codebooks")
-
-
-def _serve(state: State, bound: socket, greeting: str) -> None:
-    """Serve until told to end."""
-    from codebook.serving.server import Server
-
-    if state.api_key is None and not state.local:
+    shared = {"limits": limits, "api_key": key, "allowed_hosts": hosts, "local": is_local(bound)}
+    recipe = Recipe(
+        model=model, plan=plan, books=books, device=device, dtype=dtype, shared=shared, examples=_examples(model)
+    )
+    if key is None and not is_local(bound):
         note(f"no API key: whoever reaches this address can ask; set one by --api-key-file or {KEY}")
-    server = Server(state, ready=lambda: note(greeting), say=note)
-    server.run([bound])
+    if engine == RAY:
+        _serve_on_ray(recipe, bound, replicas or 1, address)
+    else:
+        _serve(recipe, bound)
+
+
+def _serve(recipe: Recipe, bound: socket) -> None:
+    """Serve until told to end, in this process."""
+    from codebook.serving.server import Server, address
+    from codebook.serving.state import ModelState
+
+    state = recipe.make()
+    title = (
+        f"{state.name} under {state.schedule}" if isinstance(state, ModelState) else f"codebooks {state.shelf.names()}"
+    )
+    server = Server(state, ready=lambda: _greet(title, recipe, address(bound)), say=note)
+    try:
+        server.run([bound])
+    finally:
+        if isinstance(state, ModelState):
+            state.model_thread.stop()
     if server.cut:
         raise CodebookError(f"{server.cut} requests were cut off after drain_seconds: raise that limit")
+
+
+def _serve_on_ray(recipe: Recipe, bound: socket, replicas: int, cluster: str | None) -> None:
+    """Serve until told to end, in replicas of Ray's."""
+    from codebook.models.loading import check_device
+    from codebook.serving.on_ray import serve_on_ray
+    from codebook.serving.server import address
+
+    (host, port), url = bound.getsockname()[:2], address(bound)
+    bound.close()  # it was free; Ray's own processes will listen
+    gpus = 1 if recipe.model is not None and check_device(recipe.device).startswith("cuda") else 0
+    title = f"{replicas} replicas of {recipe.model or 'the codebooks'} on Ray"
+    note(f"starting {title}")
+    serve_on_ray(recipe, replicas, host, port, cluster, gpus, ready=lambda: _greet(title, recipe, url))
+
+
+def _greet(title: str, recipe: Recipe, url: str) -> None:
+    if recipe.model is not None:
+        note(f"page: {url}")
+    note(f"{title}: {url}/v1")
+
+
+def _check_engine(engine: str, replicas: int | None, address: str | None) -> None:
+    if engine not in (TRANSFORMERS, RAY):
+        raise CodebookError(f"no engine {engine!r}: use {TRANSFORMERS} or {RAY}")
+    if engine == RAY:
+        from codebook.serving.on_ray import check_ray
+
+        check_ray()
+    elif replicas is not None or address is not None:
+        raise CodebookError(f"--replicas and --address are Ray's: add --engine {RAY}, or leave them out")
 
 
 def _refuse_without_model(given: dict[str, Any]) -> None:
@@ -160,7 +179,7 @@ def _refuse_without_model(given: dict[str, Any]) -> None:
             raise CodebookError(f"{name} needs a MODEL: name one, or leave {name} out")
 
 
-def _examples(model: str) -> tuple[dict[str, str], ...]:
+def _examples(model: str | None) -> tuple[dict[str, str], ...]:
     """Pictures for the page that the model can read, where it can read only such ones."""
     if model != "miniature":
         return ()

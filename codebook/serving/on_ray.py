@@ -1,0 +1,123 @@
+"""The service on Ray Serve: replicas on one machine or many, each with the whole app and a model of its own."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+from codebook.errors import CodebookError, printable
+from codebook.serving.recipe import Recipe
+
+NAME = "codebook"
+"""Name of the application among others on the cluster."""
+NEEDED_BY_RAY = ("ray", "aiohttp", "grpc", "watchfiles")
+"""Packages of `ray[serve]`, some of which plain Ray lacks."""
+
+
+def check_ray() -> None:
+    """Refuse to begin without Ray Serve."""
+    if missing := [name for name in NEEDED_BY_RAY if find_spec(name) is None]:
+        raise CodebookError(
+            f"serving on Ray needs {', '.join(missing)}: run `pip install 'codebook[ray,serve]'`, or leave --engine out"
+        )
+
+
+def serve_on_ray(
+    recipe: Recipe, replicas: int, host: str, port: int, address: str | None, gpus: int, ready: Callable[[], None]
+) -> None:
+    """Serve until SIGTERM or SIGINT: then new requests are refused, and what is accepted is answered.
+
+    Parameters
+    ----------
+    recipe
+        Every replica makes a service of it, on its own machine: it must find the model and the codebooks there.
+    replicas
+        How many; one that dies is started again.
+    address
+        Address of a running cluster, as in `ray.init`; None: one is started on this machine, for this service.
+    gpus
+        GPUs per replica.
+    ready
+        Called when requests are taken.
+
+    Raises
+    ------
+    CodebookError
+        If the cluster cannot be reached, has too few cores or GPUs, or a replica cannot be made.
+    """
+    import ray
+    from ray import serve
+
+    logging.getLogger("ray.serve").setLevel(logging.ERROR)
+    _join(ray, address)
+    try:
+        _check_room(ray.cluster_resources(), replicas, gpus)
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(_application(serve, recipe, replicas, gpus), name=NAME, route_prefix="/")
+        ready()
+        _wait_for_signal()
+        serve.delete(NAME)  # its proxies go on until every replica has answered what it had
+    except (ray.exceptions.RayError, RuntimeError) as error:
+        raise CodebookError(f"the service failed on Ray: {_reason(serve, error)}") from None
+    finally:
+        ray.shutdown()  # Serve itself stays on a cluster that was there before: others may use it
+
+
+def _join(ray: Any, address: str | None) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise CodebookError(f"cannot reach Ray: {printable(str(error), 200)}; check --address") from None
+
+
+def _check_room(resources: dict[str, float], replicas: int, gpus: int) -> None:
+    """Refuse replicas that would wait for ever: each has a core, and its GPUs, for itself."""
+    for kind, each in (("CPU", 1), ("GPU", gpus)):
+        there = int(resources.get(kind, 0))
+        if replicas * each > there:
+            raise CodebookError(f"{replicas} replicas need {replicas * each} {kind}s and the cluster has {there}: "
+                                "start fewer, or add machines to it")  # fmt: skip
+
+
+def _reason(serve: Any, error: Exception) -> str:
+    """What a replica said of why it cannot be made; else what Ray says."""
+    application = serve.status().applications.get(NAME)
+    texts = [found.message for found in application.deployments.values()] if application else []
+    lines = [line.strip() for text in (*texts, str(error)) for line in text.splitlines() if line.strip()]
+    own = [line for line in lines if "CodebookError: " in line]
+    return printable(own[-1].partition("CodebookError: ")[2] if own else lines[-1], 400)
+
+
+def _application(serve: Any, recipe: Recipe, replicas: int, gpus: int) -> Any:
+    def app() -> Any:  # called in each replica
+        from codebook.serving.app import build_app
+
+        return build_app(recipe.make())
+
+    limits = recipe.shared["limits"]
+    deployment = serve.deployment(
+        name="Service",
+        num_replicas=replicas,
+        max_ongoing_requests=2 * limits.queue,  # more than the service itself accepts, whose errors say more
+        graceful_shutdown_timeout_s=limits.drain_seconds,
+        ray_actor_options={"num_cpus": 1, "num_gpus": gpus},
+    )
+    return deployment(serve.ingress(app)()).bind()
+
+
+def _wait_for_signal() -> None:
+    """Wait for SIGTERM or SIGINT; a second one ends the process at once."""
+    told = threading.Event()
+
+    def end(number: int, _: Any) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    while not told.wait(3600):
+        pass
