@@ -19,6 +19,23 @@ IMAGES_PER_BLOCK = 4
 """Images per message to an actor and back."""
 
 
+def check_cluster(address: str | None) -> None:
+    """Refuse the address of a cluster at which nothing answers: Ray itself would try for many minutes.
+
+    Raises
+    ------
+    CodebookError
+        If nothing answers there.
+    """
+    if address is None or ":" not in address:
+        return
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=PATIENCE).close()
+    except (OSError, ValueError) as error:
+        raise CodebookError(f"no Ray cluster at {address}: {error}; check --address") from None
+
+
 def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = None, gpus: float = 0) -> Engine:
     """An engine for `build` that probes images on Ray actors, fed by Ray Data.
 
@@ -47,12 +64,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
     except ImportError:
         raise CodebookError("ray is not installed: `pip install codebook[ray]`, or leave --engine out") from None
 
-    if address is not None and ":" in address:  # Ray itself tries for many minutes
-        host, _, port = address.removeprefix("ray://").rpartition(":")
-        try:
-            socket.create_connection((host, int(port)), timeout=PATIENCE).close()
-        except (OSError, ValueError) as error:
-            raise CodebookError(f"no Ray cluster at {address}: {error}; check --address") from None
+    check_cluster(address)
 
     class Probe:
         def __init__(self) -> None:

@@ -15,7 +15,7 @@ from codebook.cli.output import note
 from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
-    from codebook.serving.recipe import Recipe
+    from codebook.serving.blueprint import Blueprint
 
 NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 """Packages of the extra `serve`."""
@@ -107,32 +107,32 @@ def serve_command(
         from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
 
         check_device(device)
-    from codebook.serving.recipe import Recipe
+    from codebook.serving.blueprint import Blueprint
     from codebook.serving.server import is_local, listen
 
     bound = listen(host, port)  # before the model is loaded, which takes long
     shared = {"limits": limits, "api_key": key, "allowed_hosts": hosts, "local": is_local(bound)}
-    recipe = Recipe(
+    blueprint = Blueprint(
         model=model, plan=plan, books=books, device=device, dtype=dtype, shared=shared, examples=_examples(model)
     )
     if key is None and not is_local(bound):
         note(f"no API key: whoever reaches this address can ask; set one by --api-key-file or {KEY}")
     if engine == RAY:
-        _serve_on_ray(recipe, bound, replicas or 1, address)
+        _serve_on_ray(blueprint, bound, replicas or 1, address)
     else:
-        _serve(recipe, bound)
+        _serve(blueprint, bound)
 
 
-def _serve(recipe: Recipe, bound: socket) -> None:
+def _serve(blueprint: Blueprint, bound: socket) -> None:
     """Serve until told to end, in this process."""
     from codebook.serving.server import Server, address
     from codebook.serving.state import ModelState
 
-    state = recipe.make()
+    state = blueprint.make()
     title = (
         f"{state.name} under {state.schedule}" if isinstance(state, ModelState) else f"codebooks {state.shelf.names()}"
     )
-    server = Server(state, ready=lambda: _greet(title, recipe, address(bound)), say=note)
+    server = Server(state, ready=lambda: _greet(title, blueprint, address(bound)), say=note)
     try:
         server.run([bound])
     finally:
@@ -142,7 +142,7 @@ def _serve(recipe: Recipe, bound: socket) -> None:
         raise CodebookError(f"{server.cut} requests were cut off after drain_seconds: raise that limit")
 
 
-def _serve_on_ray(recipe: Recipe, bound: socket, replicas: int, cluster: str | None) -> None:
+def _serve_on_ray(blueprint: Blueprint, bound: socket, replicas: int, cluster: str | None) -> None:
     """Serve until told to end, in replicas of Ray's."""
     from codebook.models.loading import check_device
     from codebook.serving.on_ray import serve_on_ray
@@ -150,14 +150,14 @@ def _serve_on_ray(recipe: Recipe, bound: socket, replicas: int, cluster: str | N
 
     (host, port), url = bound.getsockname()[:2], address(bound)
     bound.close()  # it was free; Ray's own processes will listen
-    gpus = 1 if recipe.model is not None and check_device(recipe.device).startswith("cuda") else 0
-    title = f"{replicas} replicas of {recipe.model or 'the codebooks'} on Ray"
+    gpus = 1 if blueprint.model is not None and check_device(blueprint.device).startswith("cuda") else 0
+    title = f"{replicas} replicas of {blueprint.model or 'the codebooks'} on Ray"
     note(f"starting {title}")
-    serve_on_ray(recipe, replicas, host, port, cluster, gpus, ready=lambda: _greet(title, recipe, url))
+    serve_on_ray(blueprint, replicas, host, port, cluster, gpus, ready=lambda: _greet(title, blueprint, url))
 
 
-def _greet(title: str, recipe: Recipe, url: str) -> None:
-    if recipe.model is not None:
+def _greet(title: str, blueprint: Blueprint, url: str) -> None:
+    if blueprint.model is not None:
         note(f"page: {url}")
     note(f"{title}: {url}/v1")
 

@@ -9,10 +9,11 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+from codebook.building.on_ray import check_cluster
 from codebook.errors import CodebookError, printable
-from codebook.serving.recipe import Recipe
+from codebook.serving.blueprint import Blueprint
 
-NAME = "codebook"
+APPLICATION = "codebook"
 """Name of the application among others on the cluster."""
 NEEDED_BY_RAY = ("ray", "aiohttp", "grpc", "watchfiles")
 """Packages of `ray[serve]`, some of which plain Ray lacks."""
@@ -27,13 +28,13 @@ def check_ray() -> None:
 
 
 def serve_on_ray(
-    recipe: Recipe, replicas: int, host: str, port: int, address: str | None, gpus: int, ready: Callable[[], None]
+    blueprint: Blueprint, replicas: int, host: str, port: int, address: str | None, gpus: int, ready: Callable[[], None]
 ) -> None:
     """Serve until SIGTERM or SIGINT: then new requests are refused, and what is accepted is answered.
 
     Parameters
     ----------
-    recipe
+    blueprint
         Every replica makes a service of it, on its own machine: it must find the model and the codebooks there.
     replicas
         How many; one that dies is started again.
@@ -49,6 +50,7 @@ def serve_on_ray(
     CodebookError
         If the cluster cannot be reached, has too few cores or GPUs, or a replica cannot be made.
     """
+    check_cluster(address)
     import ray
     from ray import serve
 
@@ -57,12 +59,12 @@ def serve_on_ray(
     try:
         _check_room(ray.cluster_resources(), replicas, gpus)
         serve.start(http_options={"host": host, "port": port})
-        serve.run(_application(serve, recipe, replicas, gpus), name=NAME, route_prefix="/")
+        serve.run(_application(serve, blueprint, replicas, gpus), name=APPLICATION, route_prefix="/")
         ready()
         _wait_for_signal()
-        serve.delete(NAME)  # its proxies go on until every replica has answered what it had
+        serve.delete(APPLICATION)  # its proxies go on until every replica has answered what it had
     except (ray.exceptions.RayError, RuntimeError) as error:
-        raise CodebookError(f"the service failed on Ray: {_reason(serve, error)}") from None
+        raise CodebookError(f"the service failed on Ray: {_cause(serve, error)}") from None
     finally:
         ray.shutdown()  # Serve itself stays on a cluster that was there before: others may use it
 
@@ -83,22 +85,22 @@ def _check_room(resources: dict[str, float], replicas: int, gpus: int) -> None:
                                 "start fewer, or add machines to it")  # fmt: skip
 
 
-def _reason(serve: Any, error: Exception) -> str:
+def _cause(serve: Any, error: Exception) -> str:
     """What a replica said of why it cannot be made; else what Ray says."""
-    application = serve.status().applications.get(NAME)
+    application = serve.status().applications.get(APPLICATION)
     texts = [found.message for found in application.deployments.values()] if application else []
     lines = [line.strip() for text in (*texts, str(error)) for line in text.splitlines() if line.strip()]
     own = [line for line in lines if "CodebookError: " in line]
     return printable(own[-1].partition("CodebookError: ")[2] if own else lines[-1], 400)
 
 
-def _application(serve: Any, recipe: Recipe, replicas: int, gpus: int) -> Any:
+def _application(serve: Any, blueprint: Blueprint, replicas: int, gpus: int) -> Any:
     def app() -> Any:  # called in each replica
         from codebook.serving.app import build_app
 
-        return build_app(recipe.make())
+        return build_app(blueprint.make())
 
-    limits = recipe.shared["limits"]
+    limits = blueprint.shared["limits"]
     deployment = serve.deployment(
         name="Service",
         num_replicas=replicas,

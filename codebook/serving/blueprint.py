@@ -14,7 +14,7 @@ from codebook.store.files import is_folder
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
+class Blueprint:
     """A service in words: little, so that every replica of it, on whatever machine, can be sent it and make its own.
 
     Attributes
