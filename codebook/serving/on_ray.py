@@ -55,7 +55,7 @@ def serve_on_ray(
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    _join(ray, address)
+    _join_cluster(ray, address)
     try:
         _check_room(ray.cluster_resources(), replicas, gpus)
         serve.start(http_options={"host": host, "port": port})
@@ -69,7 +69,7 @@ def serve_on_ray(
         ray.shutdown()  # Serve itself stays on a cluster that was there before: others may use it
 
 
-def _join(ray: Any, address: str | None) -> None:
+def _join_cluster(ray: Any, address: str | None) -> None:
     try:
         ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
     except (ConnectionError, ValueError, RuntimeError) as error:

@@ -7,8 +7,8 @@ import pytest
 from codebook.errors import CodebookError
 from codebook.pruning.plan import Plan
 from codebook.serving import on_ray
-from codebook.serving.limits import Limits
 from codebook.serving.blueprint import Blueprint
+from codebook.serving.limits import Limits
 from codebook.serving.state import ModelState
 
 
