@@ -170,17 +170,18 @@ def grow(folder: Path, counts: list[int], name: str) -> None:
 
 
 def points(count: int, d: int = 1024) -> None:
-    """Cluster synthetic survivors; prints seconds and the peak memory, that of the points included."""
+    """Cluster synthetic survivors; prints seconds and the peak memory, including the points' own."""
     generator = torch.Generator().manual_seed(SEED)
     centres = 4 * torch.randn(200, d, generator=generator)
     x = torch.empty(count, d)
     for part in x.split(10_000):
         which = torch.randint(0, 200, (len(part),), generator=generator)
         part.copy_(centres[which] + (0.3 + which[:, None] / 166) * torch.randn(part.shape, generator=generator))
-    start = time.perf_counter()
+    start, busy = time.perf_counter(), time.process_time()
     labels = dpc_knn(x, 64)
     print(json.dumps({
-        "points": count, "seconds": round(time.perf_counter() - start, 1), "clusters": len(set(labels.tolist())),
+        "points": count, "seconds": round(time.perf_counter() - start, 1),
+        "cpu": round(time.process_time() - busy, 1), "clusters": len(set(labels.tolist())),
         "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }))  # fmt: skip
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from codebook.store.search import exact_search, faiss_or_none, has_gpu
 
 DENSITY_NOISE = 1e-6
 """Largest of the random numbers that are added to the densities, so that no two are equal."""
@@ -16,11 +14,12 @@ EXACT = 20_000
 """Points up to which every neighbour is found by comparing all pairs: 81 s on one core for d = 1024."""
 HELD = 2**24
 """Distances held at once: 128 MiB in float64, whatever the number of points."""
-PEAK_BLOCK = 1024
-"""Points that the others are compared with at once, taken in the order of their densities."""
-PROBED = 64
-"""Lists of an inverted file, of 4 sqrt(n), that are searched for a point's neighbours. At 20 000 points: recall 1.0 of
-visual tokens (d = 160), 0.98 to 1.0 of synthetic clusters (d = 32, 1024)."""
+PEAK_BLOCK = 256
+"""Points that are compared with many others at once."""
+COMPARED = 64
+"""Lists, of 4 sqrt(n), whose points are compared with those of the list in their middle."""
+SAMPLED = 40
+"""Points per list of which k-means learns the lists."""
 
 
 def dpc_knn(features: Tensor, clusters: int, neighbours: int = 5, seed: int = 0, exact: int = EXACT) -> Tensor:
@@ -82,35 +81,44 @@ def _nearest(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 def _nearest_of_many(x: Tensor, k: int, seed: int) -> tuple[Tensor, Tensor]:
     """The same of many points: a search proposes twice as many, and their distances are computed in float64."""
-    search, wanted = _searcher(x.float(), seed), min(2 * k, len(x))
+    wanted = min(2 * k, len(x))
+    index = _proposed(x, wanted, seed)
     square = torch.empty(len(x), wanted, dtype=torch.float64)
-    index = torch.empty(len(x), wanted, dtype=torch.int64)
     for start in range(0, len(x), rows := max(1, HELD // (4 * wanted * x.shape[1]))):
         rows_here = torch.arange(start, min(start + rows, len(x)))[:, None]
-        found = search(x[start : start + rows].float(), wanted)
+        found = index[start : start + rows]
         found[:, -1] = torch.where((found == rows_here).any(dim=1), found[:, -1], rows_here[:, 0])
-        found = torch.where(found < 0, rows_here, found)  # fewer points in the lists searched than asked for
+        found = torch.where(found < 0, rows_here, found)  # fewer points in the lists compared than asked for
         distance = (x[found].double() - x[rows_here].double()).square().sum(dim=2) / x.shape[1]
         nearest = distance.sort(dim=1, stable=True)
         square[start : start + rows], index[start : start + rows] = nearest.values, found.gather(1, nearest.indices)
     return square, index
 
 
-def _searcher(x: Tensor, seed: int) -> Callable[[Tensor, int], Tensor]:
-    """A function of queries (m, d) and k that finds the nearest of `x`, nearest first: (m, k) int64, -1 for none."""
-    try:
-        import faiss
-    except ImportError:
-        return partial(_all_pairs, x)
-    lists = min(int(4 * len(x) ** 0.5), len(x))
-    index: Any = faiss.index_factory(x.shape[1], f"IVF{lists},SQfp16")  # half precision: half of the features' memory
-    index.cp.seed, index.cp.niter = seed, 10
-    index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 40
-    index.nprobe = PROBED
-    index.train(x.numpy())
-    for part in x.split(PEAK_BLOCK):
-        index.add(part.numpy())
-    return lambda query, k: torch.from_numpy(index.search(query.numpy(), k)[1])
+def _proposed(x: Tensor, k: int, seed: int) -> Tensor:
+    """Which points are probably the `k` nearest of each, itself included: (n, k) int64, -1 where fewer are found.
+
+    k-means puts the points into lists, and those of a list are compared, in float32, with those of the lists around it.
+    Each comparison is one product of matrices, which FAISS's own inverted files, that take queries one by one, are not.
+    """
+    faiss = faiss_or_none()
+    if faiss is None:
+        return torch.cat([_all_pairs(x.float(), part.float(), k) for part in x.split(PEAK_BLOCK)])
+    knn, lists = exact_search(faiss), min(int(4 * len(x) ** 0.5), len(x))
+    sample = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed))[: SAMPLED * lists].sort().values
+    means = faiss.Kmeans(x.shape[1], lists, niter=10, seed=seed, gpu=has_gpu(faiss), min_points_per_centroid=1)
+    means.train(x[sample].float().numpy())
+    parts = x.split(_rows(x, lists))
+    owner = torch.cat([torch.from_numpy(knn(part.float().numpy(), means.centroids, 1)[1][:, 0]) for part in parts])
+    members = owner.argsort(stable=True).split(owner.bincount(minlength=lists).tolist())
+    around = knn(means.centroids, means.centroids, min(COMPARED, lists))[1]
+    index = torch.full((len(x), k), -1)
+    for own, lists_around in zip(members, around, strict=True):
+        others = torch.cat([members[i] for i in lists_around])
+        if len(own):
+            found = knn(x[own].float().numpy(), x[others].float().numpy(), min(k, len(others)))[1]
+            index[own, : found.shape[1]] = others[torch.from_numpy(found)]
+    return index
 
 
 def _all_pairs(x: Tensor, query: Tensor, k: int) -> Tensor:
@@ -127,9 +135,9 @@ def _all_pairs(x: Tensor, query: Tensor, k: int) -> Tensor:
 def _peaks(x: Tensor, density: Tensor, gap: Tensor, count: int) -> Tensor:
     """The `count` points with the highest product of density and distance to the nearest denser point, best first.
 
-    The points are taken in blocks, the densest first. A point's distance to any denser point bounds its gap from
-    above, and the points of the blocks taken have their final one: once a bound cannot reach the `count`-th best of
-    those, the point is dropped. After a few blocks hardly any is left.
+    The distance to any denser point bounds that distance from above. So the points are measured in the order of their
+    bounds, until the next bound cannot reach the `count`-th best of those measured. Unmeasured points without a denser
+    neighbour come first; they are few, since a density's neighbours nearly always include a denser point.
 
     Parameters
     ----------
@@ -141,31 +149,25 @@ def _peaks(x: Tensor, density: Tensor, gap: Tensor, count: int) -> Tensor:
     order = density.argsort(descending=True, stable=True)
     rank = torch.empty_like(order)
     rank[order] = torch.arange(len(order))
-    left, final, least = order, order[:0], -math.inf
-    for start in range(0, len(x), PEAK_BLOCK):
-        block = order[start : start + PEAK_BLOCK]
-        taken = int((rank[left] < start + PEAK_BLOCK).sum())
-        inside, beyond = left[:taken], left[taken:]
-        _narrow(gap, x, inside, block, rank)
-        final = torch.cat([final, inside])
-        if len(final) >= count:
-            least = float((gap * density)[final].topk(count).values[-1])
-        beyond = beyond[(gap * density)[beyond] >= least]
-        _narrow(gap, x, beyond, block, rank)
-        left = beyond[(gap * density)[beyond] >= least]
-        if not len(left) and len(final) >= count:
+    measured, least = order[:0], -math.inf
+    for block in (gap * density).argsort(descending=True, stable=True).split(PEAK_BLOCK):
+        block = block[(gap * density)[block] >= least]
+        if not len(block):
             break
-    final = final.sort().values
-    return final[(gap * density)[final].argsort(descending=True, stable=True)[:count]]
+        for part in order[: int(rank[block].max()) + 1].split(_rows(x, len(block))):
+            _narrow(gap, x, block, part, rank)
+        measured = torch.cat([measured, block])
+        if len(measured) >= count:
+            least = float((gap * density)[measured].topk(count).values[-1])
+    measured = measured.sort().values
+    return measured[(gap * density)[measured].argsort(descending=True, stable=True)[:count]]
 
 
-def _narrow(gap: Tensor, x: Tensor, points: Tensor, block: Tensor, rank: Tensor) -> None:
-    """Lower the gaps of some points to their distance to the nearest denser one in a block of points."""
-    denser = x[block].double()
-    for part in points.split(_rows(x, len(block))):
-        distance = torch.cdist(x[part].double(), denser) / x.shape[1] ** 0.5
-        distance.masked_fill_(rank[block] >= rank[part, None], math.inf)
-        gap[part] = torch.minimum(gap[part], distance.amin(dim=1))
+def _narrow(gap: Tensor, x: Tensor, points: Tensor, others: Tensor, rank: Tensor) -> None:
+    """Lower the gaps of some points to their distance to the nearest denser one of some others."""
+    distance = torch.cdist(x[points].double(), x[others].double()) / x.shape[1] ** 0.5
+    distance.masked_fill_(rank[others] >= rank[points, None], math.inf)
+    gap[points] = torch.minimum(gap[points], distance.amin(dim=1))
 
 
 def _rows(x: Tensor, columns: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -68,7 +70,7 @@ class PrototypeSearch:
         if backend not in ("auto", "torch", "faiss"):
             raise CodebookError(f"no search backend {backend!r}: use auto, torch or faiss")
         large = backend == "auto" and tokens.device.type == "cpu" and len(self.prototypes) >= FAISS_FROM
-        if backend == "faiss" or (large and _faiss_or_none() is not None):
+        if backend == "faiss" or (large and faiss_or_none() is not None):
             return self._by_faiss(tokens, k)
         return self._by_torch(tokens, k)
 
@@ -83,7 +85,7 @@ class PrototypeSearch:
         return torch.cat([f[0] for f in found]), torch.cat([f[1] for f in found])
 
     def _by_faiss(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        faiss = _faiss_or_none()
+        faiss = faiss_or_none()
         if faiss is None:
             raise CodebookError(
                 "faiss is not installed: `pip install codebook[cpu]` or `codebook[gpu]`, or use backend torch"
@@ -104,9 +106,20 @@ class PrototypeSearch:
         return self._unit[device]
 
 
-def _faiss_or_none() -> Any:
+def faiss_or_none() -> Any:
+    """The module `faiss`, or None where it is not installed."""
     try:
         import faiss
     except ImportError:
         return None
     return faiss
+
+
+def has_gpu(faiss: Any) -> bool:
+    """Whether FAISS is built for GPUs and finds one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+def exact_search(faiss: Any) -> Callable[..., Any]:
+    """FAISS's exact search without an index, `knn(queries, points, k, metric=...)`, on a GPU where it finds one."""
+    return partial(faiss.knn_gpu, faiss.StandardGpuResources()) if has_gpu(faiss) else faiss.knn
