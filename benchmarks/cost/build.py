@@ -169,14 +169,20 @@ def grow(folder: Path, counts: list[int], name: str) -> None:
         )
 
 
-def points(count: int, d: int = 1024) -> None:
-    """Cluster synthetic survivors; prints seconds and the peak memory, including the points' own."""
+def clustered(count: int, d: int = 1024) -> torch.Tensor:
+    """Synthetic survivors, (count, d) float32: around 200 centres, from a tight cluster to one of five times the width."""
     generator = torch.Generator().manual_seed(SEED)
     centres = 4 * torch.randn(200, d, generator=generator)
     x = torch.empty(count, d)
     for part in x.split(10_000):
         which = torch.randint(0, 200, (len(part),), generator=generator)
         part.copy_(centres[which] + (0.3 + which[:, None] / 166) * torch.randn(part.shape, generator=generator))
+    return x
+
+
+def points(count: int) -> None:
+    """Cluster synthetic survivors; prints seconds and the peak memory, including the points' own."""
+    x = clustered(count)
     start, busy = time.perf_counter(), time.process_time()
     labels = dpc_knn(x, 64)
     print(json.dumps({

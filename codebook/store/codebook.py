@@ -24,6 +24,7 @@ from codebook.store.folder import (
     write_folder,
 )
 from codebook.store.hub import push_files
+from codebook.store.inverted import Place
 from codebook.store.released import read_released
 from codebook.store.search import Backend, PrototypeSearch
 
@@ -83,6 +84,9 @@ class Codebook:
     def redundancy(self, tokens: Tensor) -> Tensor:
         """The highest cosine similarity of each token to any prototype (section 3.3).
 
+        For tokens on the CPU and codebooks of 20 000 prototypes or more, loaded from a folder, FAISS searches a part of
+        the codebook: at least 0.999 of all keep decisions are those of the exact search (docs/building.md).
+
         Parameters
         ----------
         tokens : (..., d) float of any precision, on any device
@@ -91,8 +95,9 @@ class Codebook:
         -------
         (...) float32, on the tokens' device
         """
-        similarity, _ = self.search(tokens.reshape(-1, tokens.shape[-1]))
-        return similarity.reshape(tokens.shape[:-1])
+        rows = tokens.reshape(-1, tokens.shape[-1])
+        self._check_dimension(rows)
+        return self._search.highest(rows).reshape(tokens.shape[:-1])
 
     def similarity(self, tokens: Tensor) -> Tensor:
         """The cosine similarity of each token (n, d) to each prototype: (n, N) float32, on the tokens' device."""
@@ -106,8 +111,8 @@ class Codebook:
         ----------
         tokens : (n, d) float
         backend
-            `torch` works everywhere, on the tokens' device; `faiss` searches on the CPU. `auto` takes faiss for
-            tokens on the CPU and large codebooks, when it is installed.
+            `torch` works everywhere, on the tokens' device; `faiss` searches on the CPU, or on a GPU if faiss-gpu
+            finds one. `auto` takes faiss for tokens on the CPU and large codebooks, when it is installed.
 
         Returns
         -------
@@ -271,4 +276,6 @@ class Codebook:
     def of_files(cls, path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> Codebook:
         """The codebook of a folder whose files `read_folder` has read."""
         prototypes, rows = parse_book(path, config, files)
-        return cls(torch.from_numpy(prototypes), rows, config)
+        book = cls(torch.from_numpy(prototypes), rows, config)
+        book._search = PrototypeSearch(book.prototypes, Place(path.absolute(), config["sha256"][PROTOTYPES]))
+        return book

@@ -1,9 +1,9 @@
-"""Search for the prototypes most like a visual token: by a matrix product on any device, or by FAISS on the CPU."""
+"""Search for the prototypes most like a visual token: by a matrix product on any device, or by FAISS."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal
 
 import torch
@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError
+from codebook.store.inverted import Place, inverted_file
 
 # Measured on 2 cores, 576 tokens, d = 160 to 4096: torch and faiss are level up to 10 000 prototypes, and at
 # 20 000 faiss is 1.3 times faster for d >= 1024.
 FAISS_FROM = 20_000
-"""Prototypes from which `auto` searches with FAISS on the CPU."""
+"""Prototypes from which `auto` searches with FAISS for tokens on the CPU, and `highest` by an inverted file."""
 SIMILARITIES_HELD = 2**24
 """Similarities held at once: 64 MiB in float32, whatever the number of tokens and prototypes."""
 
@@ -23,19 +24,41 @@ Backend = Literal["auto", "torch", "faiss"]
 
 
 class PrototypeSearch:
-    """Exact cosine similarity of tokens to prototypes, in float32.
+    """Cosine similarity of tokens to prototypes, in float32.
 
-    Normalised prototypes are kept once per device, and FAISS's copy of them from its first use on.
+    Normalised prototypes are kept once per device, and FAISS's copy of them on a GPU from its first use on.
 
     Parameters
     ----------
     prototypes : (N, d) float32
+    place
+        Where an inverted file can be kept; without one every search is exact.
     """
 
-    def __init__(self, prototypes: Tensor) -> None:
+    def __init__(self, prototypes: Tensor, place: Place | None = None) -> None:
         self.prototypes = prototypes
+        self.place = place
         self._unit: dict[torch.device, Tensor] = {}
-        self._faiss: Any = None
+        self._on_gpu: Any = None
+
+    def highest(self, tokens: Tensor) -> Tensor:
+        """The highest cosine similarity of each token to any prototype.
+
+        Exact, unless the tokens are on the CPU, the codebook is large and has a place on disk, and FAISS has no GPU:
+        then by an inverted file, which may miss the nearest prototype of a few tokens (`codebook.store.inverted`).
+
+        Parameters
+        ----------
+        tokens : (n, d) float of any precision, on any device
+
+        Returns
+        -------
+        (n,) float32, on the tokens' device
+        """
+        index = self._inverted if self.place is not None and self._large(tokens) else None
+        if index is None:
+            return self.nearest(tokens, 1)[0][:, 0]
+        return torch.from_numpy(index.search(_query(tokens), 1)[0][:, 0])
 
     def similarity(self, tokens: Tensor) -> Tensor:
         """The cosine similarity of each token to each prototype.
@@ -69,8 +92,7 @@ class PrototypeSearch:
         """
         if backend not in ("auto", "torch", "faiss"):
             raise CodebookError(f"no search backend {backend!r}: use auto, torch or faiss")
-        large = backend == "auto" and tokens.device.type == "cpu" and len(self.prototypes) >= FAISS_FROM
-        if backend == "faiss" or (large and faiss_or_none() is not None):
+        if backend == "faiss" or (backend == "auto" and self._large(tokens) and faiss_or_none() is not None):
             return self._by_faiss(tokens, k)
         return self._by_torch(tokens, k)
 
@@ -90,12 +112,26 @@ class PrototypeSearch:
             raise CodebookError(
                 "faiss is not installed: `pip install codebook[cpu]` or `codebook[gpu]`, or use backend torch"
             )
-        if self._faiss is None:
-            self._faiss = faiss.IndexFlatIP(self.prototypes.shape[1])
-            self._faiss.add(self._on(torch.device("cpu")).numpy())
-        query = normalize(tokens.detach().float(), dim=1).cpu().numpy()
-        similarity, index = self._faiss.search(query, k)
+        unit = self._on(torch.device("cpu")).numpy()
+        if not has_gpu(faiss):
+            similarity, index = faiss.knn(_query(tokens), unit, k, faiss.METRIC_INNER_PRODUCT)
+        else:
+            if self._on_gpu is None:
+                self._on_gpu = faiss.GpuIndexFlatIP(faiss.StandardGpuResources(), unit.shape[1])
+                self._on_gpu.add(unit)
+            similarity, index = self._on_gpu.search(_query(tokens), k)
         return torch.from_numpy(similarity).to(tokens.device), torch.from_numpy(index).to(tokens.device)
+
+    def _large(self, tokens: Tensor) -> bool:
+        return tokens.device.type == "cpu" and len(self.prototypes) >= FAISS_FROM
+
+    @cached_property
+    def _inverted(self) -> Any:
+        """The inverted file, or None where there is none."""
+        faiss = faiss_or_none()
+        if faiss is None or has_gpu(faiss) or self.place is None:
+            return None
+        return inverted_file(faiss, lambda: normalize(self.prototypes.cpu(), dim=1).numpy(), self.place)
 
     def _on(self, device: torch.device) -> Tensor:
         """The prototypes on a device, each of length 1."""
@@ -104,6 +140,10 @@ class PrototypeSearch:
             with torch.inference_mode(False), torch.no_grad():
                 self._unit[device] = normalize(self.prototypes.to(device), dim=1)
         return self._unit[device]
+
+
+def _query(tokens: Tensor) -> Any:
+    return normalize(tokens.detach().float(), dim=1).cpu().numpy()
 
 
 def faiss_or_none() -> Any:
