@@ -170,7 +170,7 @@ def grow(folder: Path, counts: list[int], name: str) -> None:
 
 
 def clustered(count: int, d: int = 1024) -> torch.Tensor:
-    """Synthetic survivors, (count, d) float32: around 200 centres, from a tight cluster to one of five times the width."""
+    """Synthetic survivors, (count, d) float32: 200 clusters, some five times as wide as others."""
     generator = torch.Generator().manual_seed(SEED)
     centres = 4 * torch.randn(200, d, generator=generator)
     x = torch.empty(count, d)

@@ -16,6 +16,7 @@ from codebook.store.fetching import pull
 from codebook.store.files import is_file
 from codebook.store.folder import (
     CONFIG,
+    PROTOTYPES,
     packed,
     parse_book,
     read_folder,

@@ -20,7 +20,7 @@ import sys, numpy as np, faiss
 from pathlib import Path
 from codebook.store import inverted
 from codebook.store.inverted import Place, inverted_file
-inverted.IMAGES, inverted.LISTS_PER_SEARCHED = 2, 8
+inverted.MEASURED, inverted.LISTS_PER_SEARCHED = 1000, 4
 vectors = np.load(sys.argv[1])
 index = inverted_file(faiss, lambda: print("made") or vectors, Place(Path(sys.argv[2]), "0" * 64))
 print(index.nprobe, index.search(vectors[:20], 1)[1][:, 0].tolist())
@@ -45,8 +45,8 @@ def folder(tmp_path, monkeypatch):
     """The folder of a codebook that is large enough for an index, and a cache folder of the test's own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(search, "FAISS_FROM", 1000)
-    monkeypatch.setattr(inverted, "IMAGES", 2)
-    monkeypatch.setattr(inverted, "LISTS_PER_SEARCHED", 8)  # lists are few in a small codebook
+    monkeypatch.setattr(inverted, "MEASURED", 1000)
+    monkeypatch.setattr(inverted, "LISTS_PER_SEARCHED", 4)  # lists are few in a small codebook
     Codebook(clustered(N, 99)).save(tmp_path / "book")
     return tmp_path / "book"
 
@@ -88,7 +88,7 @@ def test_keep_decisions_are_those_of_the_exact_search(folder, made, caplog):
         assert agrees(Codebook.load(folder), images(1)) >= 0.999
     assert "making a search index of 3,000 prototypes" in caplog.text and made == [int(4 * N**0.5)]
     path, known = record(folder)
-    assert known["agreement"] >= 0.999 and 1 <= known["searched"] <= known["lists"] // 8 and known["lists"] == made[0]
+    assert known["agreement"] >= 0.999 and 1 <= known["searched"] <= known["lists"] // 4 and known["lists"] == made[0]
     config = json.loads((folder / "config.json").read_text())
     assert path.stem == f"{config['sha256']['prototypes.safetensors']}-faiss-{faiss.__version__}"
 
