@@ -31,7 +31,6 @@ MEASURED = 4608
 LISTS_PER_SEARCHED = 32
 """Lists of which one is searched at most. An inverted file compares token by token, about twelve times slower than a
 product of matrices: if it needs more lists, the exact search is about as fast."""
-SEED = 0
 ROUNDING_ERROR = 1e-5
 """Largest difference of two similarities that float32 may have computed in two ways."""
 INDEX_FILE = "prototypes.faiss"
@@ -147,7 +146,7 @@ def measured_index(faiss: Any, prototypes: Vectors) -> tuple[Any, float]:
     prototypes : (N, d) float32
         Each of length 1.
     """
-    random = np.random.default_rng(SEED)
+    random = np.random.default_rng(0)
     left_out = np.sort(random.choice(len(prototypes), min(MEASURED, len(prototypes)) // 2, replace=False))
     others = np.delete(np.arange(len(prototypes)), left_out)
     rest, near = prototypes[others], prototypes[left_out]
@@ -156,7 +155,7 @@ def measured_index(faiss: Any, prototypes: Vectors) -> tuple[Any, float]:
 
     lists = min(int(4 * len(prototypes) ** 0.5), len(rest))
     index = faiss.index_factory(prototypes.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
-    index.cp.seed, index.cp.niter = SEED, 10
+    index.cp.seed, index.cp.niter = 0, 10
     index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 40
     index.train(rest)
     index.add_with_ids(rest, others)
