@@ -87,7 +87,7 @@ def find_named(name: Path | str) -> Path:
         raise CodebookError(f"{len(found)} revisions of {text} are in the cache: name the folder of one, as "
                             "`codebook list` shows them")  # fmt: skip
     if entry_named(text):
-        raise CodebookError(f"the codebook {text} is not on this machine: `codebook pull {text}` fetches it")
+        raise CodebookError(f"the codebook {text} is not on this machine: `codebook pull {text}` fetches it, or --pull")
     if not is_folder(path) and HUB_NAME.fullmatch(text):
         raise CodebookError(
             f"no codebook in {text}, and none pulled from a repository of that name: name another folder, make one "

@@ -33,7 +33,7 @@ def prebuilt(model: Model) -> Codebook:
     CodebookError
         If there is none, or several from the hub. The message says what to do, with the commands.
     """
-    name = str(getattr(stock(model).config, "_name_or_path", ""))
+    name = str(stock(model).config.name_or_path or "")
     own = cache(lambda: fingerprint(model))
     here = [(book, config) for book, config in _readable() if config["dimension"] == shape(model).hidden]
     for book, config in here:

@@ -1,5 +1,6 @@
 """pull, push, import and list on the command line, and codebooks that are named or found by themselves."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -9,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, set_client_factory
+from huggingface_hub.utils._http import default_client_factory
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -17,8 +19,9 @@ from codebook import Codebook, miniature
 from codebook.pruning import METHODS
 from codebook.pruning.presets import SCHEDULE_PRESETS
 from codebook.pruning.text import WITH_MASS
+from codebook.store import known, registry
 from codebook.store.known import find_named
-from tests.hub import Hub, Repository, serving
+from tests.hub import Hub, Repository, redirect, serving
 from tests.store.books import make
 
 ROOT = Path(__file__).parents[2]
@@ -149,6 +152,7 @@ NO_TORCH = """
 import sys
 from codebook.cli import main
 main(["list", "--json"])
+from codebook.store import known, registry
 from codebook.store.known import find_named
 find_named("miniature")
 assert "torch" not in sys.modules and "transformers" not in sys.modules
@@ -196,3 +200,40 @@ def test_pull_beside_a_name(run, refused, hub, book, scene):
     hub.asked.clear()
     assert run(*ask, NAME, "--pull")[0] == 0 and not hub.asked
     assert run(*ask, NAME)[0] == 0 and not hub.asked
+
+
+def test_pull_for_a_model(run, refused, hub, book, scene, tmp_path, monkeypatch):
+    """By the model's name in the registry: said without --pull, fetched with it, and then found by itself."""
+    commit, names = 40 * "a", ("config.json", "prototypes.safetensors", "provenance.jsonl")
+    files = {name: (book / name).read_bytes() for name in names}
+    hub.plain = {f"/books/{commit}/{name}": data for name, data in files.items()}
+    entry = {
+        "name": "mini", "models": ["org/mini"], "prototypes": 469, "dimension": 160,
+        "source": "https://example.org/books", "revision": commit, "licence": "mit", "images": "120 scenes",
+        "converter": "folder",
+        "files": {
+            name: {"url": f"https://example.org/books/{commit}/{name}", "size": len(data),
+                   "sha256": hashlib.sha256(data).hexdigest()}
+            for name, data in files.items()
+        },
+    }  # fmt: skip
+    (tmp_path / "registry.json").write_text(json.dumps({"format": 1, "codebooks": [entry]}))
+    shutil.copytree(ROOT / "codebook" / "miniature" / "weights", tmp_path / "org" / "mini")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(known, "folders", lambda: [])
+    monkeypatch.setattr(registry, "REGISTRY", str(tmp_path / "registry.json"))
+    registry.read_registry.cache_clear()
+    redirect("example.org")
+    try:
+        ask = ["prune", "org/mini", "--image", scene, "--ask", "describe.", "--keep", 0.1, "--json"]
+        refused(*ask, words=["`codebook pull mini` (or --pull)", "`codebook build org/mini --images", "farthest+mass"])
+        assert not hub.asked
+        code, out, err = run(*ask, "--pull")
+        assert code == 0 and len(json.loads(out)["kept"][0]) == 14 and "fetch mini" in err and len(hub.asked) == 3
+        code, out, _ = run(*ask)
+        assert code == 0 and len(json.loads(out)["kept"][0]) == 14 and len(hub.asked) == 3
+        assert [one["name"] for one in json.loads(run("list", "--json")[1])["codebooks"]] == ["mini"]
+    finally:
+        monkeypatch.undo()
+        registry.read_registry.cache_clear()
+        set_client_factory(default_client_factory)

@@ -52,7 +52,7 @@ def entry(tmp_path, monkeypatch):
 def named(name, seed=0):
     """A model that was loaded by this name."""
     model = tiny.llava(layers=1, seed=seed)
-    model.config._name_or_path = name
+    model.config.name_or_path = name
     return model
 
 
