@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from codebook.cli.options import JsonOption
-from codebook.cli.output import fetching_progress, resumable
+from codebook.cli.output import fetching_progress, note, resumable
 
 
 @resumable()
@@ -20,14 +20,16 @@ def pull_command(
     as_json: JsonOption = False,
 ) -> None:
     """Fetch a codebook of the registry or of the Hugging Face Hub into the cache."""
-    from codebook.store.codebook import Codebook
     from codebook.store.fetching import pull
+    from codebook.store.folder import parse_book, read_folder
 
     with fetching_progress(name) as tick:
         folder = pull(name, revision, tick=tick)
-    book = Codebook.load(folder)
+    config, files = read_folder(folder)
+    parse_book(folder, config, files)
     if as_json:
-        found = {"name": name, "folder": str(folder), "model": book.config["model"]}
-        print(json.dumps(found | {"prototypes": len(book), "dimension": book.dimension}))
-    else:
-        print(f"{book!r}\n{folder}")
+        found = {key: config[key] for key in ("model", "prototypes", "dimension")}
+        print(json.dumps({"name": name, "folder": str(folder)} | found))
+        return
+    note(f"{config['prototypes']} prototypes of dimension {config['dimension']} for {config['model']}")
+    print(folder)

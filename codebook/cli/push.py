@@ -33,24 +33,24 @@ def push_command(
 ) -> None:
     """Push a codebook to the Hugging Face Hub. Its README.md is its card, written anew if an option here adds to it."""
     from codebook.store.card import NO_LICENCE, SHEET, make_card
-    from codebook.store.codebook import Codebook
     from codebook.store.files import is_file, read_whole
-    from codebook.store.folder import CARD, OPTIONAL, read_folder, sealed
+    from codebook.store.folder import CARD, OPTIONAL, parse_book, read_folder, sealed
     from codebook.store.hub import LARGEST_SHEET, push_files
     from codebook.store.known import find_named
 
     path, remedy = find_named(folder), "restore it, or remove it"
     config, found = read_folder(path, OPTIONAL)
     files = {name: found[name] for name in config["sha256"] if name in found}  # in their order, for the same bytes
-    book = Codebook.of_files(path, config, files)
+    parse_book(path, config, files)  # what cannot be read is not pushed
     picture = read_whole(path / SHEET, remedy, LARGEST_SHEET) if is_file(path / SHEET) else None
     if images:
         from codebook.cli.inspect import draw_sheet
+        from codebook.store.codebook import Codebook
 
         if "grid" not in config:
             raise CodebookError("the codebook does not say which patches its prototypes are: leave --images out")
         drawn = io.BytesIO()
-        draw_sheet(book, path, images, None).save(drawn, format="PNG")
+        draw_sheet(Codebook.of_files(path, config, files), path, images, None).save(drawn, format="PNG")
         picture = drawn.getvalue()
     if licence or images or bench or not is_file(path / CARD):
         figures = ""

@@ -62,8 +62,8 @@ def test_push_and_pull(run, refused, hub, book, tmp_path):
     assert code == 0 and said.pop("folder") == str(folder)
     assert said == {"name": NAME, "model": "miniature", "prototypes": 469, "dimension": 160}
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
-    code, out, _ = run("pull", NAME)
-    assert code == 0 and out.splitlines()[-1] == str(folder)
+    code, out, err = run("pull", NAME)
+    assert code == 0 and out == f"{folder}\n" and "469 prototypes of dimension 160 for miniature" in err
     refused("pull", NAME, "--revision", "v9", words=["no revision 'v9'"])
     refused("pull", "someone/other", words=["no such repository"])
     refused("pull", "other", words=["no codebook 'other'", "llava-1.5-7b", "OWNER/NAME"])
