@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal
 
@@ -287,8 +288,9 @@ def sweep(
     samples
         Samples; where one has no answer, the unpruned model's own stands for it.
     metric
-        `probability`: that of the answer's first token. `accuracy`: whether that token is the most probable one.
-        `generated`: the score of a generated answer, which takes one answer per layer.
+        `probability`: that of the answer's first telling token, given those before it: `telling_tokens`. `accuracy`:
+        whether that token is the most probable one. `generated`: the score of a generated answer, which takes one
+        answer per layer.
     file
         Journal of the finished samples: called again, the sweep goes on.
     done
@@ -306,7 +308,7 @@ def sweep(
     about = {
         "model": models.identity(model),
         "data": samples_digest(samples),
-        "kind": "generated" if metric == "generated" else "first",
+        "kind": "generated" if metric == "generated" else "telling",
     }
     check_samples(model, processor, samples)
     cost = Cost()
@@ -314,9 +316,10 @@ def sweep(
         if metric == "generated":
             _generate(model, processor, samples, journal, done)
         else:
+            telling = telling_tokens(processor, samples)
             for i, sample in enumerate(samples):
                 if str(i) not in journal:
-                    record, own = _first_token(model, processor, sample)
+                    record, own = _one_token(model, processor, sample, telling[i])
                     journal.add(str(i), record)
                     cost += own
                 done(i + 1)
@@ -331,9 +334,67 @@ def sweep(
     return Sweep(tasks, full, pruned, int(generated), right, guess_rates(samples)), cost
 
 
-def _first_token(model: Model, processor: Processor, sample: Sample) -> tuple[dict[str, Any], Cost]:
-    prefill = Prefill.of(model, prepare_samples(model, processor, [sample]).inputs)
-    target = int(prefill.logits.argmax()) if sample.answer is None else answer_ids(processor, sample)[0]
+def telling_tokens(processor: Processor, samples: Sequence[Sample]) -> list[list[int]]:
+    """The tokens of each answer up to the first one that says something about the image, and that one last.
+
+    Tokenizers often begin every answer, or every number, with a token for the space before it, and answers of one task
+    may all begin with the same word. Such a token is known without a look at the image, and its probability would say
+    that no layer reads the image at all. So what all answers of a task begin with is passed over, and blank tokens.
+
+    Returns
+    -------
+    For each sample token ids, at least one; [] for a sample without an answer
+    """
+    ids = [[] if sample.answer is None else answer_ids(processor, sample) for sample in samples]
+    by_task: dict[str, list[list[int]]] = {}
+    for sample, own in zip(samples, ids, strict=True):
+        if own:
+            by_task.setdefault(sample.task, []).append(own)
+    shared = {task: _shared(answers) for task, answers in by_task.items()}
+    telling = []
+    for sample, own in zip(samples, ids, strict=True):
+        at = shared.get(sample.task, 0)
+        while at < len(own) - 1 and is_blank(processor, own[at]):
+            at += 1
+        telling.append(own[: at + 1])  # one answer may be the beginning of all others: then all of it
+    return telling
+
+
+def _shared(answers: Sequence[Sequence[int]]) -> int:
+    """With how many tokens all answers of a task begin; 0 where they are one and the same answer."""
+    if len(set(map(tuple, answers))) == 1:
+        return 0
+    return len(list(takewhile(lambda column: len(set(column)) == 1, zip(*answers, strict=False))))
+
+
+def is_blank(processor: Processor, token: int) -> bool:
+    """Whether a token is nothing but white space, as the one before a number often is."""
+    return not processor.tokenizer.decode([token]).strip()
+
+
+def continued(inputs: Any, ids: Sequence[int]) -> dict[str, Any]:
+    """The processor's output for one sample with the first tokens of an answer behind the prompt."""
+    prompt = inputs["input_ids"]
+    fill = {"input_ids": prompt.new_tensor([list(ids)])}
+    fill["attention_mask"] = torch.ones_like(fill["input_ids"])
+    text = torch.zeros_like(fill["input_ids"])  # what token types call text
+    return {
+        name: torch.cat([value, fill.get(name, text).to(value.dtype)], 1)
+        if isinstance(value, torch.Tensor) and value.shape == prompt.shape
+        else value
+        for name, value in inputs.items()
+    }
+
+
+def _one_token(
+    model: Model, processor: Processor, sample: Sample, telling: Sequence[int]
+) -> tuple[dict[str, Any], Cost]:
+    inputs = prepare_samples(model, processor, [sample]).inputs
+    prefill = Prefill.of(model, continued(inputs, telling[:-1]))
+    target, spent = telling[-1] if telling else int(prefill.logits.argmax()), Cost()
+    if not telling and is_blank(processor, target):  # the model's own answer, one token further
+        spent, prefill = prefill.cost, Prefill.of(model, continued(inputs, [target]))
+        target = int(prefill.logits.argmax())
     kept = torch.zeros(prefill.layers, len(prefill.visual), dtype=torch.bool, device=prefill.visual.device)
     logits = torch.cat([prefill.logits[None], prefill.answers(range(prefill.layers), kept)])
     check_logits(logits)
@@ -343,7 +404,7 @@ def _first_token(model: Model, processor: Processor, sample: Sample) -> tuple[di
     record = {
         k: {"full": round(float(v[0]), 7), "pruned": [round(x, 7) for x in v[1:].tolist()]} for k, v in values.items()
     }
-    return record, prefill.cost
+    return record, spent + prefill.cost
 
 
 def _generate(

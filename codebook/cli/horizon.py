@@ -22,7 +22,7 @@ def horizon_command(
         Path | None, typer.Option(help="Folder for horizon.json, horizon.png and the journal; run again to resume.")
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="probability (default) or accuracy of the answer's first token, or generated answers.")
+        str, typer.Option(help="probability (default) or accuracy of the first telling token, or generated answers.")
     ] = "probability",
     eps: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest loss that counts as none.")] = 0.01,
     margin: Annotated[

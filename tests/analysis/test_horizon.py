@@ -1,11 +1,13 @@
 """Horizons of known curves, of a model that goes blind at a known layer, and sweeps against pruned forwards."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from codebook import load, models
-from codebook.analysis import Sweep, horizons, plot, sweep
+from codebook.analysis import Sweep, horizon, horizons, plot, sweep
 from codebook.analysis.horizon import _runs, first_safe, guess_rates, horizon_table
 from codebook.errors import CodebookError
 from codebook.inference.prompts import answer_ids, prepare_samples
@@ -99,6 +101,42 @@ def test_a_sweep_equals_pruned_forwards(model, processor, samples):
     own = [full for sample, full in zip(samples, right.full, strict=True) if sample.answer is None]
     assert own == [1, 1]  # without an answer the model's own is the right one
     assert 0 < cost.processed < cost.naive
+
+
+def test_what_all_answers_of_a_task_begin_with_is_passed_over(model, processor, samples):
+    images = [sample.images for sample in samples[:2]]
+    asked = [
+        Sample(own, "describe.", f"red {shape}", "cap") for own, shape in zip(images, ("circle", "square"), strict=True)
+    ]
+    swept, _ = sweep(model, processor, asked)
+    for i, sample in enumerate(asked):
+        inputs = dict(prepare_samples(model, processor, [sample]).inputs)
+        first, second = answer_ids(processor, sample)
+        inputs["input_ids"] = torch.cat([inputs["input_ids"], torch.tensor([[first]])], 1)
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+        with torch.no_grad():
+            logits = model(**inputs).logits[0, -1]
+            assert swept.full[i] == pytest.approx(float(logits.softmax(-1)[second]), abs=1e-6)
+            with Schedule([Stage(READS - 1, 0, Drop())])(model):
+                pruned = model(**inputs).logits[0, -1]
+            assert swept.pruned[i, READS - 1] == pytest.approx(float(pruned.softmax(-1)[second]), abs=1e-6)
+
+
+def test_the_telling_token_of_an_answer(monkeypatch):
+    words = ["", " ", "9", "4", "yes", "the", "cat"]
+    processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: words[ids[0]]))
+    monkeypatch.setattr(horizon, "answer_ids", lambda _, sample: [words.index(word) for word in sample.answer])
+    answers = {
+        "numbers": [[" ", "9", " ", "4"], [" ", "4"]],  # as Llama's tokenizers write digits
+        "mixed": [["yes"], [" ", "9"]],
+        "articles": [["the", "cat"], ["the", "9"], ["the"]],
+        "same": [["yes"], ["yes"]],
+    }
+    samples = [Sample((None,), "?", answer, task) for task, own in answers.items() for answer in own]
+    found = [[words[i] for i in ids] for ids in horizon.telling_tokens(processor, [*samples, Sample((None,), "?")])]
+    assert found == [
+        [" ", "9"], [" ", "4"], ["yes"], [" ", "9"], ["the", "cat"], ["the", "9"], ["the"], ["yes"], ["yes"], []
+    ]  # fmt: skip
 
 
 def test_answers_are_scored_by_generation(samples):
