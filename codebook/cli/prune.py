@@ -100,7 +100,7 @@ def prune_command(
 
     from codebook import models
     from codebook.inference.ask import ask
-    from codebook.inference.overlay import overlay
+    from codebook.inference.overlay import overlay, shown_part
     from codebook.store.pictures import read_image
 
     pictures = [read_image(path) for path in image]
@@ -109,8 +109,10 @@ def prune_command(
     [answer] = ask(loaded, processor, [pictures], [question], applied, max_new_tokens)
     report = describe(loaded, applied) | {"answer": answer.text, "kept": answer.kept}
     if show is not None:
+        family = models.family(models.unwrap(loaded))
         for path, picture, view, kept in zip(shown, pictures, answer.images, answer.kept, strict=True):
-            write_picture(overlay(picture, *view.view(kept)), path)
+            part = shown_part(picture, family.shown_box(processor, picture.size))
+            write_picture(overlay(part, *view.view(kept)), path)
         report["picture"] = str(show)
     if as_json:
         print(json.dumps(report))

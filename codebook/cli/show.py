@@ -41,7 +41,7 @@ def show_command(
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
-    from codebook.inference.overlay import comparison, maps
+    from codebook.inference.overlay import comparison, maps, shown_part
     from codebook.inference.samples import Sample
     from codebook.models.loading import check_device
     from codebook.pruning.stage import check_keep
@@ -63,7 +63,8 @@ def show_command(
         (f"{one['method']}: {len(one['kept'][0])} of {grid[0] * grid[1]}", one["text"] or "(nothing)", one["kept"][0])
         for one in found["rows"]
     ]
-    write_picture(comparison(picture, ways, grid), out)
+    part = shown_part(picture, models.family(models.unwrap(loaded)).shown_box(processor, picture.size))
+    write_picture(comparison(part, ways, grid), out)
     if as_json:
         print(
             json.dumps({"question": question, "grid": grid, "keep": keep, "rows": found["rows"], "picture": str(out)})

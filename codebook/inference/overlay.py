@@ -32,6 +32,12 @@ def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> I
     return both
 
 
+def shown_part(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
+    """The part of an image that a model was shown, as `Family.shown_box` says it; its tokens lie on that."""
+    (width, height), (left, top, right, bottom) = image.size, box
+    return image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
+
+
 Way = tuple[str, str, Iterable[int]]
 """One way of answering: a heading, the answer, and the raster positions of the kept tokens."""
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from codebook.errors import CodebookError
 from codebook.models.encoded import Encoded
-from codebook.models.layout import KINDS, Image, Layout, whole_images_error
+from codebook.models.layout import KINDS, WHOLE_PICTURE, Image, Layout, whole_images_error
 
 Model = Any
 """A stock transformers vision-language model.
@@ -173,6 +173,13 @@ class Family(ABC):
             Takes (B, L, d) for the whole prompt to (B, L', d) for the tokens that are left.
         """
         yield
+
+    def shown_box(self, processor: Processor, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """The part of a picture of this width and height that its whole view shows: left, top, right, bottom in [0, 1].
+
+        Most processors squeeze a picture into the view, or make the view of the picture's shape.
+        """
+        return WHOLE_PICTURE
 
     def view(self, processor: Processor, picture: Any) -> Tensor:
         """Pixels of the whole view of a PIL picture, as `image_features` takes them."""

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from codebook.errors import CodebookError
-from codebook.models.base import Family, Model
+from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
-from codebook.models.layout import Layout, fixed_layouts
+from codebook.models.layout import WHOLE_PICTURE, Layout, fixed_layouts
 
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """Select strategy that leaves exactly the grid of patches, by type of tower."""
@@ -47,6 +47,16 @@ class Llava(Family):
     def grid(self, model: Model) -> tuple[int, int]:
         side = model.config.vision_config.image_size // model.config.vision_config.patch_size
         return side, side
+
+    def shown_box(self, processor: Processor, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        made = processor.image_processor
+        edge = made.size.get("shortest_edge")
+        if not (edge and getattr(made, "do_resize", False) and getattr(made, "do_center_crop", False)):
+            return WHOLE_PICTURE
+        # CLIP's own way: the shorter side is scaled to `edge`, and the middle is cut out.
+        width, height = (length * edge / min(size) for length in size)
+        left, top = (1 - made.crop_size["width"] / width) / 2, (1 - made.crop_size["height"] / height) / 2
+        return left, top, 1 - left, 1 - top
 
     def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         return fixed_layouts(self.grid(model), prompts, model.config.image_token_id)

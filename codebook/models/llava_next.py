@@ -15,6 +15,7 @@ from codebook.models.llava import Llava
 
 class LlavaNext(Llava):
     name = "llava_next"
+    shown_box = Family.shown_box  # what CLIP would cut out was squeezed into a square before
     encode = Family.encode  # a resized whole view alone is no image that the model knows
 
     def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:

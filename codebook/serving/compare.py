@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 from torch import Tensor
 
+from codebook import models
 from codebook.errors import CodebookError
 from codebook.pruning.presets import KEEP
 from codebook.serving.errors import ServiceError
@@ -76,13 +77,14 @@ def router(state: ModelState) -> APIRouter:
     async def compare(request: Request) -> Response:
         asked, deadline = parse_request(await whole_body(request), Comparison), time.monotonic() + state.limits.seconds
         prepare = asyncio.get_running_loop().run_in_executor
-        job, _ = await prepare(pool, preparer.prepare, asked.as_chat, deadline)
-        return await unless_left(request, answered(asked.ways, job))
+        job, [picture] = await prepare(pool, preparer.prepare, asked.as_chat, deadline)
+        return await unless_left(request, answered(asked.ways, job, picture.size))
 
-    async def answered(ways: Sequence[Choice], job: Job) -> Response:
-        return JSONResponse({"ways": [await answer(way, job) for way in ways]})  # between two others may be answered
+    async def answered(ways: Sequence[Choice], job: Job, size: tuple[int, int]) -> Response:
+        box = models.family(state.model).shown_box(state.processor, size)
+        return JSONResponse({"ways": [await answer(way, job, box) for way in ways]})  # others' between two of them
 
-    async def answer(way: Choice, job: Job) -> dict[str, Any]:
+    async def answer(way: Choice, job: Job, box: tuple[float, float, float, float]) -> dict[str, Any]:
         """One way's answer, or why this method cannot give one here."""
         named = {"method": way.method, "keep": way.keep}
         try:
@@ -101,7 +103,7 @@ def router(state: ModelState) -> APIRouter:
             "seen": own.seen,
             "kept": own.kept,
             "seconds": round(own.seconds, 4),
-            **kept_map(image, schedule, stages),
+            **kept_map(image, schedule, stages, box),
         }
 
     async def ask(job: Job) -> Tensor:

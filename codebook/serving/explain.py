@@ -23,7 +23,7 @@ from codebook import models
 from codebook.analysis.explain import explain_tokens
 from codebook.errors import CodebookError
 from codebook.inference.ask import generate
-from codebook.inference.overlay import SIZE, overlay
+from codebook.inference.overlay import SIZE, overlay, shown_part
 from codebook.models import Image
 from codebook.models.base import Model
 from codebook.pruning import Schedule
@@ -154,14 +154,17 @@ def _entering(model: Model) -> Iterator[list[Tensor]]:
         hook.remove()
 
 
-def report(state: ModelState, found: Explained, schedule: Schedule, book: Codebook | None, text: str) -> dict[str, Any]:
+def report(
+    state: ModelState, found: Explained, schedule: Schedule, book: Codebook | None, text: str,
+    box: tuple[float, float, float, float],
+) -> dict[str, Any]:  # fmt: skip
     """The answer as JSON."""
     return {
         "object": "explanation",
         "model": state.name,
         "schedule": str(schedule),
         "answer": text,
-        **kept_map(found.image, schedule, found.stages),
+        **kept_map(found.image, schedule, found.stages, box),
         "codebook": None if book is None else {
             "model": book.config["model"],
             "prototypes": len(book),
@@ -236,9 +239,10 @@ def router(state: ModelState) -> APIRouter:
         found = await state.model_thread.run(
             partial(explain_job, state.model, job, schedule, book, asked.patches, asked.neighbours)
         )
+        box = models.family(state.model).shown_box(state.processor, picture.size)
         if wants_picture:
-            return Response(await on_pool(pool, drawing, picture, found), media_type="image/png")
+            return Response(await on_pool(pool, drawing, shown_part(picture, box), found), media_type="image/png")
         text = state.processor.decode(found.tokens, skip_special_tokens=True).strip()
-        return JSONResponse(report(state, found, schedule, book, text))
+        return JSONResponse(report(state, found, schedule, book, text, box))
 
     return routes

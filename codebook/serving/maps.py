@@ -12,13 +12,17 @@ from codebook.models import Image
 from codebook.pruning import Schedule
 
 
-def kept_map(image: Image, schedule: Schedule, stages: Sequence[Tensor]) -> dict[str, Any]:
+def kept_map(
+    image: Image, schedule: Schedule, stages: Sequence[Tensor], box: tuple[float, float, float, float]
+) -> dict[str, Any]:
     """Where the visual tokens of an image lie, and which of them survive each stage.
 
     Parameters
     ----------
     stages
         For each stage of the schedule (k,) int64, places among the image's visual tokens, as `Pruning.kept` has them.
+    box
+        The part of the picture that its whole view shows, as `Family.shown_box` says it.
 
     Returns
     -------
@@ -33,7 +37,10 @@ def kept_map(image: Image, schedule: Schedule, stages: Sequence[Tensor]) -> dict
         return [[token - start for token in kept if start <= token < end] for start, end in bounds]
 
     return {
-        "grids": [{"kind": grid.kind, "rows": grid.rows, "cols": grid.cols, "box": grid.box} for grid in grids],
+        "grids": [
+            {"kind": grid.kind, "rows": grid.rows, "cols": grid.cols, "box": box if grid.kind == "view" else grid.box}
+            for grid in grids
+        ],
         "stages": [
             {"layer": stage.layer, "stage": str(stage), "kept": by_grid(kept.tolist())}
             for stage, kept in zip(schedule.stages, stages, strict=True)

@@ -89,9 +89,11 @@ def test_a_map_of_several_grids():
     grids = (Grid(0, 2, 2), Grid(4, 1, 3, "crop", stride=4, box=None))
     image = Image("image", Layout(8, grids), tuple(range(8)))
     schedule = Schedule.parse("random@0:4, drop@2")
-    assert kept_map(image, schedule, [torch.tensor([1, 3, 4, 6]), torch.tensor([], dtype=torch.long)]) == {
+    assert kept_map(
+        image, schedule, [torch.tensor([1, 3, 4, 6]), torch.tensor([], dtype=torch.long)], (0.25, 0, 0.75, 1)
+    ) == {
         "grids": [
-            {"kind": "view", "rows": 2, "cols": 2, "box": (0, 0, 1, 1)},
+            {"kind": "view", "rows": 2, "cols": 2, "box": (0.25, 0, 0.75, 1)},
             {"kind": "crop", "rows": 1, "cols": 3, "box": None},
         ],
         "stages": [
