@@ -4,28 +4,34 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from shutil import rmtree
 from typing import Any, NotRequired
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import TypeAdapter
 from typing_extensions import TypedDict
 
 from codebook import models
+from codebook.building import pilot as pilots
+from codebook.building.drawing import draw_pilot, draw_stability
 from codebook.building.pool import STEPS, SurvivorPool, images_digest, is_digest, one_of_each, unread
-from codebook.building.presets import Settings, preset, read_settings
+from codebook.building.presets import Settings, published, read_settings, settings_for
 from codebook.building.sources import GONE, Images, Source, open_images
-from codebook.building.worker import Options, Progress, Worker
+from codebook.building.stability import Stability, agreement, is_stable, kept_tokens, set_aside, sizes
+from codebook.building.unfinished import UNFINISHED, finished, forget, open_journal, requested
+from codebook.building.worker import Options, Progress, Task, Worker
 from codebook.errors import CodebookError
 from codebook.models import Model, Processor
 from codebook.store.codebook import Codebook
-from codebook.store.folder import CONFIG, PROBES, Count, TokenRecord, read_config
+from codebook.store.folder import PROBES, Count, TokenRecord
 from codebook.store.journal import Journal, differences
 
-UNFINISHED = ".build"
-"""Folder inside `out` of a build's journal, until the codebook is whole."""
+PILOT_PICTURE, STABILITY_PICTURE = "pilot.png", "stability.png"
+IMAGES_JOURNAL, PILOT_JOURNAL = "journal.sqlite", "pilot.sqlite"
+CHOSEN = "chosen"
+"""Record of a pilot's journal with the digests of its images, once all are probed; the others' names are digests."""
 REMEDY = {
     "probed": "use larger images",
     "isolated": "raise max_cluster_size or clusters_per_image",
@@ -38,16 +44,36 @@ REMEDY = {
 Funnel = TypedDict("Funnel", dict.fromkeys(STEPS[:-1], Count))  # type: ignore[misc]
 
 
+class ProbedToken(TokenRecord):
+    """What every probe said of a token, and the size of its cluster in its image."""
+
+    cluster_size: Count
+
+
 class ProbedRecord(TypedDict):
     """What the journal of a build says of an image."""
 
     tokens: list[TokenRecord]
     funnel: Funnel
     spread: float
-    probes: NotRequired[list[TokenRecord]]
+    probes: NotRequired[list[ProbedToken]]
+
+
+class PilotImage(TypedDict):
+    """What the journal of a pilot says of an image."""
+
+    funnel: Funnel
+    probes: list[ProbedToken]
+
+
+class PilotChosen(TypedDict):
+    """The digests of a pilot's images: its choice stands, whatever images there are when the build goes on."""
+
+    digests: list[str]
 
 
 _PROBED = TypeAdapter(ProbedRecord)
+_PILOT = TypeAdapter(PilotImage | PilotChosen)
 
 
 def build(
@@ -58,6 +84,8 @@ def build(
     *,
     model_id: str,
     settings: Settings | None = None,
+    pilot: pilots.Pilot | None = None,
+    stability: Stability | None = None,
     limit: int | None = None,
     **options: Any,
 ) -> Codebook:
@@ -77,7 +105,11 @@ def build(
     model_id
         What the codebook names as its model.
     settings
-        Default: the preset that `model_id` names.
+        Default: the preset that `model_id` names; for other models `settings_for`.
+    pilot
+        How thresholds are found that the settings leave open. Default: `Pilot()`.
+    stability
+        Stop as soon as more images change nothing. Default: all images are used.
     limit
         Use at most this many images, the first by name.
     options
@@ -88,11 +120,13 @@ def build(
     CodebookError
         For anything that the caller can fix. Finished images are kept in `out`.
     """
-    model, settings = models.unwrap(model), settings or preset(model_id)
+    model = models.unwrap(model)
+    settings = settings or published(model_id) or settings_for(model)
     source = open_images(images, limit)
-    return _build(
-        model, processor, source, source.digests(), Path(out), model_id, settings, None, Options(**options)
-    )  # fmt: skip
+    return _Build(
+        model, processor, source, source.digests(), Path(out), model_id, settings, Options(**options),
+        pilot or pilots.Pilot(), stability,
+    ).run()  # fmt: skip
 
 
 def extend(
@@ -126,10 +160,11 @@ def extend(
     if Path(out).resolve() == Path(folder).resolve():
         raise CodebookError(f"{out} is the codebook to extend: choose another --out")
     source, stamps = _free_names(open_images(images, limit), pool)
-    settings = read_settings(book.config["settings"], folder)
-    return _build(
-        model, processor, source, stamps, Path(out), book.config["model"], settings, pool, Options(**options)
-    )  # fmt: skip
+    settings, found = read_settings(book.config["settings"], folder), book.config.get("pilot")
+    return _Build(
+        model, processor, source, stamps, Path(out), book.config["model"], settings, Options(**options),
+        report={} if found is None else {"pilot": found}, base=pool, pad=book.config.get("pad"),
+    ).run()  # fmt: skip
 
 
 def _free_names(source: Source, pool: SurvivorPool) -> tuple[Source, dict[str, str]]:
@@ -162,64 +197,291 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
     No model is needed. An image that both were built from counts once, whatever its names.
     """
     (a, pool), (b, other) = SurvivorPool.load(first), SurvivorPool.load(second)
-    keys = [{k: book.config.get(k) for k in ("fingerprint", "dtype", "settings")} for book in (a, b)]
+    keys = [
+        {
+            "model": book.config["model"], "fingerprint": book.config["fingerprint"], "dtype": book.config["dtype"],
+            "settings": asdict(read_settings(book.config["settings"], folder)),
+            # earlier versions do not say
+            "pad": book.config.get("pad", a.config.get("pad", b.config.get("pad"))),
+        } for book, folder in ((a, first), (b, second))
+    ]  # fmt: skip
+    keys[1]["model"] = keys[0]["model"]  # only a name
     if keys[0] != keys[1]:
-        raise CodebookError(f"{first} and {second} were built with another {differences(*keys)}: they do not merge")
+        raise CodebookError(
+            f"{first} and {second} were built with another {differences(*keys)}: they do not merge; build the images "
+            f"of one with the settings of the other, or add them to it with `codebook extend`"
+        )
+    found = [book.config["pilot"] for book in (a, b) if "pilot" in book.config]
+    report = {"pilot": found[0]} if found and found[0] == found[-1] else {}
     both, out, settings = pool.join(other), Path(out), read_settings(a.config["settings"], first)
-    key = {**keys[0], "model": a.config["model"], "images_sha256": both.digest}
-    if (complete := _complete(out, key)) is not None:
+    config = {k: v for k, v in keys[0].items() if v is not None} | report
+    key = {**config, "images_sha256": both.digest}
+    if (complete := finished(out, requested(key))) is not None:
         return complete
-    with _journal(out, key) as journal:
-        made = both.codebook(settings, {**key, "grid": a.config["grid"]})
+    with open_journal(out, IMAGES_JOURNAL, key, _PROBED) as journal:
+        made = both.codebook(settings, {**config, "grid": a.config["grid"]})
         if made is None:
-            _forget(journal, out)
+            forget(out, [journal])
             raise CodebookError(f"no prototype left of {len(both.rows)} survivors: {REMEDY['recurrent']}")
-        made[0].save(out, made[1])
-        _forget(journal, out)
+        made[0].save(out, {**made[1], **_pictures(made[0].config)})
+        forget(out, [journal])
     return made[0]
 
 
-def _build(
-    model: Model, processor: Processor, source: Source, stamps: dict[str, str], out: Path, model_id: str,
-    settings: Settings, base: SurvivorPool | None, options: Options,
-) -> Codebook:  # fmt: skip
-    key: dict[str, Any] = {
-        "model": model_id, "fingerprint": models.fingerprint(model), "dtype": str(model.dtype),
-        "settings": settings.per_image(),
-    }  # fmt: skip
-    if options.exhaustive:
-        key["exhaustive"] = True
-    known = {} if base is None else {name: image["stamp"] for name, image in base.images.items()}
-    if base is not None:
-        key["extends"] = base.digest
-        # what could not be read before may be there now
-        known = {name: stamp for name, stamp in known.items() if not unread(stamp) or not stamps.get(name)}
-    whole = {k: v for k, v in key.items() if k != "extends"} | {
-        "settings": asdict(settings), "images_sha256": images_digest(dict(sorted({**stamps, **known}.items()))),
-    }  # fmt: skip
-    if (complete := _complete(out, whole)) is not None:
-        count = complete.config["images"]
-        total = count["used"] + len(count["skipped"])
-        options.progress(Progress(total, total, total, tuple(count["skipped"]), complete.config["funnel"]))
-        return complete
+class _Build:
+    """One build, or extension, into a folder.
 
-    worker = Worker(model, processor, source, settings, options)
-    with _journal(out, key) as journal:
-        todo = _to_probe(stamps, known)
-        finished, errors = _probe_all(worker, todo, journal, out)
-        pool = _pool(journal, stamps, todo, errors)
-        pool = one_of_each(pool) if base is None else base.join(pool)
-        made = pool.codebook(settings, {**whole, "grid": list(worker.prober.grid)}) if pool.rows else None
-        total = {**pool.funnel, "recurrent": 0 if made is None else len(made[0])}
-        options.progress(Progress(len(todo), len(todo), finished, tuple(pool.skipped), total))
-        if made is None:
-            raise _nothing_left(journal, out, total)
-        book, others = made
+    Attributes
+    ----------
+    stamps
+        The images' digests by their names.
+    settings
+        Open thresholds are filled in once the pilot has found them.
+    report
+        What the build finds out about itself, for `config.json`.
+    base, pad
+        The survivors that are extended, and the token id that took a removed token's place there.
+    """
+
+    def __init__(
+        self, model: Model, processor: Processor, source: Source, stamps: dict[str, str], out: Path, model_id: str,
+        settings: Settings, options: Options, pilot: pilots.Pilot | None = None, stability: Stability | None = None,
+        report: dict[str, Any] | None = None, base: SurvivorPool | None = None, pad: int | None = None,
+    ) -> None:  # fmt: skip
+        self.model, self.processor, self.source, self.stamps, self.out = model, processor, source, stamps, out
+        self.settings, self.options, self.pilot, self.stability = settings, options, pilot, stability
+        self.report, self.base, self.pad = report or {}, base, pad
+        self.about: dict[str, Any] = {
+            "model": model_id, "fingerprint": models.fingerprint(model), "dtype": str(model.dtype),
+        }  # fmt: skip
         if options.exhaustive:
+            self.about["exhaustive"] = True
+        self.known = {} if base is None else {name: image["stamp"] for name, image in base.images.items()}
+        # what could not be read before may be there now
+        self.known = {name: stamp for name, stamp in self.known.items() if not unread(stamp) or not stamps.get(name)}
+
+    def run(self) -> Codebook:
+        """The codebook, from the folder if it is whole there."""
+        if (complete := finished(self.out, self._asked())) is not None:
+            count = complete.config["images"]
+            total = count["used"] + len(count["skipped"])
+            self.options.progress(Progress(total, total, total, tuple(count["skipped"]), complete.config["funnel"]))
+            return complete
+        todo = _to_probe(self.stamps, self.known)
+        order, held = list(todo), list[str]()
+        if self.stability is not None:
+            order, held = set_aside(pilots.shuffled(todo, self.settings.seed))
+        self.worker = Worker(self.model, self.processor, self.source, self.settings, self.options)
+        if self.pad not in (None, self.worker.pad):
+            raise CodebookError(
+                f"the codebook was built with pad token {self.pad}, and this model's is {self.worker.pad}: load it "
+                "with the processor of then"
+            )
+        with contextlib.ExitStack() as opened:
+            self.journals: list[Journal] = []
+            if self.settings.free:
+                self._run_pilot({name: todo[name] for name in order}, opened)
+            key = {**self.about, "settings": self.settings.per_image()}
+            key |= {} if self.base is None else {"extends": self.base.digest}
+            journal = self._open(opened, IMAGES_JOURNAL, key, _PROBED)
+            if self.stability is None:
+                return self._finish(journal, self._probe_all({name: todo[name] for name in order}, journal), todo)
+            return self._until_stable(journal, self.stability, {name: todo[name] for name in order}, held)
+
+    def _asked(self) -> dict[str, Any]:
+        """What this build is asked for, in the words of its config."""
+        asked: dict[str, Any] = {**self.about, "settings": asdict(self.settings), **self.report}
+        every = images_digest(dict(sorted({**self.stamps, **self.known}.items())))
+        if self.settings.free:
+            asked["pilot"] = {**asdict(self.pilot or pilots.Pilot()), "chosen": self.settings.free}
+        if self.stability is None:
+            asked["images_sha256"] = every
+        else:
+            asked["stability"] = {**asdict(self.stability), "given": every}
+        return requested(asked)
+
+    def _open(self, opened: contextlib.ExitStack, name: str, key: dict[str, Any], kind: TypeAdapter[Any]) -> Journal:
+        self.journals.append(opened.enter_context(open_journal(self.out, name, key, kind)))
+        return self.journals[-1]
+
+    def _run_pilot(self, todo: dict[str, str], opened: contextlib.ExitStack) -> None:
+        """Fill in the open thresholds; what the pilot's probes said is used again for its images."""
+        pilot = self.pilot or pilots.Pilot()
+        about = {**self.about, "settings": self.settings.per_image(), "pilot": pilot.images}
+        journal = self._open(opened, PILOT_JOURNAL, about, _PILOT)
+        if CHOSEN not in journal:
+            order = pilots.shuffled(todo, self.settings.seed)
+            names = order[: pilot.images]
+            while True:  # others in the place of images that cannot be read
+                _, errors = self._probe_all({name: todo[name] for name in names}, journal, "pilot")
+                read = [name for name in names if name not in errors]
+                more = order[len(names) : len(names) + pilot.images - len(read)]
+                if not more:
+                    break
+                names += more
+            if not read:
+                raise self._none_read(errors)
+            journal.add(CHOSEN, {"digests": [todo[name] for name in read]})
+        digests = journal[CHOSEN]["digests"]
+        self._check_same_images(digests, todo)
+        known = {digest: journal[digest]["probes"] for digest in digests}
+        try:
+            self.settings, self.report["pilot"] = pilots.choose(self.settings, pilot, list(known.values()))
+        except CodebookError:
+            forget(self.out, self.journals)  # they answer to these very settings
+            raise
+        self.worker.task = Task(self.settings, self.options.exhaustive, known)
+        self._note(pilots.quantile_words(self.report["pilot"]))
+        self._note(pilots.words(self.settings, self.report["pilot"]))
+
+    def _probe_all(
+        self, stamps: dict[str, str], journal: Journal, phase: str = "build", resumed: int | None = None
+    ) -> tuple[int, dict[str, str]]:
+        """Probe all images that the journal does not hold yet; how many it held, and why images cannot be read.
+
+        The journal knows images by their digests: under another name a finished image is still finished.
+        """
+        options, worker, pilot = self.options, self.worker, phase == "pilot"
+        if not pilot:
+            self._check_same_images(journal.records, stamps)
+        else:
+            worker.task = Task(self.settings, exhaustive=True)
+        held = [name for name, stamp in stamps.items() if stamp in journal]
+        todo = [name for name, stamp in stamps.items() if stamp not in journal]
+        steps = STEPS[:2] if pilot else STEPS[:-1]
+        total = {step: sum(journal[stamps[name]]["funnel"][step] for name in held) for step in steps}
+        done, errors, before = len(held), dict[str, str](), len(held) if resumed is None else resumed
+
+        def report() -> None:
+            skipped = tuple(sorted(errors))
+            options.progress(Progress(done, len(stamps), before, skipped, dict(total), phase))
+
+        report()
+        for name, digest, found in options.engine(worker, todo):
+            if digest != stamps[name]:
+                found = "it changed while the build was running"
+            if isinstance(found, str):
+                if options.strict:
+                    raise CodebookError(
+                        f"cannot read image {worker.source.where}/{name}: {found}; fix or remove it and run again, "
+                        "finished images are kept"
+                    )
+                errors[name] = found
+            elif pilot:
+                journal.add(digest, {"funnel": found.funnel, "probes": found.probes})
+            else:
+                record: dict[str, Any] = {"tokens": found.tokens, "funnel": found.funnel, "spread": found.spread}
+                if options.exhaustive:
+                    record["probes"] = found.probes
+                journal.add(digest, record, found.features if len(found.features) else None)
+            if not isinstance(found, str):
+                total = {step: total[step] + found.funnel[step] for step in total}
+            done += 1
+            report()
+        if stamps and len(errors) == len(stamps) and not pilot:
+            raise self._none_read(errors)
+        return before, errors
+
+    def _until_stable(self, journal: Journal, stability: Stability, todo: dict[str, str], held: list[str]) -> Codebook:
+        """Build from more and more images until the codebook keeps the same tokens of those set aside."""
+        order, resumed = list(todo), sum(digest in journal for digest in todo.values())
+        curve: list[dict[str, Any]] = []
+        self.report["stability"] = {
+            **asdict(stability), "given": self._asked()["stability"]["given"], "set_aside": len(held), "curve": curve,
+        }  # fmt: skip
+        before: list[set[int]] | None = None
+        for count in sizes(len(order)):
+            part = {name: todo[name] for name in order[:count]}
+            probed = self._probe_all(part, journal, resumed=resumed)
+            # the last has to be a codebook, those before it need not
+            made = self._pool(journal, part, probed[1]).codebook(self.settings, {})
+            book = None if made is None else made[0]
+            kept, tokens = list[set[int]](), list[int]()
+            for name in held if book is not None else ():
+                if book is not None and (visual := self.worker.tokens(name)) is not None:
+                    kept.append(kept_tokens(book, visual))
+                    tokens.append(len(visual))
+            point: dict[str, Any] = {"images": count, "prototypes": 0 if book is None else len(book)}
+            if before and kept:
+                point["agreement"] = agreement(before, kept, tokens)
+            curve.append(point)
+            self._note(_point_words(curve))
+            if is_stable(self.report["stability"]):
+                break
+            before = kept
+        return self._finish(journal, probed, part)
+
+    def _finish(self, journal: Journal, probed: tuple[int, dict[str, str]], todo: dict[str, str]) -> Codebook:
+        """Write the codebook of all images that were probed."""
+        held, errors = probed
+        pool = self._pool(journal, todo, errors)
+        config = {
+            **self.about, "settings": asdict(self.settings), "pad": self.worker.pad, **self.report,
+            "grid": list(self.worker.prober.grid),
+        }  # fmt: skip
+        made = pool.codebook(self.settings, config)
+        total = {**pool.funnel, "recurrent": 0 if made is None else len(made[0])}
+        self.options.progress(Progress(len(todo), len(todo), held, tuple(pool.skipped), total))
+        if made is None:
+            raise self._nothing_left(total)
+        book, others = made
+        if self.options.exhaustive:
             others[PROBES] = _probes(journal, todo)
-        book.save(out, others)
-        _forget(journal, out)
-    return book
+        book.save(self.out, {**others, **_pictures(book.config)})
+        forget(self.out, self.journals)
+        return book
+
+    def _pool(self, journal: Journal, todo: dict[str, str], errors: dict[str, str]) -> SurvivorPool:
+        """The survivors of the probed images and of the codebook that is extended."""
+        stamps = self.stamps if self.stability is None else {name: todo[name] for name in sorted(todo)}
+        pool = _pool(journal, stamps, todo, errors)
+        return one_of_each(pool) if self.base is None else self.base.join(pool)
+
+    def _note(self, text: str) -> None:
+        self.options.progress(Progress(0, 0, 0, (), {}, "note", text))
+
+    def _check_same_images(self, digests: Sequence[str] | dict[str, Any], stamps: dict[str, str]) -> None:
+        if digests and not set(digests) & set(stamps.values()):
+            raise CodebookError(
+                f"{self.out} holds an unfinished build of other images: choose another --out, or delete "
+                f"{self.out / UNFINISHED}"
+            )
+
+    def _none_read(self, errors: dict[str, str]) -> CodebookError:
+        forget(self.out, self.journals)
+        first, error = next(iter(sorted(errors.items())))
+        return CodebookError(
+            f"none of the {len(errors)} images can be read, {first} first ({error}): give whole images"
+        )
+
+    def _nothing_left(self, funnel: dict[str, int]) -> CodebookError:
+        counts = ", ".join(f"{step} {count}" for step, count in funnel.items())
+        step = next(step for step, count in funnel.items() if count == 0)
+        kept = ""
+        if step == "recurrent":
+            kept = "; finished images are kept, only the last step is repeated"
+        else:  # their records answer to these very thresholds
+            forget(self.out, self.journals)
+        return CodebookError(f"no prototype left ({counts}): {REMEDY[step]}{kept}")
+
+
+def _pictures(config: dict[str, Any]) -> dict[str, bytes]:
+    """The pictures of a codebook's report, by the names of their files."""
+    pictures = {}
+    if "pilot" in config:
+        pictures[PILOT_PICTURE] = draw_pilot(config["pilot"], config["settings"])
+    if "stability" in config:
+        pictures[STABILITY_PICTURE] = draw_stability(config["stability"])
+    return pictures
+
+
+def _point_words(curve: list[dict[str, Any]]) -> str:
+    """The last point of a stability curve in one line."""
+    point = curve[-1]
+    line = f"{point['images']} images, {point['prototypes']} prototypes"
+    if "agreement" in point:
+        line += f", agreement with {curve[-2]['images']} images {point['agreement']:.3f}"
+    return line
 
 
 def _to_probe(stamps: dict[str, str], known: dict[str, Any]) -> dict[str, str]:
@@ -231,48 +493,6 @@ def _to_probe(stamps: dict[str, str], known: dict[str, Any]) -> dict[str, str]:
             todo[name] = stamp
             seen |= {stamp} - {GONE}
     return todo
-
-
-def _probe_all(
-    worker: Worker, stamps: dict[str, str], journal: Journal, out: Path
-) -> tuple[int, dict[str, str]]:  # fmt: skip
-    """Probe all images that the journal does not hold yet; how many it held, and why images cannot be read.
-
-    The journal knows images by their digests: under another name a finished image is still finished.
-    """
-    options = worker.options
-    if journal.records and not journal.records.keys() & set(stamps.values()):
-        raise CodebookError(
-            f"{out} holds an unfinished build of other images: choose another --out, or delete {out / UNFINISHED}"
-        )
-    held = [name for name, stamp in stamps.items() if stamp in journal]
-    todo = [name for name, stamp in stamps.items() if stamp not in journal]
-    total = {step: sum(journal[stamps[name]]["funnel"][step] for name in held) for step in STEPS[:-1]}
-    done, errors = len(held), dict[str, str]()
-    options.progress(Progress(done, len(stamps), len(held), (), dict(total)))
-    for name, digest, found in options.engine(worker, todo):
-        if digest != stamps[name]:
-            found = "it changed while the build was running"
-        if isinstance(found, str):
-            if options.strict:
-                raise CodebookError(
-                    f"cannot read image {worker.source.where}/{name}: {found}; fix or remove it and run again, "
-                    "finished images are kept"
-                )
-            errors[name] = found
-        else:
-            record: dict[str, Any] = {"tokens": found.tokens, "funnel": found.funnel, "spread": found.spread}
-            if options.exhaustive:
-                record["probes"] = found.probes
-            journal.add(digest, record, found.features if len(found.features) else None)
-            total = {step: total[step] + found.funnel[step] for step in total}
-        done += 1
-        options.progress(Progress(done, len(stamps), len(held), tuple(sorted(errors)), dict(total)))
-    if stamps and len(errors) == len(stamps):
-        first, error = next(iter(sorted(errors.items())))
-        _forget(journal, out)
-        raise CodebookError(f"none of the {len(stamps)} images can be read, {first} first ({error}): give whole images")
-    return len(held), errors
 
 
 def _pool(journal: Journal, stamps: dict[str, str], probed: dict[str, str], errors: dict[str, str]) -> SurvivorPool:
@@ -305,63 +525,3 @@ def _probes(journal: Journal, probed: dict[str, str]) -> bytes:
     found = [(name, journal[stamp]) for name, stamp in probed.items() if stamp in journal]
     lines = [{"image": name, **row} for name, record in found for row in record.get("probes", ())]
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
-
-
-def _complete(out: Path, key: dict[str, Any]) -> Codebook | None:
-    """The finished codebook of this very build, None if there is none yet; anything else in `out` is an error."""
-    if out.exists() and not out.is_dir():
-        raise CodebookError(f"{out} is a file: choose another --out")
-    if (out / CONFIG).exists():
-        try:
-            config = read_config(out)
-            other = {name: config[name] for name in key}
-        except (CodebookError, KeyError):
-            raise CodebookError(f"{out} holds something else than a build: choose another --out") from None
-        if other != key:
-            raise CodebookError(
-                f"{out} holds another build's codebook (another {differences(other, key)}): "
-                "choose another --out, or delete it"
-            )
-        book = Codebook.load(out)
-        rmtree(out / UNFINISHED, ignore_errors=True)  # killed while it was cleaning up
-        return book
-    if out.is_dir() and not (out / UNFINISHED).is_dir() and any(out.iterdir()):
-        raise CodebookError(f"{out} is not empty and holds no build: choose another --out")
-    return None
-
-
-def _nothing_left(journal: Journal, out: Path, funnel: dict[str, int]) -> CodebookError:
-    counts = ", ".join(f"{step} {count}" for step, count in funnel.items())
-    step = next(step for step, count in funnel.items() if count == 0)
-    kept = ""
-    if step == "recurrent":
-        kept = "; finished images are kept, only the last step is repeated"
-    else:  # their records answer to these very thresholds
-        _forget(journal, out)
-    return CodebookError(f"no prototype left ({counts}): {REMEDY[step]}{kept}")
-
-
-def _journal(out: Path, key: dict[str, Any]) -> Journal:
-    """The journal of an unfinished build into `out`."""
-    folder = out / UNFINISHED
-    if folder.is_symlink():
-        raise CodebookError(f"{folder} is a link: choose another --out, or delete it")
-    if (folder / "key.json").exists():
-        raise CodebookError(f"{out} holds an unfinished build of an earlier version: delete {folder} and run again")
-    journal = Journal(folder / "journal.sqlite", key, output="--out")
-    try:
-        for record in journal.records.values():
-            _PROBED.validate_python(record)
-    except ValidationError:
-        journal.close()
-        raise CodebookError(f"the unfinished build in {folder} is damaged: delete it and run again") from None
-    return journal
-
-
-def _forget(journal: Journal, out: Path) -> None:
-    """Delete the journal, and `out` if it holds nothing else."""
-    journal.remove()
-    with contextlib.suppress(OSError):
-        (out / UNFINISHED).rmdir()
-    if not any(out.iterdir()):
-        out.rmdir()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.building.probes import Prober
 from codebook.models import Family, Model
+from codebook.store.folder import TokenRecord
 from codebook.store.spread import spread
 
+PROBED: tuple[Literal["p1"], Literal["jsd_region"], Literal["jsd_global"]] = ("p1", "jsd_region", "jsd_global")
+"""Names of the three probes' values in a token's record."""
 MARGIN = 0.002
 """Relative distance to a threshold within which a value is computed again, in a forward pass of its own."""
 
@@ -47,8 +51,9 @@ class Survivors:
 
 @torch.inference_mode()
 def survivors(
-    pixels: Tensor, model: Model, family: Family, prober: Prober, settings: Settings, exhaustive: bool = False
-) -> Survivors:
+    pixels: Tensor, model: Model, family: Family, prober: Prober, settings: Settings, exhaustive: bool = False,
+    known: Sequence[TokenRecord] = (),
+) -> Survivors:  # fmt: skip
     """Probe one image, `pixels` (1, 3, H, W) (https://arxiv.org/abs/2503.20540, section 3.2).
 
     The conditions are joined by AND, so each is tested only where the ones before hold, from the cheapest to the most
@@ -60,13 +65,18 @@ def survivors(
 
     Parameters
     ----------
+    settings
+        A threshold that is None is no condition.
     exhaustive
-        Run every probe on every probed token, for analysis; the survivors are the same.
+        Run every probe on every probed token; the survivors are the same.
+    known
+        What an exhaustive run said of the image's tokens: those probes are not run again.
     """
     projected, patches, cls = family.image_features(model, pixels.to(model.device, model.dtype))
     tokens = projected[0]
     chosen = candidates(settings.candidates, prober.grid, patches[0], None if cls is None else cls[0])
-    probed, cols, tau_p, tau_j = chosen.tolist(), prober.grid[1], settings.tau_p, settings.tau_j
+    probed, cols = chosen.tolist(), prober.grid[1]
+    tau_p, tau_j = (math.inf if tau is None else tau for tau in (settings.tau_p, settings.tau_j))
     own = model.config.get_text_config().hidden_size  # after that, what deeper layers add
     raw = tokens[chosen.to(tokens.device), :own].float().cpu()
 
@@ -80,9 +90,12 @@ def survivors(
         return prober.in_image(tokens, asked, settings.jsd)
 
     values: dict[int, dict[str, float]] = {token: {} for token in probed}
+    for row in known:
+        if (token := row["row"] * cols + row["col"]) in values:
+            values[token] = {name: row[name] for name in PROBED}
 
     def measure(name: str, probe: Callable[[Prober, list[int]], Tensor], left: list[int]) -> None:
-        if asked := probed if exhaustive else left:
+        if asked := [token for token in (probed if exhaustive else left) if name not in values[token]]:
             for token, value in zip(asked, probe(prober, asked).tolist(), strict=True):
                 values[token][name] = value
 
@@ -90,8 +103,8 @@ def survivors(
         alone = prober.one_by_one()
         values[token] |= {name: probe(alone, [token]).item() for name, probe in probes.items()}
 
-    def divergence(token: int) -> float:
-        return values[token]["jsd_region"] + settings.global_weight * values[token]["jsd_global"]
+    def jsd(token: int) -> float:
+        return divergence(values[token], settings.global_weight)
 
     labels = dpc_knn(raw, settings.clusters_per_image, settings.neighbours, settings.seed)
     sizes = dict(zip(probed, labels.bincount()[labels].tolist(), strict=True))
@@ -109,9 +122,9 @@ def survivors(
     left = [token for token in left if values[token]["jsd_region"] < tau_j * (1 + MARGIN)]
     measure("jsd_global", far, left)
     for token in left:
-        if _close(divergence(token), tau_j):
+        if _close(jsd(token), tau_j):
             again(token, jsd_region=near, jsd_global=far)
-    left = [token for token in left if divergence(token) < tau_j]
+    left = [token for token in left if jsd(token) < tau_j]
     funnel["JSD"] = len(left)
 
     def rows(asked: list[int]) -> list[dict[str, Any]]:
@@ -122,5 +135,10 @@ def survivors(
     return Survivors(found, rows(left), funnel, spreads, sized if exhaustive else [])
 
 
+def divergence(token: Mapping[str, Any], global_weight: float) -> float:
+    """What `tau_j` bounds: how much the answer changes without the token, in its region and in the image."""
+    return token["jsd_region"] + global_weight * token["jsd_global"]
+
+
 def _close(value: float, threshold: float) -> bool:
-    return abs(value - threshold) <= MARGIN * threshold
+    return math.isfinite(threshold) and abs(value - threshold) <= MARGIN * threshold

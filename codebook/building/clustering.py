@@ -13,8 +13,8 @@ DENSITY_NOISE = 1e-6
 """Largest of the random numbers that are added to the densities, so that no two are equal."""
 EXACT = 20_000
 """Points up to which every neighbour is found by comparing all pairs: 81 s on one core for d = 1024."""
-HELD = 2**24
-"""Distances held at once: 128 MiB in float64, whatever the number of points."""
+HELD = 2**22
+"""Distances held at once: 32 MiB in float64, whatever the number of points; four times as many were no faster."""
 PEAK_BLOCK = 256
 """Points that are compared with many others at once."""
 COMPARED = 64

@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from codebook.building.worker import Engine, Outcome, Worker
+from codebook.building.worker import Engine, Outcome, Task, Worker
 from codebook.errors import CodebookError
 
 PATIENCE = 5.0
@@ -67,8 +67,9 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
     check_cluster(address)
 
     class Probe:
-        def __init__(self) -> None:
+        def __init__(self, task: Task) -> None:
             self.worker = make()
+            self.worker.task = task
 
         def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:
             try:
@@ -92,7 +93,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
             probe: Any = Probe
             outcomes = images.map(
                 probe, compute=ray.data.ActorPoolStrategy(size=min(workers, images.num_blocks())), num_gpus=gpus,
-                max_restarts=RETRIES, max_task_retries=RETRIES,
+                fn_constructor_args=(local.task,), max_restarts=RETRIES, max_task_retries=RETRIES,
             )  # fmt: skip
             for row in outcomes.iter_rows():
                 outcome = pickle.loads(row["outcome"])  # of our own actors; Ray's messages are pickled as well

@@ -118,20 +118,16 @@ class Prober:
         grid: tuple[int, int],
         batch_size: int | None = None,
         whole: bool = False,
+        pad: int | None = None,
     ) -> Prober:
-        """Put the prompt into the model's own chat template, and embed it."""
+        """Put the prompt into the model's own chat template, and embed it; `pad` as in `Settings`."""
         model = models.unwrap(model)
         if min(grid) < 3:
             raise CodebookError(f"a grid of {grid[0]} x {grid[1]} visual tokens is too small to probe: 3 x 3 is needed")
         if batch_size is not None and batch_size < 1:
             raise CodebookError(f"batch_size is {batch_size}: it must be at least 1")
         before, after = split_prompt(model, processor, prompt)
-        config = model.config.get_text_config()
-        pad = config.pad_token_id
-        if pad is None:
-            pad = processor.tokenizer.pad_token_id
-        if pad is None:
-            raise CodebookError("the model has no pad token to put in a token's place: set config.pad_token_id")
+        pad = pad_token(model, processor, pad)
         embed, width = model.get_input_embeddings(), models.family(model).width(model)
 
         def vectors(ids: list[int]) -> Tensor:
@@ -264,6 +260,23 @@ class Prober:
         logits = torch.cat(rows)
         check_logits(logits)  # NaN is below no threshold: it would read as an image without redundant tokens
         return logits
+
+
+def pad_token(model: Model, processor: Processor, chosen: int | None = None) -> int:
+    """The token id whose word embedding takes the place of a removed visual token.
+
+    The one that is chosen; else the pad token of the model's config, or of its tokenizer. A model without one gets the
+    token whose word embedding is the shortest: it adds the least.
+    """
+    embeddings = model.get_input_embeddings().weight
+    if chosen is not None:
+        if chosen >= len(embeddings):
+            raise CodebookError(f"pad is {chosen}: this model's token ids end at {len(embeddings) - 1}")
+        return chosen
+    for own in (model.config.get_text_config().pad_token_id, processor.tokenizer.pad_token_id):
+        if own is not None and 0 <= own < len(embeddings):
+            return int(own)
+    return int(embeddings.detach().float().norm(dim=1).argmin())
 
 
 def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int]]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -12,11 +13,12 @@ from torch import Tensor
 from codebook import models
 from codebook.building.cascade import Survivors, survivors
 from codebook.building.presets import Settings
-from codebook.building.probes import Prober
+from codebook.building.probes import Prober, pad_token
 from codebook.building.sources import GONE, Source
 from codebook.errors import CodebookError
 from codebook.models import Model, Processor
 from codebook.store.files import one_line
+from codebook.store.folder import TokenRecord
 from codebook.store.pictures import decode_image
 
 Outcome = tuple[str, str, Survivors | str]
@@ -39,6 +41,10 @@ class Progress:
         Names of the images done that cannot be read.
     funnel
         Tokens left by each step of `STEPS`, over the images done; `recurrent` only once all are.
+    phase
+        `pilot` while the images of a pilot are probed, else `build`.
+    note
+        What has just been found out, in one line; mostly empty.
     """
 
     done: int
@@ -46,6 +52,8 @@ class Progress:
     resumed: int
     skipped: tuple[str, ...]
     funnel: dict[str, int]
+    phase: str = "build"
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,9 +82,32 @@ class Options:
     engine: Engine = field(default=lambda worker, names: map(worker, names))
 
 
+@dataclass(frozen=True)
+class Task:
+    """What is to be done with every image.
+
+    Attributes
+    ----------
+    settings, exhaustive
+        As in `codebook.building.cascade.survivors`.
+    known
+        What a pilot found, by the digests of its images: `survivors` says how it is used.
+    """
+
+    settings: Settings
+    exhaustive: bool = False
+    known: Mapping[str, Sequence[TokenRecord]] = field(default_factory=dict)
+
+
 @dataclass
 class Worker:
-    """Callable that reads and probes an image, given its name."""
+    """Callable that reads and probes an image, given its name.
+
+    Attributes
+    ----------
+    task : Task
+        What it does with an image. Engines give their own workers the task of the one that they are called with.
+    """
 
     model: Model
     processor: Processor
@@ -87,7 +118,11 @@ class Worker:
     def __post_init__(self) -> None:
         self.family = models.family(self.model)
         grid = self.family.grid(self.model)
-        self.prober = Prober.of(self.model, self.processor, self.settings.prompt, grid, self.options.batch_size)
+        self.pad = pad_token(self.model, self.processor, self.settings.pad)
+        self.prober = Prober.of(
+            self.model, self.processor, self.settings.prompt, grid, self.options.batch_size, pad=self.pad
+        )
+        self.task = Task(self.settings, self.options.exhaustive)
 
     def __call__(self, name: str) -> Outcome:
         digest = GONE
@@ -97,15 +132,32 @@ class Worker:
             pixels = self.family.view(self.processor, decode_image(data))
         except Exception as error:  # whatever a processor makes of an odd picture, the others are still to be probed
             return name, digest, getattr(error, "strerror", None) or one_line(error)  # no paths of this machine
-        return name, digest, self.probe(pixels)
-
-    def probe(self, pixels: Tensor) -> Survivors:
-        try:
-            return survivors(
-                pixels, self.model, self.family, self.prober, self.settings, exhaustive=self.options.exhaustive
+        task = self.task
+        with _tower_memory():
+            found = survivors(
+                pixels, self.model, self.family, self.prober, task.settings, task.exhaustive, task.known.get(digest, ())
             )
-        except torch.OutOfMemoryError:  # in the vision tower, which sees one image at a time
-            raise CodebookError(
-                "out of memory with one image: take a smaller --dtype or another device and run again, finished "
-                "images are kept"
-            ) from None
+        return name, digest, found
+
+    @torch.inference_mode()
+    def tokens(self, name: str) -> Tensor | None:
+        """All visual tokens (n, d) of an image, raw projector outputs; None if it cannot be read."""
+        try:
+            pixels = self.family.view(self.processor, self.source.read(name))
+        except Exception:  # as above
+            return None
+        with _tower_memory():
+            projected = self.family.image_features(self.model, pixels.to(self.model.device, self.model.dtype))[0][0]
+        return projected[:, : self.model.config.get_text_config().hidden_size].float()
+
+
+@contextlib.contextmanager
+def _tower_memory() -> Iterator[None]:
+    """A context in which running out of memory is an error for people: the vision tower sees one image at a time."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise CodebookError(
+            "out of memory with one image: take a smaller --dtype or another device and run again, finished images "
+            "are kept"
+        ) from None

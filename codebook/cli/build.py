@@ -3,38 +3,42 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from codebook.cli.options import (
-    AddressOption,
-    BatchOption,
-    DeviceOption,
-    DtypeOption,
-    EngineOption,
-    ImagesOption,
-    JsonOption,
-    LimitOption,
-    ModelOption,
-    StrictOption,
-    WorkersOption,
-)
+from codebook.cli.options import ImagesOption, JsonOption, ModelOption, Probing, with_probing
 from codebook.cli.output import resumable
 
 
 @resumable()
+@with_probing
 def build_command(
     model: ModelOption,
     images: ImagesOption,
     out: Annotated[Path, typer.Option(help="Folder of the codebook; run again to resume.")],
+    probing: Probing,
     preset: Annotated[
         str | None, typer.Option(help="Thresholds of a published model; default: the model's own.")
+    ] = None,
+    pilot: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Images of the pilot that finds the thresholds that are not given; default: 32, or no pilot for a "
+            "model with published thresholds.",
+        ),
+    ] = None,
+    select: Annotated[
+        float | None, typer.Option(help="Share of the probed tokens that pass the pilot's thresholds; default: 0.03.")
     ] = None,
     tau_p: Annotated[float | None, typer.Option(help="Redundant tokens have P1 below this.")] = None,
     tau_j: Annotated[float | None, typer.Option(help="... and JSD_region + 16 JSD_global below this.")] = None,
     candidates: Annotated[
         str | None, typer.Option(help="Tokens probed: ranks (by [CLS]), tiles, all; default: the preset's.")
+    ] = None,
+    pad: Annotated[
+        int | None, typer.Option(help="Token id that takes a removed token's place; default: the preset's, or padding.")
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="The question of every probe.")] = None,
     clusters_per_image: Annotated[int | None, typer.Option(help="Clusters of each image's probed tokens.")] = None,
@@ -46,41 +50,53 @@ def build_command(
         float | None,
         typer.Option(help="A token is recurrent if its cluster spans more than this fraction of the images."),
     ] = None,
-    limit: LimitOption = None,
-    batch: BatchOption = None,
-    strict: StrictOption = False,
+    until_stable: Annotated[
+        bool, typer.Option("--until-stable", help="Stop as soon as twice as many images keep the same tokens.")
+    ] = False,
+    agreement: Annotated[
+        float | None, typer.Option(help="What counts as the same with --until-stable, at most 1; default: 0.95.")
+    ] = None,
     exhaustive: Annotated[
         bool,
         typer.Option("--exhaustive", help="Run every probe on every token, for analysis: slow, same prototypes."),
     ] = False,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
-    engine: EngineOption = "local",
-    address: AddressOption = None,
-    workers: WorkersOption = 2,
     as_json: JsonOption = False,
 ) -> None:
     """Probe training images and store the tokens that never change the answer as prototypes."""
+    from dataclasses import replace
+
     from codebook import building
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.output import building_progress
-    from codebook.cli.probing import Probing, report_codebook
-    from codebook.models.loading import check_device
+    from codebook.cli.probing import build_options, check_probing, load_model, report_codebook
+    from codebook.errors import CodebookError
 
-    probing = Probing(limit, strict, batch, device, dtype, exhaustive, engine, address, workers)
-    changes = {
-        "tau_p": tau_p, "tau_j": tau_j, "candidates": candidates, "prompt": prompt,
+    if tau_p is not None and tau_j is not None and (pilot is not None or select is not None):
+        raise CodebookError("both thresholds are given: leave one out for the pilot to find, or --pilot and --select")
+    if agreement is not None and not until_stable:
+        raise CodebookError("--agreement says when to stop: add --until-stable")
+    given: dict[str, Any] = {
+        "tau_p": tau_p, "tau_j": tau_j, "candidates": candidates, "prompt": prompt, "pad": pad,
         "clusters_per_image": clusters_per_image, "max_cluster_size": max_cluster_size, "clusters": clusters,
         "min_image_fraction": min_image_fraction,
     }  # fmt: skip
-    settings = building.preset(preset or model, **{k: v for k, v in changes.items() if v is not None})
+    changes = {k: v for k, v in given.items() if v is not None}
+    building.Settings(**changes)  # refuses what is out of range before a model is loaded
+    base = building.preset(preset) if preset is not None else building.published(model)
+    if base is not None and (pilot is not None or select is not None):
+        base = replace(base, tau_p=None, tau_j=None)
+    asked: dict[str, Any] = {k: v for k, v in (("images", pilot), ("select", select)) if v is not None}
+    stability = building.Stability(*(() if agreement is None else (agreement,))) if until_stable else None
+    trial = building.Pilot(**asked)
     check_output_folder(out, CODEBOOK_FILES)
-    check_device(device)
-    source = building.open_images(images, limit)  # before a model is loaded for nothing
-    loaded, processor = probing.load(model)
-    with building_progress(len(source.names)) as tick:
-        options = probing.options(model, images, settings)
+    check_probing(probing)
+    source = building.open_images(images, probing.limit)  # before a model is loaded for nothing
+    loaded, processor = load_model(model, probing)
+    settings = replace(base or building.settings_for(loaded), **changes)
+    with building_progress() as tick:
+        options = build_options(probing, model, images, settings, exhaustive)
         book = building.build(
-            loaded, processor, source, out, model_id=model, settings=settings, progress=tick, **options
+            loaded, processor, source, out, model_id=model, settings=settings, pilot=trial, stability=stability,
+            progress=tick, **options,
         )  # fmt: skip
     report_codebook(book, out, as_json, source)

@@ -44,7 +44,7 @@ def demo_command(
     model, processor = models.load("miniature")
     folder = out / f"images-{images}-{seed}"
     miniature.write_images(folder, images, seed=seed)
-    with building_progress(images) as tick:
+    with building_progress() as tick:
         target = out / f"codebook-{images}-{seed}"
         book = build(model, processor, folder, target, model_id="miniature", progress=tick)
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, get_type_hints
 
 import typer
+
+from codebook.errors import CodebookError
 
 ModelOption = Annotated[str, typer.Argument(help="`miniature`, a folder, or a name on the Hugging Face Hub.")]
 NamedModelOption = Annotated[
@@ -34,14 +40,48 @@ CountOption = Annotated[int, typer.Option(min=1, help="Samples per task family, 
 ImagesOption = Annotated[
     Path, typer.Option(help="Folder of images, JSONL list, .tar shard or folder of them, or saved data set.")
 ]
-LimitOption = Annotated[int | None, typer.Option(min=1, help="Use at most this many images, the first by name.")]
-BatchOption = Annotated[
-    int | None, typer.Option(min=1, help="Sequences per forward pass; default: chosen automatically.")
-]
-StrictOption = Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on the CPU.")]
-EngineOption = Annotated[str, typer.Option(help="Where images are probed: local, or ray.")]
-AddressOption = Annotated[
-    str | None, typer.Option(help="Address of a Ray cluster; default: start one on this machine.")
-]
-WorkersOption = Annotated[int, typer.Option(min=1, help="Ray actors, each with its own copy of the model.")]
+
+
+@dataclass(frozen=True)
+class Probing:
+    """Where and how images are probed: the options that `build`, `extend` and `tune` share."""
+
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, the first by name.")] = None
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Sequences per forward pass; default: chosen automatically.")
+    ] = None
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False
+    device: DeviceOption = None
+    dtype: DtypeOption = None
+    engine: Annotated[str, typer.Option(help="Where images are probed: local, or ray.")] = "local"
+    address: Annotated[
+        str | None, typer.Option(help="Address of a Ray cluster; default: start one on this machine.")
+    ] = None
+    workers: Annotated[int, typer.Option(min=1, help="Ray actors, each with its own copy of the model.")] = 2
+
+    def __post_init__(self) -> None:
+        if self.engine not in ("local", "ray"):
+            raise CodebookError(f"no engine {self.engine!r}: use local or ray")
+
+
+def with_probing(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a command that takes `probing`: on the command line its fields stand there as options."""
+    hints = get_type_hints(Probing, include_extras=True)
+    options = [
+        inspect.Parameter(
+            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+        )
+        for field in fields(Probing)
+    ]
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, **given: Any) -> None:
+        command(*args, probing=Probing(**{option.name: given.pop(option.name) for option in options}), **given)
+
+    own = inspect.signature(command, eval_str=True)
+    rest = [parameter for name, parameter in own.parameters.items() if name != "probing"]
+    rest = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in rest]
+    wrapped.__signature__ = own.replace(parameters=[*rest, *options])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*rest, *options)}
+    return wrapped

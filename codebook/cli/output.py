@@ -54,11 +54,21 @@ def resumable(option: str | None = None) -> Callable[[Callable[P, None]], Callab
 
 
 @contextlib.contextmanager
-def building_progress(total: int) -> Iterator[Callable[[building.Progress], None]]:
-    """Progress bar for `building.build`: images per second, time left, and the funnel so far."""
-    with progress("build", total, "images") as tick:
+def building_progress() -> Iterator[Callable[[building.Progress], None]]:
+    """Progress bar for `building.build`: images per second, time left, and the funnel so far; one for each phase."""
+    with contextlib.ExitStack() as opened:
+        shown: list[tuple[str, int]] = []
+        tick: Update = _no_update
 
         def show(state: building.Progress) -> None:
+            nonlocal tick
+            if state.note or shown[-1:] != [(state.phase, state.total)]:
+                opened.close()
+                shown.append((state.phase, state.total))
+                if state.note:
+                    note(state.note)
+                    return
+                tick = opened.enter_context(progress(state.phase, state.total, "images"))
             funnel = " -> ".join(f"{step} {count}" for step, count in state.funnel.items())
             skipped = f", {len(state.skipped)} unreadable" if state.skipped else ""
             tick(state.done, funnel + skipped)
@@ -90,6 +100,10 @@ def fetching_progress(name: str) -> Iterator[Callable[[int], None]]:
 class Update(Protocol):
     def __call__(self, done: int, note: str = "") -> None:
         """Show how many units are done in all, and `note` beside it."""
+
+
+def _no_update(done: int, note: str = "") -> None:
+    pass
 
 
 @contextlib.contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from codebook import building, models
 from codebook.cli.checks import check_dtype
+from codebook.cli.options import Probing
 from codebook.cli.output import note
 from codebook.errors import CodebookError, printable
 from codebook.models.base import Model, Processor
@@ -18,43 +18,39 @@ from codebook.models.loading import check_device
 from codebook.store.codebook import Codebook
 
 
-@dataclass(frozen=True)
-class Probing:
-    """Where and how images are probed, in the command line's words."""
+def load_model(name: str, probing: Probing) -> tuple[Model, Processor]:
+    return models.load(name, probing.device, None if probing.dtype is None else getattr(torch, probing.dtype))
 
-    limit: int | None = None
-    strict: bool = False
-    batch: int | None = None
-    device: str | None = None
-    dtype: str | None = None
-    exhaustive: bool = False
-    engine: str = "local"
-    address: str | None = None
-    workers: int = 2
 
-    def __post_init__(self) -> None:
-        if self.engine not in ("local", "ray"):
-            raise CodebookError(f"no engine {self.engine!r}: use local or ray")
-        check_dtype(self.dtype)
+def check_probing(probing: Probing) -> None:
+    """Refuse what can be known to fail before a model is loaded.
 
-    def load(self, name: str) -> tuple[Model, Processor]:
-        return models.load(name, self.device, None if self.dtype is None else getattr(torch, self.dtype))
+    Raises
+    ------
+    CodebookError
+        If there is no such precision or device.
+    """
+    check_dtype(probing.dtype)
+    check_device(probing.device)
 
-    def options(self, name: str, images: Path, settings: building.Settings) -> dict[str, Any]:
-        """Keyword arguments of `building.build` and `building.extend`."""
-        options: dict[str, Any] = {"batch_size": self.batch, "exhaustive": self.exhaustive}
-        if self.engine == "ray":
-            from codebook.building.on_ray import ray_engine
-            from codebook.building.worker import Worker
 
-            def make() -> Worker:
-                source = building.open_images(images, self.limit)
-                return Worker(*self.load(name), source, settings, building.Options(**options))
+def build_options(
+    probing: Probing, name: str, images: Path, settings: building.Settings, exhaustive: bool = False
+) -> dict[str, Any]:
+    """Keyword arguments of `building.build` and `building.extend`."""
+    options: dict[str, Any] = {"batch_size": probing.batch, "exhaustive": exhaustive}
+    if probing.engine == "local":
+        return options | {"strict": probing.strict}
+    from codebook.building.on_ray import ray_engine
+    from codebook.building.worker import Worker
 
-            gpus = 1 if check_device(self.device).startswith("cuda") else 0
-            engine = ray_engine(make, self.workers, self.address, gpus)
-            return options | {"strict": self.strict, "engine": engine}
-        return options | {"strict": self.strict}
+    def make() -> Worker:
+        source = building.open_images(images, probing.limit)
+        return Worker(*load_model(name, probing), source, settings, building.Options(**options))
+
+    gpus = 1 if check_device(probing.device).startswith("cuda") else 0
+    engine = ray_engine(make, probing.workers, probing.address, gpus)
+    return options | {"strict": probing.strict, "engine": engine}
 
 
 def model_of(book: Codebook, folder: Path, named: str | None) -> str:
@@ -84,7 +80,12 @@ def report_codebook(book: Codebook, out: Path, as_json: bool, source: building.S
         note(f"counted once: {duplicates} files are exact copies of others")
     if source is not None and source.left_out:
         note(f"left out, not readable as images: {building.left_out_words(source.left_out)}")
+    found = {name: book.config[name] for name in ("pilot", "stability") if name in book.config}
+    if "stability" in found and not building.is_stable(found["stability"]):
+        note(f"not stable at {found['stability']['agreement']:g} with all images: give more, or a lower --agreement")
     if as_json:
-        print(json.dumps({"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used}))
+        taus = {name: book.config["settings"][name] for name in ("tau_p", "tau_j")}
+        report = {"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used, **taus, **found}
+        print(json.dumps(report))
     else:
         print(printable(f"{len(book)} prototypes from {used['used']} images in {out}"))

@@ -69,6 +69,7 @@ def make_card(config: dict[str, Any], licence: str | None = None, figures: str =
         lines += ["", f"Source: {_quoted_text(config['source'])}."]
     if funnel := config.get("funnel"):
         lines += ["", "Tokens left after each step of the build:", "", *_table(("step", "tokens"), funnel)]
+    lines += _about_build(config)
     if settings := config.get("settings"):
         lines += ["", "Thresholds and other settings:", "", *_table(("setting", "value"), settings)]
     if figures:
@@ -76,6 +77,28 @@ def make_card(config: dict[str, Any], licence: str | None = None, figures: str =
     if sheet:
         lines += ["", "## Where the prototypes come from", "", f"![tokens behind the prototypes]({SHEET})"]
     return "\n".join(lines) + "\n"
+
+
+def _about_build(config: dict[str, Any]) -> list[str]:
+    """What a build found out about itself: its thresholds by a pilot, and how the codebook settled."""
+    lines = []
+    if pilot := config.get("pilot"):
+        taus = " and ".join(f"`{name}` {config['settings'][name]:.4g}" for name in pilot["chosen"])
+        lines += [
+            "",
+            f"A pilot on {pilot['read']} images found {taus}: {pilot['passed']} of {pilot['probed']} probed tokens "
+            "pass (`pilot.png`).",
+        ]
+    if stability := config.get("stability"):
+        rows = (f"| {p['images']} | {p['prototypes']} | {p.get('agreement', '')} |" for p in stability["curve"])
+        lines += [
+            "",
+            f"Agreement of the codebooks of n and 2n images on {stability['set_aside']} images set aside "
+            "(`stability.png`):",
+            "",
+            *("| images | prototypes | agreement |", "|---|---|---|", *rows),
+        ]
+    return lines
 
 
 def _about_images(config: dict[str, Any]) -> str:

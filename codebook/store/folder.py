@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Required
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Required
 
 from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
@@ -90,6 +90,44 @@ class Thresholds(TypedDict, total=False):
     global_weight: float
 
 
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class PilotReport(TypedDict):
+    """How the thresholds of a codebook were found, where a pilot found them."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    images: Count
+    select: Share
+    chosen: list[Literal["tau_p", "tau_j"]]
+    read: Count
+    probed: Count
+    isolated: Count
+    passed: Count
+    quantile: Share
+    p1: list[tuple[Share, float]]
+    jsd: list[tuple[Share, float]]
+
+
+class StabilityPoint(TypedDict, total=False):
+    """The codebook of some number of images, and how far it agrees with the one before."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    images: Required[Count]
+    prototypes: Required[Count]
+    agreement: Annotated[float, Field(ge=-1, le=1)]
+
+
+class StabilityReport(TypedDict):
+    """How a build found out that it had seen enough images."""
+
+    __pydantic_config__ = OPEN  # type: ignore[misc]
+    agreement: Share
+    given: str
+    set_aside: Count
+    curve: list[StabilityPoint]
+
+
 class Versioned(TypedDict):
     """What every version of `config.json` has."""
 
@@ -114,6 +152,9 @@ class Config(TypedDict, total=False):
     funnel: dict[str, Count]
     spread: float | None
     grid: Annotated[list[Side], Field(min_length=2, max_length=2)]
+    pad: Count
+    pilot: PilotReport
+    stability: StabilityReport
     extended_by: Count
     source: str
     licence: str

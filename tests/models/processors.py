@@ -1,0 +1,47 @@
+"""A processor for the tiny model of each family: the stock image processor, and a text side of a few words."""
+
+from types import SimpleNamespace
+
+import transformers as hf
+
+from tests.tiny import IMAGE, PAD
+
+SQUARE = {"height": 16, "width": 16}
+PROCESSORS = {
+    "llava": lambda: hf.CLIPImageProcessor(size={"height": 24, "width": 24}, do_center_crop=False),
+    "llava_next": lambda: hf.LlavaNextImageProcessor(
+        size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=[[16, 32], [32, 16]]
+    ),
+    "llava_onevision": lambda: hf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=[[16, 32], [32, 16]]),
+    "qwen2_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "qwen2_5_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "qwen3_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "internvl": lambda: hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
+    "idefics3": lambda: hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+    "smolvlm": lambda: hf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+    "gemma3": lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+    "paligemma": lambda: hf.SiglipImageProcessor(size=SQUARE),
+}
+WORDS = {"<image>": IMAGE}
+
+
+class TinyProcessor:
+    """What building asks of a processor; every word of a prompt is the token of its length."""
+
+    chat_template = "stock"
+
+    def __init__(self, name: str) -> None:
+        self.image_processor = PROCESSORS[name]()
+        self.tokenizer = SimpleNamespace(
+            pad_token_id=PAD, unk_token_id=None, added_tokens_decoder={}, all_special_tokens=["<image>"]
+        )
+
+    def apply_chat_template(self, turns, **options):
+        [turn] = turns
+        words = ("<image>" if part["type"] == "image" else part["text"] for part in turn["content"])
+        return f"user {' '.join(words)} assistant"
+
+    def __call__(self, images, text, return_tensors, **options):
+        import torch
+
+        return {"input_ids": torch.tensor([[WORDS.get(word, 20 + len(word)) for word in text.split()]])}
