@@ -478,7 +478,7 @@ def _pictures(config: dict[str, Any]) -> dict[str, bytes]:
 def _point_words(curve: list[dict[str, Any]]) -> str:
     """The last point of a stability curve in one line."""
     point = curve[-1]
-    line = f"{point['images']} images, {point['prototypes']} prototypes"
+    line = f"stability: {point['images']} images, {point['prototypes']} prototypes"
     if "agreement" in point:
         line += f", agreement with {curve[-2]['images']} images {point['agreement']:.3f}"
     return line

@@ -234,5 +234,5 @@ def test_what_takes_a_removed_tokens_place(tiny):
     "wrong", [lambda: Pilot(0), lambda: Pilot(3, 0.0), lambda: Pilot(3, 1.5), lambda: Settings(pad=-1)]
 )
 def test_what_cannot_be_asked_for(wrong):
-    with pytest.raises(CodebookError, match="needed|must be"):
+    with pytest.raises(CodebookError, match=r"needed|must be"):
         wrong()
