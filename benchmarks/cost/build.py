@@ -2,6 +2,7 @@
 
     python -m benchmarks.cost.build compare            # both, at the preset and at about 3% of the tokens surviving
     python -m benchmarks.cost.build grow --counts 100 1000 10000 --settings selective   # cost against images
+    python -m benchmarks.cost.build memory --counts 1000 10000   # memory against images, with a stub for the probes
     python -m benchmarks.cost.build cluster --counts 10000 40000   # clustering of many survivors, time and memory
 
 `compare` runs each way in a process of its own, for its peak memory, one after the other: `published` is one forward a
@@ -18,13 +19,15 @@ import tempfile
 import time
 from collections.abc import Iterable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from codebook import Codebook, models
-from codebook.building import build, preset
+from codebook.building import Source, build, preset
+from codebook.building.cascade import Survivors
 from codebook.building.clustering import dpc_knn
 from codebook.building.worker import Outcome, Worker
 from codebook.miniature.scenes import scene
@@ -70,6 +73,11 @@ def main() -> None:
     one.add_argument("out", type=Path)
     one.add_argument("way", choices=WAYS)
     one.add_argument("settings", choices=SETTINGS)
+    memory_ = commands.add_parser("memory")
+    memory_.add_argument("--counts", type=int, nargs="+", default=[1000, 10_000])
+    stub = commands.add_parser("stub")
+    stub.add_argument("count", type=int)
+    stub.add_argument("out", type=Path)
     single = commands.add_parser("points")
     single.add_argument("count", type=int)
     options = parser.parse_args()
@@ -79,6 +87,11 @@ def main() -> None:
             measure(options.folder, options.out, options.way, options.settings)
         elif options.command == "points":
             points(options.count)
+        elif options.command == "stub":
+            stubbed(options.count, options.out)
+        elif options.command == "memory":
+            for count in options.counts:
+                print(run("stub", count, Path(folder) / str(count)), flush=True)
         elif options.command == "compare":
             compare(Path(folder), options.images, options.settings)
         elif options.command == "grow":
@@ -167,6 +180,27 @@ def grow(folder: Path, counts: list[int], name: str) -> None:
             f"{count:>8}{row['seconds']:>9.1f}{row['cpu']:>9.1f}{row['cpu'] / count:>13.4f}{row['memory']:>7.0f}",
             flush=True,
         )
+
+
+def stubbed(count: int, out: Path, every: int = 20) -> None:
+    """Build from images that nobody probes, one survivor in every twentieth: what the build itself holds in memory."""
+    model, processor = models.load("miniature", "cpu")
+    source = Source("nowhere", tuple(f"{i:07d}.png" for i in range(count)), str.encode)
+
+    def pretend(worker: Worker, names: list[str]) -> Iterable[Outcome]:
+        for i, name in enumerate(names):
+            found = int(i % every == 0)
+            token = {"row": 1, "col": 2, "p1": 0.1, "jsd_region": 0.1, "jsd_global": 0.2}
+            funnel = {"probed": 24, "isolated": 9, "P1": 4, "JSD": found}
+            survivors = Survivors(torch.randn(found, 160), [token] * found, funnel, 0.3, [])
+            yield name, sha256(name.encode()).hexdigest(), survivors
+
+    settings = replace(preset("miniature"), min_image_fraction=0.0)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    build(model, processor, source, out, model_id="miniature", settings=settings, engine=pretend)
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"images": count, "before_mib": round(before), "peak_mib": round(after),
+                      "kib_per_image": round((after - before) * 1024 / count, 2)}))  # fmt: skip
 
 
 def clustered(count: int, d: int = 1024) -> torch.Tensor:

@@ -21,7 +21,7 @@ from codebook.building.presets import Settings, published, read_settings, settin
 from codebook.building.sources import GONE, Images, Source, open_images
 from codebook.building.stability import Stability, agreement, is_stable, kept_tokens, set_aside, sizes
 from codebook.building.unfinished import UNFINISHED, finished, forget, open_journal, requested
-from codebook.building.worker import Options, Progress, Task, Worker
+from codebook.building.worker import ImageTask, Options, Progress, Worker
 from codebook.errors import CodebookError
 from codebook.models import Model, Processor
 from codebook.store.codebook import Codebook
@@ -30,7 +30,7 @@ from codebook.store.journal import Journal, differences
 
 PILOT_PICTURE, STABILITY_PICTURE = "pilot.png", "stability.png"
 IMAGES_JOURNAL, PILOT_JOURNAL = "journal.sqlite", "pilot.sqlite"
-CHOSEN = "chosen"
+PILOT_CHOSEN = "chosen"
 """Record of a pilot's journal with the digests of its images, once all are probed; the others' names are digests."""
 REMEDY = {
     "probed": "use larger images",
@@ -309,7 +309,7 @@ class _Build:
         pilot = self.pilot or pilots.Pilot()
         about = {**self.about, "settings": self.settings.per_image(), "pilot": pilot.images}
         journal = self._open(opened, PILOT_JOURNAL, about, _PILOT)
-        if CHOSEN not in journal:
+        if PILOT_CHOSEN not in journal:
             order = pilots.shuffled(todo, self.settings.seed)
             names = order[: pilot.images]
             while True:  # others in the place of images that cannot be read
@@ -321,16 +321,16 @@ class _Build:
                 names += more
             if not read:
                 raise self._none_read(errors)
-            journal.add(CHOSEN, {"digests": [todo[name] for name in read]})
-        digests = journal[CHOSEN]["digests"]
+            journal.add(PILOT_CHOSEN, {"digests": [todo[name] for name in read]})
+        digests = journal[PILOT_CHOSEN]["digests"]
         self._check_same_images(digests, todo)
         known = {digest: journal[digest]["probes"] for digest in digests}
         try:
-            self.settings, self.report["pilot"] = pilots.choose(self.settings, pilot, list(known.values()))
+            self.settings, self.report["pilot"] = pilots.choose_thresholds(self.settings, pilot, list(known.values()))
         except CodebookError:
             forget(self.out, self.journals)  # they answer to these very settings
             raise
-        self.worker.task = Task(self.settings, self.options.exhaustive, known)
+        self.worker.task = ImageTask(self.settings, self.options.exhaustive, known)
         self._note(pilots.quantile_words(self.report["pilot"]))
         self._note(pilots.words(self.settings, self.report["pilot"]))
 
@@ -345,7 +345,7 @@ class _Build:
         if not pilot:
             self._check_same_images(journal.records, stamps)
         else:
-            worker.task = Task(self.settings, exhaustive=True)
+            worker.task = ImageTask(self.settings, exhaustive=True)
         held = [name for name, stamp in stamps.items() if stamp in journal]
         todo = [name for name, stamp in stamps.items() if stamp not in journal]
         steps = STEPS[:2] if pilot else STEPS[:-1]

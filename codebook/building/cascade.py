@@ -18,7 +18,7 @@ from codebook.models import Family, Model
 from codebook.store.folder import TokenRecord
 from codebook.store.spread import spread
 
-PROBED: tuple[Literal["p1"], Literal["jsd_region"], Literal["jsd_global"]] = ("p1", "jsd_region", "jsd_global")
+PROBE_NAMES: tuple[Literal["p1"], Literal["jsd_region"], Literal["jsd_global"]] = ("p1", "jsd_region", "jsd_global")
 """Names of the three probes' values in a token's record."""
 MARGIN = 0.002
 """Relative distance to a threshold within which a value is computed again, in a forward pass of its own."""
@@ -92,7 +92,7 @@ def survivors(
     values: dict[int, dict[str, float]] = {token: {} for token in probed}
     for row in known:
         if (token := row["row"] * cols + row["col"]) in values:
-            values[token] = {name: row[name] for name in PROBED}
+            values[token] = {name: row[name] for name in PROBE_NAMES}
 
     def measure(name: str, probe: Callable[[Prober, list[int]], Tensor], left: list[int]) -> None:
         if asked := [token for token in (probed if exhaustive else left) if name not in values[token]]:

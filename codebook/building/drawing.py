@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 PANEL_WIDTH, PANEL_HEIGHT, EDGE = 460, 320, 70
 """Size of a panel with its axes, and the room around what is drawn in it, in pixels."""
-INK, FAINT, CURVE, LEVEL = (30, 30, 30), (205, 205, 205), (31, 119, 180), (214, 96, 20)
+INK_COLOUR, FAINT, CURVE, LEVEL_COLOUR = (30, 30, 30), (205, 205, 205), (31, 119, 180), (214, 96, 20)
 
 
 def draw_pilot(report: dict[str, Any], settings: dict[str, Any]) -> bytes:
@@ -35,7 +35,7 @@ def draw_stability(report: dict[str, Any]) -> bytes:
 def _page(panels: int, title: str) -> tuple[Image.Image, ImageDraw.ImageDraw]:
     page = Image.new("RGB", (panels * PANEL_WIDTH, PANEL_HEIGHT + 30), "white")
     draw = ImageDraw.Draw(page)
-    draw.text((EDGE, 10), title, INK, ImageFont.load_default(16))
+    draw.text((EDGE, 10), title, INK_COLOUR, ImageFont.load_default(16))
     return page, draw
 
 
@@ -62,13 +62,13 @@ def _panel(
         return left + share * (right - left), bottom - up * (bottom - top)
 
     draw.rectangle((left, top, right, bottom), outline=FAINT)
-    draw.text((left, top - 20), title, INK, font)
+    draw.text((left, top - 20), title, INK_COLOUR, font)
     for value in (10**low if logarithmic else low, 10**high if logarithmic else high):
-        draw.text((left - 8, place(first, value)[1]), f"{value:.2g}", INK, font, anchor="rm")
+        draw.text((left - 8, place(first, value)[1]), f"{value:.2g}", INK_COLOUR, font, anchor="rm")
     for x in sorted({first, last}):
-        draw.text((place(x, level)[0], bottom + 12), f"{x:g}", INK, font, anchor="mm")
-    draw.text(((left + right) / 2, bottom + 28), axis, INK, font, anchor="mm")
-    draw.line((left, place(first, level)[1], right, place(first, level)[1]), LEVEL, 2)
+        draw.text((place(x, level)[0], bottom + 12), f"{x:g}", INK_COLOUR, font, anchor="mm")
+    draw.text(((left + right) / 2, bottom + 28), axis, INK_COLOUR, font, anchor="mm")
+    draw.line((left, place(first, level)[1], right, place(first, level)[1]), LEVEL_COLOUR, 2)
     draw.line([place(*point) for point in points], CURVE, 2)
     for x, y in (place(*point) for point in points):
         draw.ellipse((x - 3, y - 3, x + 3, y + 3), CURVE)

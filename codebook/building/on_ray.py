@@ -8,7 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from codebook.building.worker import Engine, Outcome, Task, Worker
+from codebook.building.worker import Engine, ImageTask, Outcome, Worker
 from codebook.errors import CodebookError
 
 PATIENCE = 5.0
@@ -67,7 +67,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
     check_cluster(address)
 
     class Probe:
-        def __init__(self, task: Task) -> None:
+        def __init__(self, task: ImageTask) -> None:
             self.worker = make()
             self.worker.task = task
 

@@ -54,7 +54,7 @@ def shuffled(names: Iterable[str], seed: int) -> list[str]:
     return sorted(names, key=lambda name: hashlib.sha256(f"{seed} {name}".encode()).digest())
 
 
-def choose(
+def choose_thresholds(
     settings: Settings, pilot: Pilot, images: Sequence[Sequence[dict[str, Any]]]
 ) -> tuple[Settings, dict[str, Any]]:
     """The settings with the thresholds that were left open, and the report of how they were found.

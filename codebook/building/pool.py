@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import re
 from collections.abc import Sequence
@@ -146,12 +147,11 @@ class SurvivorPool:
         for i in rest:
             row = dict(self.rows[i])
             others.setdefault(row.pop("image"), []).append(row)
-        lines = [
-            {"image": name, **image, **({"survivors": others[name]} if name in others else {})}
-            for name, image in self.images.items()
-        ]
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        return book, {SURVIVORS: save({"features": self.features[rest]}), IMAGE_RECORDS: text.encode()}
+        text = io.BytesIO()  # line by line: with many images, a list of them is larger than what they are made of
+        for name, image in self.images.items():
+            line = {"image": name, **image, **({"survivors": others[name]} if name in others else {})}
+            text.write(json.dumps(line).encode() + b"\n")
+        return book, {SURVIVORS: save({"features": self.features[rest]}), IMAGE_RECORDS: text.getvalue()}
 
     @classmethod
     def load(cls, folder: Path | str) -> tuple[Codebook, SurvivorPool]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
 
-KEEP = 0.2
+KEPT_SHARE = 0.2
 """Share of an image's tokens that are kept in the comparison: those least like any prototype."""
 FIRST = 32
 """Images of the first codebook that is compared."""
@@ -67,9 +67,9 @@ def is_stable(report: dict[str, Any]) -> bool:
 
 
 def kept_tokens(book: Codebook, tokens: Tensor) -> set[int]:
-    """The places of an image's tokens (n, d) that are least like any prototype, the share `KEEP` of them."""
+    """The places of an image's tokens (n, d) that are least like any prototype, the share `KEPT_SHARE` of them."""
     order = book.redundancy(tokens).argsort(stable=True)
-    return set(order[: max(1, round(KEEP * len(tokens)))].tolist())
+    return set(order[: max(1, round(KEPT_SHARE * len(tokens)))].tolist())
 
 
 def agreement(first: Sequence[set[int]], second: Sequence[set[int]], tokens: Sequence[int]) -> float:

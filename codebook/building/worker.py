@@ -83,7 +83,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Task:
+class ImageTask:
     """What is to be done with every image.
 
     Attributes
@@ -105,7 +105,7 @@ class Worker:
 
     Attributes
     ----------
-    task : Task
+    task : ImageTask
         What it does with an image. Engines give their own workers the task of the one that they are called with.
     """
 
@@ -122,7 +122,7 @@ class Worker:
         self.prober = Prober.of(
             self.model, self.processor, self.settings.prompt, grid, self.options.batch_size, pad=self.pad
         )
-        self.task = Task(self.settings, self.options.exhaustive)
+        self.task = ImageTask(self.settings, self.options.exhaustive)
 
     def __call__(self, name: str) -> Outcome:
         digest = GONE

@@ -41,6 +41,9 @@ ImagesOption = Annotated[
     Path, typer.Option(help="Folder of images, JSONL list, .tar shard or folder of them, or saved data set.")
 ]
 DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on the CPU.")]
+AddressOption = Annotated[
+    str | None, typer.Option(help="Address of a Ray cluster; default: start one on this machine.")
+]
 
 
 @dataclass(frozen=True)
@@ -55,9 +58,7 @@ class Probing:
     device: DeviceOption = None
     dtype: DtypeOption = None
     engine: Annotated[str, typer.Option(help="Where images are probed: local, or ray.")] = "local"
-    address: Annotated[
-        str | None, typer.Option(help="Address of a Ray cluster; default: start one on this machine.")
-    ] = None
+    address: AddressOption = None
     workers: Annotated[int, typer.Option(min=1, help="Ray actors, each with its own copy of the model.")] = 2
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class Thresholds(TypedDict, total=False):
     global_weight: float
 
 
-Share = Annotated[float, Field(ge=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class PilotReport(TypedDict):
@@ -98,15 +98,15 @@ class PilotReport(TypedDict):
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
     images: Count
-    select: Share
+    select: Fraction
     chosen: list[Literal["tau_p", "tau_j"]]
     read: Count
     probed: Count
     isolated: Count
     passed: Count
-    quantile: Share
-    p1: list[tuple[Share, float]]
-    jsd: list[tuple[Share, float]]
+    quantile: Fraction
+    p1: list[tuple[Fraction, float]]
+    jsd: list[tuple[Fraction, float]]
 
 
 class StabilityPoint(TypedDict, total=False):
@@ -122,7 +122,7 @@ class StabilityReport(TypedDict):
     """How a build found out that it had seen enough images."""
 
     __pydantic_config__ = OPEN  # type: ignore[misc]
-    agreement: Share
+    agreement: Fraction
     given: str
     set_aside: Count
     curve: list[StabilityPoint]

@@ -8,7 +8,7 @@ import torch
 
 from codebook.building import Pilot, Settings, SurvivorPool, build, extend, merge, settings_for
 from codebook.building.candidates import auto
-from codebook.building.pilot import choose, shuffled, words
+from codebook.building.pilot import choose_thresholds, shuffled, words
 from codebook.building.pool import cluster_count
 from codebook.building.probes import Prober, pad_token
 from codebook.errors import CodebookError
@@ -54,22 +54,22 @@ TOKENS = [token(0.1, 0.05), token(0.2, 0.01), token(0.3, 0.02), token(0.4, 0.03)
     ],
 )
 def test_both_thresholds_are_the_same_quantile(select, tau_p, tau_j, passed):
-    found, report = choose(replace(OPEN, max_cluster_size=3), Pilot(2, select), [TOKENS[:2], TOKENS[2:]])
+    found, report = choose_thresholds(replace(OPEN, max_cluster_size=3), Pilot(2, select), [TOKENS[:2], TOKENS[2:]])
     assert (found.tau_p, found.tau_j) == pytest.approx((tau_p, tau_j))
     assert (report["passed"], report["isolated"], report["probed"], report["read"]) == (passed, 5, 6, 2)
 
 
 def test_one_threshold_given():
-    found, report = choose(replace(OPEN, tau_p=0.35), Pilot(1, 2 / 6), [TOKENS[:5]])
+    found, report = choose_thresholds(replace(OPEN, tau_p=0.35), Pilot(1, 2 / 6), [TOKENS[:5]])
     assert found.tau_p == 0.35 and found.tau_j == pytest.approx(0.02001) and report["passed"] == 2
     assert report["chosen"] == ["tau_j"]
-    found, report = choose(replace(OPEN, tau_j=0.025), Pilot(1, 1.0), [TOKENS[:5]])
+    found, report = choose_thresholds(replace(OPEN, tau_j=0.025), Pilot(1, 1.0), [TOKENS[:5]])
     assert found.tau_j == 0.025 and found.tau_p == pytest.approx(0.3001) and report["passed"] == 2
     assert "no thresholds let 100.0% pass" in words(found, report)
 
 
 def test_equal_values_pass_together():
-    found, report = choose(OPEN, Pilot(1, 0.03), [[token(0.25, 0.0) for _ in range(40)]])
+    found, report = choose_thresholds(OPEN, Pilot(1, 0.03), [[token(0.25, 0.0) for _ in range(40)]])
     assert found.tau_p == pytest.approx(0.2501) and 0 < found.tau_j < 1e-9 and report["passed"] == 40
     assert "because many tokens have the same values" in words(found, report)
 
@@ -84,7 +84,7 @@ def test_equal_values_pass_together():
 )
 def test_what_to_change_where_no_thresholds_are_found(tokens, changes, sentence):
     with pytest.raises(CodebookError, match=sentence):
-        choose(replace(OPEN, max_cluster_size=3, **changes), Pilot(1, 0.5), [tokens])
+        choose_thresholds(replace(OPEN, max_cluster_size=3, **changes), Pilot(1, 0.5), [tokens])
 
 
 def test_a_build_with_the_pilots_thresholds_given_by_hand_is_the_same(tiny, pictures, tmp_path, whole):

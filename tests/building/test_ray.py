@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from codebook.building import Pilot
 from codebook.building.on_ray import ray_engine
 from codebook.building.sources import open_images
 from codebook.building.worker import Options, Worker
@@ -56,6 +57,13 @@ def test_equals_the_local_build_though_worker_and_driver_are_stopped(tiny, pictu
     run(tiny, pictures, out, progress=states.append)  # to the end without Ray
     run(tiny, pictures, tmp_path / "local")
     assert [s.done for s in states] == [6, 7, 8, 8] and contents(out) == contents(tmp_path / "local")
+
+
+def test_a_pilot_on_ray_finds_what_it_finds_locally(tiny, pictures, tmp_path):
+    asked = {"settings": settings(tau_p=None, tau_j=None), "pilot": Pilot(2, 0.4)}
+    run(tiny, pictures, tmp_path / "ray", engine=ray_engine(maker(pictures), 2), **asked)
+    run(tiny, pictures, tmp_path / "local", **asked)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
 
 
 def test_error_on_a_worker_is_one_line(tiny, pictures, tmp_path):

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import torch
 import transformers as hf
 
 from tests.tiny import IMAGE, PAD
@@ -42,6 +43,4 @@ class TinyProcessor:
         return f"user {' '.join(words)} assistant"
 
     def __call__(self, images, text, return_tensors, **options):
-        import torch
-
         return {"input_ids": torch.tensor([[WORDS.get(word, 20 + len(word)) for word in text.split()]])}

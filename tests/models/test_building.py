@@ -1,17 +1,19 @@
 """Building in every family: features, what enters the LLM in a probe, and the cascade from end to end."""
 
+import numpy as np
 import pytest
 import torch
-import transformers as hf
 from PIL import Image
 
 from codebook import models
-from codebook.building import Settings
+from codebook.building import Pilot, Settings, build
 from codebook.building.cascade import survivors
 from codebook.building.probes import Prober, jsd, region
 from codebook.models import qwen2_vl
+from codebook.store.codebook import Codebook
 from tests.models.cells import model
 from tests.models.families import FAMILIES
+from tests.models.processors import TinyProcessor
 from tests.tiny import IMAGE
 
 
@@ -85,28 +87,20 @@ def test_the_cascade(tiny):
     assert found.tokens[5]["jsd_global"] == pytest.approx(jsd(whole, without).item(), rel=1e-3, abs=1e-9)
 
 
-PROCESSORS = {
-    "llava_next": lambda: hf.LlavaNextImageProcessor(
-        size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=[[16, 32], [32, 16]]
-    ),
-    "qwen2_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
-    "idefics3": lambda: hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
-    "gemma3": lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
-}
-
-
 @torch.no_grad()
-@pytest.mark.parametrize("name", PROCESSORS)
-def test_a_picture_becomes_one_view(name, monkeypatch):
-    monkeypatch.setattr(qwen2_vl, "VIEW_SIDE", 4)
-
-    class Both:
-        try:
-            image_processor = PROCESSORS[name]()
-        except ImportError:
-            pytest.skip("this version's processor needs torchvision")
-
-    target, family = model(name, "sdpa"), models.family(model(name, "sdpa"))
-    pixels = family.view(Both(), Image.effect_noise((50, 30), 80).convert("RGB"))
+def test_a_picture_becomes_one_view(tiny):
+    target, family = model(tiny.name, "sdpa"), models.family(model(tiny.name, "sdpa"))
+    pixels = family.view(TinyProcessor(tiny.name), Image.effect_noise((50, 30), 80).convert("RGB"))
     rows, cols = family.grid(target)
     assert family.image_features(target, pixels)[0].shape[:2] == (1, rows * cols)
+
+
+def test_any_model_is_built_for_without_a_setting(tiny, tmp_path):
+    for i in range(4):
+        coarse = np.random.default_rng(i).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((48, 48)).save(tmp_path / f"{i}.png")
+    target, out = model(tiny.name, "sdpa"), tmp_path / "book"
+    images = [tmp_path / f"{i}.png" for i in range(4)]
+    book = build(target, TinyProcessor(tiny.name), images, out, model_id="tiny", pilot=Pilot(2))
+    Codebook.load(out).check(target)
+    assert len(book) == book.config["funnel"]["recurrent"] > 0 and book.config["pilot"]["read"] == 2
