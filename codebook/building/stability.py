@@ -62,8 +62,13 @@ def sizes(images: int) -> list[int]:
 
 
 def is_stable(report: dict[str, Any]) -> bool:
-    """Whether a build ended because its codebook no longer changed, and not for want of images."""
-    return report["curve"][-1].get("agreement", -1.0) >= report["agreement"]
+    """Whether a build ended because its codebook no longer changed, and not for want of images.
+
+    The last step may add fewer images than there were before, and what they change says nothing.
+    """
+    before, last = [{"images": 0}, *report["curve"]][-2:]
+    doubled = last["images"] >= 2 * before["images"]
+    return doubled and last.get("agreement", -1.0) >= report["agreement"]
 
 
 def kept_tokens(book: Codebook, tokens: Tensor) -> set[int]:
