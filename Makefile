@@ -49,7 +49,7 @@ test-versions:
 	  $$folder/bin/pip install --quiet --constraint $$folder/constraints.txt --editable '.[cpu,test]' \
 	    "transformers==$$version"; \
 	  echo "transformers $$version"; \
-	  $$folder/bin/python -m pytest tests/models tests/pruning tests/test_models.py; \
+	  $$folder/bin/python -m pytest tests/models tests/pruning tests/serving tests/test_models.py; \
 	  rm -rf $$folder; \
 	done
 

@@ -113,7 +113,7 @@ def main() -> None:
         watcher.join()
         sizes.append(service.rss())
         after, last = load_service(service.url, asked, alone, 1)
-        metrics = httpx.get(f"{service.url}/metrics").text
+        metrics = httpx.get(f"{service.url}/metrics").raise_for_status().text
         code = service.terminate()
     wrong = [(reply, expected) for reply, expected in first + replies + last if reply != expected]
     counted = f'codebook_requests_total{{endpoint="/v1/chat/completions",status="200"}} {2 * alone + len(replies)}.0'

@@ -37,10 +37,11 @@ def router(state: ModelState) -> APIRouter:
 
     async def answered(body: bytes) -> Response:
         deadline = time.monotonic() + state.limits.seconds
-        async with free:
-            reading = asyncio.get_running_loop().run_in_executor(pool, read, body, deadline)
-            del body  # of megabytes, while the answer is waited for
-            job, stream = await reading
+        with state.model_thread.expecting():
+            async with free:
+                reading = asyncio.get_running_loop().run_in_executor(pool, read, body, deadline)
+                del body  # of megabytes, while the answer is waited for
+                job, stream = await reading
         return await Completion(state, job).respond(f"chatcmpl-{uuid.uuid4().hex}", stream)
 
     @routes.post("/v1/chat/completions")

@@ -7,9 +7,9 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -30,9 +30,12 @@ from codebook.serving.metrics import Metrics
 
 MOST_TOGETHER = 32
 """Most prompts of one batch."""
-TOKENS_TOGETHER = 2**17
-"""Most tokens of one batch with its padding, of prompts that could also be answered alone."""
-
+PATIENCE = 0.05
+"""Most seconds that a batch waits for requests which have arrived and of which prompts are being made."""
+TOKENS_TOGETHER = {"cpu": 2**12}
+"""Most tokens of one batch with its padding, by device: on a CPU more takes memory and saves no time."""
+MOST_TOKENS_TOGETHER = 2**17
+"""The same elsewhere; a prompt alone may have more."""
 DEVICE_ERRORS: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 """Errors after which a GPU computes nothing more for this process."""
 logger = logging.getLogger(__name__)
@@ -107,9 +110,9 @@ class Errand:
 class ModelThread:
     """Answers prompts on a thread of its own.
 
-    There is no delay that waits for company: while a batch runs the next one gathers. Sampling and prompts with a
-    schedule of their own are answered alone. A batch that fails is answered again one by one, so that a prompt can fail
-    only itself.
+    A batch is what is queued when the one before ends, and what is just being made ready for it; it waits for nothing
+    else. Sampling and prompts with a schedule of their own are answered alone. A batch that fails is answered again one
+    by one, so that a prompt can fail only itself.
 
     Attributes
     ----------
@@ -123,6 +126,7 @@ class ModelThread:
         self._pad = processor.tokenizer.pad_token_id or 0  # masked
         self._queue: deque[Job | Errand] = deque()
         self._ready = threading.Condition()
+        self._expected = 0  # requests that prompts are being made of
         self._stopping = False
         self._running: list[Job] = []
         self.broken = False
@@ -134,6 +138,20 @@ class ModelThread:
         with self._ready:
             self._queue.append(job)
             self._metrics.waiting.set(len(self._queue))
+            self._ready.notify()
+
+    @contextmanager
+    def expecting(self) -> Iterator[None]:
+        """A context in which a prompt is made of a request, for which a batch waits a moment."""
+        self._expect(1)
+        try:
+            yield
+        finally:
+            self._expect(-1)
+
+    def _expect(self, more: int) -> None:
+        with self._ready:
+            self._expected += more
             self._ready.notify()
 
     def withdraw(self, job: Job) -> None:
@@ -176,6 +194,9 @@ class ModelThread:
         """The next task, or prompts that can share a batch; None when the thread is to end."""
         with self._ready:
             self._ready.wait_for(lambda: self._queue or self._stopping)
+            self._ready.wait_for(
+                lambda: not self._expected or len(self._queue) >= MOST_TOGETHER or self._stopping, PATIENCE
+            )
             if self._stopping:
                 return None
             first = self._queue.popleft()
@@ -189,11 +210,12 @@ class ModelThread:
     def _gather(self, batch: list[Job]) -> None:
         """Take from the queue what can be answered together with the first prompt of a batch."""
         longest = batch[0].length
+        most = TOKENS_TOGETHER.get(self._model.device.type, MOST_TOKENS_TOGETHER)
         for job in [job for job in self._queue if isinstance(job, Job) and not job.alone]:
             if len(batch) == MOST_TOGETHER:
                 return
             widest = max(longest, job.length)
-            if (len(batch) + 1) * widest <= TOKENS_TOGETHER and alike(batch[0].prompts, job.prompts):
+            if (len(batch) + 1) * widest <= most and alike(batch[0].prompts, job.prompts):
                 batch.append(job)
                 self._queue.remove(job)
                 longest = widest

@@ -15,6 +15,7 @@ from benchmarks.cost import serve_load
 from benchmarks.served import sample_body as body
 from codebook.inference.ask import ask
 from codebook.miniature.samples import of_miniature
+from codebook.serving.model_thread import ModelThread
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +118,17 @@ def test_a_client_that_leaves_frees_its_slot(service, monkeypatch, stream):
     wait(lambda: not service.state.active and not thread._running)
     if not stream:
         assert scrape(service)['codebook_requests_total{endpoint="/v1/chat/completions",status="499"}'] == 1
+
+
+def test_a_stream_that_fails_says_so_in_the_shape_of_errors(client, monkeypatch):
+    def failing(*_):
+        raise RuntimeError('a "detail"\nof ours')
+
+    monkeypatch.setattr(ModelThread, "_generate", failing)
+    [sample] = of_miniature("test", 0, 1, ["ocr"])
+    with pytest.raises(openai.APIError, match="the model could not answer: RuntimeError") as caught:
+        list(client.chat.completions.create(**body(sample), stream=True))
+    assert caught.value.code == "generation_failed" and caught.value.type == "server_error"
 
 
 def wait(condition, seconds=30):

@@ -1,6 +1,8 @@
 """Requests that are refused, and what goes on meanwhile: the short version of `benchmarks/faults/serve_hostile.py`."""
 
+import contextlib
 import json
+import socket
 
 import httpx
 import pytest
@@ -8,6 +10,7 @@ import pytest
 from benchmarks.faults import serve_hostile
 from benchmarks.served import data_url, post, sample_body
 from codebook.miniature.samples import of_miniature
+from codebook.serving import protocol
 from codebook.serving.limits import Limits
 from tests.serving.running import Service
 
@@ -119,3 +122,15 @@ def test_a_full_queue_refuses_and_draining_refuses(loaded):
             assert client.post("/v1/chat/completions", content=body).status_code == 503
     finally:
         running.stop()
+
+
+def test_connections_are_limited(service, target, monkeypatch):
+    monkeypatch.setattr(protocol, "MOST_CONNECTIONS", len(service.server.server_state.connections) + 1)
+    with (
+        socket.create_connection(target.place),
+        socket.create_connection(target.place, timeout=30) as further,
+        contextlib.suppress(ConnectionError),
+    ):
+        assert not further.recv(1)
+    monkeypatch.undo()
+    assert httpx.get(f"{service.url}/health").status_code == 200
