@@ -30,7 +30,7 @@ from codebook.serving.metrics import Metrics
 
 MOST_TOGETHER = 32
 """Most prompts of one batch."""
-PATIENCE = 0.05
+COMPANY_SECONDS = 0.05
 """Most seconds that a batch waits for requests which have arrived and of which prompts are being made."""
 TOKENS_TOGETHER = {"cpu": 2**12}
 """Most tokens of one batch with its padding, by device: on a CPU more takes memory and saves no time."""
@@ -195,7 +195,7 @@ class ModelThread:
         with self._ready:
             self._ready.wait_for(lambda: self._queue or self._stopping)
             self._ready.wait_for(
-                lambda: not self._expected or len(self._queue) >= MOST_TOGETHER or self._stopping, PATIENCE
+                lambda: not self._expected or len(self._queue) >= MOST_TOGETHER or self._stopping, COMPANY_SECONDS
             )
             if self._stopping:
                 return None
