@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from codebook.pruning.attention import Attention, TowerAttention
 
 T = TypeVar("T")
+AT_ONCE = 2**25
+"""Values digested at once: as int64, a quarter of a gigabyte."""
 
 
 @dataclass(frozen=True)
@@ -106,6 +108,22 @@ def digest_rows(values: Tensor) -> Tensor:
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     flat = values.detach().contiguous().flatten(1).view(bits).long()
     return mix((flat * _places(flat.shape[1], flat.device)).sum(1))
+
+
+def digests(values: Sequence[Tensor]) -> list[Tensor]:
+    """For each tensor () int64, what `digest_rows` has for it: whole numbers add up to the same in any company.
+
+    Those of one shape go through each step together, as many as `AT_ONCE` values allow.
+    """
+    out: dict[int, Tensor] = {}
+    alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
+    for number, value in enumerate(values):
+        alike.setdefault((value.shape, value.dtype), []).append(number)
+    for (shape, _), numbers in alike.items():
+        size = max(1, AT_ONCE // max(1, shape.numel()))
+        for part in (numbers[i : i + size] for i in range(0, len(numbers), size)):
+            out |= zip(part, digest_rows(torch.stack([values[number] for number in part])).unbind(), strict=True)
+    return [out[number] for number in range(len(values))]
 
 
 @lru_cache(maxsize=8)  # the same for every image of one size, and slower than the rest of the digest

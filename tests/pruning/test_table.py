@@ -1,5 +1,7 @@
 """Every method on every tower: exact counts, and the same tokens alone, in a batch, under sdpa and eager, and again."""
 
+import contextlib
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -85,6 +87,36 @@ def test_mass_does_not_wait_for_the_device(monkeypatch):
     watch(monkeypatch, Viewer, "_mask")
     stages = [Stage(0, KEEP, METHODS["divprune"](), mass=True), Stage(2, 3, METHODS["random"](), mass=True)]
     kept("clip", "sdpa", Schedule(stages), BATCH)
+
+
+VIEWS = {
+    "alias", "as_strided", "detach", "diagonal", "empty", "expand", "permute", "select", "slice", "split",
+    "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view",
+}  # fmt: skip
+
+
+class Counted(TorchDispatchMode):
+    """Counter of the operators that change or make values: on an accelerator each is a kernel for the host to say."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.overloadpacket.__name__ not in VIEWS
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_further_image_takes_few_kernels():
+    """Of a batch, what does not differ between images is done once: a host that says a prefill slowly is its limit."""
+    model, plan, counts = MODELS["clip", "sdpa"], schedule("codebook", "clip"), {}
+    for images in 2, 10:
+        inputs = prompt(model, [["image", 7, 8]] * images)
+        for pruned in False, True:
+            with plan(model) if pruned else contextlib.nullcontext(), Counted() as counted:
+                model(**inputs)
+            counts[pruned, images] = counted.count
+    of_stock, of_pruned = (counts[pruned, 10] - counts[pruned, 2] for pruned in (False, True))
+    assert of_pruned - of_stock <= 8 * 30
 
 
 def watch(monkeypatch, owner, name):

@@ -187,7 +187,7 @@ class Forward:
             question=torch.searchsorted(columns, unit.text),
             ordinal=unit.ordinal,
             grid=unit.grid,
-            key=unit.key,
+            key=unit.key(),
             attention=self._attention(unit, span) if stage.pruner.uses_attention else None,
             vision=unit.vision,
             encode=None if stage.layer else unit.encode,

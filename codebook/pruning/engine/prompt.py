@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import bisect
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, cached_property, partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +16,7 @@ from codebook.models import Encoded, Family, Image
 from codebook.models.base import Model
 from codebook.pruning.attention import PackedVision, Tower, Vision
 from codebook.pruning.engine.sequence import Given
-from codebook.pruning.tokens import digest_rows, mix, on_device
+from codebook.pruning.tokens import digests, mix, on_device
 from codebook.store.spread import spread
 
 
@@ -38,8 +40,10 @@ class Unit:
         Where its tokens begin among the image's visual tokens.
     mass : (n,) int64 or None
         How many tokens each stands for; None where each stands for itself.
-    grid, ordinal, key, features, vision, encode
+    grid, ordinal, features, vision, encode
         As in `VisualTokens`.
+    key
+        Function that gives theirs.
     """
 
     image: int
@@ -49,7 +53,7 @@ class Unit:
     offset: int
     grid: tuple[int, int]
     ordinal: Tensor
-    key: Tensor
+    key: Callable[[], Tensor]
     features: Tensor
     vision: PackedVision | None
     encode: Callable[[int, int], Tensor] | None
@@ -118,90 +122,152 @@ def find(
     valid = [[i for i, value in enumerate(row) if value] for row in on]
     seen = [[i for i in columns if i < end] for columns in valid]
     visual = {family.token(model, kind) for kind in encoded}
-    sources = {kind: _Source.of(family, model, call, given.device) for kind, call in encoded.items()}
-    images: list[Image] = []
-    units: list[Unit] = []
+    sources = {kind: _Source.of(family, model, call) for kind, call in encoded.items()}
+    found: list[_Found] = []
     for row, own in enumerate(family.images(model, ids, encoded)):
+        words = [i for i in seen[row] if ids[row][i] not in visual] if own else []
         if own and ids[row][seen[row][-1]] in visual:
             raise CodebookError("a prompt ends with its visual tokens: put text after the image")
         for place, image in enumerate(own):
-            if not all(on[row][column] for column in image.columns):
+            if not all(map(on[row].__getitem__, image.columns)):
                 raise CodebookError("the attention mask hides visual tokens: unmask them, or prune them instead")
-            text = [i for i in seen[row] if i > image.columns[-1] and ids[row][i] not in visual]
-            where = len(images), row, place
-            units += _units(image, where, given, on_device(text, given.device), sources[image.kind], shared)
-            images.append(image)
+            text = words[bisect.bisect(words, image.columns[-1]) :]
+            found.append(_Found(image, row, place, text, image.units(shared)))
+    sent = _sent([*seen, *(numbers for one in found for numbers in one.numbers)], given.device)
+    columns = [next(sent) for _ in seen]
+    units = _units(found, given, sources, sent)
     return Prompt(
-        tuple(images),
+        tuple(one.image for one in found),
         tuple(units),
         [len(columns) for columns in valid],
-        [on_device(columns, given.device) for columns in seen],
+        columns,
         () if usual is None or not units else _portions(units, usual),
     )
 
 
+class _Found(NamedTuple):
+    """An image, its row of the batch, its place among the row's images, the columns of the text after it, its grids."""
+
+    image: Image
+    row: int
+    place: int
+    text: list[int]
+    grids: list[tuple[tuple[int, int], Tensor]]
+
+    @property
+    def whole(self) -> bool:
+        """Whether one grid has all of its tokens."""
+        return len(self.grids) == 1 and len(self.grids[0][1]) == len(self.image.columns)
+
+    @property
+    def numbers(self) -> list[Sequence[int] | Tensor]:
+        """What the device needs to know: the columns of image and text, and which of the former are in which grid."""
+        return [self.image.columns, self.text, *([] if self.whole else [index for _, index in self.grids])]
+
+
+def _sent(values: Sequence[Sequence[int] | Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Each of several lists of whole numbers on a device, all sent at once."""
+    host = [torch.as_tensor(numbers, dtype=torch.int64) for numbers in values]
+    return iter(on_device(torch.cat(host), device).split([len(numbers) for numbers in host]))
+
+
 @dataclass(frozen=True)
 class _Source:
-    """What one call encoded: pixels and their digests, one per piece, and the tower's attention if it was noted."""
+    """What one call encoded: pixels, a tensor per piece, and the tower's attention if it was noted."""
 
     pixels: list[Tensor] | None
-    digests: list[Tensor] | None
     tower: Tower | None
     encode: Callable[[Tensor, int, int], Tensor]
 
     @classmethod
-    def of(cls, family: Family, model: Model, call: Encoded | None, device: torch.device) -> _Source:
+    def of(cls, family: Family, model: Model, call: Encoded | None) -> _Source:
         encode = partial(family.encode, model)
         if call is None:
-            return cls(None, None, None, encode)
+            return cls(None, None, encode)
         pixels = family.pixels(model, call)
-        # Digests one by one: the piece of an image alone has the same as in any batch.
-        digests = [digest_rows(piece[None])[0].to(device) for piece in pixels]
         if not call.attention:
-            return cls(pixels, digests, None, encode)
+            return cls(pixels, None, encode)
         has_cls = family.has_cls(model)
         parts = [
             Vision(query[i], key[i], scaling, has_cls)
             for query, key, scaling in call.attention
             for i in range(len(key))
         ]
-        return cls(pixels, digests, Tower(parts, partial(family.pack, model, call)), encode)
+        return cls(pixels, Tower(parts, partial(family.pack, model, call)), encode)
+
+    @cached_property
+    def digests(self) -> list[Tensor] | None:
+        """Digest of each piece, () int64."""
+        return None if self.pixels is None else digests(self.pixels)
 
 
-def _units(
-    image: Image, where: tuple[int, int, int], given: Given, text: Tensor, source: _Source, shared: bool
-) -> list[Unit]:
-    number, row, place = where
-    columns = on_device(image.columns, given.device)
-    features, pieces = given.embeds[row, columns], image.sources
-    if source.pixels is None or source.digests is None or pieces is None:  # encoded beforehand: no pixels were seen
-        digest, encode = digest_rows(features[None])[0], None
-    else:
-        parts = [source.digests[piece] for piece in pieces]
-        digest = parts[0] if len(parts) == 1 else digest_rows(torch.stack(parts)[None])[0]
-        encode = partial(source.encode, source.pixels[pieces[0]])
-    units, offset = [], 0
-    for i, (grid, index) in enumerate(image.units(shared)):
-        index = on_device(index, given.device)
-        units.append(
-            Unit(
-                image=number,
-                row=row,
-                columns=columns[index],
-                text=text,
-                offset=offset,
-                grid=grid,
-                ordinal=torch.arange(len(index), device=given.device),
-                # The picture, its place in the prompt, the grid's place in it: nothing that depends on the batch. With
-                # the place the same picture shown twice keeps two different random sets.
-                key=mix(digest + place) ^ int(mix(torch.tensor(i))),
-                features=features[index],
-                vision=None if source.tower is None else PackedVision(source.tower, pieces or (), index),
-                encode=encode,
+def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent: Iterator[Tensor]) -> list[Unit]:
+    """The units of the images, from the numbers that were sent of each."""
+    features, columns, texts, indices = [], [], [], list[list[Tensor]]()
+    for one in found:
+        columns.append(next(sent))
+        texts.append(next(sent))
+        features.append(given.embeds[one.row, columns[-1]])
+        if one.whole:
+            indices.append([torch.arange(len(columns[-1]), device=given.device)])
+        else:
+            indices.append([next(sent) for _ in one.grids])
+    # Few methods ask for keys, and they take more kernels than all else here: made when one is asked for.
+    keys = cache(partial(_keys, found, features, sources, given.device))
+    units = []
+    for number, one in enumerate(found):
+        source, pieces, offset = sources[one.image.kind], one.image.sources, 0
+        encode = partial(source.encode, source.pixels[pieces[0]]) if source.pixels and pieces else None
+        for i, ((grid, _), index) in enumerate(zip(one.grids, indices[number], strict=True)):
+            units.append(
+                Unit(
+                    image=number,
+                    row=one.row,
+                    columns=columns[number] if one.whole else columns[number][index],
+                    text=texts[number],
+                    offset=offset,
+                    grid=grid,
+                    ordinal=index if one.whole else torch.arange(len(index), device=given.device),
+                    key=partial(_key, keys, number, _mixed(i)),
+                    features=features[number] if one.whole else features[number][index],
+                    vision=None if source.tower is None else PackedVision(source.tower, pieces or (), index),
+                    encode=encode,
+                )
             )
-        )
-        offset += len(index)
+            offset += len(index)
     return units
+
+
+def _key(keys: Callable[[], Sequence[Tensor]], image: int, grid: int) -> Tensor:
+    """() int64: of an image and one of its grids, whose number is mixed."""
+    return keys()[image] ^ grid
+
+
+@cache
+def _mixed(grid: int) -> int:
+    return int(mix(torch.tensor(grid)))
+
+
+def _keys(
+    found: list[_Found], features: list[Tensor], sources: dict[str, _Source], device: torch.device
+) -> Sequence[Tensor]:
+    """For each image () int64: of the picture and its place in the prompt, and of nothing that depends on the batch.
+
+    With the place the same picture shown twice keeps two different random sets. There is one image at least. All go
+    through each step together: one by one, a batch would take hundreds of kernels.
+    """
+    pictures, rest = list[Tensor | None](), list[Tensor]()
+    for one, own in zip(found, features, strict=True):
+        known, pieces = sources[one.image.kind].digests, one.image.sources
+        if known is not None and pieces is not None and len(pieces) == 1:
+            pictures.append(known[pieces[0]])
+            continue
+        pictures.append(None)
+        # Encoded beforehand, no pixels were seen: the features stand for them.
+        rest.append(own if known is None or pieces is None else torch.stack([known[piece] for piece in pieces]))
+    others = iter(digests(rest))
+    own = torch.stack([(next(others) if picture is None else picture).to(device) for picture in pictures])
+    return mix(own + on_device([one.place for one in found], device)).unbind()
 
 
 def _portions(units: list[Unit], usual: float) -> tuple[float, ...]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner, option
+from codebook.pruning.methods.base import FeaturePruner, ScoringPruner, option
 from codebook.pruning.tokens import VisualTokens
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RedundancyCodebook(ScoringPruner):
+class RedundancyCodebook(FeaturePruner, ScoringPruner):
     """Keep the tokens that are least like any prototype (top-R, section 3.3).
 
     Attributes
@@ -32,9 +33,17 @@ class RedundancyCodebook(ScoringPruner):
     scoring: Literal["max", "double_softmax"] = option("max", choices=("max", "double_softmax"))
 
     def score(self, tokens: VisualTokens) -> Tensor:
+        return self._score(tokens.features)
+
+    def select_each(self, features: Tensor, keep: int) -> Tensor:
+        # Image by image: a product with more rows may be rounded in another way (`Farthest`).
+        scores = torch.stack([self._score(own) for own in features])
+        return scores.topk(keep, dim=1).indices.sort(dim=1).values
+
+    def _score(self, features: Tensor) -> Tensor:
         if self.scoring == "max":
-            return -self.codebook.redundancy(tokens.features)
-        similarity = self.codebook.similarity(tokens.features)
+            return -self.codebook.redundancy(features)
+        similarity = self.codebook.similarity(features)
         return -(similarity.softmax(0) * similarity.softmax(1)).amax(1)
 
 
