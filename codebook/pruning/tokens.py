@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from codebook.pruning.attention import Attention, TowerAttention
 
 T = TypeVar("T")
-AT_ONCE = 2**25
+DIGESTED = 2**25
 """Values digested at once: as int64, a quarter of a gigabyte."""
 
 
@@ -113,14 +113,14 @@ def digest_rows(values: Tensor) -> Tensor:
 def digests(values: Sequence[Tensor]) -> list[Tensor]:
     """For each tensor () int64, what `digest_rows` has for it: whole numbers add up to the same in any company.
 
-    Those of one shape go through each step together, as many as `AT_ONCE` values allow.
+    Those of one shape go through each step together, as many as `DIGESTED` values allow.
     """
     out: dict[int, Tensor] = {}
     alike: dict[tuple[torch.Size, torch.dtype], list[int]] = {}
     for number, value in enumerate(values):
         alike.setdefault((value.shape, value.dtype), []).append(number)
     for (shape, _), numbers in alike.items():
-        size = max(1, AT_ONCE // max(1, shape.numel()))
+        size = max(1, DIGESTED // max(1, shape.numel()))
         for part in (numbers[i : i + size] for i in range(0, len(numbers), size)):
             out |= zip(part, digest_rows(torch.stack([values[number] for number in part])).unbind(), strict=True)
     return [out[number] for number in range(len(values))]
