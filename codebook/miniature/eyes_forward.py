@@ -91,7 +91,7 @@ class Student(nn.Module):
             query, key, value = self.before(hidden, self.input_layernorm[i], qkv, cos, sin, self.eps)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             hidden = self.after(hidden, mixed, out, self.post_attention_layernorm[i], gate_up, down, self.eps)
-        chosen = F.rms_norm(hidden[packed["target"] >= 0], (WIDTH,), self.norm, self.eps)
+        chosen = F.rms_norm(hidden.flatten(0, 1)[packed["where"]], (WIDTH,), self.norm, self.eps)
         return F.linear(chosen.to(dtype), self.words.to(dtype)).float()
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +17,7 @@ import numpy as np
 from codebook.miniature.eyes import MANY_IMAGES, ONE_IMAGE, asked
 from codebook.miniature.scenes import FILM_FRAMES, GRID, IMAGE_SIDE, Scene, Thing, album, film, scene
 from codebook.miniature.smollm2 import END_ID, IMAGE_TOKEN_ID
-from codebook.miniature.tasks import CELLS, PLACES, TASK_FAMILIES, make_question, scenes_shown
+from codebook.miniature.tasks import CELLS, PLACES, TASK_FAMILIES, Question, make_question, scenes_shown, tasks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,19 +63,24 @@ class Packer:
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, text: int = 268, alone: int = 150
+        self, tokenizer: PreTrainedTokenizerFast, seed: int, rows: int, text: int = 268, alone: int = 400
     ) -> None:
         self.tokenizer, self.seed, self.rows, self.alone = tokenizer, seed, rows, alone
+        self.known: dict[str, list[int]] = {}
         self.heads = {count: [self._ids(word) for word in _heads(count)] for count in range(1, FILM_FRAMES[1] + 1)}
         self.layouts = {
             "scene": self._layout(scene, 1, text),
             "album": self._layout(album, 3, text),
             "film": self._layout(film, FILM_FRAMES[1], text),
         }
-        self._ids = lru_cache(2**16)(self._ids)  # type: ignore[method-assign]
 
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _asked(self, question: str) -> list[int]:
+        if question not in self.known:  # there are some thousand
+            self.known[question] = self._ids(asked(question))
+        return self.known[question]
 
     def _layout(self, draw: Callable[..., Any], images: int, text: int) -> Layout:
         places, at = [], 0
@@ -97,7 +101,8 @@ class Packer:
         kind, and arrays of R rows with N places for images and L tokens: ``pixels`` uint8 (R * N, 96, 96, 3);
         int64 (R, L) ``tokens``, ``segment`` (0 the prefix, then the questions, -1 nothing), ``position``, ``target``
         (-100 where nothing is learned), ``family`` (index into LABELS, -1 for none); ``hidden`` bool (R, L);
-        ``weight`` float32 (R, L), of the target in the loss.
+        ``weight`` float32 (R, L), of the target in the loss; ``where`` int64 (T,), the places that have a target,
+        counted through all rows.
         """
         kind = kind or self.kind(step)
         layout = self.layouts[kind]
@@ -107,7 +112,7 @@ class Packer:
         rows = [self._row(layout, split, step, i, rng) for i in range(count)]
         made = {name: np.stack([row[name] for row in rows]) for name in rows[0]}
         made["pixels"] = made["pixels"].reshape(-1, IMAGE_SIDE, IMAGE_SIDE, 3)
-        return {"kind": kind, **made}
+        return {"kind": kind, **made, "where": np.flatnonzero(made["target"] >= 0)}
 
     def _row(self, layout: Layout, split: str, step: int, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         # The leading 0 keeps these streams apart from those of `tasks`, which lead with 1.
@@ -141,7 +146,7 @@ class Packer:
         for label, question, answer in self._questions(shown, rng):
             if question in seen:
                 continue
-            asks, says = self._ids(asked(question)), [*self._ids(f" {answer}"), END_ID]
+            asks, says = self._asked(question), [*self._ids(f" {answer}"), END_ID]
             stop = place + len(asks) + len(says) - 1
             if stop > size:
                 continue
@@ -189,6 +194,11 @@ class Packer:
             parts = make_question(scenes[j], family, rng)
             if parts:
                 yield "each", f"in image {PLACES[j]}, {parts[0]}", parts[1]
+
+
+def held_out(family: str, count: int) -> list[Question]:
+    """Questions of a family for the final measurement, as `codebook miniature evaluate` asks them."""
+    return list(tasks(family, "test", 0, count))
 
 
 def _heads(count: int) -> list[str]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import multiprocessing
 import os
 import signal
 import time
@@ -31,11 +32,11 @@ from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.miniature.eyes import apply_parts, eyes_model, eyes_processor
 from codebook.miniature.eyes_forward import Student, look
-from codebook.miniature.eyes_packing import LABELS, Packer
+from codebook.miniature.eyes_packing import LABELS, Packer, held_out
 from codebook.miniature.gguf import Gguf, read_gguf
 from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, labels, scene
 from codebook.miniature.smollm2 import language_tokenizer
-from codebook.miniature.tasks import TASK_FAMILIES, Question, score, tasks
+from codebook.miniature.tasks import TASK_FAMILIES, Question, score
 
 
 @dataclass(frozen=True)
@@ -59,9 +60,9 @@ class EyesRecipe:
 
     steps: int = 1_000_000
     minutes: float = 0.0
-    rows: int = 64
+    rows: int = 32
     text: int = 268
-    alone: int = 150
+    alone: int = 400
     right: float = 1e-3
     left: float = 2e-3
     projector: float = 3e-4
@@ -76,8 +77,8 @@ class EyesRecipe:
 WATCH = 20
 """Steps between two looks at the loss, after each of which a run that diverges goes back to the one before."""
 
-REST = 100, 2000
-"""Where the streams of held-out rows begin, apart from those of the steps; and most answers of one batch."""
+HELD_OUT = 0
+"""The step whose rows, of the test split, are looked at between others."""
 
 
 def train_eyes(
@@ -119,7 +120,7 @@ def train_eyes(
     except TypeError as error:
         raise CodebookError(f"unknown training option: {error}; see EyesRecipe") from None
     if makers is None:
-        makers = max(1, min(12, len(os.sched_getaffinity(0)) - 2))
+        makers = max(1, min(12, (os.cpu_count() or 1) - 2))
     file = read_gguf(language)
     run = EyesRun(out, recipe, file, device)
     (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
@@ -160,7 +161,7 @@ class EyesRun:
         self.student = Student(built, recipe.seed).to(device)
         self.first = copy.deepcopy(self.student.tower).requires_grad_(False)
         self.optimizer = self._optimizer()
-        self.step, self.elapsed, self.calm = 0, 0.0, 1.0
+        self.step, self.rows, self.questions, self.elapsed, self.calm = 0, 0, 0, 0.0, 1.0
         self.checkpoint = out / "checkpoint.pt"
         if self.checkpoint.exists():
             self.load()
@@ -182,6 +183,8 @@ class EyesRun:
             "student": self.student.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
+            "rows": self.rows,
+            "questions": self.questions,
             "elapsed": self.elapsed,
             "calm": self.calm,
             "seed": self.recipe.seed,
@@ -198,7 +201,8 @@ class EyesRun:
                 f"{self.checkpoint} is of --seed {state['seed']}: go on with that, or choose another folder"
             )
         self.restore(state)
-        self.step, self.elapsed, self.calm = state["step"], state["elapsed"], state["calm"]
+        for name in ("step", "rows", "questions", "elapsed", "calm"):
+            setattr(self, name, state[name])
 
     def save(self) -> None:
         """Write the checkpoint and the parts so that a kill at any moment leaves whole ones."""
@@ -215,43 +219,51 @@ class EyesRun:
         """Train to the end of the budget."""
         if self.progress() >= 1:
             return
+        batches = self._batches(makers)  # the processes start before the compiler's
         if self.device != "cpu":
             self._compile()
-        held = [self.packer.batch(REST[0] + i, "test", kind) for i, kind in enumerate(("scene", "album", "film"))]
+        held = [self.packer.batch(HELD_OUT, "test", kind) for kind in ("scene", "album", "film")]
         begin = time.monotonic() - self.elapsed
         saved = told = time.monotonic()
-        good, best, tally, since = self._snapshot(), math.inf, 0.0, self.step
-        watched: list[torch.Tensor] = []
-        for packed in self._batches(makers):
-            loss, seen = self.advance(packed)
-            watched.append(loss)
-            tally = tally + seen
+        good, best, since = self._snapshot(), math.inf, self.step
+        seen = torch.zeros(len(LABELS), 4, device=self.device)
+        losses: list[tuple[bool, torch.Tensor]] = []
+        done = False
+        while not done:
+            packed = next(batches)
+            loss, told_now = self.advance(packed)
+            losses.append((packed["kind"] == "scene", loss))
+            seen += told_now
             self.step += 1
+            self.rows += len(packed["tokens"])
             self.elapsed = time.monotonic() - begin
-            done = self.progress() >= 1
-            if len(watched) < WATCH and not done:
+            if self.step % WATCH and self.progress() < 1:
                 continue
-            mean = float(torch.stack(watched).mean())  # waits for the device
-            watched = []
+            values = torch.stack([loss for _, loss in losses]).tolist()  # waits for the device
+            about = [value for (simple, _), value in zip(losses, values, strict=True) if simple] or values
+            mean, losses = sum(about) / len(about), []
             self.elapsed = time.monotonic() - begin
             done = self.progress() >= 1
-            if not math.isfinite(mean) or mean > 1.6 * best + 0.3:
-                self.calm /= 2
-                self.restore(good)
-                self._log({"diverged": self.step, "loss": mean, "calm": self.calm})
-                if self.calm < 1e-3:
-                    raise CodebookError(f"the loss stays at {mean:.2f} at every rate: use another seed")
+            if not all(map(math.isfinite, values)) or mean > 2 * best + 0.5:
+                self._calm_down(good, mean)
                 continue
             best, good = min(best, mean), self._snapshot()
             if time.monotonic() - told > every / 4 or done:
-                self._tell(mean, tally, since, time.monotonic() - told, held)
-                tally, since, told = 0.0, self.step, time.monotonic()
+                self._tell(mean, seen, (self.step - since) / (time.monotonic() - told), held)
+                seen.zero_()
+                since, told = self.step, time.monotonic()
             if time.monotonic() - saved > every:
                 self.save()
                 saved = time.monotonic()
-            if done:
-                break
         self.save()
+
+    def _calm_down(self, good: dict[str, Any], loss: float) -> None:
+        """Go back to where the loss was last seen in order, at half the rates."""
+        self.calm /= 2
+        self.restore(_copied(good))
+        self._log({"diverged": self.step, "loss": loss, "calm": self.calm})
+        if self.calm < 1e-3:
+            raise CodebookError(f"the loss stays at {loss:.2f} at every rate: use another seed")
 
     def _compile(self) -> None:
         """Use compiled layers, where compiling works."""
@@ -259,6 +271,7 @@ class EyesRun:
             trial = torch.ones(64, device=self.device, requires_grad=True)
             torch.compile(lambda x: (x.sin() * 2).sum())(trial).backward()
             torch._dynamo.config.suppress_errors = True
+            torch._dynamo.config.recompile_limit = 64
             self.student.before = torch.compile(self.student.before)
             self.student.after = torch.compile(self.student.after)
         except Exception as error:  # no C compiler, no Triton: it works without, only slower
@@ -274,17 +287,10 @@ class EyesRun:
             collate_fn=_same,
             worker_init_fn=_quiet,
         )
-        yield from loader
+        return iter(loader)
 
     def _snapshot(self) -> dict[str, Any]:
-        def copied(value: Any) -> Any:
-            if isinstance(value, torch.Tensor):
-                return value.detach().clone()
-            if isinstance(value, dict):
-                return {k: copied(v) for k, v in value.items()}
-            return [copied(v) for v in value] if isinstance(value, list) else value
-
-        return copied({"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()})
+        return _copied({"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def advance(self, packed: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one step; return the loss, and (label, 4): weighted loss, weight, questions right, questions."""
@@ -302,13 +308,17 @@ class EyesRun:
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), seen
 
+    def _sent(self, tensor: torch.Tensor) -> torch.Tensor:
+        # From pinned memory, or each copy would wait for the step before.
+        return tensor if self.device == "cpu" else tensor.pin_memory().to(self.device, non_blocking=True)
+
     def _loss(self, packed: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         places = self.packer.layouts[packed["kind"]].places
-        batch = {k: torch.from_numpy(v).to(self.device) for k, v in packed.items() if k != "kind"}
+        batch = {k: self._sent(torch.from_numpy(v)) for k, v in packed.items() if k != "kind"}
         features, summary = look(self.student.tower, batch["pixels"], summary=True)
         logits = self.student(features, batch, places, self.dtype)
-        there = batch["target"] >= 0
-        truth, weight, family = (batch[name][there] for name in ("target", "weight", "family"))
+        rows, where = len(batch["tokens"]), batch["where"]
+        truth, weight, family = (batch[name].flatten()[where] for name in ("target", "weight", "family"))
         each = F.cross_entropy(logits, truth, reduction="none") * weight
         loss = each.sum() / weight.sum()
         with torch.no_grad():
@@ -316,11 +326,11 @@ class EyesRun:
             seen[:, 0].index_add_(0, family, each.detach())
             seen[:, 1].index_add_(0, family, weight)
             # A question is right if all tokens of its answer are, given those before them.
-            questions = torch.arange(len(there), device=self.device)[:, None] * 64 + batch["segment"]
-            misses = torch.zeros(64 * len(there), device=self.device)
-            misses.index_add_(0, questions[there], (logits.argmax(-1) != truth).float())
-            which = torch.full((64 * len(there),), -1, device=self.device)
-            which[questions[there]] = family
+            question = (torch.arange(rows, device=self.device)[:, None] * 64 + batch["segment"]).flatten()[where]
+            misses = torch.zeros(64 * rows, device=self.device)
+            misses.index_add_(0, question, (logits.argmax(-1) != truth).float())
+            which = torch.full((64 * rows,), -1, device=self.device)
+            which[question] = family
             for i in range(len(LABELS)):
                 seen[i, 2] = ((which == i) & (misses == 0)).sum()
                 seen[i, 3] = (which == i).sum()
@@ -329,23 +339,22 @@ class EyesRun:
         assert summary is not None and before is not None
         return loss + (1 - F.cosine_similarity(summary, before, dim=-1)).mean(), seen
 
-    @torch.no_grad()
-    def _tell(
-        self, mean: float, tally: torch.Tensor | float, since: int, seconds: float, held: list[dict[str, Any]]
-    ) -> None:
-        checked: torch.Tensor | float = 0.0
-        for packed in held:
-            checked = checked + self._loss(packed)[1]
-        assert isinstance(tally, torch.Tensor) and isinstance(checked, torch.Tensor)
+    def _tell(self, mean: float, seen: torch.Tensor, pace: float, held: list[dict[str, Any]]) -> None:
+        checked = torch.zeros_like(seen)
+        for packed in held:  # as in training, gradients included, which spares compiling the layers once more
+            checked += self._loss(packed)[1]
+        self.questions += int(seen[:, 3].sum())
         self._log(
             {
                 "step": self.step,
                 "minutes": round(self.elapsed / 60, 2),
                 "progress": round(self.progress(), 3),
-                "steps_per_second": round((self.step - since) / seconds, 2),
+                "steps_per_second": round(pace, 2),
+                "rows": self.rows,
+                "questions": self.questions,
                 "loss": round(mean, 4),
-                "losses": _by_label(tally[:, 0], tally[:, 1]),
-                "right": _by_label(tally[:, 2], tally[:, 3]),
+                "losses": _by_label(seen[:, 0], seen[:, 1]),
+                "right": _by_label(seen[:, 2], seen[:, 3]),
                 "held_out": _by_label(checked[:, 2], checked[:, 3]),
             }
         )
@@ -354,6 +363,14 @@ class EyesRun:
         with (self.out / "log.jsonl").open("a") as log:
             log.write(json.dumps(line) + "\n")
         print(json.dumps(line), flush=True)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if isinstance(value, dict):
+        return {k: _copied(v) for k, v in value.items()}
+    return [_copied(v) for v in value] if isinstance(value, list) else value
 
 
 def _by_label(total: torch.Tensor, count: torch.Tensor) -> dict[str, float]:
@@ -432,8 +449,9 @@ def write_accuracy(out: Path, file: Gguf, count: int, device: str) -> dict[str, 
     from safetensors.torch import load_file
 
     begin = time.monotonic()
-    with ProcessPoolExecutor(min(len(TASK_FAMILIES), len(os.sched_getaffinity(0)))) as pool:
-        asking = [pool.submit(_held_out, family, count) for family in TASK_FAMILIES]
+    processes = min(len(TASK_FAMILIES), os.cpu_count() or 1)
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        asking = [pool.submit(held_out, family, count) for family in TASK_FAMILIES]
         model, processor = eyes_model(file), eyes_processor(file)
         apply_parts(model, load_file(out / "parts.safetensors"))
         model = model.to(device).eval()  # type: ignore[arg-type]
@@ -448,10 +466,6 @@ def write_accuracy(out: Path, file: Gguf, count: int, device: str) -> dict[str, 
     return found
 
 
-def _held_out(family: str, count: int) -> list[Question]:
-    return list(tasks(family, "test", 0, count))
-
-
 MOST_TOKENS = {"cap": 64, "box": 16, "ocr": 16}
 
 
@@ -462,8 +476,6 @@ def _accuracy(model: Any, processor: Any, questions: list[Question], *, blind: b
     for i in range(0, len(questions), size):
         some = questions[i : i + size]
         images = [() if blind else q.images for q in some]
-        answers = ask(
-            model, processor, images, [q.question for q in some], max_new_tokens=MOST_TOKENS.get(family, 8)
-        )
+        answers = ask(model, processor, images, [q.question for q in some], max_new_tokens=MOST_TOKENS.get(family, 8))
         right += sum(score(family, answer.text, q.answer) for answer, q in zip(answers, some, strict=True))
     return right / len(questions)
