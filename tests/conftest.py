@@ -41,3 +41,14 @@ def refused(run):
         assert "Traceback" not in err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def language():
+    """SmolLM2's file, which `codebook prune eyes` puts into the cache; no test fetches 93 MB."""
+    from codebook.models.smollm2 import GGUF_SHA256, MEMBER, cache_folder, language_file
+
+    path = cache_folder() / f"{os.path.basename(MEMBER)[:-5]}-{GGUF_SHA256[:8]}.gguf"
+    if not path.exists():
+        pytest.skip("the language model of `eyes` is not in the cache")
+    return language_file()

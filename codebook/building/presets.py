@@ -122,6 +122,7 @@ BUILD_PRESETS = {
     ),
     # 24 of 144 tokens are probed, a quarter of 96, so clusters are smaller
     "miniature": Settings(prompt="describe.", tau_p=0.6, tau_j=0.1, max_cluster_size=3, clusters=16),
+    "eyes": Settings(prompt="describe.", tau_p=0.995829, tau_j=0.0251042, max_cluster_size=3, clusters=16),
 }
 # parts of hub names, the most specific first
 ALIASES = (

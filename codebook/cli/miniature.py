@@ -71,7 +71,7 @@ def train_command(
         if not (steps or minutes):
             raise CodebookError("say how long to train: --minutes or --steps")
         from codebook.miniature.eyes_training import train_eyes
-        from codebook.miniature.smollm2 import language_file
+        from codebook.models.smollm2 import language_file
 
         limits = {"minutes": minutes or 0.0} | ({"steps": steps} if steps else {})
         language = language_file(llm_file)

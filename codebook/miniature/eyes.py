@@ -7,31 +7,34 @@ ships with the package; `assemble` puts it onto the language model. See ``docs/m
 
 from __future__ import annotations
 
+import os
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from codebook.miniature.model import VISION
 from codebook.miniature.scenes import GRID, IMAGE_SIDE, PATCH
-from codebook.miniature.smollm2 import (
+from codebook.miniature.tasks import PLACES
+from codebook.models.assembly import PARTS, PROJECTOR, TOWER, merged
+from codebook.models.smollm2 import (
     BEGIN_ID,
     END_ID,
+    GGUF_SHA256,
     IMAGE_TOKEN,
     IMAGE_TOKEN_ID,
     INNER,
-    LAYERS,
-    MATRICES,
     SHARED_HEADS,
     TEXT_CONFIG,
     WIDTH,
     language_tokenizer,
     language_weights,
 )
-from codebook.miniature.tasks import PLACES
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-    from codebook.miniature.gguf import Gguf
+    from codebook.models.gguf import Gguf
 
 RANK = 16
 """Rank of the low-rank updates."""
@@ -46,9 +49,6 @@ SHAPES_OF = {
     "down_proj": (WIDTH, INNER),
 }
 """Rows and columns of each matrix of a layer."""
-
-TOWER, PROJECTOR, LORA = "vision_tower.", "multi_modal_projector.", "lora."
-"""Beginnings of the parts' names; a low-rank factor is ``lora.q_proj.a`` or ``.b``, all layers in one tensor."""
 
 ONE_IMAGE, MANY_IMAGES = "The image shows:", "Image {}:"
 TEMPLATE = (
@@ -118,17 +118,31 @@ def eyes_model(file: Gguf) -> LlavaForConditionalGeneration:
     return built
 
 
-def apply_parts(built: LlavaForConditionalGeneration, parts: dict[str, Tensor]) -> None:
-    """Give a fresh model of `eyes_model` its trained tower and projector, and add the low-rank updates, in float32."""
-    import torch
+def apply_parts(built: LlavaForConditionalGeneration, file: Gguf, parts: dict[str, Tensor]) -> None:
+    """Give a model of `eyes_model` what was trained, as `load` does."""
+    places = {"language_model.model.": built.model.language_model}
+    places |= {name: getattr(built.model, name[:-1]) for name in (TOWER, PROJECTOR)}
+    whole = merged(file, parts)
+    for beginning, module in places.items():
+        own = {name.removeprefix(beginning): part for name, part in whole.items() if name.startswith(beginning)}
+        module.load_state_dict(own, strict=True)
 
-    parts = {name: tensor.float() for name, tensor in parts.items()}
-    for beginning in (TOWER, PROJECTOR):
-        own = {name.removeprefix(beginning): tensor for name, tensor in parts.items() if name.startswith(beginning)}
-        getattr(built.model, beginning[:-1]).load_state_dict(own, strict=True)
-    with torch.no_grad():
-        for name, (part, _) in MATRICES.items():
-            left, right = parts[f"{LORA}{name}.b"], parts[f"{LORA}{name}.a"]
-            for i in range(LAYERS):
-                matrix = getattr(getattr(built.model.language_model.layers[i], part), name).weight
-                matrix += left[i] @ right[i]
+
+def write_weights(built: LlavaForConditionalGeneration, file: Gguf, parts: dict[str, Tensor], folder: Path) -> None:
+    """Write a folder that `load` puts together: what was trained, in half precision, and all small files."""
+    from safetensors.torch import save_file
+
+    draft = folder.with_name(folder.name + ".writing")
+    shutil.rmtree(draft, ignore_errors=True)
+    eyes_processor(file).save_pretrained(draft)
+    (draft / "tokenizer.json").unlink()  # of the language model, and large
+    built.config.dtype = "float32"
+    built.config.architectures = [type(built).__name__]
+    built.config.save_pretrained(draft)
+    built.generation_config.save_pretrained(draft)
+    halves = {name: part.detach().half().cpu().contiguous() for name, part in parts.items()}
+    save_file(halves, draft / PARTS, metadata={"format": "pt", "language_model": GGUF_SHA256})
+    folder.mkdir(parents=True, exist_ok=True)
+    for made in draft.iterdir():
+        os.replace(made, folder / made.name)
+    draft.rmdir()

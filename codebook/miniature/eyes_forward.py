@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import LlavaForConditionalGeneration
 
-from codebook.miniature.eyes import LORA, PROJECTOR, RANK, SHAPES_OF, TOWER
+from codebook.miniature.eyes import RANK, SHAPES_OF
 from codebook.miniature.eyes_packing import VISUAL
-from codebook.miniature.smollm2 import HEADS, LAYERS, MATRICES, SHARED_HEADS, WIDTH
+from codebook.models.assembly import LORA, PROJECTOR, TOWER
+from codebook.models.smollm2 import HEADS, MATRICES, SHARED_HEADS, WIDTH
 
 HEAD = WIDTH // HEADS
 
@@ -41,8 +42,8 @@ class Student(nn.Module):
         draw = torch.Generator().manual_seed(seed)
         self.right, self.left = nn.ParameterDict(), nn.ParameterDict()
         for name, (rows, columns) in SHAPES_OF.items():
-            self.right[name] = nn.Parameter(torch.randn(LAYERS, RANK, columns, generator=draw) * columns**-0.5)
-            self.left[name] = nn.Parameter(torch.zeros(LAYERS, rows, RANK))
+            self.right[name] = nn.Parameter(torch.randn(len(layers), RANK, columns, generator=draw) * columns**-0.5)
+            self.left[name] = nn.Parameter(torch.zeros(len(layers), rows, RANK))
         self.before: Callable[..., Any] = _before
         self.after: Callable[..., Any] = _after
 
@@ -50,7 +51,7 @@ class Student(nn.Module):
         self.register_buffer(name, torch.stack([w.detach() for w in weights]), persistent=False)
 
     def parts(self) -> dict[str, torch.Tensor]:
-        """What is trained, by the names of `apply_parts`."""
+        """What is trained, by the names of `merged`."""
         found = {TOWER + k: v for k, v in self.tower.state_dict().items()}
         found |= {PROJECTOR + k: v for k, v in self.projector.state_dict().items()}
         found |= {f"{LORA}{k}.a": v.detach() for k, v in self.right.items()}

@@ -16,8 +16,8 @@ import numpy as np
 
 from codebook.miniature.eyes import MANY_IMAGES, ONE_IMAGE, asked
 from codebook.miniature.scenes import FILM_FRAMES, GRID, IMAGE_SIDE, Scene, Thing, album, film, scene
-from codebook.miniature.smollm2 import END_ID, IMAGE_TOKEN_ID
 from codebook.miniature.tasks import CELLS, PLACES, TASK_FAMILIES, Question, make_question, scenes_shown, tasks
+from codebook.models.smollm2 import END_ID, IMAGE_TOKEN_ID
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -30,13 +30,14 @@ from transformers.utils import logging
 
 from codebook.errors import CodebookError
 from codebook.inference.ask import ask
-from codebook.miniature.eyes import apply_parts, eyes_model, eyes_processor
+from codebook.miniature.eyes import apply_parts, eyes_model, eyes_processor, write_weights
 from codebook.miniature.eyes_forward import Student, look
 from codebook.miniature.eyes_packing import LABELS, Packer, held_out
-from codebook.miniature.gguf import Gguf, read_gguf
 from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, labels, scene
-from codebook.miniature.smollm2 import language_tokenizer
 from codebook.miniature.tasks import TASK_FAMILIES, Question, score
+from codebook.models.assembly import PARTS, read_parts
+from codebook.models.gguf import Gguf, read_gguf
+from codebook.models.smollm2 import language_tokenizer
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def train_eyes(
     every: float = 60.0,
     **options: Any,
 ) -> Path:
-    """Train, write ``out/parts.safetensors`` and, unless `count` is 0, ``out/accuracy.json``.
+    """Train, write ``out/weights`` and, unless `count` is 0, ``out/accuracy.json``; return the folder of the weights.
 
     Parameters
     ----------
@@ -127,7 +128,7 @@ def train_eyes(
     run.play(makers, every)
     if count:
         write_accuracy(out, file, count, device)
-    return out / "parts.safetensors"
+    return out / "weights"
 
 
 class _Batches(Dataset):
@@ -153,7 +154,8 @@ class EyesRun:
         self.out, self.recipe, self.device = out, recipe, device
         self.dtype = torch.float32 if recipe.precise else torch.bfloat16
         torch.set_float32_matmul_precision("high")
-        built = eyes_model(file)
+        self.file, self.built = file, eyes_model(file)
+        built = self.built
         tokenizer = language_tokenizer(file)
         self.packer = Packer(tokenizer, recipe.seed, recipe.rows, recipe.text, recipe.alone)
         _take_tower(built)
@@ -209,7 +211,7 @@ class EyesRun:
         draft = self.checkpoint.with_suffix(".writing")
         torch.save(self.state(), draft)
         os.replace(draft, self.checkpoint)
-        write_parts(self.student.parts(), self.out / "parts.safetensors", seed=self.recipe.seed, step=self.step)
+        write_weights(self.built, self.file, self.student.parts(), self.out / "weights")
 
     def progress(self) -> float:
         budget = self.recipe.minutes * 60
@@ -434,26 +436,14 @@ def _solve_projector(built: Any, tokenizer: Any, seed: int, count: int = 400, de
     projector.linear_2.bias.copy_(solved[-1])
 
 
-def write_parts(parts: dict[str, torch.Tensor], file: Path, **facts: Any) -> None:
-    """Write what was trained in half precision."""
-    from safetensors.torch import save_file
-
-    draft = file.with_suffix(".writing")
-    halves = {name: tensor.detach().half().cpu().contiguous() for name, tensor in parts.items()}
-    save_file(halves, draft, metadata={k: str(v) for k, v in facts.items()})
-    os.replace(draft, file)
-
-
 def write_accuracy(out: Path, file: Gguf, count: int, device: str) -> dict[str, dict[str, float]]:
     """Answer held-out questions with the parts of a run, with and without the images, and write the accuracies."""
-    from safetensors.torch import load_file
-
     begin = time.monotonic()
     processes = min(len(TASK_FAMILIES), os.cpu_count() or 1)
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         asking = [pool.submit(held_out, family, count) for family in TASK_FAMILIES]
         model, processor = eyes_model(file), eyes_processor(file)
-        apply_parts(model, load_file(out / "parts.safetensors"))
+        apply_parts(model, file, read_parts(out / "weights" / PARTS))
         model = model.to(device).eval()  # type: ignore[arg-type]
         found: dict[str, dict[str, float]] = {"full": {}, "no image": {}}
         for family, waiting in zip(TASK_FAMILIES, asking, strict=True):

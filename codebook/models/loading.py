@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from codebook.errors import CodebookError
+from codebook.models.assembly import assembled
 from codebook.models.base import Model, Processor
 from codebook.models.finite import check_weights, some
 from codebook.models.registry import family_of_config
 
-SHIPPED_MODELS = {"miniature": Path(__file__).parents[1] / "miniature" / "weights"}
+_MINIATURE = Path(__file__).parents[1] / "miniature"
+SHIPPED_MODELS = {"miniature": _MINIATURE / "weights", "eyes": _MINIATURE / "weights_eyes"}
 """Folders of the models that ship with the package, by the name that `load` takes."""
 
 EXAMPLES = {
@@ -40,7 +42,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     Parameters
     ----------
     name
-        `miniature` (ships with the package), a folder, or a name on the Hugging Face Hub.
+        `miniature` or `eyes`, which ship with the package (of `eyes` the language model is fetched once, 93 MB), a
+        folder, or a name on the Hugging Face Hub.
     device
         Default: `cuda` when there is one, else `cpu`.
     dtype
@@ -59,8 +62,8 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = check_device(device)
-    folder = SHIPPED_MODELS.get(name, Path(name))
     try:
+        folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
         options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
         _check_config(name, folder, options)  # before gigabytes are read
         chosen: Any = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")

@@ -15,8 +15,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from codebook.errors import CodebookError
-from codebook.store.files import check_regular
+from codebook.errors import CodebookError, remedy_for
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Metadata types of fixed size, as `struct` names them."""
@@ -55,14 +54,15 @@ def read_gguf(path: Path) -> Gguf:
     CodebookError
         If it is no GGUF of version 3, is damaged, is larger than 1 GiB, or has tensors of a type that is not read.
     """
-    check_regular(path, "give the GGUF file itself")
     try:
+        if not path.is_file():  # a pipe would block
+            raise CodebookError(f"no file {path}, or no regular one: give the GGUF file itself")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             if len(data) > LARGEST_GGUF:
                 _refuse(path, f"it has {len(data):,} bytes, more than the {LARGEST_GGUF:,} that are read")
             return _Reader(path, data).read()
     except OSError as error:
-        raise CodebookError(f"cannot read {path}: {error.strerror}") from None
+        raise CodebookError(f"cannot read {path}: {error.strerror}; {remedy_for(error)}") from None
     except (struct.error, UnicodeDecodeError, ValueError) as error:  # an empty file is a ValueError of mmap
         _refuse(path, f"it is damaged or not all there ({str(error)[:80]})")
 

