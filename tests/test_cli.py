@@ -299,7 +299,8 @@ def test_extend_merge_and_sheet(run, refused, tmp_path):
     refused(*shown, words=["--sheet needs --images"])
     refused(*shown, "--images", tmp_path / "nowhere", words=["no such folder"])
     refused("extend", tmp_path / "none", "--images", tmp_path / "b", "--out", tmp_path / "x", words=["no codebook in"])
-    [prebuilt] = json.loads(run("list", "--json")[1])["codebooks"]
+    books = json.loads(run("list", "--json")[1])["codebooks"]
+    prebuilt = next(book for book in books if book["name"] == "miniature")
     refused("merge", tmp_path / "ext", prebuilt["folder"], "--out", tmp_path / "x", words=["another", "do not merge"])
     shutil.copytree(prebuilt["folder"], tmp_path / "bare")
     config = json.loads((tmp_path / "bare" / "config.json").read_text())

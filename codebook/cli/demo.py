@@ -13,6 +13,7 @@ import typer
 
 from codebook.cli.options import JsonOption, SeedOption
 from codebook.cli.output import Update, building_progress, progress, resumable, write_picture
+from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
     from codebook.evaluation import Scores
@@ -27,10 +28,13 @@ def demo_command(
     out: Annotated[Path, typer.Option(help="Folder for images, codebook and picture.")] = Path("codebook-demo"),
     images: Annotated[int, typer.Option(min=1, help="Training images to build from.")] = 100,
     questions: Annotated[int, typer.Option(min=1, help="Held-out questions per task family.")] = 40,
+    name: Annotated[
+        str, typer.Option("--model", help="`miniature`, or `eyes`, which takes about forty times as long.")
+    ] = "miniature",
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Build a codebook for the embedded model and compare pruning methods on held-out questions."""
+    """Build a codebook for a model that ships and compare pruning methods on held-out questions."""
     from codebook import miniature, models
     from codebook.building import build
     from codebook.cli.checks import check_output_folder
@@ -41,12 +45,14 @@ def demo_command(
     from codebook.pruning import Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage, Uniform
 
     check_output_folder(out, ("kept.png",))
-    model, processor = models.load("miniature")
+    if name not in models.SHIPPED_MODELS:
+        raise CodebookError(f"no model {name[:40]!r} ships: use {' or '.join(models.SHIPPED_MODELS)}")
+    model, processor = models.load(name)
     folder = out / f"images-{images}-{seed}"
     miniature.write_images(folder, images, seed=seed)
     with building_progress() as tick:
-        target = out / f"codebook-{images}-{seed}"
-        book = build(model, processor, folder, target, model_id="miniature", progress=tick)
+        target = out / f"codebook-{images}-{seed}{'' if name == 'miniature' else '-' + name}"
+        book = build(model, processor, folder, target, model_id=name, progress=tick)
 
     pruners: dict[str, tuple[Pruner, bool]] = {
         "seeded": (SeededFarthestPoint(book), True),

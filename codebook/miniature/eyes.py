@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from codebook.miniature.model import VISION
 from codebook.miniature.scenes import GRID, IMAGE_SIDE, PATCH
 from codebook.miniature.tasks import PLACES
-from codebook.models.assembly import PARTS, PROJECTOR, TOWER, merged
+from codebook.models.assembly import PARTS_FILE, PROJECTOR, TOWER, merged
 from codebook.models.smollm2 import (
     BEGIN_ID,
     END_ID,
@@ -23,9 +23,9 @@ from codebook.models.smollm2 import (
     IMAGE_TOKEN,
     IMAGE_TOKEN_ID,
     INNER,
+    LLM_WIDTH,
     SHARED_HEADS,
     TEXT_CONFIG,
-    WIDTH,
     language_tokenizer,
     language_weights,
 )
@@ -40,18 +40,18 @@ RANK = 16
 """Rank of the low-rank updates."""
 
 SHAPES_OF = {
-    "q_proj": (WIDTH, WIDTH),
-    "k_proj": (SHARED_HEADS * 64, WIDTH),
-    "v_proj": (SHARED_HEADS * 64, WIDTH),
-    "o_proj": (WIDTH, WIDTH),
-    "gate_proj": (INNER, WIDTH),
-    "up_proj": (INNER, WIDTH),
-    "down_proj": (WIDTH, INNER),
+    "q_proj": (LLM_WIDTH, LLM_WIDTH),
+    "k_proj": (SHARED_HEADS * 64, LLM_WIDTH),
+    "v_proj": (SHARED_HEADS * 64, LLM_WIDTH),
+    "o_proj": (LLM_WIDTH, LLM_WIDTH),
+    "gate_proj": (INNER, LLM_WIDTH),
+    "up_proj": (INNER, LLM_WIDTH),
+    "down_proj": (LLM_WIDTH, INNER),
 }
 """Rows and columns of each matrix of a layer."""
 
 ONE_IMAGE, MANY_IMAGES = "The image shows:", "Image {}:"
-TEMPLATE = (
+EYES_TEMPLATE = (
     "{% set places = " + str(list(PLACES)) + " %}"
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ ' ' }}{% endif %}"
     "{% if message['content'] is string %}"
@@ -88,7 +88,7 @@ def eyes_processor(file: Gguf) -> LlavaProcessor:
         tokenizer=language_tokenizer(file),
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
+        chat_template=EYES_TEMPLATE,
         image_token=IMAGE_TOKEN,
         num_additional_image_tokens=1,
     )
@@ -141,7 +141,7 @@ def write_weights(built: LlavaForConditionalGeneration, file: Gguf, parts: dict[
     built.config.save_pretrained(draft)
     built.generation_config.save_pretrained(draft)
     halves = {name: part.detach().half().cpu().contiguous() for name, part in parts.items()}
-    save_file(halves, draft / PARTS, metadata={"format": "pt", "language_model": GGUF_SHA256})
+    save_file(halves, draft / PARTS_FILE, metadata={"format": "pt", "language_model": GGUF_SHA256})
     folder.mkdir(parents=True, exist_ok=True)
     for made in draft.iterdir():
         os.replace(made, folder / made.name)

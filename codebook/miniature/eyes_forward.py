@@ -13,9 +13,9 @@ from transformers import LlavaForConditionalGeneration
 from codebook.miniature.eyes import RANK, SHAPES_OF
 from codebook.miniature.eyes_packing import VISUAL
 from codebook.models.assembly import LORA, PROJECTOR, TOWER
-from codebook.models.smollm2 import HEADS, MATRICES, SHARED_HEADS, WIDTH
+from codebook.models.smollm2 import HEADS, LLM_WIDTH, MATRICES, SHARED_HEADS
 
-HEAD = WIDTH // HEADS
+HEAD_WIDTH = LLM_WIDTH // HEADS
 
 
 class Student(nn.Module):
@@ -26,6 +26,11 @@ class Student(nn.Module):
     built : of `eyes_model`; its language model is taken over
     seed : of the low-rank factors; the left ones begin at zero
     """
+
+    words: torch.Tensor
+    norm: torch.Tensor
+    input_layernorm: torch.Tensor
+    post_attention_layernorm: torch.Tensor
 
     def __init__(self, built: LlavaForConditionalGeneration, seed: int) -> None:
         super().__init__()
@@ -83,16 +88,16 @@ class Student(nn.Module):
         """
         tokens = packed["tokens"]
         hidden = F.embedding(tokens, self.words)
-        visual = self.projector(features).to(hidden.dtype).view(len(tokens), len(places), VISUAL, WIDTH)
+        visual = self.projector(features).to(hidden.dtype).view(len(tokens), len(places), VISUAL, LLM_WIDTH)
         for i, place in enumerate(places):
             hidden[:, place : place + VISUAL] = visual[:, i]
         cos, sin = (part[:, :, None].to(dtype) for part in self.rotary(hidden, packed["position"]))
-        mask = visible(packed["segment"], packed["hidden"], dtype)
+        mask = row_mask(packed["segment"], packed["hidden"], dtype)
         for i, (qkv, out, gate_up, down) in enumerate(self.merged(dtype)):
             query, key, value = self.before(hidden, self.input_layernorm[i], qkv, cos, sin, self.eps)
             mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
             hidden = self.after(hidden, mixed, out, self.post_attention_layernorm[i], gate_up, down, self.eps)
-        chosen = F.rms_norm(hidden.flatten(0, 1)[packed["where"]], (WIDTH,), self.norm, self.eps)
+        chosen = F.rms_norm(hidden.flatten(0, 1)[packed["where"]], (LLM_WIDTH,), self.norm, self.eps)
         return F.linear(chosen.to(dtype), self.words.to(dtype)).float()
 
 
@@ -106,7 +111,7 @@ def look(tower: nn.Module, pixels: torch.Tensor, *, summary: bool = False) -> tu
     return hidden[:, 1:], parts.post_layernorm(last(hidden, None)[:, 0]) if summary else None
 
 
-def visible(segment: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def row_mask(segment: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Additive mask (R, 1, L, L): the prefix without what is hidden, and earlier tokens of the same question."""
     length = segment.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
@@ -119,23 +124,25 @@ def visible(segment: torch.Tensor, hidden: torch.Tensor, dtype: torch.dtype) -> 
 
 def _before(hidden, norm, qkv, cos, sin, eps: float):
     rows, length, _ = hidden.shape
-    normed = F.rms_norm(hidden, (WIDTH,), norm, eps).to(qkv.dtype)
-    query, key, value = F.linear(normed, qkv).split([WIDTH, SHARED_HEADS * HEAD, SHARED_HEADS * HEAD], -1)
-    query = _rotate(query.view(rows, length, HEADS, HEAD), cos, sin)
-    key = _rotate(key.view(rows, length, SHARED_HEADS, HEAD), cos, sin)
+    normed = F.rms_norm(hidden, (LLM_WIDTH,), norm, eps).to(qkv.dtype)
+    query, key, value = F.linear(normed, qkv).split(
+        [LLM_WIDTH, SHARED_HEADS * HEAD_WIDTH, SHARED_HEADS * HEAD_WIDTH], -1
+    )
+    query = _turned(query.view(rows, length, HEADS, HEAD_WIDTH), cos, sin)
+    key = _turned(key.view(rows, length, SHARED_HEADS, HEAD_WIDTH), cos, sin)
     key, value = (
-        x[:, :, :, None].expand(-1, -1, -1, HEADS // SHARED_HEADS, -1).reshape(rows, length, HEADS, HEAD)
-        for x in (key, value.view(rows, length, SHARED_HEADS, HEAD))
+        x[:, :, :, None].expand(-1, -1, -1, HEADS // SHARED_HEADS, -1).reshape(rows, length, HEADS, HEAD_WIDTH)
+        for x in (key, value.view(rows, length, SHARED_HEADS, HEAD_WIDTH))
     )
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
 def _after(hidden, mixed, out, norm, gate_up, down, eps: float):
     hidden = hidden + F.linear(mixed.transpose(1, 2).flatten(2), out)
-    gate, up = F.linear(F.rms_norm(hidden, (WIDTH,), norm, eps).to(out.dtype), gate_up).chunk(2, -1)
+    gate, up = F.linear(F.rms_norm(hidden, (LLM_WIDTH,), norm, eps).to(out.dtype), gate_up).chunk(2, -1)
     return hidden + F.linear(F.silu(gate) * up, down)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = HEAD // 2
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    half = HEAD_WIDTH // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebook.miniature.eyes import MANY_IMAGES, ONE_IMAGE, asked
-from codebook.miniature.scenes import FILM_FRAMES, GRID, IMAGE_SIDE, Scene, Thing, album, film, scene
+from codebook.miniature.scenes import FILM_FRAMES, GRID, IMAGE_SIDE, Number, Scene, Thing, album, film, scene
 from codebook.miniature.tasks import CELLS, PLACES, TASK_FAMILIES, Question, make_question, scenes_shown, tasks
 from codebook.models.smollm2 import END_ID, IMAGE_TOKEN_ID
 
@@ -33,7 +33,7 @@ MORE = ("exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr", "cou
 
 
 @dataclass(frozen=True)
-class Layout:
+class RowLayout:
     """The form of a batch; it is the same for all batches of a kind, so that a GPU compiles it once.
 
     Attributes
@@ -82,12 +82,12 @@ class Packer:
             self.known[question] = self._ids(asked(question))
         return self.known[question]
 
-    def _layout(self, draw: Callable[..., Any], images: int, text: int) -> Layout:
+    def _layout(self, draw: Callable[..., Any], images: int, text: int) -> RowLayout:
         places, at = [], 0
         for head in self.heads[images]:
             places.append(at + len(head))
             at = places[-1] + VISUAL
-        return Layout(draw, images, at, text + -(at + text) % 8, tuple(places))
+        return RowLayout(draw, images, at, text + -(at + text) % 8, tuple(places))
 
     def kind(self, step: int) -> str:
         """What a training step is about."""
@@ -114,7 +114,7 @@ class Packer:
         made["pixels"] = made["pixels"].reshape(-1, IMAGE_SIDE, IMAGE_SIDE, 3)
         return {"kind": kind, **made, "where": np.flatnonzero(made["target"] >= 0)}
 
-    def _row(self, layout: Layout, split: str, step: int, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _row(self, layout: RowLayout, split: str, step: int, i: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         # The leading 0 keeps these streams apart from those of `tasks`, which lead with 1.
         shown = layout.draw(split, 0, self.seed + 100, step, i)
         scenes = scenes_shown(shown)
@@ -171,7 +171,7 @@ class Packer:
     def _questions(self, shown: Any, rng: np.random.Generator) -> Iterator[tuple[str, str, str]]:
         """Label, question and answer; more than fit in a row, and some more than once."""
         if isinstance(shown, Scene):
-            yield "list", "list everything with its place.", _listed(shown)
+            yield "list", "list everything with its place.", _all_listed(shown)
             order = [MAIN_FAMILIES[i] for i in rng.permutation(len(MAIN_FAMILIES))]
             for family in order + [MORE[i] for i in rng.permutation(len(MORE))]:
                 parts = make_question(shown, family, rng)
@@ -188,7 +188,7 @@ class Packer:
                 continue
             j = int(rng.integers(len(scenes)))
             if i == 2:
-                yield "each", f"list everything with its place in image {PLACES[j]}.", _listed(scenes[j])
+                yield "each", f"list everything with its place in image {PLACES[j]}.", _all_listed(scenes[j])
                 continue
             family = ("exist", "attr", "loc", "count", "loc", "ocr")[int(rng.integers(6))]
             parts = make_question(scenes[j], family, rng)
@@ -208,11 +208,12 @@ def _heads(count: int) -> list[str]:
     return [" " * (i > 0) + MANY_IMAGES.format(place) for i, place in enumerate(PLACES[:count])]
 
 
-def _listed(picture: Scene) -> str:
+def _all_listed(picture: Scene) -> str:
     """All that a scene shows, in reading order, each with the cell of its centre."""
     cell = IMAGE_SIDE // CELLS
     found = []
-    for item in (*picture.things, *picture.numbers):
+    items: list[Thing | Number] = [*picture.things, *picture.numbers]
+    for item in items:
         left, top, right, bottom = item.box
         x, y = (left + right) // 2 // cell, (top + bottom) // 2 // cell
         name = f"{item.color} {item.shape}" if isinstance(item, Thing) else f"number {' '.join(item.digits)}"

@@ -35,7 +35,7 @@ from codebook.miniature.eyes_forward import Student, look
 from codebook.miniature.eyes_packing import LABELS, Packer, held_out
 from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, labels, scene
 from codebook.miniature.tasks import TASK_FAMILIES, Question, score
-from codebook.models.assembly import PARTS, read_parts
+from codebook.models.assembly import PARTS_FILE, read_parts
 from codebook.models.gguf import Gguf, read_gguf
 from codebook.models.smollm2 import language_tokenizer
 
@@ -139,7 +139,7 @@ class _Batches(Dataset):
         return self.packer.batch(step)
 
 
-def _same(made: Any) -> Any:
+def _as_made(made: Any) -> Any:
     return made  # as arrays: they go through a pipe and need no shared memory, of which containers have little
 
 
@@ -262,7 +262,7 @@ class EyesRun:
     def _calm_down(self, good: dict[str, Any], loss: float) -> None:
         """Go back to where the loss was last seen in order, at half the rates."""
         self.calm /= 2
-        self.restore(_copied(good))
+        self.restore(_cloned(good))
         self._log({"diverged": self.step, "loss": loss, "calm": self.calm})
         if self.calm < 1e-3:
             raise CodebookError(f"the loss stays at {loss:.2f} at every rate: use another seed")
@@ -286,13 +286,13 @@ class EyesRun:
             sampler=range(self.step, self.recipe.steps),  # type: ignore[arg-type]
             num_workers=makers,
             prefetch_factor=4 if makers else None,
-            collate_fn=_same,
+            collate_fn=_as_made,
             worker_init_fn=_quiet,
         )
         return iter(loader)
 
     def _snapshot(self) -> dict[str, Any]:
-        return _copied({"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()})
+        return _cloned({"student": self.student.state_dict(), "optimizer": self.optimizer.state_dict()})
 
     def advance(self, packed: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         """Take one step; return the loss, and (label, 4): weighted loss, weight, questions right, questions."""
@@ -367,12 +367,12 @@ class EyesRun:
         print(json.dumps(line), flush=True)
 
 
-def _copied(value: Any) -> Any:
+def _cloned(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
-        return {k: _copied(v) for k, v in value.items()}
-    return [_copied(v) for v in value] if isinstance(value, list) else value
+        return {k: _cloned(v) for k, v in value.items()}
+    return [_cloned(v) for v in value] if isinstance(value, list) else value
 
 
 def _by_label(total: torch.Tensor, count: torch.Tensor) -> dict[str, float]:
@@ -443,7 +443,7 @@ def write_accuracy(out: Path, file: Gguf, count: int, device: str) -> dict[str, 
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         asking = [pool.submit(held_out, family, count) for family in TASK_FAMILIES]
         model, processor = eyes_model(file), eyes_processor(file)
-        apply_parts(model, file, read_parts(out / "weights" / PARTS))
+        apply_parts(model, file, read_parts(out / "weights" / PARTS_FILE))
         model = model.to(device).eval()  # type: ignore[arg-type]
         found: dict[str, dict[str, float]] = {"full": {}, "no image": {}}
         for family, waiting in zip(TASK_FAMILIES, asking, strict=True):
@@ -456,7 +456,7 @@ def write_accuracy(out: Path, file: Gguf, count: int, device: str) -> dict[str, 
     return found
 
 
-MOST_TOKENS = {"cap": 64, "box": 16, "ocr": 16}
+ANSWER_TOKENS = {"cap": 64, "box": 16, "ocr": 16}
 
 
 def _accuracy(model: Any, processor: Any, questions: list[Question], *, blind: bool) -> float:
@@ -466,6 +466,6 @@ def _accuracy(model: Any, processor: Any, questions: list[Question], *, blind: b
     for i in range(0, len(questions), size):
         some = questions[i : i + size]
         images = [() if blind else q.images for q in some]
-        answers = ask(model, processor, images, [q.question for q in some], max_new_tokens=MOST_TOKENS.get(family, 8))
+        answers = ask(model, processor, images, [q.question for q in some], max_new_tokens=ANSWER_TOKENS.get(family, 8))
         right += sum(score(family, answer.text, q.answer) for answer, q in zip(answers, some, strict=True))
     return right / len(questions)

@@ -28,7 +28,7 @@ from codebook.models.smollm2 import (
     sha256_of,
 )
 
-PARTS = "parts.safetensors"
+PARTS_FILE = "parts.safetensors"
 """Name of the file of parts."""
 
 LARGEST_PARTS = 2**26
@@ -40,7 +40,7 @@ TOWER, PROJECTOR, LORA = "vision_tower.", "multi_modal_projector.", "lora."
 HASHES = "assembled.json"
 """Name of the file with the hashes of the others, by which damage is seen."""
 
-LAYOUT = 1
+ASSEMBLY_VERSION = 1
 """Version of what is put together: another one is put together anew."""
 
 
@@ -52,13 +52,15 @@ def assembled(folder: Path) -> Path:
     CodebookError
         If the parts are damaged or another language model's, that cannot be fetched, or the cache cannot be written.
     """
-    if not (folder / PARTS).is_file():
+    if not (folder / PARTS_FILE).is_file():
         return folder
     try:
         shipped = {file.name: file for file in sorted(folder.iterdir()) if file.is_file()}
-        if (size := shipped[PARTS].stat().st_size) > LARGEST_PARTS:
-            raise CodebookError(f"{shipped[PARTS]} has {size:,} bytes, more than the {LARGEST_PARTS:,} that are read")
-        digest = hashlib.sha256(f"{LAYOUT} {GGUF_SHA256}".encode())
+        if (size := shipped[PARTS_FILE].stat().st_size) > LARGEST_PARTS:
+            raise CodebookError(
+                f"{shipped[PARTS_FILE]} has {size:,} bytes, more than the {LARGEST_PARTS:,} that are read"
+            )
+        digest = hashlib.sha256(f"{ASSEMBLY_VERSION} {GGUF_SHA256}".encode())
         for name, file in shipped.items():
             digest.update(f"{name} {sha256_of(file)}".encode())
         whole = cache_folder() / f"{folder.name}-{digest.hexdigest()[:16]}"
@@ -127,13 +129,13 @@ def _assemble(shipped: dict[str, Path], whole: Path) -> None:
     from safetensors.torch import save_file
 
     file = read_gguf(language_file())
-    weights = merged(file, read_parts(shipped[PARTS]))
+    weights = merged(file, read_parts(shipped[PARTS_FILE]))
     whole.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{whole.name}-", dir=whole.parent) as place:
         draft = Path(place) / "draft"
         draft.mkdir()
         for name, source in shipped.items():
-            if name != PARTS:
+            if name != PARTS_FILE:
                 shutil.copyfile(source, draft / name)
         # As in the miniature: float16 halves the file, and config.json says that it is computed in float32.
         halves = {name: weight.half().contiguous() for name, weight in weights.items()}

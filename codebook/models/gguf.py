@@ -1,4 +1,4 @@
-"""A reader of GGUF, the file format of llama.cpp: metadata and tensors, as numpy arrays.
+"""GGUF, the file format of llama.cpp, read with numpy: metadata and tensors.
 
 Of the tensors' types it knows F32, Q8_0 and Q4_1, all that SmolLM2's file has. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
@@ -20,7 +20,7 @@ from codebook.errors import CodebookError, remedy_for
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 """Metadata types of fixed size, as `struct` names them."""
 
-TEXT, ARRAY = 8, 9
+STRING, ARRAY = 8, 9
 F32, Q4_1, Q8_0 = 0, 3, 8
 BLOCKS = {F32: (1, 4), Q4_1: (32, 20), Q8_0: (32, 34)}
 """Numbers and bytes of one block, for each type of tensor that is read."""
@@ -90,7 +90,7 @@ class _Reader:
         if not isinstance(align, int) or not 0 < align <= 2**16:
             _refuse(self.path, "its alignment is out of range")
         start = -(-self.place // align) * align
-        return Gguf(metadata, {name: self.tensor(name, start, *rest) for name, *rest in described})
+        return Gguf(metadata, {told[0]: self.tensor(start, *told) for told in described})
 
     def unpack(self, code: str) -> Any:
         (value,) = struct.unpack_from("<" + code, self.data, self.place)
@@ -111,7 +111,7 @@ class _Reader:
         return raw.decode()
 
     def value(self, kind: int) -> Any:
-        if kind == TEXT:
+        if kind == STRING:
             return self.text()
         if kind == ARRAY:
             inner, count = self.unpack("I"), self.bound(self.unpack("Q"))
@@ -133,7 +133,7 @@ class _Reader:
             _refuse(self.path, f"its tensor {name[:60]!r} is of type {kind} and only F32, Q4_1 and Q8_0 are read")
         return name, shape, kind, offset
 
-    def tensor(self, name: str, start: int, shape: tuple[int, ...], kind: int, offset: int) -> np.ndarray:
+    def tensor(self, start: int, name: str, shape: tuple[int, ...], kind: int, offset: int) -> np.ndarray:
         numbers, size = BLOCKS[kind]
         blocks, rest = divmod(math.prod(shape), numbers)
         begin = start + offset

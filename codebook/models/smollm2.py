@@ -33,9 +33,9 @@ IMAGE_TOKEN, IMAGE_TOKEN_ID = "<image>", 3
 """The token of images takes the place of one that marked files of source code, which nobody asks about here."""
 
 BEGIN_ID, END_ID = 1, 2  # <|im_start|>, <|im_end|>
-LAYERS, WIDTH, HEADS, SHARED_HEADS, INNER, VOCABULARY = 30, 576, 9, 3, 1536, 49152
+LAYERS, LLM_WIDTH, HEADS, SHARED_HEADS, INNER, VOCABULARY = 30, 576, 9, 3, 1536, 49152
 TEXT_CONFIG: dict[str, Any] = {
-    "hidden_size": WIDTH,
+    "hidden_size": LLM_WIDTH,
     "num_hidden_layers": LAYERS,
     "num_attention_heads": HEADS,
     "num_key_value_heads": SHARED_HEADS,
@@ -130,7 +130,7 @@ def language_weights(file: Gguf) -> dict[str, np.ndarray]:
     return weights
 
 
-def _halves(matrix: np.ndarray, size: int = WIDTH // HEADS) -> np.ndarray:
+def _halves(matrix: np.ndarray, size: int = LLM_WIDTH // HEADS) -> np.ndarray:
     """The rows of each head in transformers' order: what GGUF rotates as neighbours lies half a head apart there."""
     rows = matrix.reshape(-1, size // 2, 2, matrix.shape[1])
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(matrix.shape))

@@ -164,7 +164,8 @@ def test_the_projector_that_is_solved_for(built, processor):
     there = truth >= 0
     nearest = F.cosine_similarity(visual[there][:, None], named[None], dim=-1).argmax(1)
     assert (nearest == truth[there]).float().mean() > 0.85  # chance: 0.17
-    assert visual[~there].norm(dim=1).mean() < 0.3 * visual[there].norm(dim=1).mean()
+    nothing = ~there & (torch.cat([torch.from_numpy(labels(picture)["digit"]) for picture in shown]) < 0)
+    assert visual[nothing].norm(dim=1).mean() < 0.3 * visual[there].norm(dim=1).mean()
 
 
 @pytest.fixture
@@ -240,10 +241,10 @@ def shipped(language):
 def test_what_ships_answers(shipped):
     """Two held-out questions of each family that a sentence can answer; chance is far below."""
     families = ("exist", "attr", "loc", "ocr", "rel", "word")
-    questions = [q for family in families for q in tasks(family, "test", 0, 4)]
+    questions = [q for family in families for q in tasks(family, "test", 0, 2)]
     answers = ask(*shipped, [q.images for q in questions], [q.question for q in questions], max_new_tokens=10)
     right = [answer.text == q.answer for answer, q in zip(answers, questions, strict=True)]
-    assert sum(right) >= 20, [(q.question, q.answer, a.text) for a, q in zip(answers, questions, strict=True)]
+    assert sum(right) >= 11, [(q.question, q.answer, a.text) for a, q in zip(answers, questions, strict=True)]
 
 
 def test_what_ships_is_a_stock_llava(shipped):

@@ -53,7 +53,7 @@ def test_tokens(gguf, text, ids):
 
 
 def test_updates_are_added(gguf):
-    parts = read_parts(SHIPPED_MODELS["eyes"] / assembly.PARTS)
+    parts = read_parts(SHIPPED_MODELS["eyes"] / assembly.PARTS_FILE)
     before, after = language_weights(gguf), merged(gguf, parts)
     for name, place in (("k_proj", "self_attn.k_proj"), ("down_proj", "mlp.down_proj")):
         own = torch.einsum("or,ri->oi", parts[f"lora.{name}.b"][17].double(), parts[f"lora.{name}.a"][17].double())
@@ -85,7 +85,7 @@ def test_kept_in_the_cache_and_mended(language, tmp_path, monkeypatch):
 
 
 def test_parts_that_do_not_fit(gguf, tmp_path):
-    parts = read_parts(SHIPPED_MODELS["eyes"] / assembly.PARTS)
+    parts = read_parts(SHIPPED_MODELS["eyes"] / assembly.PARTS_FILE)
     with pytest.raises(CodebookError, match=r"do not fit SmolLM2 .*lora\.up_proj\.a"):
         merged(gguf, {name: part for name, part in parts.items() if name != "lora.up_proj.a"})
     with pytest.raises(CodebookError, match="do not fit SmolLM2"):
