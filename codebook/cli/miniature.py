@@ -82,7 +82,9 @@ def train_command(
 
 @resumable("check")
 def evaluate_command(
-    folder: Annotated[Path | None, typer.Argument(help="Weights of a training run; default: those that ship.")] = None,
+    folder: Annotated[
+        Path, typer.Argument(help="`miniature` (default), `eyes`, or the folder of weights of a training run.")
+    ] = Path("miniature"),
     count: Annotated[int, typer.Option(min=1, help="Held-out questions per family.")] = 200,
     look: Annotated[
         list[str] | None, typer.Option(help="plain (default), photo, noise, scale; repeat for several.")
@@ -110,7 +112,8 @@ def evaluate_command(
     looks = look or ["plain"]
     for name in looks:
         next(iter(tasks(TASK_FAMILIES[0], "test", 0, 1, look=name)))  # refuses what it does not know
-    loaded, processor = load_weights(folder, device or "cpu") if folder else models.load("miniature", device or "cpu")
+    shipped = str(folder) in models.SHIPPED_MODELS
+    loaded, processor = (models.load if shipped else load_weights)(str(folder), device or "cpu")
     rows: dict[str, Scores] = {}
     if check is not None:
         plans = instrument.check_plans(models.shape(loaded).layers)

@@ -128,8 +128,8 @@ def _before(hidden, norm, qkv, cos, sin, eps: float):
     query, key, value = F.linear(normed, qkv).split(
         [LLM_WIDTH, SHARED_HEADS * HEAD_WIDTH, SHARED_HEADS * HEAD_WIDTH], -1
     )
-    query = _turned(query.view(rows, length, HEADS, HEAD_WIDTH), cos, sin)
-    key = _turned(key.view(rows, length, SHARED_HEADS, HEAD_WIDTH), cos, sin)
+    query = _turn_halves(query.view(rows, length, HEADS, HEAD_WIDTH), cos, sin)
+    key = _turn_halves(key.view(rows, length, SHARED_HEADS, HEAD_WIDTH), cos, sin)
     key, value = (
         x[:, :, :, None].expand(-1, -1, -1, HEADS // SHARED_HEADS, -1).reshape(rows, length, HEADS, HEAD_WIDTH)
         for x in (key, value.view(rows, length, SHARED_HEADS, HEAD_WIDTH))
@@ -143,6 +143,6 @@ def _after(hidden, mixed, out, norm, gate_up, down, eps: float):
     return hidden + F.linear(F.silu(gate) * up, down)
 
 
-def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def _turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     half = HEAD_WIDTH // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin

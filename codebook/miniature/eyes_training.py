@@ -35,8 +35,9 @@ from codebook.miniature.eyes_forward import Student, look
 from codebook.miniature.eyes_packing import LABELS, Packer, held_out
 from codebook.miniature.scenes import COLOR_NAMES, GRID, SHAPES, labels, scene
 from codebook.miniature.tasks import TASK_FAMILIES, Question, score
-from codebook.models.assembly import PARTS_FILE, read_parts
+from codebook.models.assembly import PARTS_FILE, TOWER, read_parts
 from codebook.models.gguf import Gguf, read_gguf
+from codebook.models.loading import SHIPPED_MODELS
 from codebook.models.smollm2 import language_tokenizer
 
 
@@ -153,7 +154,8 @@ class EyesRun:
     def __init__(self, out: Path, recipe: EyesRecipe, file: Gguf, device: str) -> None:
         self.out, self.recipe, self.device = out, recipe, device
         self.dtype = torch.float32 if recipe.precise else torch.bfloat16
-        torch.set_float32_matmul_precision("high")
+        if device != "cpu":
+            torch.set_float32_matmul_precision("high")
         self.file, self.built = file, eyes_model(file)
         built = self.built
         tokenizer = language_tokenizer(file)
@@ -384,10 +386,8 @@ def _take_tower(built: Any) -> None:
     """Begin with the miniature's own tower."""
     from safetensors.torch import load_file
 
-    beginning = "model.vision_tower."
-    stored = load_file(Path(__file__).parent / "weights" / "model.safetensors")
-    own = {k[k.index("vision_tower.") + 13 :]: v.float() for k, v in stored.items() if "vision_tower." in k}
-    assert own, beginning
+    stored = load_file(SHIPPED_MODELS["miniature"] / "model.safetensors")
+    own = {k.removeprefix(TOWER): v.float() for k, v in stored.items() if k.startswith(TOWER)}
     built.model.vision_tower.load_state_dict(own, strict=True)
 
 

@@ -201,7 +201,7 @@ def save(built: LlavaForConditionalGeneration, folder: Path) -> None:
     draft.rmdir()
 
 
-def load_weights(folder: Path, device: str = "cpu") -> tuple[Model, Processor]:
+def load_weights(folder: Path | str, device: str = "cpu") -> tuple[Model, Processor]:
     """Load the weights that a training run left in a folder.
 
     Raises
@@ -210,7 +210,8 @@ def load_weights(folder: Path, device: str = "cpu") -> tuple[Model, Processor]:
         If there are none.
     """
     from codebook.models import load
+    from codebook.models.assembly import PARTS_FILE
 
-    if not (folder / "model.safetensors").exists():
+    if not any((Path(folder) / name).exists() for name in ("model.safetensors", PARTS_FILE)):
         raise CodebookError(f"no miniature in {folder}: train one with `codebook miniature train`")
     return load(str(folder), device)

@@ -1,6 +1,6 @@
 """GGUF, the file format of llama.cpp, read with numpy: metadata and tensors.
 
-Of the tensors' types it knows F32, Q8_0 and Q4_1, all that SmolLM2's file has. Format:
+Tensors may be F32, Q8_0 or Q4_1, which is all that SmolLM2's file has. Format:
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
