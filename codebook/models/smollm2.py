@@ -62,8 +62,9 @@ MATRICES = {
 
 
 def cache_folder() -> Path:
-    """Where what can be fetched or made again is kept: `codebook` in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "codebook"
+    """Where what can be fetched or made again is kept; as `user_cache` of the store, which this room cannot import."""
+    given = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or ""
+    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "codebook"
 
 
 def language_file(given: Path | None = None) -> Path:

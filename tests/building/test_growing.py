@@ -13,7 +13,7 @@ from codebook.building import SurvivorPool, build, extend, merge, open_images
 from codebook.building.sheet import sheet
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
-from codebook.store.known import folder_of
+from codebook.store.registry import index_folder
 from tests.building.folders import contents, interrupt, run
 from tests.building.tiny import settings
 from tests.store.books import reseal
@@ -303,7 +303,7 @@ def test_codebooks_of_earlier_versions_grow_where_nothing_is_guessed(tiny, tmp_p
 def test_the_shipped_codebook_grows(tmp_path):
     from codebook import miniature, models
 
-    shipped = folder_of("miniature")
+    shipped = index_folder() / "miniature"
     loaded = models.load("miniature", "cpu")
     noise(tmp_path / "in" / "noise.png", 1, (96, 96))
     miniature.write_images(tmp_path / "in", 1, seed=5)

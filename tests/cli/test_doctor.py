@@ -53,7 +53,7 @@ def test_versions_devices_and_extras_on_one_screen(doctor):
     assert [name for name in report["packages"] if name != "torchvision"] == REQUIRED
     assert all(report["packages"][name] == metadata.version(name) for name in REQUIRED)
     assert any("cpu" in device for device in report["devices"]) and report["attention"]["cpu"] == ["sdpa", "eager"]
-    assert report["codebooks"] == ["miniature"] and set(report["extras"]) == {
+    assert report["codebooks"] == ["eyes", "miniature"] and set(report["extras"]) == {
         "cpu", "datasets", "gpu", "miniature", "plot", "ray",
     }  # fmt: skip
     assert report["extras"]["plot"]["installed"] and len(lines) <= 24

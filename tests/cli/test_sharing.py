@@ -135,12 +135,12 @@ def test_list(run, hub):
     sha = hub.repositories[NAME].commit(files)
     code, out, _ = run("list", "--json")
     found = json.loads(out)
-    assert code == 0 and [one["name"] for one in found["codebooks"]] == ["miniature"]
+    assert code == 0 and [one["name"] for one in found["codebooks"]] == ["eyes", "miniature"]
     by_name = {one["name"]: one for one in found["registry"]}
     assert by_name["llava-1.5-7b"]["prototypes"] == 454 and by_name["llava-onevision-7b"]["dimension"] == 3584
     run("pull", NAME)
     code, out, _ = run("list", "--json")
-    _, pulled = json.loads(out)["codebooks"]
+    *_, pulled = json.loads(out)["codebooks"]
     assert (pulled["name"], pulled["origin"], pulled["revision"], pulled["prototypes"]) == (NAME, "hub", sha, 50)
     (Path(pulled["folder"]) / "config.json").unlink()
     (Path(pulled["folder"]) / "config.json").write_text("{")

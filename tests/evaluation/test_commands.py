@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from codebook import Codebook, miniature
-from codebook.store.known import folder_of
+from codebook.store.registry import index_folder
 from tests.journals import read_journal
 
 
@@ -84,7 +84,7 @@ def test_explain_agrees_with_what_is_pruned(run, refused, scene, tmp_path):
     """A token is explained as kept exactly where the codebook keeps it."""
     ask = ["prune", "miniature", "--image", scene, "--ask", "describe.", "--method", "codebook", "--json"]
     kept = set(json.loads(run(*ask, "--keep", 0.25)[1])["kept"][0])
-    book = Codebook.load(folder_of("miniature"))
+    book = Codebook.load(index_folder() / "miniature")
     for token in (0, 17, max(kept), 143):
         words = ["explain", "miniature", "--image", scene, "--patch", f"{token // 12},{token % 12}"]
         found = json.loads(run(*words, "--json")[1])
