@@ -330,7 +330,7 @@ def _(target: Target, draw: random.Random) -> tuple[int, bytes]:
     return target.raw(draw.choice([
         b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\r\n\r\n", b"GARBAGE\r\n\r\n", b"GET  / HTTP/1.1\r\n\r\n",
         request_head(-1), request_head("abc"), request_head(5, "Content-Length: 6"),
-        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 1_000_000 + b"\r\n\r\n",
         request_head(0, "Transfer-Encoding: chunked")[:-2].replace(b"Content-Length: 0\r\n", b"") + b"\r\nzz\r\n",
     ]))  # fmt: skip
 

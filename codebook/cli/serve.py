@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from importlib.util import find_spec
 from pathlib import Path
@@ -133,6 +134,9 @@ def _serve(blueprint: Blueprint, bound: socket) -> None:
         f"{state.name} under {state.schedule}" if isinstance(state, ModelState) else f"codebooks {state.shelf.names()}"
     )
     server = Server(state, ready=lambda: _greet(title, blueprint, address(bound)), say=note)
+    # What stays for good is not looked at again, so that rings of objects that a request leaves are found soon.
+    gc.collect()
+    gc.freeze()
     try:
         server.run([bound])
     finally:
