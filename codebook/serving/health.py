@@ -16,7 +16,7 @@ def router(state: State) -> APIRouter:
     @routes.get("/health")
     async def health() -> dict[str, str]:
         if isinstance(state, ModelState) and state.model_thread.broken:
-            raise ServiceError(503, "the device has failed: start the service anew", "device_failed")
+            raise ServiceError(503, "the model cannot answer any more: start the service anew", "broken")
         return {"status": "ok"}
 
     @routes.get("/ready")

@@ -117,7 +117,7 @@ class ModelThread:
     Attributes
     ----------
     broken
-        Whether the device has failed for good: only another process can use it again.
+        Whether nothing can be answered any more, as when the device has failed: only another process can go on.
     """
 
     def __init__(self, model: Model, processor: Processor, schedule: Schedule, metrics: Metrics) -> None:
@@ -129,9 +129,13 @@ class ModelThread:
         self._expected = 0  # requests that prompts are being made of
         self._stopping = False
         self._running: list[Job] = []
-        self.broken = False
+        self._device_failed = False
         self._thread = threading.Thread(target=self._run, name="codebook-model", daemon=True)
         self._thread.start()
+
+    @property
+    def broken(self) -> bool:
+        return self._device_failed or not self._thread.is_alive()
 
     def submit(self, job: Job | Errand) -> None:
         """Queue a prompt or task; its `answer` is set when it is done."""
@@ -193,13 +197,15 @@ class ModelThread:
     def _next(self) -> Errand | list[Job] | None:
         """The next task, or prompts that can share a batch; None when the thread is to end."""
         with self._ready:
-            self._ready.wait_for(lambda: self._queue or self._stopping)
-            self._ready.wait_for(
-                lambda: not self._expected or len(self._queue) >= MOST_TOGETHER or self._stopping, COMPANY_SECONDS
-            )
-            if self._stopping:
+            first = None
+            while first is None and not self._stopping:
+                self._ready.wait_for(lambda: self._queue or self._stopping)
+                self._ready.wait_for(
+                    lambda: not self._expected or len(self._queue) >= MOST_TOGETHER or self._stopping, COMPANY_SECONDS
+                )
+                first = self._queue.popleft() if self._queue else None  # all may have been withdrawn meanwhile
+            if first is None or self._stopping:
                 return None
-            first = self._queue.popleft()
             batch = [first] if isinstance(first, Job) else []
             if batch and not batch[0].alone:
                 self._gather(batch)
@@ -234,7 +240,7 @@ class ModelThread:
         try:
             generated = self._generate(jobs)
         except Exception as error:
-            self.broken = self.broken or isinstance(error, DEVICE_ERRORS)
+            self._device_failed |= isinstance(error, DEVICE_ERRORS)
             if len(jobs) > 1:
                 for job in jobs:
                     self._answer([job])

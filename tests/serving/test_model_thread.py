@@ -129,6 +129,17 @@ def test_a_client_that_leaves_is_not_answered(loaded, thread, held):
     assert sizes(thread) == (1, 1)
 
 
+def test_all_clients_may_leave_while_a_batch_waits_for_company(loaded, thread):
+    left, stays = job(loaded, SAMPLES[0]), job(loaded, SAMPLES[0])
+    with thread.expecting():
+        thread.submit(left)
+        time.sleep(0.01)
+        thread.withdraw(left)
+        time.sleep(0.1)
+    thread.submit(stays)
+    assert len(stays.answer.result(60)) and not thread.broken and sizes(thread) == (1, 1)
+
+
 def test_a_client_that_leaves_ends_the_generation(loaded, thread):
     """Of an answer that would have hundreds of tokens, the first ones alone are made."""
     model = loaded[0]
