@@ -34,6 +34,7 @@ from codebook.cli.push import push_command
 from codebook.cli.serve import serve_command
 from codebook.cli.show import show_command
 from codebook.cli.streams import flush_output, prepare_streams, say
+from codebook.cli.tune import tune_command
 from codebook.errors import CodebookError, out_of_memory, remedy_for
 
 USER_ERROR, UNEXPECTED, BROKEN_PIPE, INTERRUPTED = 2, 1, 141, 130
@@ -48,6 +49,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "horizon": horizon_command,
     "calibrate": calibrate_command,
     "bench": bench_command,
+    "tune": tune_command,
     "show": show_command,
     "explain": explain_command,
     "list": list_command,

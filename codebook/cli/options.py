@@ -22,6 +22,9 @@ CodebookOption = Annotated[
     Path | None, typer.Option(help="Folder of a codebook, or a name that `codebook list` shows; default: the model's.")
 ]
 PullOption = Annotated[bool, typer.Option("--pull", help="Fetch the codebook if it is not on this machine.")]
+RecipeOption = Annotated[
+    Path | None, typer.Option(help="Folder that `codebook tune` wrote, with the schedule and the codebook to use.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
@@ -78,7 +81,11 @@ def with_probing(command: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(command)
     def wrapped(*args: Any, **given: Any) -> None:
-        command(*args, probing=Probing(**{option.name: given.pop(option.name) for option in options}), **given)
+        command(
+            *args,
+            probing=Probing(**{option.name: given.pop(option.name, option.default) for option in options}),
+            **given,
+        )
 
     own = inspect.signature(command, eval_str=True)
     rest = [parameter for name, parameter in own.parameters.items() if name != "probing"]

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from codebook.cli.options import CodebookOption, DeviceOption, JsonOption, NewTokensOption, PullOption, SeedOption
+from codebook.cli.options import (
+    CodebookOption,
+    DeviceOption,
+    JsonOption,
+    NewTokensOption,
+    PullOption,
+    RecipeOption,
+    SeedOption,
+)
 from codebook.cli.output import describe, note, resumable, summary, write_picture
 from codebook.errors import CodebookError
 
@@ -37,6 +45,7 @@ def prune_command(
         str | None, typer.Option(help="Position ids of kept tokens: keep or compact; default: the schedule's, or keep.")
     ] = None,
     codebook: CodebookOption = None,
+    recipe: RecipeOption = None,
     pull: PullOption = False,
     show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
     source: Annotated[
@@ -62,6 +71,11 @@ def prune_command(
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
 
+    if recipe is not None:
+        from codebook.cli.recipe import recipe_parts
+
+        _refuse_beside("--recipe", {"--tokens": tokens})
+        schedule, codebook = recipe_parts(recipe, schedule, codebook)
     if tokens is not None:
         from codebook.cli.prune_tokens import prune_tokens
 

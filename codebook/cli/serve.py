@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import AddressOption, DeviceOption, DtypeOption, PullOption, SeedOption
+from codebook.cli.options import AddressOption, DeviceOption, DtypeOption, PullOption, RecipeOption, SeedOption
 from codebook.cli.output import note
 from codebook.errors import CodebookError
 
@@ -46,6 +46,7 @@ def serve_command(
             "name that `codebook list` shows."
         ),
     ] = None,
+    recipe: RecipeOption = None,
     pull: PullOption = False,
     seed: SeedOption = 0,
     engine: Annotated[
@@ -84,6 +85,11 @@ def serve_command(
     from codebook.cli.checks import check_codebook, check_dtype
     from codebook.serving.shelf import named_folders
 
+    if recipe is not None:
+        from codebook.cli.recipe import recipe_parts
+
+        schedule, own = recipe_parts(recipe, schedule, None)
+        codebook = [*(codebook or []), str(own)]
     books, unnamed = named_folders(codebook or [])
     for book in books.values() or [None]:
         check_codebook(book, model, pull)

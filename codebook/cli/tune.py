@@ -1,0 +1,210 @@
+"""`codebook tune`: from a model and images to a recipe: codebook, schedule, and how good they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from codebook.cli.options import ImagesOption, JsonOption, ModelOption, Probing, SeedOption, with_probing
+from codebook.cli.output import note, progress, resumable
+from codebook.errors import CodebookError
+
+if TYPE_CHECKING:
+    from codebook.inference.samples import Sample
+
+FEWEST = 40
+"""Fewest questions: half of them calibrate, the others measure."""
+PICTURES, ANSWERS = "pictures", "answers.sqlite"
+QUESTIONS = ("questions-tune.jsonl", "questions-bench.jsonl")
+
+
+@resumable()
+@with_probing
+def tune_command(
+    model: ModelOption,
+    images: ImagesOption,
+    out: Annotated[Path, typer.Option(help="Folder of the recipe; run again to resume.")],
+    probing: Probing,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="`miniature`, or JSONL of {image | images, question, answer, task}; the last two are optional. "
+            "Default: what each of some images shows, as the model itself says."
+        ),
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.2,
+    count: Annotated[
+        int, typer.Option(min=1, help="Questions per task to calibrate with, and as many to measure with.")
+    ] = 50,
+    pilot: Annotated[int | None, typer.Option(min=1, help="As in `codebook build`.")] = None,
+    select: Annotated[float | None, typer.Option(help="As in `codebook build`.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="As in `codebook build`.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, max=1e9, help="As in `codebook bench`.")] = 20,
+    seed: SeedOption = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Make a recipe for a model: a codebook, a schedule that spends the budget well, and a report of both."""
+    from codebook.cli.bench import bench_command
+    from codebook.cli.build import build_command
+    from codebook.cli.calibrate import calibrate_command
+    from codebook.cli.checks import check_output_folder
+    from codebook.cli.data import MINIATURE
+    from codebook.cli.horizon import horizon_command
+    from codebook.cli.probing import check_probing
+    from codebook.cli.recipe import BENCH, CODEBOOK, HORIZON, RECIPE, REPORT, SCHEDULE, read_recipe
+    from codebook.pruning.stage import check_keep
+
+    check_keep(keep)
+    check_output_folder(out, (RECIPE, REPORT, SCHEDULE))
+    check_probing(probing)
+    asked = {"format_version": 1, "model": model, "data": data, "keep": keep, "count": count, "seed": seed}
+    if (out / RECIPE).exists():
+        before = read_recipe(out)
+        if different := [name for name, value in asked.items() if before[name] != value]:
+            raise CodebookError(f"{out} holds another recipe (another {', '.join(different)}): choose another --out")
+    elif out.is_dir() and any(out.iterdir()):
+        raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / RECIPE, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
+
+    common: dict[str, Any] = {"seed": seed, "device": probing.device}
+    with contextlib.redirect_stdout(sys.stderr):  # what the steps say is on the way to a result, not the result
+        note("tune 1/5: codebook")
+        build_command(
+            model=model, images=images, out=out / CODEBOOK, pilot=pilot, select=select, prompt=prompt, **vars(probing)
+        )
+        note("tune 2/5: questions and their answers")
+        if data == MINIATURE:
+            labels, files = "given", [MINIATURE, MINIATURE]
+        else:
+            labels, files = _questions(model, images, out, data, count, prompt, probing, seed)
+        note("tune 3/5: information horizon")
+        if not (out / HORIZON / "horizon.json").exists():
+            horizon_command(model=model, data=files[0], out=out / HORIZON, count=count, **common)
+        note("tune 4/5: schedule")
+        if not (out / SCHEDULE).exists():
+            calibrate_command(
+                model=model, data=files[0], keep=keep, out=out / SCHEDULE, method="seeded", count=count,
+                codebook=out / CODEBOOK, **common,
+            )  # fmt: skip
+        note("tune 5/5: bench")
+        if not (out / BENCH / "results.json").exists():
+            bench_command(
+                model=model, methods=str(out / SCHEDULE), out=out / BENCH, data=[files[1]], keep=str(keep), count=count,
+                codebook=out / CODEBOOK, horizon=out / HORIZON / "horizon.json", seconds=seconds, seeds=1, **common,
+            )  # fmt: skip
+    report = _report(out, {**asked, "labels": labels})
+    _write(out / REPORT, report)
+    _write(out / RECIPE, json.dumps({**asked, "labels": labels, "complete": True}, indent=1) + "\n")
+    print(json.dumps({"folder": str(out), **asked, "labels": labels}) if as_json else report)
+    note(f"use it: codebook prune {model} --recipe {out} --image FILE --ask TEXT")
+
+
+def _questions(
+    model: str, images: Path, out: Path, data: str | None, count: int, prompt: str | None, probing: Probing, seed: int
+) -> tuple[str, list[str]]:
+    """Whose the labels are, and files of the questions to calibrate and to measure with, all of them with answers."""
+    from codebook.cli.probing import load_model
+    from codebook.inference.respond import respond
+    from codebook.inference.samples import read_samples
+
+    files = [out / name for name in QUESTIONS]
+    samples = _about_images(model, images, count, prompt, seed) if data is None else read_samples(Path(data))
+    open_ones = [sample for sample in samples if sample.answer is None]
+    labels = "own" if len(open_ones) == len(samples) else "mixed" if open_ones else "given"
+    if all(file.exists() for file in files):
+        return labels, [str(file) for file in files]
+    usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
+    if usable < FEWEST:
+        raise CodebookError(
+            f"{usable} questions are too few to tune with: give {FEWEST} images, or more --data, and a --count of "
+            f"{FEWEST // 2} at least"
+        )
+    texts: dict[int, str] = {}
+    if open_ones:
+        loaded, processor = load_model(model, probing)
+        with progress("answers of the unpruned model", len(open_ones), "answers") as tick:
+            [found] = respond(
+                loaded, processor, open_ones, {"unpruned": lambda group: None}, out / ANSWERS, tick
+            ).values()
+        texts = {id(sample): one.text for sample, one in zip(open_ones, found, strict=True)}
+    halves: tuple[list[str], list[str]] = [], []
+    seen = Counter[str]()
+    for i, sample in enumerate(samples):
+        text = texts.get(id(sample), sample.answer)
+        if text and text.strip():
+            answers = list(sample.answers) or [text]
+            record = {"images": _paths(out, i, sample), "question": sample.question, "answers": answers}
+            half = halves[seen[sample.task] % 2]
+            if seen[sample.task] < 2 * count:
+                half.append(json.dumps({**record, "task": sample.task}) + "\n")
+            seen[sample.task] += 1
+    for file, lines in zip(files, halves, strict=True):
+        _write(file, "".join(lines))
+    return labels, [str(file) for file in files]
+
+
+def _about_images(model: str, images: Path, count: int, prompt: str | None, seed: int) -> Sequence[Sample]:
+    """The question of a build's probes, about a random sample of the images."""
+    from codebook import building
+    from codebook.building.pilot import shuffled
+    from codebook.inference.samples import Sample
+
+    source = building.open_images(images)
+    question = prompt or (building.published(model) or building.Settings()).prompt
+    names = shuffled(source.names, seed)[: 2 * count]
+    return [Sample((source.read(name),), question) for name in names]
+
+
+def _paths(out: Path, number: int, sample: Sample) -> list[str]:
+    """Files of a sample's pictures; those that are in memory only are written."""
+    paths = []
+    for i, picture in enumerate(sample.images):
+        path = picture if isinstance(picture, Path) else out / PICTURES / f"{number:05d}-{i}.png"
+        if not isinstance(picture, Path):
+            path.parent.mkdir(exist_ok=True)
+            picture.save(path)
+        paths.append(str(path.absolute()))
+    return paths
+
+
+def _report(out: Path, asked: dict[str, Any]) -> str:
+    """What was found, as Markdown."""
+    from codebook.cli.recipe import BENCH, CODEBOOK, HORIZON, SCHEDULE
+    from codebook.evaluation.report import markdown
+    from codebook.store.folder import read_config
+
+    config = read_config(out / CODEBOOK)
+    found = json.loads((out / SCHEDULE).read_text())["calibration"]
+    results = json.loads((out / BENCH / "results.json").read_text())
+    labels = {
+        "given": "The answers are those of the questions.",
+        "own": "No answers were given: the unpruned model's own are the labels. So the figures say how far pruning "
+        "changes its answers, not how right they are.",
+        "mixed": "Where no answer was given, the unpruned model's own is the label.",
+    }
+    lines = [
+        f"# Recipe for {asked['model']}, keep {asked['keep']:g}", "",
+        f"- Codebook: {config['prototypes']} prototypes from {config['images']['used']} images (`{CODEBOOK}`).",
+        f"- Schedule: `{found['schedule']}` (`{SCHEDULE}`): {found['result']}.",
+        f"- Horizon: `{HORIZON}/horizon.json`; bench: `{BENCH}/report.html`.",
+        f"- {labels[asked['labels']]}",
+        "", markdown(results), "",
+        f"Use: `codebook prune {asked['model']} --recipe DIR --image FILE --ask TEXT`. Share: "
+        f"`codebook push DIR/{CODEBOOK} OWNER/NAME --bench DIR/{BENCH}/results.json`.",
+    ]  # fmt: skip
+    return "\n".join(lines) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    from codebook.store.files import replacing
+
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -1,0 +1,77 @@
+"""`codebook tune`: from a model and images to a folder that `prune` takes as it is."""
+
+import json
+
+import pytest
+
+from codebook import miniature
+
+COUNT = ["--count", "2", "--seconds", "0", "--pilot", "2", "--select", "0.3"]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scenes")
+    miniature.write_images(folder, 8)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def questions(scenes, tmp_path_factory):
+    """48 questions, a few of them without an answer."""
+    path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    asked = ["is there a red circle?", "how many objects are there?", "read the number."] * 16
+    lines = [
+        {"image": str(scenes / f"{i % 8:06d}.png"), "question": text, **({"answer": "yes"} if i % 3 == 0 else {})}
+        for i, text in enumerate(asked)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_recipe_is_made_resumed_and_used(run, refused, scenes, questions, tmp_path):
+    out = tmp_path / "recipe"
+    command = ["tune", "miniature", "--images", scenes, "--data", questions, "--out", out, *COUNT, "--count", "20"]
+    code, said, told = run(*command)
+    assert code == 0, told
+    assert "Where no answer was given, the unpruned model's own is the label." in said
+    assert {"codebook", "schedule.json", "horizon", "bench", "README.md"} <= {path.name for path in out.iterdir()}
+    halves = [(out / f"questions-{name}.jsonl").read_text().splitlines() for name in ("tune", "bench")]
+    assert [len(half) for half in halves] == [20, 20] and not set(halves[0]) & set(halves[1])
+    results = json.loads((out / "bench" / "results.json").read_text())
+    assert {"random", "uniform", "downsample"} < {row["method"] for row in results["rows"]}
+
+    # a step that is missing is made again, the others are not
+    stamps = {name: (out / name).stat().st_mtime_ns for name in ("codebook/config.json", "bench/results.json")}
+    (out / "horizon" / "horizon.json").unlink()
+    assert run(*command)[0] == 0 and (out / "horizon" / "horizon.json").exists()
+    assert stamps == {name: (out / name).stat().st_mtime_ns for name in stamps}
+    refused(*command, "--keep", "0.3", words=["another recipe (another keep)", "choose another --out"])
+
+    ask = [
+        "prune",
+        "miniature",
+        "--recipe",
+        out,
+        "--image",
+        scenes / "000000.png",
+        "--ask",
+        "read the number.",
+        "--json",
+    ]
+    code, said, _ = run(*ask)
+    by_parts = [*ask[:2], "--schedule", out / "schedule.json", "--codebook", out / "codebook", *ask[4:]]
+    assert code == 0 and json.loads(said) == json.loads(run(*by_parts)[1])
+    refused(*ask, "--schedule", "random", words=["--recipe has a schedule", "leave --schedule and --codebook out"])
+    record = json.loads((out / "recipe.json").read_text())
+    (out / "recipe.json").write_text(json.dumps(record | {"complete": False}))
+    refused(*ask, words=["is not finished: run `codebook tune` again"])
+
+
+def test_what_cannot_be_tuned(refused, scenes, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").write_text("precious")
+    refused(
+        "tune", "miniature", "--images", scenes, "--out", tmp_path / "full", words=["not empty and holds no recipe"]
+    )
+    refused("tune", "miniature", "--images", scenes, "--out", tmp_path / "x", *COUNT, words=["8 questions are too few"])
