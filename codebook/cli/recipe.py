@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from codebook.errors import CodebookError
 from codebook.store.files import read_json
 
-RECIPE, CODEBOOK, SCHEDULE, HORIZON, BENCH, REPORT = (
+RECIPE_PART, CODEBOOK_PART, SCHEDULE_PART, HORIZON_PART, BENCH_PART, REPORT_PART = (
     "recipe.json", "codebook", "schedule.json", "horizon", "bench", "README.md",
 )  # fmt: skip
 """Names of the files and folders of a recipe."""
@@ -39,7 +39,7 @@ def read_recipe(folder: Path) -> dict[str, Any]:
     CodebookError
         If there is none, or it is no recipe's.
     """
-    record: dict[str, Any] = read_json(folder / RECIPE, "name a folder made by `codebook tune`", RecipeRecord)
+    record: dict[str, Any] = read_json(folder / RECIPE_PART, "name a folder made by `codebook tune`", RecipeRecord)
     return record
 
 
@@ -55,4 +55,4 @@ def recipe_parts(folder: Path, schedule: str | None, codebook: Path | None) -> t
         raise CodebookError("--recipe has a schedule and a codebook of its own: leave --schedule and --codebook out")
     if not read_recipe(folder)["complete"]:
         raise CodebookError(f"the recipe in {folder} is not finished: run `codebook tune` again")
-    return str(folder / SCHEDULE), folder / CODEBOOK
+    return str(folder / SCHEDULE_PART), folder / CODEBOOK_PART

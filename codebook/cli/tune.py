@@ -19,10 +19,10 @@ from codebook.errors import CodebookError
 if TYPE_CHECKING:
     from codebook.inference.samples import Sample
 
-FEWEST = 40
+FEWEST_QUESTIONS = 40
 """Fewest questions: half of them calibrate, the others measure."""
-PICTURES, ANSWERS = "pictures", "answers.sqlite"
-QUESTIONS = ("questions-tune.jsonl", "questions-bench.jsonl")
+TUNE_PICTURES, TUNE_ANSWERS = "pictures", "answers.sqlite"
+TUNE_QUESTIONS = ("questions-tune.jsonl", "questions-bench.jsonl")
 
 
 @resumable()
@@ -58,81 +58,101 @@ def tune_command(
     from codebook.cli.data import MINIATURE
     from codebook.cli.horizon import horizon_command
     from codebook.cli.probing import check_probing
-    from codebook.cli.recipe import BENCH, CODEBOOK, HORIZON, RECIPE, REPORT, SCHEDULE, read_recipe
+    from codebook.cli.recipe import (
+        BENCH_PART,
+        CODEBOOK_PART,
+        HORIZON_PART,
+        RECIPE_PART,
+        REPORT_PART,
+        SCHEDULE_PART,
+        read_recipe,
+    )
     from codebook.pruning.stage import check_keep
 
     check_keep(keep)
-    check_output_folder(out, (RECIPE, REPORT, SCHEDULE))
+    check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))
     check_probing(probing)
     asked = {"format_version": 1, "model": model, "data": data, "keep": keep, "count": count, "seed": seed}
-    if (out / RECIPE).exists():
+    if (out / RECIPE_PART).exists():
         before = read_recipe(out)
         if different := [name for name, value in asked.items() if before[name] != value]:
             raise CodebookError(f"{out} holds another recipe (another {', '.join(different)}): choose another --out")
     elif out.is_dir() and any(out.iterdir()):
         raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
+    samples = [] if data == MINIATURE else _samples(model, images, data, count, prompt, seed)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / RECIPE, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
+    _write(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
 
     common: dict[str, Any] = {"seed": seed, "device": probing.device}
     with contextlib.redirect_stdout(sys.stderr):  # what the steps say is on the way to a result, not the result
         note("tune 1/5: codebook")
         build_command(
-            model=model, images=images, out=out / CODEBOOK, pilot=pilot, select=select, prompt=prompt, **vars(probing)
+            model=model,
+            images=images,
+            out=out / CODEBOOK_PART,
+            pilot=pilot,
+            select=select,
+            prompt=prompt,
+            **vars(probing),
         )
         note("tune 2/5: questions and their answers")
         if data == MINIATURE:
             labels, files = "given", [MINIATURE, MINIATURE]
         else:
-            labels, files = _questions(model, images, out, data, count, prompt, probing, seed)
+            labels, files = _labelled(model, samples, out, count, probing)
         note("tune 3/5: information horizon")
-        if not (out / HORIZON / "horizon.json").exists():
-            horizon_command(model=model, data=files[0], out=out / HORIZON, count=count, **common)
+        if not (out / HORIZON_PART / "horizon.json").exists():
+            horizon_command(model=model, data=files[0], out=out / HORIZON_PART, count=count, **common)
         note("tune 4/5: schedule")
-        if not (out / SCHEDULE).exists():
+        if not (out / SCHEDULE_PART).exists():
             calibrate_command(
-                model=model, data=files[0], keep=keep, out=out / SCHEDULE, method="seeded", count=count,
-                codebook=out / CODEBOOK, **common,
+                model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method="seeded", count=count,
+                codebook=out / CODEBOOK_PART, **common,
             )  # fmt: skip
         note("tune 5/5: bench")
-        if not (out / BENCH / "results.json").exists():
+        if not (out / BENCH_PART / "results.json").exists():
             bench_command(
-                model=model, methods=str(out / SCHEDULE), out=out / BENCH, data=[files[1]], keep=str(keep), count=count,
-                codebook=out / CODEBOOK, horizon=out / HORIZON / "horizon.json", seconds=seconds, seeds=1, **common,
+                model=model, methods=str(out / SCHEDULE_PART), out=out / BENCH_PART, data=[files[1]], keep=str(keep),
+                count=count, codebook=out / CODEBOOK_PART, horizon=out / HORIZON_PART / "horizon.json",
+                seconds=seconds, seeds=1, **common,
             )  # fmt: skip
     report = _report(out, {**asked, "labels": labels})
-    _write(out / REPORT, report)
-    _write(out / RECIPE, json.dumps({**asked, "labels": labels, "complete": True}, indent=1) + "\n")
+    _write(out / REPORT_PART, report)
+    _write(out / RECIPE_PART, json.dumps({**asked, "labels": labels, "complete": True}, indent=1) + "\n")
     print(json.dumps({"folder": str(out), **asked, "labels": labels}) if as_json else report)
     note(f"use it: codebook prune {model} --recipe {out} --image FILE --ask TEXT")
 
 
-def _questions(
-    model: str, images: Path, out: Path, data: str | None, count: int, prompt: str | None, probing: Probing, seed: int
-) -> tuple[str, list[str]]:
+def _samples(model: str, images: Path, data: str | None, count: int, prompt: str | None, seed: int) -> Sequence[Sample]:
+    """The questions, those of `data` or the probes' own about some of the images."""
+    from codebook.inference.samples import read_samples
+
+    samples = _image_questions(model, images, count, prompt, seed) if data is None else read_samples(Path(data))
+    usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
+    if usable < FEWEST_QUESTIONS:
+        raise CodebookError(
+            f"{usable} questions are too few to tune with: give {FEWEST_QUESTIONS} images, or more --data, and a "
+            f"--count of {FEWEST_QUESTIONS // 2} at least"
+        )
+    return samples
+
+
+def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, probing: Probing) -> tuple[str, list[str]]:
     """Whose the labels are, and files of the questions to calibrate and to measure with, all of them with answers."""
     from codebook.cli.probing import load_model
     from codebook.inference.respond import respond
-    from codebook.inference.samples import read_samples
 
-    files = [out / name for name in QUESTIONS]
-    samples = _about_images(model, images, count, prompt, seed) if data is None else read_samples(Path(data))
+    files = [out / name for name in TUNE_QUESTIONS]
     open_ones = [sample for sample in samples if sample.answer is None]
     labels = "own" if len(open_ones) == len(samples) else "mixed" if open_ones else "given"
     if all(file.exists() for file in files):
         return labels, [str(file) for file in files]
-    usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
-    if usable < FEWEST:
-        raise CodebookError(
-            f"{usable} questions are too few to tune with: give {FEWEST} images, or more --data, and a --count of "
-            f"{FEWEST // 2} at least"
-        )
     texts: dict[int, str] = {}
     if open_ones:
         loaded, processor = load_model(model, probing)
         with progress("answers of the unpruned model", len(open_ones), "answers") as tick:
             [found] = respond(
-                loaded, processor, open_ones, {"unpruned": lambda group: None}, out / ANSWERS, tick
+                loaded, processor, open_ones, {"unpruned": lambda group: None}, out / TUNE_ANSWERS, tick
             ).values()
         texts = {id(sample): one.text for sample, one in zip(open_ones, found, strict=True)}
     halves: tuple[list[str], list[str]] = [], []
@@ -151,7 +171,7 @@ def _questions(
     return labels, [str(file) for file in files]
 
 
-def _about_images(model: str, images: Path, count: int, prompt: str | None, seed: int) -> Sequence[Sample]:
+def _image_questions(model: str, images: Path, count: int, prompt: str | None, seed: int) -> Sequence[Sample]:
     """The question of a build's probes, about a random sample of the images."""
     from codebook import building
     from codebook.building.pilot import shuffled
@@ -167,7 +187,7 @@ def _paths(out: Path, number: int, sample: Sample) -> list[str]:
     """Files of a sample's pictures; those that are in memory only are written."""
     paths = []
     for i, picture in enumerate(sample.images):
-        path = picture if isinstance(picture, Path) else out / PICTURES / f"{number:05d}-{i}.png"
+        path = picture if isinstance(picture, Path) else out / TUNE_PICTURES / f"{number:05d}-{i}.png"
         if not isinstance(picture, Path):
             path.parent.mkdir(exist_ok=True)
             picture.save(path)
@@ -177,13 +197,13 @@ def _paths(out: Path, number: int, sample: Sample) -> list[str]:
 
 def _report(out: Path, asked: dict[str, Any]) -> str:
     """What was found, as Markdown."""
-    from codebook.cli.recipe import BENCH, CODEBOOK, HORIZON, SCHEDULE
+    from codebook.cli.recipe import BENCH_PART, CODEBOOK_PART, HORIZON_PART, SCHEDULE_PART
     from codebook.evaluation.report import markdown
     from codebook.store.folder import read_config
 
-    config = read_config(out / CODEBOOK)
-    found = json.loads((out / SCHEDULE).read_text())["calibration"]
-    results = json.loads((out / BENCH / "results.json").read_text())
+    config = read_config(out / CODEBOOK_PART)
+    found = json.loads((out / SCHEDULE_PART).read_text())["calibration"]
+    results = json.loads((out / BENCH_PART / "results.json").read_text())
     labels = {
         "given": "The answers are those of the questions.",
         "own": "No answers were given: the unpruned model's own are the labels. So the figures say how far pruning "
@@ -192,13 +212,13 @@ def _report(out: Path, asked: dict[str, Any]) -> str:
     }
     lines = [
         f"# Recipe for {asked['model']}, keep {asked['keep']:g}", "",
-        f"- Codebook: {config['prototypes']} prototypes from {config['images']['used']} images (`{CODEBOOK}`).",
-        f"- Schedule: `{found['schedule']}` (`{SCHEDULE}`): {found['result']}.",
-        f"- Horizon: `{HORIZON}/horizon.json`; bench: `{BENCH}/report.html`.",
+        f"- Codebook: {config['prototypes']} prototypes from {config['images']['used']} images (`{CODEBOOK_PART}`).",
+        f"- Schedule: `{found['schedule']}` (`{SCHEDULE_PART}`): {found['result']}.",
+        f"- Horizon: `{HORIZON_PART}/horizon.json`; bench: `{BENCH_PART}/report.html`.",
         f"- {labels[asked['labels']]}",
         "", markdown(results), "",
         f"Use: `codebook prune {asked['model']} --recipe DIR --image FILE --ask TEXT`. Share: "
-        f"`codebook push DIR/{CODEBOOK} OWNER/NAME --bench DIR/{BENCH}/results.json`.",
+        f"`codebook push DIR/{CODEBOOK_PART} OWNER/NAME --bench DIR/{BENCH_PART}/results.json`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
 
