@@ -15,6 +15,7 @@ from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.building.probes import Prober
 from codebook.models import Family, Model
+from codebook.models.finite import check_logits
 from codebook.store.folder import TokenRecord
 from codebook.store.spread import spread
 
@@ -106,6 +107,7 @@ def survivors(
     def jsd(token: int) -> float:
         return divergence(values[token], settings.global_weight)
 
+    check_logits(raw.abs())  # NaN has no nearest neighbour, and no cluster
     labels = dpc_knn(raw, settings.clusters_per_image, settings.neighbours, settings.seed)
     sizes = dict(zip(probed, labels.bincount()[labels].tolist(), strict=True))
     left = [token for token in probed if sizes[token] <= settings.max_cluster_size]

@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from codebook.building import SurvivorPool, build, merge, read_settings
-from codebook.building.builder import _journal, _pool
+from codebook.building.builder import _PROBED, IMAGES_JOURNAL, _pool
+from codebook.building.unfinished import open_journal
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
 from codebook.store.journal import _entries, _entry
@@ -128,7 +129,7 @@ def use(folder):
 
 def go_on(folder, about):
     """Read an unfinished build as far as a build does that goes on with it."""
-    with _journal(folder, about) as journal:
+    with open_journal(folder, IMAGES_JOURNAL, about, _PROBED) as journal:
         names = {name: name for name in journal.records}
         _pool(journal, names, names, {})
 
