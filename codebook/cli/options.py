@@ -13,7 +13,7 @@ import typer
 
 from codebook.errors import CodebookError
 
-ModelOption = Annotated[str, typer.Argument(help="`miniature`, a folder, or a name on the Hugging Face Hub.")]
+ModelOption = Annotated[str, typer.Argument(help="`miniature`, `eyes`, a folder, or a name on the Hugging Face Hub.")]
 NamedModelOption = Annotated[
     str | None,
     typer.Option("--model", help="The model that it was built for; default: the one it names, if that ships."),

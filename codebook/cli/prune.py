@@ -24,7 +24,7 @@ from codebook.errors import CodebookError
 @resumable("source")
 def prune_command(
     model: Annotated[
-        str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none with --tokens.")
+        str | None, typer.Argument(help="`miniature`, `eyes`, a folder, or a hub name; none with --tokens.")
     ] = None,
     keep: Annotated[
         float | None,

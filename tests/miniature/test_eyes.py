@@ -257,3 +257,15 @@ def test_what_ships_is_a_stock_llava(shipped):
     ids = prepare(model, processor, [question.images], [question.question]).inputs["input_ids"][0]
     assert (ids == IMAGE_TOKEN_ID).sum() == VISUAL
     assert processor.decode(ids[ids != IMAGE_TOKEN_ID]) == "The image shows:" + asked(question.question)
+
+
+def test_a_training_that_cannot_be_is_refused_before_anything_is_fetched(refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("codebook.models.smollm2._fetch", lambda path: pytest.fail("fetched"))
+    train = ["miniature", "train", "--out", tmp_path / "out"]
+    refused(*train, "--minutes", 1, words=["--minutes", "--llm smollm2"])
+    refused(*train, "--llm", "gpt2", "--minutes", 1, words=["'gpt2'", "smollm2"])
+    refused(*train, "--llm", "smollm2", words=["--minutes or --steps"])
+    (tmp_path / "other.gguf").write_bytes(b"GGUF")
+    given = ["--llm", "smollm2", "--steps", 1, "--llm-file", tmp_path / "other.gguf"]
+    refused(*train, *given, words=["other.gguf is not the file", "name another one"])
+    refused("demo", "--model", "llava", "--out", tmp_path / "demo", words=["'llava'", "miniature or eyes"])
