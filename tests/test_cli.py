@@ -230,7 +230,7 @@ def test_unsupported_model(refused, tmp_path):
 
 def test_list_and_inspect(run):
     code, out, _ = run("list", "--json")
-    [shipped], methods = json.loads(out)["codebooks"], json.loads(out)["methods"]
+    [_, shipped], methods = json.loads(out)["codebooks"], json.loads(out)["methods"]
     assert code == 0 and shipped["model"] == "miniature" and {"codebook", "drop", "random"} <= set(methods)
     assert "pyramiddrop" in json.loads(out)["presets"] and "miniature" in run("list")[1]
     assert json.loads(out)["presets"]["seeded"] == "codebook-farthest+mass"

@@ -24,7 +24,7 @@ def test_wheel_runs_the_demo(tmp_path):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
     program = tmp_path / "venv" / "bin" / "codebook"
 
-    [shipped] = json.loads(run(program, "list", "--json", cwd=tmp_path, env=clean))["codebooks"]
+    [_, shipped] = json.loads(run(program, "list", "--json", cwd=tmp_path, env=clean))["codebooks"]
     assert shipped["name"] == "miniature" and shipped["prototypes"] > 0
     assert str(tmp_path / "venv") in shipped["folder"]
 
