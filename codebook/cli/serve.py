@@ -191,7 +191,9 @@ def _refuse_without_model(given: dict[str, Any]) -> None:
 
 def _examples(model: str | None) -> tuple[dict[str, str], ...]:
     """Pictures for the page that the model can read, where it can read only such ones."""
-    if model != "miniature":
+    from codebook.models import SHIPPED_MODELS
+
+    if model not in SHIPPED_MODELS:
         return ()
     from codebook.miniature.examples import examples
 

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codebook.miniature.model import VISION
+from codebook.miniature.model import VISION, scene_processor
 from codebook.miniature.scenes import GRID, IMAGE_SIDE, PATCH
 from codebook.miniature.tasks import PLACES
 from codebook.models.assembly import PARTS_FILE, PROJECTOR, TOWER, merged
@@ -74,24 +74,8 @@ def asked(question: str) -> str:
 
 
 def eyes_processor(file: Gguf) -> LlavaProcessor:
-    """Build the processor: SmolLM2's tokenizer, a chat template, and CLIP's PIL image processor."""
-    from transformers import CLIPImageProcessor, LlavaProcessor
-
-    images = CLIPImageProcessor(
-        size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
-        do_center_crop=False,
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
-    )
-    return LlavaProcessor(
-        image_processor=images,
-        tokenizer=language_tokenizer(file),
-        patch_size=PATCH,
-        vision_feature_select_strategy="default",
-        chat_template=EYES_TEMPLATE,
-        image_token=IMAGE_TOKEN,
-        num_additional_image_tokens=1,
-    )
+    """Build the processor: SmolLM2's tokenizer, a chat template, and the miniature's image processor."""
+    return scene_processor(language_tokenizer(file), EYES_TEMPLATE, IMAGE_TOKEN)
 
 
 def eyes_model(file: Gguf) -> LlavaForConditionalGeneration:

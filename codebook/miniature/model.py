@@ -13,7 +13,7 @@ from codebook.miniature.scenes import GRID, IMAGE_SIDE, PATCH
 from codebook.miniature.tasks import PLACES, vocabulary
 
 if TYPE_CHECKING:
-    from transformers import LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import LlavaForConditionalGeneration, LlavaProcessor, PreTrainedTokenizerFast
 
     from codebook.models import Model, Processor
 
@@ -52,7 +52,7 @@ TEMPLATE = (
 def processor() -> LlavaProcessor:
     """Build the processor: a word-level tokenizer with a chat template, and CLIP's PIL image processor."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import CLIPImageProcessor, LlavaProcessor, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.normalizer = normalizers.Lowercase()
@@ -68,6 +68,13 @@ def processor() -> LlavaProcessor:
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+    return scene_processor(tokenizer, TEMPLATE, "<image>")
+
+
+def scene_processor(tokenizer: PreTrainedTokenizerFast, template: str, image_token: str) -> LlavaProcessor:
+    """Build a processor for scenes: CLIP's PIL image processor at their size, a tokenizer, and its chat template."""
+    from transformers import CLIPImageProcessor, LlavaProcessor
+
     images = CLIPImageProcessor(
         size={"height": IMAGE_SIDE, "width": IMAGE_SIDE},
         do_center_crop=False,
@@ -79,8 +86,8 @@ def processor() -> LlavaProcessor:
         tokenizer=tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
-        chat_template=TEMPLATE,
-        image_token="<image>",
+        chat_template=template,
+        image_token=image_token,
         num_additional_image_tokens=1,
     )
 

@@ -189,6 +189,7 @@ class ModelThread:
                     try:
                         work.answer.set_result(work.function())
                     except BaseException as error:
+                        self._device_failed |= isinstance(error, DEVICE_ERRORS)
                         work.answer.set_exception(error)
             elif work:
                 self._answer(work)

@@ -11,6 +11,7 @@ from codebook.errors import CodebookError
 from codebook.inference.ask import ask
 from codebook.inference.prompts import prepare
 from codebook.miniature.samples import of_miniature
+from codebook.serving import model_thread
 from codebook.serving.errors import ServiceError
 from codebook.serving.metrics import Metrics
 from codebook.serving.model_thread import Errand, Job, ModelThread
@@ -101,6 +102,19 @@ def test_outputs_that_are_no_numbers_are_an_error_also_when_sampled(loaded, thre
                 one.answer.result(60)
     finally:
         hook.remove()
+
+
+@pytest.mark.parametrize("work", ["prompt", "errand"])
+def test_after_a_failure_of_the_device_only_another_process_can_go_on(loaded, thread, monkeypatch, work):
+    def failing(*_):
+        raise KeyError("the device")
+
+    monkeypatch.setattr(model_thread, "DEVICE_ERRORS", (KeyError,))
+    monkeypatch.setattr(ModelThread, "_generate", failing)
+    one = job(loaded, SAMPLES[0]) if work == "prompt" else Errand(failing)
+    assert not thread.broken
+    thread.submit(one)
+    assert one.answer.exception(60) is not None and thread.broken
 
 
 def test_a_deadline_ends_what_waits_and_what_runs(loaded, thread, held):
