@@ -23,6 +23,7 @@ class Alpha(ScoringPruner):
 
     alpha: float = option(0.5, 0, 1)
     uses_attention: ClassVar[bool] = True
+    uses_text: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:
         importance = FastV().score(tokens)

@@ -26,6 +26,9 @@ class Pruner(ABC):
     uses_vision: ClassVar[bool] = False
     """Whether it needs `tokens.vision`."""
 
+    uses_text: ClassVar[bool] = False
+    """Whether it needs what else is in the prompt: `tokens.question`, `tokens.sequence` or `tokens.last`."""
+
     adaptive: ClassVar[bool] = False
     """Whether the pruner itself decides how many tokens stay; its stage's `keep` is then None."""
 
@@ -67,6 +70,15 @@ class Pruner(ABC):
         (keep, d) of the dtype of `tokens.hidden`; None leaves the hidden states as they are
         """
         return None
+
+
+def needs_features_alone(pruner: Pruner) -> bool:
+    """Whether a pruner chooses as many tokens as it is told to, by projector outputs and grid alone, and merges none.
+
+    Such a choice can be made where an image is encoded, before there is a prompt.
+    """
+    reaches = pruner.uses_attention or pruner.uses_vision or pruner.uses_text
+    return not reaches and not pruner.adaptive and type(pruner).merge is Pruner.merge
 
 
 class ScoringPruner(Pruner):

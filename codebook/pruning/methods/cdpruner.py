@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -31,6 +32,8 @@ class CDPruner(Pruner):
     The greedy maximum takes keep steps of one row each, by a growing Cholesky factor (arXiv 1709.05135), without a host
     sync.
     """
+
+    uses_text: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         if not len(tokens.question):

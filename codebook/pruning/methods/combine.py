@@ -30,6 +30,10 @@ class Combination(Pruner):
     def uses_vision(self) -> bool:  # type: ignore[override]
         return any(part.uses_vision for part in self.parts)
 
+    @property
+    def uses_text(self) -> bool:  # type: ignore[override]
+        return any(part.uses_text for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Weighted(Combination, ScoringPruner):

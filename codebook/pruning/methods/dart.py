@@ -33,6 +33,7 @@ class Dart(Pruner):
     image_pivots: int = option(4, 1)
     text_pivots: int = option(4, 0)
     uses_attention: ClassVar[bool] = True
+    uses_text: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         norm = needed(tokens.attention, "the attention of the layer before").key.float().abs().sum((0, 2))

@@ -37,6 +37,7 @@ class SparseVLM(ScoringPruner):
     recycled: float = option(0.3, 0, 1)
     clusters: float = option(0.1, 0, 1)
     uses_attention: ClassVar[bool] = True
+    uses_text: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:
         attention = needed(tokens.attention, "the attention of the layer before")
