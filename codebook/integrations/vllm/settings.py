@@ -96,7 +96,7 @@ class VllmSettings:
         stage = Schedule.parse(f"{given['method']}:1.0", _read_codebook(part, given.get("codebook"))).stages[0]
         if not needs_features_alone(stage.pruner):
             raise CodebookError(
-                f"{CONFIG_KEY}: vLLM prunes where an image is encoded, by projector outputs alone and to a fixed count, "
+                f"{CONFIG_KEY}: vLLM prunes where images are encoded, by projector outputs alone and to a fixed count, "
                 f"and {part.method} needs attention, the vision tower or the text, merges tokens or decides their "
                 "number: use codebook-farthest, or farthest without a codebook"
             )
