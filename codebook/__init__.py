@@ -19,7 +19,7 @@ _HOME = {
 }
 """Module of each public name that is not one of `codebook.pruning`'s classes."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 
 def __getattr__(name: str) -> Any:

@@ -10,6 +10,9 @@ LONGEST_MESSAGE = 600
 QUOTED = 80
 """Most characters of a value that a message quotes."""
 
+DISTRIBUTION = "redundancy-codebook"
+"""Name of this package for pip. On PyPI `codebook` is another project's."""
+
 _FULL = "free space or choose another folder"
 _FORBIDDEN = "choose another path, or change its permissions"
 _NO_LOCKS = "this file system has no file locks: choose a folder on another one"
@@ -43,6 +46,11 @@ class CodebookError(Exception):
 
     def __init__(self, message: str = "") -> None:
         super().__init__(printable(message))
+
+
+def install_command(*extras: str) -> str:
+    """The command that installs extras of this package, as messages name it."""
+    return f"pip install '{DISTRIBUTION}[{','.join(extras)}]'"
 
 
 def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:

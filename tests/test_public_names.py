@@ -1,6 +1,7 @@
 """Public names: found without importing torch, typed for editors, and one list of methods behind them all."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -95,3 +96,13 @@ def test_stubs_name_what_is_there():
 def test_pruners_of_one_name_are_of_one_class():
     assert all(issubclass(method.kind, Pruner) for method in METHODS.values())
     assert len({repr(method) for method in METHODS.values()}) == len(METHODS)
+
+
+def test_nobody_is_sent_to_another_project():
+    """On PyPI `codebook` is another project; this one is `redundancy-codebook`."""
+    other = re.compile(r"pip install\b[^`\n]*(?<![\w./-])codebook\b")
+    assert other.search("pip install 'codebook[cpu]'") and not other.search("pip install 'redundancy-codebook[cpu]'")
+    texts = [*ROOT.glob("*"), *(file for room in ("codebook", "docs", ".github") for file in (ROOT / room).rglob("*"))]
+    for file in texts:
+        if file.suffix in (".py", ".md", ".yml", ".yaml", ".html") or file.name in ("Dockerfile", "Makefile"):
+            assert not other.search(file.read_text()), file

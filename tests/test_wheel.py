@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from codebook import __version__
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -18,6 +20,7 @@ def run(*command, **kwargs):
 def test_wheel_runs_the_demo(tmp_path):
     run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, ROOT)
     [wheel] = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"redundancy_codebook-{__version__}-")  # on PyPI `codebook` is another project
     run(sys.executable, "-m", "venv", tmp_path / "venv")
     python = tmp_path / "venv" / "bin" / "python"
     run(python, "-m", "pip", "install", "--quiet", "--constraint", ROOT / "constraints.txt", f"{wheel}[cpu]")
@@ -27,6 +30,9 @@ def test_wheel_runs_the_demo(tmp_path):
     [_, shipped] = json.loads(run(program, "list", "--json", cwd=tmp_path, env=clean))["codebooks"]
     assert shipped["name"] == "miniature" and shipped["prototypes"] > 0
     assert str(tmp_path / "venv") in shipped["folder"]
+
+    report = json.loads(run(program, "doctor", "--json", cwd=tmp_path, env=clean))
+    assert report["codebook"] == __version__ and report["extras"]["cpu"]["installed"]
 
     small = ["--images", "12", "--questions", "2", "--json"]
     report = json.loads(run(program, "demo", *small, cwd=tmp_path, env=clean))

@@ -7,14 +7,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from codebook.analysis.horizon import Horizon
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, install_command
 from codebook.inference.uncertainty import NORMAL_QUANTILE, UNKNOWN
 
 
 def require_matplotlib() -> None:
     """Raise a CodebookError unless matplotlib is installed."""
     if find_spec("matplotlib") is None:
-        raise CodebookError("drawing curves needs matplotlib: pip install 'codebook[plot]', or leave --out away")
+        raise CodebookError(f"drawing curves needs matplotlib: `{install_command('plot')}`, or leave --out away")
 
 
 def draw_horizons(found: Mapping[str, Horizon], start: int, metric: str, path: Path) -> None:

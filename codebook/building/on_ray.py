@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from codebook.building.worker import Engine, ImageTask, Outcome, Worker
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, install_command
 
 PATIENCE = 5.0
 """Seconds to wait for a cluster's address to answer."""
@@ -62,7 +62,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
         import ray
         import ray.data
     except ImportError:
-        raise CodebookError("ray is not installed: `pip install codebook[ray]`, or leave --engine out") from None
+        raise CodebookError(f"ray is not installed: `{install_command('ray')}`, or leave --engine out") from None
 
     check_cluster(address)
 

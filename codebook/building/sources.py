@@ -17,7 +17,7 @@ from PIL import Image as Picture
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, install_command
 from codebook.store.files import is_file, is_folder, open_regular, read_bytes, read_lines
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture, read_image
 
@@ -252,9 +252,7 @@ def _data_set(root: Path) -> Source:
     try:
         import datasets
     except ImportError:
-        raise CodebookError(
-            f"{root} is a data set of Hugging Face datasets: `pip install codebook[datasets]`"
-        ) from None
+        raise CodebookError(f"{root} is a data set of Hugging Face datasets: `{install_command('datasets')}`") from None
     rows: Any = datasets.load_from_disk(str(root))
     column = next((name for name, kind in rows.features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:

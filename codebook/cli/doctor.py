@@ -13,6 +13,7 @@ from typing import Any
 
 from codebook import __version__
 from codebook.cli.options import JsonOption
+from codebook.errors import DISTRIBUTION, install_command
 
 MODULES = {"pillow": "PIL"}
 """Modules that are not named as their distributions are."""
@@ -78,11 +79,11 @@ def _requirements(warnings: list[str]) -> tuple[list[str], dict[str, dict[str, A
     try:
         from packaging.requirements import Requirement
 
-        distribution = metadata.distribution("codebook")
+        distribution = metadata.distribution(DISTRIBUTION)
         needed = [Requirement(text) for text in distribution.requires or ()]
         named = sorted(set(distribution.metadata.get_all("Provides-Extra") or ()) - {TESTING})
     except (ImportError, metadata.PackageNotFoundError) as error:
-        warnings.append(f"requirements are not known ({error}): install codebook by pip")
+        warnings.append(f"requirements are not known ({error}): install it by pip")
         return [], {}
 
     def unmet(requirement: Requirement) -> str | None:
@@ -107,7 +108,7 @@ def _requirements(warnings: list[str]) -> tuple[list[str], dict[str, dict[str, A
         extras[extra] = {
             "installed": not problems,
             "problems": problems,
-            "install": f"{instead}pip install 'codebook[{extra}]'",
+            "install": f"{instead}{install_command(extra)}",
         }
     return sorted(one.name for one in required), extras
 

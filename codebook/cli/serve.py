@@ -13,7 +13,7 @@ import typer
 
 from codebook.cli.options import AddressOption, DeviceOption, DtypeOption, PullOption, RecipeOption, SeedOption
 from codebook.cli.output import note
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, install_command
 
 if TYPE_CHECKING:
     from codebook.serving.blueprint import Blueprint
@@ -73,7 +73,7 @@ def serve_command(
 ) -> None:
     """Answer chat completions over HTTP with most visual tokens dropped, and score features against codebooks."""
     if missing := [name for name in NEEDED if find_spec(name) is None]:
-        raise CodebookError(f"serving needs {', '.join(missing)}: run `pip install 'codebook[serve]'`")
+        raise CodebookError(f"serving needs {', '.join(missing)}: run `{install_command('serve')}`")
     _check_engine(engine, replicas, address)
     from codebook.serving.limits import read_limits
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, install_command
 
 IMAGE_SIDE = 96  # pixels
 PATCH = 8
@@ -371,7 +371,7 @@ def _picture(name: str) -> np.ndarray:
     try:
         from skimage import data_dir  # type: ignore[attr-defined]
     except ImportError:
-        raise CodebookError("photographs need scikit-image: pip install 'codebook[miniature]'") from None
+        raise CodebookError(f"photographs need scikit-image: `{install_command('miniature')}`") from None
     from PIL import Image
 
     with Image.open(Path(data_dir) / f"{name}.png") as picture:

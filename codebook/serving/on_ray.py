@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from codebook.building.on_ray import check_cluster
-from codebook.errors import CodebookError, printable
+from codebook.errors import CodebookError, install_command, printable
 from codebook.serving.blueprint import Blueprint
 
 APPLICATION = "codebook"
@@ -23,7 +23,7 @@ def check_ray() -> None:
     """Refuse to begin without Ray Serve."""
     if missing := [name for name in NEEDED_BY_RAY if find_spec(name) is None]:
         raise CodebookError(
-            f"serving on Ray needs {', '.join(missing)}: run `pip install 'codebook[ray,serve]'`, or leave --engine out"
+            f"serving on Ray needs {', '.join(missing)}: run `{install_command('ray', 'serve')}`, or leave --engine out"
         )
 
 

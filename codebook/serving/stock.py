@@ -16,7 +16,7 @@ from transformers import __version__
 from transformers.cli.serving import chat_completion, utils
 from transformers.generation import GenerationConfig
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, install_command
 from codebook.serving.errors import response_to
 from codebook.serving.model_thread import Job
 from codebook.serving.state import ModelState
@@ -47,7 +47,7 @@ def check_names(*modules: Any) -> None:
         if missing:
             raise CodebookError(
                 f"transformers {__version__} has no {missing[0]}, on which serving stands: install a version that the "
-                "package names, `pip install 'codebook[serve]'`"
+                f"package names, `{install_command('serve')}`"
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, install_command
 from codebook.store.inverted import Place, inverted_file
 
 # Measured on 2 cores, 576 tokens, d = 160 to 4096: torch and faiss are level up to 10 000 prototypes, and at
@@ -110,7 +110,7 @@ class PrototypeSearch:
         faiss = faiss_or_none()
         if faiss is None:
             raise CodebookError(
-                "faiss is not installed: `pip install codebook[cpu]` or `codebook[gpu]`, or use backend torch"
+                f"faiss is not installed: `{install_command('cpu')}` (with CUDA `gpu`), or use backend torch"
             )
         unit = self._on(torch.device("cpu")).numpy()
         if not has_gpu(faiss):

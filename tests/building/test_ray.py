@@ -83,7 +83,7 @@ def test_no_cluster_there(address):
 
 def test_without_ray(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(CodebookError, match=r"pip install codebook\[ray\]"):
+    with pytest.raises(CodebookError, match=r"pip install 'redundancy-codebook\[ray\]'"):
         ray_engine(lambda: None, 2)
 
 

@@ -66,12 +66,12 @@ def test_extras_that_are_missing_come_with_the_command(doctor, distributions):
     assert extras["plot"] == {
         "installed": False,
         "problems": ["matplotlib is missing"],
-        "install": "pip install 'codebook[plot]'",
+        "install": "pip install 'redundancy-codebook[plot]'",
     }
     [problem] = extras["ray"]["problems"]
     assert "ray is 1.0" in problem and "<2.64" in problem
     assert extras["cpu"]["installed"]
-    assert extras["gpu"]["install"] == "pip uninstall faiss-cpu; pip install 'codebook[gpu]'"
+    assert extras["gpu"]["install"] == "pip uninstall faiss-cpu; pip install 'redundancy-codebook[gpu]'"
 
 
 def test_two_faiss_wheels_are_warned_about(doctor, distributions):
@@ -156,7 +156,7 @@ def test_an_old_package_and_no_metadata(doctor, distributions, monkeypatch):
 
     monkeypatch.setattr(metadata, "distribution", missing)
     report, _ = doctor()
-    assert report["extras"] == {} and any("install codebook by pip" in warning for warning in report["warnings"])
+    assert report["extras"] == {} and any("install it by pip" in warning for warning in report["warnings"])
 
 
 def test_without_packaging(doctor, monkeypatch):

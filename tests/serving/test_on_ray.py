@@ -19,7 +19,7 @@ def test_options_that_need_the_engine(refused):
 
 def test_ray_that_is_not_there_is_named(refused, monkeypatch):
     monkeypatch.setattr(on_ray, "find_spec", lambda name: None if name == "aiohttp" else name)
-    refused("serve", "miniature", "--engine", "ray", words=["needs aiohttp", "codebook[ray,serve]"])
+    refused("serve", "miniature", "--engine", "ray", words=["needs aiohttp", "'redundancy-codebook[ray,serve]'"])
 
 
 def test_a_cluster_that_is_not_there_is_not_waited_for():

@@ -55,7 +55,7 @@ def test_without_faiss_torch_answers(monkeypatch):
     monkeypatch.setattr(search, "FAISS_FROM", 1)
     book = make()
     assert torch.equal(book.search(tokens())[1], book.search(tokens(), backend="torch")[1])
-    with pytest.raises(CodebookError, match=r"pip install codebook\[cpu\]. or .codebook\[gpu\]"):
+    with pytest.raises(CodebookError, match=r"pip install 'redundancy-codebook\[cpu\]'"):
         book.search(tokens(), backend="faiss")
 
 
