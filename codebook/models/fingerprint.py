@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -74,14 +74,35 @@ def _parts(model: Model) -> dict[str, nn.Module]:
 
 def _stored(model: Model) -> str:
     """The fingerprint of the weights as they are stored, quantised or not."""
-    kind, parts = family(model), []
+    return fingerprint_of_weights(model, {name: _middle(model, name) for name in sampled_weights(model)})
+
+
+def sampled_weights(model: Model) -> list[str]:
+    """The names of the model's parameters that its fingerprint looks at; its weights may be on the meta device."""
+    return [name for module in _parts(model).values() for name in _sampled(model, module)]
+
+
+def fingerprint_of_weights(model: Model, middles: Mapping[str, Tensor]) -> str:
+    """The fingerprint of weights that are not in the model itself, which gives their sizes and names.
+
+    Parameters
+    ----------
+    middles
+        For each name of `sampled_weights` the middle number of that weight, a float32 scalar.
+    """
+    parts = []
     for module in _parts(model).values():
-        weights = [name for name, p in module.named_parameters() if p.dim() > 1]
-        step = max(1, len(weights) // FINGERPRINT_SAMPLES)
-        sample = torch.stack([_middle(module, name) for name in weights[::step][:FINGERPRINT_SAMPLES]])
+        sample = torch.stack([middles[name] for name in _sampled(model, module)])
         hexed = sample.to(torch.bfloat16).view(torch.int16).numpy().astype(">i2").tobytes().hex()
         parts.append(f"{sum(p.numel() for p in module.parameters())}-{hexed}")
-    return ":".join([kind.name, *parts])
+    return ":".join([family(model).name, *parts])
+
+
+def _sampled(model: Model, module: nn.Module) -> list[str]:
+    """The names, in the model, of some of a part's matrices."""
+    prefix = next(name for name, other in model.named_modules() if other is module)
+    weights = [f"{prefix}.{name}" for name, p in module.named_parameters() if p.dim() > 1]
+    return weights[:: max(1, len(weights) // FINGERPRINT_SAMPLES)][:FINGERPRINT_SAMPLES]
 
 
 def same_fingerprint(a: str, b: str) -> bool:

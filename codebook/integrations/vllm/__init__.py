@@ -5,7 +5,10 @@ vLLM calls `register`, the entry point `codebook` of the group `vllm.general_plu
 
 from __future__ import annotations
 
-ARCHITECTURES: dict[str, str] = {}
+ARCHITECTURES = {
+    "CodebookLlavaForConditionalGeneration": "llava",
+    "CodebookLlavaNextForConditionalGeneration": "llava",
+}
 """Module in this package of each class that vLLM can be told to run, as `architectures` of `--hf-overrides`."""
 
 

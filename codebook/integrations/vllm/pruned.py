@@ -1,0 +1,125 @@
+"""What every pruned class adds to vLLM's own: fewer placeholders in the prompt, and fewer embeddings for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
+
+from codebook.errors import CodebookError
+from codebook.integrations.vllm.checkpoint import Watched
+from codebook.integrations.vllm.settings import VllmSettings
+from codebook.models.layout import Layout
+from codebook.models.registry import family_of_config
+
+Data = Mapping[str, Any]
+"""What vLLM's processor made of several images: tensors by the names of the model's arguments."""
+
+
+class PruningProcessor:
+    """A vLLM processor that leaves room in the prompt for the tokens that stay; stands before vLLM's in the bases.
+
+    Attributes
+    ----------
+    layouts
+        Function of the model's config and `Data`: how the tokens of each image are laid out, unpruned.
+    """
+
+    layouts: Callable[[Any, Data], list[Layout]]
+
+    def __init__(self, info: Any, dummy_inputs: Any) -> None:
+        super().__init__(info, dummy_inputs)  # type: ignore[call-arg]
+        self.config = info.get_hf_config()
+        self.settings = VllmSettings.read(self.config)
+        family_of_config(self.config)
+        if info.ctx.model_config.get_multimodal_config().enable_mm_embeds:
+            raise CodebookError("pruning needs images, not their embeddings: leave --enable-mm-embeds out")
+
+    def _get_mm_hashes(self, inputs: Any) -> dict[str, list[str]]:
+        """Name every image together with what is kept of it: engines that keep other tokens may share a store.
+
+        Ids that clients give to images are within vLLM's own hashes.
+        """
+        hashes = super()._get_mm_hashes(inputs)  # type: ignore[misc]
+        return {kind: [f"{own}-{self.settings.digest}" for own in some] for kind, some in hashes.items()}
+
+    def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> list[PromptUpdate]:
+        updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
+        layouts = type(self).layouts(self.config, out_mm_kwargs.get_data()) if mm_items.get_all_counts() else []
+        return [self._shortened(update, layouts) for update in updates]
+
+    def _shortened(self, update: PromptUpdate, layouts: Sequence[Layout]) -> PromptUpdate:
+        if update.modality != "image":
+            return update
+        assert isinstance(update, PromptReplacement)
+        return replace(update, replacement=partial(self._content, update.replacement, layouts))
+
+    def _content(self, whole: Any, layouts: Sequence[Layout], number: int) -> PromptUpdateDetails:
+        """What stands in the prompt for an image: vLLM's, with as many placeholders as tokens stay."""
+        content = whole(number) if callable(whole) else whole
+        if not isinstance(content, PromptUpdateDetails):
+            content = PromptUpdateDetails.from_seq(content)
+        token, layout = self.config.image_token_id, layouts[number]
+        if content.full.count(token) != layout.length:
+            raise CodebookError(
+                f"vLLM has {content.full.count(token)} placeholders for an image of {layout.length} visual tokens: "
+                "this version of vLLM is not supported"
+            )
+        spare, full = layout.length - self.settings.kept(layout), []
+        for own in content.full:
+            if own == token and spare:
+                spare -= 1
+            else:
+                full.append(own)
+        return replace(content, full=full)
+
+
+class PruningModel:
+    """A vLLM model that encodes images and keeps some of their embeddings; stands before vLLM's in the bases.
+
+    Attributes
+    ----------
+    layouts
+        As the processor has it.
+    pixels
+        Function of the model's config and `Data`: the pixels of each image, the same in any company.
+    """
+
+    layouts: Callable[[Any, Data], list[Layout]]
+    pixels: Callable[[Any, Data], list[Tensor]]
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
+        self.settings = VllmSettings.read(vllm_config.model_config.hf_config)
+
+    def embed_multimodal(self, **data: Any) -> list[Tensor]:
+        """For each image (kept, d): the embeddings that stay, in raster order."""
+        whole = super().embed_multimodal(**data)  # type: ignore[misc]
+        config = self.config  # type: ignore[attr-defined]
+        return [own[index] for own, index in zip(whole, self.kept(list(whole), config, data), strict=True)]
+
+    def kept(self, features: Sequence[Tensor], config: Any, data: Data) -> list[Tensor]:
+        """For each image the places of its tokens that stay, (kept,) int64, the same on every rank.
+
+        Ranks of tensor parallelism sum in an order of their own, and a near tie could fall either way: they take what
+        the first of them chose.
+        """
+        layouts = type(self).layouts(config, data)
+        chosen = self.settings.choose(features, layouts, type(self).pixels(config, data))
+        if get_tensor_model_parallel_world_size() > 1:
+            both = get_tp_group().broadcast(torch.cat(chosen), src=0)
+            chosen = list(both.split([len(own) for own in chosen]))
+        return chosen
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load, and refuse a codebook that was built for other weights."""
+        watched = Watched(self.config, self.settings)  # type: ignore[attr-defined]
+        loaded: set[str] = super().load_weights(watched.passing(weights))  # type: ignore[misc]
+        watched.check()
+        return loaded
