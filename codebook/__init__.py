@@ -13,6 +13,8 @@ _HOME = {
     "CodebookError": "codebook.errors",
     "ask": "codebook.inference.ask",
     "build": "codebook.building",
+    "disable": "codebook.pruning",
+    "enable": "codebook.pruning",
     "load": "codebook.models",
     "prebuilt": "codebook.store.shipped",
     "remember": "codebook.pruning",

@@ -27,13 +27,14 @@ from codebook.cli.inspect import inspect_command
 from codebook.cli.listing import list_command
 from codebook.cli.merge import merge_command
 from codebook.cli.miniature import evaluate_command, images_command, train_command
+from codebook.cli.options import with_quiet
 from codebook.cli.output import Interrupted
 from codebook.cli.prune import prune_command
 from codebook.cli.pull import pull_command
 from codebook.cli.push import push_command
 from codebook.cli.serve import serve_command
 from codebook.cli.show import show_command
-from codebook.cli.streams import flush_output, prepare_streams, say
+from codebook.cli.streams import flush_output, prepare_streams, say, start_logging
 from codebook.cli.tune import tune_command
 from codebook.errors import CodebookError, out_of_memory, remedy_for
 
@@ -92,10 +93,10 @@ def global_options(
 
 
 for _name, _command in COMMANDS.items():
-    app.command(_name)(_command)
+    app.command(_name)(with_quiet(_command))
 _miniature = typer.Typer(help="The embedded model: its training and its scenes.", no_args_is_help=True)
 for _name, _command in MINIATURE_COMMANDS.items():
-    _miniature.command(_name)(_command)
+    _miniature.command(_name)(with_quiet(_command))
 app.add_typer(_miniature, name="miniature")
 
 
@@ -115,6 +116,7 @@ def _run(argv: list[str] | None) -> int:
     """Run one command and report its error; the exit code."""
     try:
         prepare_streams()
+        start_logging()
         # Outside its standalone mode, typer raises the errors that it would print over several lines.
         code = app(argv, prog_name="codebook", standalone_mode=False) or 0
     except (CodebookError, Interrupted) as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -26,6 +27,7 @@ RecipeOption = Annotated[
     Path | None, typer.Option(help="Folder that `codebook tune` wrote, with the schedule and the codebook to use.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")]
 DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 QuestionOption = Annotated[str, typer.Option("--ask", help="The question.")]
@@ -69,6 +71,20 @@ class Probing:
             raise CodebookError(f"no engine {self.engine!r}: use local or ray")
 
 
+def with_quiet(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the option --quiet, which every command has."""
+
+    @functools.wraps(command)
+    def wrapped(*args: Any, quiet: bool, **given: Any) -> None:
+        if quiet:
+            logging.getLogger("codebook").setLevel(logging.ERROR)
+        command(*args, **given)
+
+    own = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=QuietOption)
+    return _signed(wrapped, [*own.parameters.values(), option])
+
+
 def with_probing(command: Callable[..., None]) -> Callable[..., None]:
     """Decorator of a command that takes `probing`: on the command line its fields stand there as options."""
     hints = get_type_hints(Probing, include_extras=True)
@@ -89,7 +105,12 @@ def with_probing(command: Callable[..., None]) -> Callable[..., None]:
 
     own = inspect.signature(command, eval_str=True)
     rest = [parameter for name, parameter in own.parameters.items() if name != "probing"]
-    rest = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in rest]
-    wrapped.__signature__ = own.replace(parameters=[*rest, *options])  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in (*rest, *options)}
+    return _signed(wrapped, [*rest, *options])
+
+
+def _signed(wrapped: Callable[..., None], options: list[inspect.Parameter]) -> Callable[..., None]:
+    """A command whose options, for the command line, are these."""
+    options = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in options]
+    wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in options}
     return wrapped

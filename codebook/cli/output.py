@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
-
-from codebook.errors import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +27,13 @@ P = ParamSpec("P")
 
 
 def note(text: str) -> None:
-    print(printable(text), file=sys.stderr)
+    """Say something beside the result: to stderr, by the logger that `--quiet` silences."""
+    logging.getLogger("codebook.cli").info("%s", text)
+
+
+def quiet() -> bool:
+    """Whether notes, and so progress too, are silenced."""
+    return not logging.getLogger("codebook.cli").isEnabledFor(logging.INFO)
 
 
 class Interrupted(Exception):
@@ -84,7 +89,7 @@ def fetching_progress(name: str) -> Iterator[Callable[[int], None]]:
     """
     from codebook.store.registry import entry_named
 
-    if not sys.stderr.isatty():
+    if quiet() or not sys.stderr.isatty():
         from huggingface_hub.utils import disable_progress_bars
 
         disable_progress_bars()
@@ -109,6 +114,9 @@ def _no_update(done: int, note: str = "") -> None:
 @contextlib.contextmanager
 def progress(label: str, total: int, unit: str) -> Iterator[Update]:
     """Show the progress of `total` units of work."""
+    if quiet():
+        yield _no_update
+        return
     start = time.monotonic()
     first: list[int] = []  # units that an earlier run finished do not count towards this run's speed
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 
@@ -35,6 +36,21 @@ def say(message: str) -> None:
         print(printable(message), file=sys.stderr, flush=True)
     except OSError:
         _mute(sys.stderr)
+
+
+class StderrHandler(logging.Handler):
+    """Prints what the package logs, a line per record, to what stderr is at that moment."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(self.format(record))
+
+
+def start_logging() -> None:
+    """Have the logger `codebook` print notes and warnings to stderr; `--quiet` then raises its level."""
+    package = logging.getLogger("codebook")
+    package.setLevel(logging.INFO)
+    if not any(isinstance(handler, StderrHandler) for handler in package.handlers):
+        package.addHandler(StderrHandler())
 
 
 def flush_output() -> OSError | None:

@@ -492,7 +492,8 @@ def show_rows(
                     schedule = row.schedules[0]
                     name = f"{key} {schedule_key(schedule)}"
                     if name not in journal:
-                        [answer] = ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)
+                        asked = [pictures], [sample.question], schedule or Schedule([])
+                        [answer] = ask(model, processor, *asked, max_new_tokens)
                         seen = [image.view(kept) for image, kept in zip(answer.images, answer.kept, strict=True)]
                         journal.add(
                             name, {"text": answer.text, "kept": [s[0] for s in seen], "grids": [s[1] for s in seen]}

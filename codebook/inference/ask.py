@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,11 +13,15 @@ from PIL import Image as Picture
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from codebook.errors import CodebookError
 from codebook.inference.outputs import NanWatch
+from codebook.inference.overlay import overlay, shown_part, stacked
 from codebook.inference.prompts import Prompts, prepare
-from codebook.models import Image, unwrap
+from codebook.models import Image, family, unwrap
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
+from codebook.pruning.engine.context import Pruning, in_force
+from codebook.store.pictures import upright_rgb
 
 
 @dataclass(frozen=True)
@@ -32,12 +38,39 @@ class Answer:
         For each image where its tokens are and how they are laid out.
     counts
         For each image its number of visual tokens, then the number left after each stage.
+    pictures
+        For each image the part of it that the model was shown. In a notebook an answer is displayed as `overlay`.
     """
 
     text: str
     kept: list[list[int]]
     images: list[Image]
     counts: list[list[int]]
+    pictures: list[Picture.Image] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        tokens, kept = sum(own[0] for own in self.counts), sum(own[-1] for own in self.counts)
+        return f"<Answer {self.text!r} from {kept} of {tokens} visual tokens>"
+
+    def overlay(self) -> Picture.Image:
+        """The pictures, each beside itself with dropped tokens darkened and kept ones framed, one below the other.
+
+        Raises
+        ------
+        CodebookError
+            If the answer has no pictures.
+        """
+        if not self.pictures:
+            raise CodebookError("this answer has no pictures to draw on: ask about at least one")
+        shown = zip(self.pictures, self.images, self.kept, strict=True)
+        return stacked([overlay(picture, *image.view(kept)) for picture, image, kept in shown])
+
+    def _repr_png_(self) -> bytes | None:
+        if not self.pictures:
+            return None
+        file = io.BytesIO()
+        self.overlay().save(file, "PNG")
+        return file.getvalue()
 
 
 def ask(
@@ -57,7 +90,8 @@ def ask(
     questions
         In plain words: the model's own chat template is applied.
     schedule
-        What to prune; None leaves the model as it is.
+        What to prune. None leaves the model as it is: unpruned, unless it is enabled or inside a context.
+        `Schedule([])` prunes nothing even there.
     max_new_tokens
         Most tokens per answer.
 
@@ -73,13 +107,23 @@ def ask(
         If the model's outputs are NaN.
     """
     model = unwrap(model)
-    return answer_prompts(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
+    answers = answer_prompts(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
+    return [
+        replace(answer, pictures=[_drawable(model, processor, picture) for picture in own])
+        for answer, own in zip(answers, images, strict=True)
+    ]
+
+
+def _drawable(model: Model, processor: Processor, picture: Picture.Image) -> Picture.Image:
+    """The part of a picture that its whole view shows, upright."""
+    upright = upright_rgb(picture)
+    return shown_part(upright, family(model).shown_box(processor, upright.size))
 
 
 def answer_prompts(
     model: Model, processor: Processor, prompts: Prompts, schedule: Schedule | None = None, max_new_tokens: int = 32
 ) -> list[Answer]:
-    """Answer prepared prompts greedily under a schedule; None leaves the model as it is.
+    """Answer prepared prompts greedily under a schedule, as `ask` takes it.
 
     Raises
     ------
@@ -119,7 +163,7 @@ def generate(
     processors: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> Generated:
-    """Run the model's own `generate` on prepared prompts under a schedule.
+    """Run the model's own `generate` on prepared prompts under a schedule, as `ask` takes it.
 
     Parameters
     ----------
@@ -134,10 +178,17 @@ def generate(
         If the model's outputs are NaN.
     """
     watch = NanWatch()
-    with torch.inference_mode(), (schedule or Schedule([]))(model, "thread") as pruning:
+    with torch.inference_mode(), _context(model, schedule) as pruning:
         out = model.generate(**prompts.inputs, logits_processor=LogitsProcessorList([watch, *processors]), **options)
     watch.check()
     # Pruning lists the images of the whole batch, prompt by prompt.
     every_image = iter(zip(pruning.images, pruning.kept, strict=True))
     shown = [[next(every_image) for _ in range(count)] for count in prompts.images]
     return Generated(out[:, prompts.inputs["input_ids"].shape[1] :], shown)
+
+
+def _context(model: Model, schedule: Schedule | None) -> contextlib.AbstractContextManager[Pruning]:
+    """What prunes the calls of this thread: the schedule's own context, or the one that they are in already."""
+    if schedule is None and (own := in_force(model)) is not None:
+        return contextlib.nullcontext(own)
+    return (schedule or Schedule([]))(model, "thread")

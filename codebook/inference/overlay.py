@@ -32,6 +32,16 @@ def overlay(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> I
     return both
 
 
+def stacked(pictures: Sequence[Image.Image]) -> Image.Image:
+    """Pictures one below the other."""
+    size = max(one.width for one in pictures), sum(one.height for one in pictures) + 16 * (len(pictures) - 1)
+    page, top = Image.new("RGB", size, "white"), 0
+    for one in pictures:
+        page.paste(one, (0, top))
+        top += one.height + 16
+    return page
+
+
 def shown_part(image: Image.Image, box: tuple[float, float, float, float]) -> Image.Image:
     """The part of an image that a model was shown, as `Family.shown_box` says it; its tokens lie on that."""
     (width, height), (left, top, right, bottom) = image.size, box

@@ -100,7 +100,9 @@ def respond(
                 prompts = prepare(model, processor, images, [sample.question for sample in group])
                 with remembering(model):
                     for name, policy in todo.items():
-                        answers = answer_prompts(model, processor, prompts, policy(group), max_new_tokens)
+                        answers = answer_prompts(
+                            model, processor, prompts, policy(group) or Schedule([]), max_new_tokens
+                        )
                         # A sample's counts are the sums over its images, stage by stage.
                         values = [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in answers]
                         journal.add(f"{name} #{key}", values)

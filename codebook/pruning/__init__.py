@@ -6,7 +6,14 @@ from typing import Any
 from codebook.pruning import methods
 
 # Imported when first used: listing methods needs no torch, and only the engine needs transformers.
-_LATE = {"Schedule": "schedule", "Stage": "stage", "VisualTokens": "tokens", "remember": "engine.memory"}
+_LATE = {
+    "Schedule": "schedule",
+    "Stage": "stage",
+    "VisualTokens": "tokens",
+    "disable": "engine.enabling",
+    "enable": "engine.enabling",
+    "remember": "engine.memory",
+}
 
 __all__ = [*_LATE]
 __all__ += methods.__all__  # a new method is public with its entry there; `__init__.pyi` says so to type checkers

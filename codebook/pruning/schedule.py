@@ -96,7 +96,13 @@ class Schedule:
         return pruning
 
     def __repr__(self) -> str:
-        return f"Schedule({str(self)!r})"
+        if not self.stages:
+            return f"<Schedule {str(self)!r}: keeps all visual tokens>"
+        first, *others = (stage.effect() for stage in self.stages)
+        amount, place = first
+        kept = ", ".join([f"{amount} of an image's visual tokens {place}", *(" ".join(other) for other in others)])
+        mass = "; kept tokens stand for dropped ones" if any(stage.mass for stage in self.stages) else ""
+        return f"<Schedule {str(self)!r}: keeps {kept}{mass}>"
 
     def __str__(self) -> str:
         text = ", ".join(map(str, self.stages)) or UNPRUNED

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
 from codebook.errors import CodebookError, quoted
-from codebook.store.files import cannot_write, read_json, replacing
+from codebook.store.files import read_json, write_json
 
 SCHEDULE_FORMAT = 1
 """Version of the layout of schedule files."""
@@ -26,12 +25,7 @@ class ScheduleFile(BaseModel, strict=True):
 
 def write_schedule_text(path: Path | str, text: str) -> None:
     """Write a schedule's text to a file, whole or not at all."""
-    content = json.dumps({"format": SCHEDULE_FORMAT, "schedule": text}) + "\n"
-    try:
-        with replacing(Path(path)) as temporary:
-            temporary.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise cannot_write(Path(path), error) from None
+    write_json(path, {"format": SCHEDULE_FORMAT, "schedule": text})
 
 
 def read_schedule_text(path: Path | str) -> str:

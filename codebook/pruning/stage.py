@@ -62,6 +62,14 @@ class Stage:
             raise CodebookError(f"cannot keep {self.keep} tokens of an image that has {total}: lower the count")
         return self.keep
 
+    def effect(self) -> tuple[str, str]:
+        """How many tokens stay and from where on, in words."""
+        if self.keep is None:
+            amount = "as many as its method decides"
+        else:
+            amount = str(self.keep) if isinstance(self.keep, int) else f"{100 * self.keep:.3g}%"
+        return amount if self.keep != 0 else "none", f"from layer {self.layer} on" if self.layer else "before the LLM"
+
     def __repr__(self) -> str:
         return f"Stage({str(self)!r})"
 

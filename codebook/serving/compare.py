@@ -15,10 +15,10 @@ from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.pruning.kept_map import kept_map
 from codebook.pruning.presets import KEEP
 from codebook.serving.errors import ServiceError
 from codebook.serving.limits import unless_left, whole_body
-from codebook.serving.maps import kept_map
 from codebook.serving.methods import Methods
 from codebook.serving.model_thread import Job
 from codebook.serving.preparing import Preparer

@@ -27,10 +27,10 @@ from codebook.inference.overlay import SIZE, overlay, shown_part
 from codebook.models import Image
 from codebook.models.base import Model
 from codebook.pruning import Schedule
+from codebook.pruning.kept_map import kept_map
 from codebook.pruning.ownership import codebooks_of
 from codebook.serving.errors import ServiceError
 from codebook.serving.limits import unless_left, whole_body
-from codebook.serving.maps import kept_map
 from codebook.serving.model_thread import Job, too_late
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import MOST_PARTS, ChatRequest, ImagePart, Strict, Turn, parse_request

@@ -69,7 +69,11 @@ class Codebook:
         return len(self.prototypes)
 
     def __repr__(self) -> str:
-        return f"Codebook({len(self)} prototypes of dimension {self.dimension}, for {self.config['model']})"
+        clusters = len({row["cluster"] for row in self.provenance})
+        used = self.config.get("images", {}).get("used")
+        images = f", from {used} images" if used else ""
+        kinds = f"{len(self)} prototypes of dimension {self.dimension} in {clusters} cluster{'s'[: clusters > 1]}"
+        return f"<Codebook for {self.config['model']}: {kinds}{images}>"
 
     @property
     def spread(self) -> float | None:

@@ -272,6 +272,21 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def write_json(path: Path | str, value: Any) -> None:
+    """Write one line of JSON to a file of its own, whole or not at all.
+
+    Raises
+    ------
+    CodebookError
+        If the file cannot be written.
+    """
+    content = json.dumps(value) + "\n"  # before anything is touched
+    try:
+        write_text(Path(path), content)
+    except OSError as error:
+        raise cannot_write(Path(path), error) from None
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary file beside `path` that takes its place when all went well, and leaves nothing behind otherwise."""

@@ -194,7 +194,14 @@ def test_pruners_refuse_what_their_text_would():
 
 def test_schedules_print_as_their_text():
     schedule = Schedule.parse("uniform:0.25+mass, drop@3; quotas=shared")
-    assert repr(schedule) == "Schedule('uniform:0.25+mass, drop@3; quotas=shared')"
+    assert repr(schedule) == (
+        "<Schedule 'uniform:0.25+mass, drop@3; quotas=shared': keeps 25% of an image's visual tokens before the LLM, "
+        "none from layer 3 on; kept tokens stand for dropped ones>"
+    )
+    assert repr(Schedule([])) == "<Schedule 'unpruned': keeps all visual tokens>"
+    assert repr(Schedule.parse("random@2:9")) == (
+        "<Schedule 'random@2:9': keeps 9 of an image's visual tokens from layer 2 on>"
+    )
     assert list(map(repr, schedule.stages)) == ["Stage('uniform:0.25+mass')", "Stage('drop@3')"]
 
 

@@ -10,7 +10,7 @@ from codebook.inference.ask import ask
 from codebook.miniature.samples import of_miniature
 from codebook.models.layout import Grid, Image, Layout
 from codebook.pruning import Schedule
-from codebook.serving.maps import kept_map
+from codebook.pruning.kept_map import kept_map
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 ATTACHING = threading.RLock()
 """Guards what the contexts of several threads share: who is open, and who is in flight, on which model."""
 
-_attached: weakref.WeakKeyDictionary[Model, Attachment] = weakref.WeakKeyDictionary()
+SLOT = "_codebook_attachment"
+"""Attribute of the model that holds its attachment: the two are freed together, also where a context stays open."""
 
 
 class Attachment:
@@ -49,7 +51,7 @@ class Attachment:
     @classmethod
     def of(cls, model: Model) -> Attachment:
         """The attachment of a model that has one, or a new one."""
-        return _attached.get(model) or cls(model)
+        return vars(model).get(SLOT) or cls(model)
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         # The copy's hooks would belong to contexts of the original, and answers of the copy would silently be wrong.
@@ -68,6 +70,11 @@ class Attachment:
                 raise CodebookError("this pruning context is open already: make another one by calling the schedule")
             mine = other.owner == owner
             if other.open and other.scope == pruning.scope and (mine or pruning.scope == "model"):
+                if other.enabled:
+                    raise CodebookError(
+                        f"the model is enabled with '{other.schedule}' already: call codebook.disable(model) first, or "
+                        "open this context with scope='thread'"
+                    )
                 raise CodebookError(
                     "the model is already being pruned: join the stages in one schedule instead of nesting"
                     if mine
@@ -76,19 +83,31 @@ class Attachment:
                 )
         if not self._pruning:
             self._attach()
-            _attached[self.model] = self
+            setattr(self.model, SLOT, self)
         self._pruning.append(pruning)
         pruning.owner, pruning.seen_images, pruning.seen_prompt = owner, False, False
         try:
             for stage in pruning.schedule.stages:
                 if stage.pruner.uses_attention:
                     layer = self.lm.layers[stage.layer - 1]
-                    pruning.taps.callback(tap(layer.self_attn, partial(self._on_attention, stage.layer)))
+                    pruning.taps.callback(tap(layer.self_attn, self._weak(self._on_attention, stage.layer)))
             if any(stage.pruner.uses_vision for stage in pruning.schedule.stages):
-                pruning.taps.callback(tap(self.family.vision_attention(self.model), self._on_vision_attention))
+                module = self.family.vision_attention(self.model)
+                pruning.taps.callback(tap(module, self._weak(self._on_vision_attention)))
             pruning.open = True
         finally:
             self.settle(pruning)  # where a tap failed
+
+    @staticmethod
+    def _weak(method: Callable[..., None], *first: Any) -> Callable[..., None]:
+        """A method for a tap, whose list would otherwise keep the attachment, and so the model, for ever."""
+        found = weakref.WeakMethod(method)
+
+        def call(*args: Any) -> None:
+            if (own := found()) is not None:
+                own(*first, *args)
+
+        return call
 
     def settle(self, pruning: Pruning) -> None:
         """Take down what a context that is closed needs no longer, and the hooks with the last one.
@@ -101,7 +120,7 @@ class Attachment:
         self._pruning.remove(pruning)
         if not self._pruning:
             self._undo.close()
-            _attached.pop(self.model, None)
+            delattr(self.model, SLOT)
 
     def _attach(self) -> None:
         model, base = self.model, self.model.base_model
@@ -130,23 +149,27 @@ class Attachment:
     def _begin(self, length: int | None = None) -> Call:
         """A call that starts now: what prunes it is decided here, once."""
         with ATTACHING:
-            pruning = self._in_force()
+            pruning = self.in_force()
             if pruning is not None:
                 pruning.calls += 1
         return Call(self, pruning, length)
 
-    def _in_force(self) -> Pruning | None:
+    def in_force(self) -> Pruning | None:
         """What prunes a call of this thread that starts now: its innermost own context, else the model's."""
         for pruning in reversed(SCOPED.get()):
             if pruning.open and pruning.attachment is self:
                 return pruning
         return next((pruning for pruning in self._pruning if pruning.open and pruning.scope == "model"), None)
 
+    def enabled(self) -> Pruning | None:
+        """The context that `enable` opened."""
+        return next((pruning for pruning in self._pruning if pruning.open and pruning.enabled), None)
+
     def _pruning_now(self) -> Pruning | None:
         """What prunes the call that this thread is in, or one that it started now."""
         running = self._own_running()
         call = self._current() or (None if running is None else running.call)
-        return self._in_force() if call is None else call.pruning
+        return self.in_force() if call is None else call.pruning
 
     def _finish(self, call: Call) -> None:
         if call.pruning is not None:
@@ -293,7 +316,9 @@ class Attachment:
             shared=pruning.schedule.quotas == "shared", usual=pruning.schedule.spread,
         )  # fmt: skip
         chosen = self._chosen(running.call, given["input_ids"])
-        forward = Forward(self.family, self.model, whole, pruning.stages, found, running.blocks, compact, chosen)
+        forward = Forward(
+            self.family, self.model, whole, pruning.stages, found, running.blocks, compact, chosen, pruning.tally
+        )
         FORWARD.set(forward)
         pruning.show(list(found.images), forward.log)
 
@@ -348,6 +373,8 @@ class Attachment:
     def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:
         forward, running = FORWARD.get(), self._own_running()
         FORWARD.set(None)
+        if running is not None and forward is not None and output is not None:
+            self._count(running.call, forward)
         if running is not None and running.direct:
             self.end()
         if forward is None or forward.sequence is None or output is None:
@@ -356,6 +383,19 @@ class Attachment:
             return (forward.restore(output[0]), *output[1:])
         output.last_hidden_state = forward.restore(output.last_hidden_state)
         return output
+
+    def _count(self, call: Call, forward: Forward) -> None:
+        """Add a forward that ended well to its context's statistics, once for each prompt of a generation."""
+        if call.pruning is None or forward.prompt is None or (call.ids is not None and call.counted is call.ids):
+            return
+        call.counted, images = call.ids, forward.prompt.images
+        tokens = sum(image.count for image in images)
+        layers = len(self.lm.layers)
+        seen = forward.seen(layers)
+        call.pruning.tally.add(len(images), tokens, seen)
+        logging.getLogger(__name__).debug(
+            "%d images: %.0f of %d visual tokens, by '%s'", len(images), seen / layers, tokens, call.pruning.schedule
+        )
 
     def _after_base(self, *_: Any) -> None:
         self.end()

@@ -34,12 +34,15 @@ class Call:
     ids, chosen
         What its first forward with images showed (B, L), and which tokens were chosen there. Without a KV cache every
         step shows the whole prompt again: it then keeps the same tokens instead of asking anew.
+    counted
+        Those `ids` that are in the context's statistics already.
     """
 
     attachment: Attachment
     pruning: Pruning | None
     length: int | None = None
     ids: Tensor | None = None
+    counted: Tensor | None = None
     chosen: Chosen = field(default_factory=dict)
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from torch import Tensor
@@ -26,6 +27,9 @@ from codebook.models import Image
 from codebook.models.base import Model
 from codebook.pruning.engine.attachment import ATTACHING, Attachment
 from codebook.pruning.engine.call import ENCODED, SCOPED, owner
+from codebook.pruning.engine.statistics import Statistics, Tally
+from codebook.pruning.kept_map import MAP_FORMAT, kept_map
+from codebook.store.files import write_json
 
 if TYPE_CHECKING:  # a schedule makes contexts; a context only reads what a schedule says
     from codebook.pruning.schedule import Schedule
@@ -54,6 +58,8 @@ class Pruning:
     kept : list[list[Tensor]]
         For each of them the tokens (int64) that survived each stage, by their places among the image's visual tokens:
         `image.locate` gives grid, row and column; in an image of one grid it is the raster position.
+    statistics : Statistics
+        What all calls so far add up to. Reading it waits until a GPU has finished choosing; pruning itself never does.
     """
 
     def __init__(self, model: Model, schedule: Schedule, scope: Scope = "model") -> None:
@@ -75,7 +81,8 @@ class Pruning:
                 "positions='keep'"
             )
         self.stages = {stage.layer: stage for stage in schedule.stages}
-        self.open = False
+        self.open = self.enabled = False
+        self.tally = Tally(len(self.lm.layers))
         self.seen_images = self.seen_prompt = False
         self.calls = 0  # in flight
         self.taps = contextlib.ExitStack()
@@ -85,8 +92,9 @@ class Pruning:
         self._own = threading.local()
 
     def __repr__(self) -> str:
-        state = "open" if self.open else "closed"
-        return f"<Pruning of {type(self.model).__name__} by '{self.schedule}', scope {self.scope}, {state}>"
+        state = "enabled" if self.enabled else "open" if self.open else "closed"
+        so_far = self.tally.read(wait=False)
+        return f"<Pruning of {type(self.model).__name__} by '{self.schedule}', scope {self.scope}, {state}: {so_far}>"
 
     def __enter__(self) -> Pruning:
         with ATTACHING:
@@ -102,7 +110,7 @@ class Pruning:
         ENCODED.set(())
         SCOPED.set(tuple(other for other in SCOPED.get() if other is not self))
         with ATTACHING:
-            self.open, idle = False, not self.calls
+            self.open, self.enabled, idle = False, False, not self.calls
             self.attachment.settle(self)
         # What calls in flight have encoded they will still show.
         if kind is None and idle and self.seen_images and not self.seen_prompt:
@@ -120,6 +128,27 @@ class Pruning:
         return self._shown.kept
 
     @property
+    def statistics(self) -> Statistics:
+        return self.tally.read()
+
+    def save(self, path: Path | str) -> None:
+        """Write `images` and `kept` to a JSON file, whole or not at all; docs/pruning.md says its keys.
+
+        Raises
+        ------
+        CodebookError
+            If no image was shown yet, or the file cannot be written.
+        """
+        images, kept = self._shown
+        if not images:
+            raise CodebookError("no image was shown in this context yet, so there is no map to save")
+        maps = [
+            {"kind": image.kind, **kept_map(image, self.schedule, stages)}
+            for image, stages in zip(images, kept, strict=True)
+        ]
+        write_json(path, {"format": MAP_FORMAT, "schedule": str(self.schedule), "images": maps})
+
+    @property
     def _shown(self) -> _Shown:
         return getattr(self._own, "last", self._latest)
 
@@ -133,3 +162,9 @@ class _Shown(NamedTuple):
 
     images: list[Image]
     kept: list[list[Tensor]]
+
+
+def in_force(model: Model) -> Pruning | None:
+    """The context that prunes calls which this thread starts on the model now, if there is one."""
+    with ATTACHING:
+        return Attachment.of(model).in_force()

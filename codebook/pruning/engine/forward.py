@@ -6,9 +6,11 @@ masks and positions. This is the one place that changes: which units and which s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -22,6 +24,7 @@ from codebook.pruning.engine import selection
 from codebook.pruning.engine.cache import visible
 from codebook.pruning.engine.prompt import Prompt, Unit
 from codebook.pruning.engine.sequence import Given, Shortened, shorten
+from codebook.pruning.engine.statistics import Tally
 from codebook.pruning.engine.views import Cached, View, Viewer, window
 from codebook.pruning.methods.base import FeaturePruner
 from codebook.pruning.stage import Stage
@@ -48,6 +51,8 @@ class Forward:
         Whether positions are renumbered.
     chosen
         What an earlier forward of the same generation chose. Filled where it is empty.
+    tally
+        Where the time in which stages choose is added up.
 
     Attributes
     ----------
@@ -73,6 +78,7 @@ class Forward:
         blocks: Tensor | None = None,
         compact: bool = False,
         chosen: Chosen | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self.family, self.given, self.stages, self.prompt, self.blocks = family, given, stages, prompt, blocks
         self.log: list[list[Tensor]] = [] if prompt is None else [[] for _ in prompt.images]
@@ -81,6 +87,7 @@ class Forward:
         self.heard: tuple[Tensor, Tensor, float] | None = None
         self.before: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self._chosen: Chosen = {} if chosen is None else chosen
+        self._tally = tally
         self._viewer = Viewer(family, model, given, [] if prompt is None else prompt.lengths, blocks, compact)
         self._views: list[tuple[tuple[Any, ...], View]] = []
 
@@ -104,7 +111,8 @@ class Forward:
         chosen = self._chosen.get(stage.layer)
         if chosen is None:
             counts = selection.targets(stage, self.prompt.images, self.units, self.prompt.portions)
-            chosen = self._chosen[stage.layer] = selection.choose(stage.pruner, self.units, counts, tokens)
+            with contextlib.nullcontext() if self._tally is None else self._tally.timing(hidden.device):
+                chosen = self._chosen[stage.layer] = selection.choose(stage.pruner, self.units, counts, tokens)
 
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         units, merged, dropped = list(self.units), list[Tensor | None](), [0] * self.given.batch
@@ -158,6 +166,14 @@ class Forward:
             torch.cat([unit.offset + unit.ordinal for unit in self.units if unit.image == number])
             for number in range(len(images))
         ]
+
+    def seen(self, layers: int) -> int:
+        """How many visual tokens the decoder's layers have seen, summed over them; known on the host."""
+        images = () if self.prompt is None else self.prompt.images
+        bounds = [0, *sorted(self.stages), layers]
+        spans = [after - before for before, after in pairwise(bounds)]
+        counts = ([image.count, *map(len, log)] for image, log in zip(images, self.log, strict=True))
+        return sum(span * count for own in counts for span, count in zip(spans, own, strict=True))
 
     def view(self, layer: Any, cached: Cached, kwargs: dict[str, Any]) -> View:
         """What a layer needs. Layers of one stage and one kind share it, so it is made once for all of them."""

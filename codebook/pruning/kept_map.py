@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from codebook.models import Image
-from codebook.pruning import Schedule
+
+if TYPE_CHECKING:
+    from codebook.pruning import Schedule
+
+MAP_FORMAT = 1
+"""Version of the layout of files of maps."""
 
 
 def kept_map(
-    image: Image, schedule: Schedule, stages: Sequence[Tensor], box: tuple[float, float, float, float]
+    image: Image,
+    schedule: Schedule,
+    stages: Sequence[Tensor],
+    box: tuple[float, float, float, float] | None = None,
 ) -> dict[str, Any]:
     """Where the visual tokens of an image lie, and which of them survive each stage.
 
@@ -22,7 +30,7 @@ def kept_map(
     stages
         For each stage of the schedule (k,) int64, places among the image's visual tokens, as `Pruning.kept` has them.
     box
-        The part of the picture that its whole view shows, as `Family.shown_box` says it.
+        The part of the picture that its whole view shows, as `Family.shown_box` says it; None: what the grid says.
 
     Returns
     -------
@@ -38,7 +46,12 @@ def kept_map(
 
     return {
         "grids": [
-            {"kind": grid.kind, "rows": grid.rows, "cols": grid.cols, "box": box if grid.kind == "view" else grid.box}
+            {
+                "kind": grid.kind,
+                "rows": grid.rows,
+                "cols": grid.cols,
+                "box": (box if grid.kind == "view" else None) or grid.box,
+            }
             for grid in grids
         ],
         "stages": [

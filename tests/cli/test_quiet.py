@@ -1,0 +1,45 @@
+"""Notes and progress go through the logger `codebook`, and `--quiet` leaves results and errors only."""
+
+import logging
+
+import pytest
+
+from codebook.cli import COMMANDS
+from codebook.cli.output import note, progress, quiet
+
+
+def test_every_command_has_it(run):
+    for name in COMMANDS:
+        assert "--quiet" in run(name, "--help")[1], name
+
+
+@pytest.fixture
+def tokens(tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.rand(10, 160)}, tmp_path / "tokens.safetensors")
+    return ["prune", "--tokens", tmp_path / "tokens.safetensors", "--codebook", "miniature", "--keep", "0.2"]
+
+
+def test_quiet_leaves_the_result(run, refused, tmp_path):
+    images = ["miniature", "images", "--out", tmp_path / "scenes", "--count", "2"]
+    code, out, err = run(*images, "--quiet")
+    assert code == 0 and not err and "scenes" in out
+    refused(*images, "--count", "0", "--quiet", words=["--count"])
+
+
+def test_progress_and_notes_are_logged(run, capfd, monkeypatch):
+    run("list")  # sets the logger up
+    note("100% of it")
+    with progress("work", 2, "parts") as tick:
+        tick(2)
+    assert capfd.readouterr().err.splitlines()[0] == "100% of it"
+    monkeypatch.setattr(logging.getLogger("codebook"), "level", logging.ERROR)
+    logging.getLogger("codebook.cli").manager._clear_cache()
+    assert quiet()
+    note("silent")
+    with progress("work", 2, "parts") as tick:
+        tick(2)
+    assert not capfd.readouterr().err
+    logging.getLogger("codebook.cli").manager._clear_cache()
