@@ -1,7 +1,8 @@
 """An independent reference for pruning: no cache, nothing removed, dropped columns masked from a layer on.
 
 Written against stock layers only; it shares no code with `codebook.pruning`. `masked` is for any family: there the
-stock model runs with eager attention, and its own masks get the dropped columns added.
+stock model runs with eager attention, and its own masks get the dropped columns added. A recurrent layer, which no mask
+can make forget, runs row by row on the columns that are left.
 """
 
 import contextlib
@@ -64,12 +65,33 @@ def _dropping(model, valid, gone_from, compact, edit, mass):
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(before(i, layer), with_kwargs=True) for i, layer in enumerate(lm.layers)]
+    def alone(i, layer):
+        stock = layer.forward
+
+        def forward(hidden, *args, attention_mask=None, **kwargs):
+            if mass is not None:
+                mass(i, hidden)  # counts; only attention hears of it
+            hidden = hidden.clone() if edit is None else edit(i, hidden).clone()
+            for row, stays in enumerate(valid.bool() & (gone_from > i)):
+                hidden[row, stays] = stock(hidden[row, stays][None], *args, attention_mask=None, **kwargs)[0]
+            return hidden
+
+        return forward
+
+    hooks, recurrent = [], []
+    for i, layer in enumerate(lm.layers):
+        if hasattr(layer, "self_attn"):
+            hooks.append(layer.register_forward_pre_hook(before(i, layer), with_kwargs=True))
+        else:
+            layer.forward = alone(i, layer)
+            recurrent.append(layer)
     try:
         yield
     finally:
         for handle in hooks:
             handle.remove()
+        for layer in recurrent:
+            del layer.forward
 
 
 def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(), forced=None, mass=None):

@@ -96,7 +96,14 @@ def test_shape():
     model = llava()
     model.config.text_config.head_dim = None  # some configs have none
     assert models.shape(model) == models.Shape(
-        tokens=SIDE * SIDE, layers=4, hidden=48, intermediate=96, heads=4, kv_heads=2, head_size=12
+        tokens=SIDE * SIDE,
+        layers=4,
+        attending=frozenset(range(4)),
+        hidden=48,
+        intermediate=96,
+        heads=4,
+        kv_heads=2,
+        head_size=12,
     )
 
 

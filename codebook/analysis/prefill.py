@@ -97,10 +97,13 @@ class Prefill:
         if len(ids) != 1 or not bool(inputs["attention_mask"].all()):
             raise CodebookError("a shared prefill is of one sample: pass one row without padding")
         family, layers = models.family(model), model.get_decoder().layers
-        windows = [size for layer in layers if (size := window(layer)) is not None]
-        if family.blocks(model, inputs) is not None or (windows and min(windows) < ids.shape[1]):
+        attending = [layer for layer in layers if not models.is_recurrent(layer)]
+        windows = [size for layer in attending if (size := window(layer)) is not None]
+        straight = len(attending) == len(layers) and family.blocks(model, inputs) is None
+        if not straight or (windows and min(windows) < ids.shape[1]):
             raise CodebookError(
-                f"in {family.name} not every token sees all before it and none after it: sweep with --metric generated"
+                f"in {family.name} not every token attends to all before it and none after it: sweep with --metric "
+                "generated"
             )
         hidden: dict[int, Tensor] = {}
         given: dict[int, dict[str, Any]] = {}

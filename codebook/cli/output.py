@@ -174,13 +174,14 @@ def describe(model: Model, schedule: Schedule) -> dict[str, Any]:
     report: dict[str, Any] = {"schedule": str(schedule), "tokens": n}
     if schedule.varies:
         return report
+    decoder: dict[str, Any] = {"layers": layers, "attending": size.attending}
     cache = {"kv_heads": size.kv_heads, "head_dim": size.head_size, "bytes": model.dtype.itemsize}
     mlp = {"hidden": size.hidden, "intermediate": size.intermediate}
     return report | {
         "counts": schedule.counts(n, layers),
         "keep": schedule.budget(n, layers),
-        "flops": 1 - schedule.flops_reduction(n, layers=layers, **mlp),
-        "kv_bytes": schedule.kv_bytes(n, layers=layers, **cache),
+        "flops": 1 - schedule.flops_reduction(n, **decoder, **mlp),
+        "kv_bytes": schedule.kv_bytes(n, **decoder, **cache),
     }
 
 

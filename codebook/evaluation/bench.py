@@ -412,7 +412,9 @@ def _flops(model: Model, bench: TimedPrompt, schedule: Schedule | None) -> int:
         for i, stage in enumerate(pruning.schedule.stages)
     ]
     size, text = models.shape(model), int(bench.inputs["input_ids"].shape[1]) - n
-    return Schedule(stages).flops(n, layers=size.layers, hidden=size.hidden, intermediate=size.intermediate, text=text)
+    return Schedule(stages).flops(
+        n, layers=size.layers, attending=size.attending, hidden=size.hidden, intermediate=size.intermediate, text=text
+    )
 
 
 def _add_comparisons(

@@ -6,7 +6,7 @@ from codebook.models.fingerprint import adapter_words, fingerprint, identity, sa
 from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_error
 from codebook.models.loading import SHIPPED_MODELS, check_device, load
 from codebook.models.registry import FAMILIES, family
-from codebook.models.shape import Shape, shape
+from codebook.models.shape import Shape, is_recurrent, shape
 from codebook.models.wrappers import unwrap
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "family",
     "fingerprint",
     "identity",
+    "is_recurrent",
     "load",
     "same_fingerprint",
     "shape",

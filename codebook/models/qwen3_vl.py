@@ -1,4 +1,7 @@
-"""Qwen3-VL: Qwen2-VL with text between frames, and visual features added to the first decoder layers (deepstack)."""
+"""Qwen3-VL: Qwen2-VL with text between frames, and visual features added to the first decoder layers (deepstack).
+
+Qwen3.5 has no deepstack, and a decoder of mostly linear attention.
+"""
 
 from __future__ import annotations
 
@@ -53,3 +56,11 @@ class Qwen3VL(Qwen2VL):
             yield
         finally:
             del decoder._deepstack_process
+
+
+class Qwen35(Qwen2VL):
+    name = "qwen3_5"
+
+
+class Qwen35Moe(Qwen2VL):
+    name = "qwen3_5_moe"

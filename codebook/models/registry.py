@@ -14,7 +14,7 @@ from codebook.models.llava_next import LlavaNext
 from codebook.models.llava_onevision import LlavaOnevision
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
-from codebook.models.qwen3_vl import Qwen3VL
+from codebook.models.qwen3_vl import Qwen3VL, Qwen35, Qwen35Moe
 from codebook.models.wrappers import stock
 
 FAMILIES: dict[str, Family] = {
@@ -26,6 +26,8 @@ FAMILIES: dict[str, Family] = {
         Qwen2VL(),
         Qwen25VL(),
         Qwen3VL(),
+        Qwen35(),
+        Qwen35Moe(),
         InternVL(),
         Idefics3(),
         SmolVLM(),
@@ -35,8 +37,11 @@ FAMILIES: dict[str, Family] = {
 }
 """Supported families by the `model_type` of their config."""
 
-PRUNABLE_LAYERS = {"full_attention", "sliding_attention"}
-"""Kinds of decoder layers whose state can lose single tokens."""
+ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
+"""Kinds of decoder layers that cache keys and values of single tokens."""
+
+RECURRENT_LAYERS = {"linear_attention", "conv"}
+"""Kinds that carry a state from token to token: shown a shorter sequence, they never hear of what was dropped."""
 
 
 def family(model: Model) -> Family:
@@ -58,11 +63,11 @@ def family_of_config(config: Any) -> Family:
             f"models of type {name} cross-attend to their images: there are no visual tokens in the sequence to prune; "
             "use a model that puts them there, such as llava or qwen2_5_vl"
         )
-    if odd := set(getattr(text, "layer_types", None) or ()) - PRUNABLE_LAYERS:
+    if odd := set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS - RECURRENT_LAYERS:
         kinds = " and ".join(sorted(odd))
         raise CodebookError(
-            f"models of type {name} have a decoder with {kinds}, whose state cannot lose single tokens; use a model "
-            "with full attention, such as qwen3_vl"
+            f"models of type {name} have a decoder with {kinds} layers, which nobody has checked; use a model with "
+            "full attention, such as qwen3_vl"
         )
     if name not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))

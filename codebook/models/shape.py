@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from codebook.errors import CodebookError
 from codebook.models.base import Model
 from codebook.models.registry import family
 from codebook.models.wrappers import stock
+
+RECURRENT = ("linear_attn", "conv")
+"""Names of the part of a decoder layer that carries a state, where it has one in place of attention."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +24,10 @@ class Shape:
         Visual tokens of an image's whole view: the grid that a codebook is built from.
     layers
         Decoder layers.
+    attending
+        Which of them have attention, and so a KV cache: all but recurrent ones.
     hidden, intermediate
-        Width of the hidden states, and of the MLP inside a layer.
+        Width of the hidden states, and of the MLP inside a layer; of a mixture of experts, of those that a token sees.
     heads, kv_heads
         Attention heads of queries, and of keys and values.
     head_size
@@ -29,6 +36,7 @@ class Shape:
 
     tokens: int
     layers: int
+    attending: frozenset[int]
     hidden: int
     intermediate: int
     heads: int
@@ -51,9 +59,41 @@ def shape(model: Model) -> Shape:
     return Shape(
         tokens=rows * cols,
         layers=text.num_hidden_layers,
+        attending=frozenset(i for i, layer in enumerate(model.get_decoder().layers) if not is_recurrent(layer)),
         hidden=text.hidden_size,
-        intermediate=text.intermediate_size,
+        intermediate=_mlp(text),
         heads=heads,
         kv_heads=getattr(text, "num_key_value_heads", None) or heads,
         head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
     )
+
+
+def _mlp(text: Any) -> int:
+    expert = getattr(text, "moe_intermediate_size", None)
+    if not expert:
+        return text.intermediate_size
+    shared = getattr(text, "shared_expert_intermediate_size", None) or (
+        (getattr(text, "n_shared_experts", None) or 0) * expert
+    )
+    return text.num_experts_per_tok * expert + shared
+
+
+def is_recurrent(layer: Any) -> bool:
+    """Whether a decoder layer carries a state from token to token: linear attention or a convolution.
+
+    Such a layer caches no keys and values of single tokens, and no mask can hide a token from it. Shown a shorter
+    sequence, it never hears of what was dropped.
+
+    Raises
+    ------
+    CodebookError
+        If the layer is neither this nor attention.
+    """
+    if hasattr(layer, "self_attn"):
+        return False
+    if not any(hasattr(layer, name) for name in RECURRENT):
+        raise CodebookError(
+            f"a {type(layer).__name__} of the decoder has neither attention nor a recurrent part that is known here: "
+            "use a model with full attention, such as qwen3_vl"
+        )
+    return True

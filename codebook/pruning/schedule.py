@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from codebook import models
 from codebook.errors import CodebookError, quoted
@@ -140,20 +140,45 @@ class Schedule:
         """Visual tokens averaged over the decoder layers, as a fraction of the unpruned `n`."""
         return sum(self.counts(n, layers)) / (n * layers)
 
-    def kv_bytes(self, n: int, *, layers: int, kv_heads: int, head_dim: int, bytes: int = 2) -> int:
-        """Bytes of an image's visual tokens in the KV cache, at `bytes` a number (2: half precision)."""
-        return 2 * kv_heads * head_dim * bytes * sum(self.counts(n, layers))
+    def kv_bytes(
+        self,
+        n: int,
+        *,
+        layers: int,
+        kv_heads: int,
+        head_dim: int,
+        bytes: int = 2,
+        attending: Container[int] | None = None,
+    ) -> int:
+        """Bytes of an image's visual tokens in the KV cache, at `bytes` a number (2: half precision).
 
-    def flops(self, n: int, *, layers: int, hidden: int, intermediate: int, text: int = 0) -> int:
-        """Prefill FLOPs of an image's tokens and `text` others (arXiv 2412.13180: 4nd^2 + 2n^2d + 2ndm a layer)."""
+        `attending`, of `models.shape`, says which layers have one; default: all.
+        """
+        stored = sum(k for i, k in enumerate(self.counts(n, layers)) if attending is None or i in attending)
+        return 2 * kv_heads * head_dim * bytes * stored
+
+    def flops(
+        self,
+        n: int,
+        *,
+        layers: int,
+        hidden: int,
+        intermediate: int,
+        text: int = 0,
+        attending: Container[int] | None = None,
+    ) -> int:
+        """Prefill FLOPs of an image's tokens and `text` others (arXiv 2412.13180: 4nd^2 + 2n^2d + 2ndm per layer).
+
+        Layers that are not `attending` have no 2n^2d.
+        """
         return sum(
-            4 * k * hidden**2 + 2 * k**2 * hidden + 2 * k * hidden * intermediate
-            for k in (visual + text for visual in self.counts(n, layers))
-        )
+            4 * k * hidden**2 + 2 * k * hidden * intermediate
+            + (2 * k**2 * hidden if attending is None or i in attending else 0)
+            for i, k in enumerate(visual + text for visual in self.counts(n, layers))
+        )  # fmt: skip
 
-    def flops_reduction(self, n: int, *, layers: int, hidden: int, intermediate: int, text: int = 0) -> float:
-        """The fraction of those FLOPs that pruning saves."""
-        shape = {"layers": layers, "hidden": hidden, "intermediate": intermediate, "text": text}
+    def flops_reduction(self, n: int, **shape: Any) -> float:
+        """The fraction of those FLOPs that pruning saves; takes what `flops` takes."""
         return 1 - self.flops(n, **shape) / Schedule([]).flops(n, **shape)
 
     def check_layers(self, layers: int) -> None:

@@ -133,12 +133,14 @@ def averaged(columns, kept, layer):
 
 
 @torch.no_grad()
-def check(cell, device="cpu", tolerance=1e-5):
+def check(cell, device="cpu", tolerance=None):
     """`works`, `refused` or `none` (the family has no such input); raises if the answer is wrong.
 
-    The pruned model runs on `device`, the reference always on the CPU; logits may differ by `tolerance` of the largest.
+    The pruned model runs on `device`, the reference always on the CPU; logits may differ by `tolerance` of the largest,
+    by default the family's.
     """
     tiny = FAMILIES[cell.family]
+    tolerance = tiny.tolerance if tolerance is None else tolerance
     if cell.show == "video" and not tiny.videos:
         return "none"
     rows = ROWS[cell.show][: 1 if cell.batch == "one" else 2]

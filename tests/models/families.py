@@ -42,6 +42,8 @@ class Tiny:
         Most crops of an image, where its pixels are (1, 1 + crops, 3, H, W), the whole view first; else None.
     resizes
         Whether the tower takes images of any size, so that `downsample` works.
+    tolerance
+        How far logits may be from the reference's, as a share of the largest.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Tiny:
     videos: bool = False
     axes: int = 1
     seed: int = 0
-    patches, crops, resizes = 8, None, False
+    patches, crops, resizes, tolerance = 8, None, False, 1e-5
 
     def make(self, attention="sdpa"):
         torch.manual_seed(self.seed)
@@ -201,6 +203,12 @@ class Qwen3(Qwen):
         return [token for i in range(frames) for token in [SEPARATOR] * (i > 0) + ids]
 
 
+class Mixture(Qwen3):
+    """A mixture of experts: the stock model's own logits for a row differ by 1e-5 between alone and in a batch."""
+
+    tolerance = 1e-4
+
+
 class InternVL(Tiny):
     def image(self, draw):
         return [SEPARATOR] + [IMAGE] * 16 + [SEPARATOR], {"pixel_values": draw(1, 3, 32, 32)}, [(4, 4)], []
@@ -274,6 +282,22 @@ def _qwen(cls, text, vision):
     return cls(text_config={**TEXT, "rope_parameters": rope | extra, **more}, vision_config=vision, **ids)
 
 
+def _hybrid(cls, **more):
+    """Layers with attention at 0 and 2, where stages that need it look; recurrent ones between."""
+    linear = {
+        "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+        "layer_types": ["full_attention", "linear_attention"] * 2,
+    }  # fmt: skip
+    rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "mrope_interleaved": True, "rope_theta": 10000.0}
+    text = {**TEXT, "head_dim": 16, **linear, **more, "rope_parameters": rope | {"partial_rotary_factor": 0.5}}
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 94, "vision_end_token_id": 93}
+    vision = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "num_position_embeddings": 64}
+    return cls(text_config=text, vision_config=QWEN_VISION | vision, **ids)
+
+
+MIXTURE = {
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+}  # fmt: skip
 QWEN_VISION = {"depth": 3, "num_heads": 4, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
@@ -326,6 +350,10 @@ FAMILIES = {
             QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
                            "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
         ), "Qwen3VLForConditionalGeneration", True, 3),
+        Qwen3("qwen3_5", functools.partial(_hybrid, hf.Qwen3_5Config), "Qwen3_5ForConditionalGeneration", True, 3),
+        Mixture("qwen3_5_moe", functools.partial(
+            _hybrid, hf.Qwen3_5MoeConfig, **MIXTURE
+        ), "Qwen3_5MoeForConditionalGeneration", True, 3),
         InternVL("internvl", _internvl, "InternVLForConditionalGeneration"),
         Idefics3("idefics3", functools.partial(_idefics3, hf.Idefics3Config), "Idefics3ForConditionalGeneration"),
         Idefics3("smolvlm", functools.partial(_idefics3, hf.SmolVLMConfig), "SmolVLMForConditionalGeneration"),

@@ -12,7 +12,7 @@ from tests.models.cells import gone_from, mass, model
 from tests.models.families import FAMILIES, TEXT, VIDEO
 from tests.tiny import IMAGE
 
-FORMS = ["llava_next", "qwen2_5_vl", "qwen3_vl", "gemma3"]
+FORMS = ["llava_next", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3"]
 ROWS = [["image", 5, 6, 7, 5, 6], [3, "large", 9, "image", 8, 11, 12]]
 SCHEDULE = Schedule([Stage(0, 0.5, DivPrune()), Stage(2, 0.2, Random(), mass=True), Stage(3, 1, Random())])
 PLAIN = {"do_sample": False, "suppress_tokens": [IMAGE, VIDEO]}
@@ -54,8 +54,8 @@ def repeated(given, times):
     return target, repeats, gone[:1].repeat_interleave(times, 0), weight
 
 
-def assert_close(ours, theirs):
-    assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+def assert_close(ours, theirs, tolerance=1e-5):
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def assert_close(ours, theirs):
 def test_greedy(name):
     out, given, tokens = generate(FAMILIES[name], max_new_tokens=8)
     expected, logits = masked(given, 8, suppress=[IMAGE, VIDEO])
-    assert_close(torch.stack(out.logits, 1), logits)
+    assert_close(torch.stack(out.logits, 1), logits, FAMILIES[name].tolerance)
     assert torch.equal(tokens, expected)
 
 
@@ -91,6 +91,8 @@ def test_beams(tiny):
 
 @torch.no_grad()
 def test_prompt_lookup(tiny):
+    if tiny.name == "qwen3_5":
+        pytest.skip("stock generate does not guess ahead in models with recurrent layers, which cannot go back")
     _, _, greedy = generate(tiny, ROWS[:1], max_new_tokens=8)
     _, _, tokens = generate(tiny, ROWS[:1], max_new_tokens=8, prompt_lookup_num_tokens=3)
     assert torch.equal(tokens, greedy)

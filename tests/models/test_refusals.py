@@ -24,7 +24,10 @@ def refused(match):
     ("config", "why"),
     [
         (hf.MllamaConfig(), "mllama cross-attend to their images.*use a model that"),
-        (hf.Qwen3_5Config(), "linear_attention, whose state cannot lose single tokens; use"),
+        (
+            hf.LlavaConfig(text_config=hf.Qwen2Config(num_hidden_layers=1, layer_types=["chunked_attention"])),
+            "chunked_attention layers, which nobody has checked; use",
+        ),
         (hf.BlipConfig(), "blip are not supported; use one of: .*qwen2_5_vl"),
         (hf.LlavaConfig(vision_config=hf.SiglipVisionConfig()), "'default' features is not supported; use"),
     ],
@@ -35,6 +38,21 @@ def test_models(config, why, tmp_path):
     config.save_pretrained(tmp_path)
     with refused(why):
         models.load(str(tmp_path))
+
+
+def test_layers_of_an_unknown_kind():
+    """Neither attention nor a known recurrent part: a mask would not reach it, and no state is known to forget."""
+    target = model("qwen3_5", "sdpa")
+    layer = target.get_decoder().layers[1]
+    part = layer.linear_attn
+    del layer.linear_attn
+    layer.mixer = part
+    try:
+        with refused("Qwen3_5DecoderLayer of the decoder has neither"):
+            PRE(target).__enter__()
+    finally:
+        layer.linear_attn = part
+        del layer.mixer
 
 
 def test_processors_that_need_torchvision(tmp_path, monkeypatch):

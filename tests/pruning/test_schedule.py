@@ -332,3 +332,13 @@ def test_counts_become_shares_that_give_them():
     shared = Schedule([Stage(0, 24, Uniform()), Stage(2, 0.01, Uniform()), Stage(4, 0, Drop())], "compact").shares(576)
     # the shortest: 0.042 * 576 = 24.19 rounds to 24
     assert str(shared) == "uniform:0.042, uniform@2:0.01, drop@4; positions=compact"
+
+
+def test_costs_of_a_hybrid_decoder():
+    """Two of four layers have attention: worked by hand for 10 and 4 tokens, d = 2, m = 3."""
+    schedule = Schedule([Stage(2, 4, Uniform())])
+    size = {"layers": 4, "attending": {0, 2}}
+    assert schedule.kv_bytes(10, kv_heads=1, head_dim=8, **size) == 2 * 8 * 2 * (10 + 4)
+    per_token = 4 * 2**2 + 2 * 2 * 3
+    whole = per_token * (10 + 10 + 4 + 4) + 2 * 2 * (10**2 + 4**2)
+    assert schedule.flops(10, hidden=2, intermediate=3, **size) == whole

@@ -42,6 +42,7 @@ class Attachment:
 
     def __init__(self, model: Model) -> None:
         self.family, self.lm = models.family(model), model.get_decoder()
+        self._recurrent = [models.is_recurrent(layer) for layer in self.lm.layers]
         self._model = weakref.ref(model)
         self._pruning: list[Pruning] = []  # open, or closed with calls in flight
         self._outputs: dict[int, tuple[weakref.ref[Any], Encoded]] = {}
@@ -89,8 +90,8 @@ class Attachment:
         try:
             for stage in pruning.schedule.stages:
                 if stage.pruner.uses_attention:
-                    layer = self.lm.layers[stage.layer - 1]
-                    pruning.taps.callback(tap(layer.self_attn, self._weak(self._on_attention, stage.layer)))
+                    module = self._attention_before(stage.layer)
+                    pruning.taps.callback(tap(module, self._weak(self._on_attention, stage.layer)))
             if any(stage.pruner.uses_vision for stage in pruning.schedule.stages):
                 module = self.family.vision_attention(self.model)
                 pruning.taps.callback(tap(module, self._weak(self._on_vision_attention)))
@@ -108,6 +109,16 @@ class Attachment:
                 own(*first, *args)
 
         return call
+
+    def _attention_before(self, layer: int) -> Any:
+        """The attention whose queries and keys a stage at this layer is given: of the layer before."""
+        if not self._recurrent[layer - 1]:
+            return self.lm.layers[layer - 1].self_attn
+        able = [str(i + 1) for i, recurrent in enumerate(self._recurrent) if not recurrent]
+        raise CodebookError(
+            f"a stage at layer {layer} that needs attention has none before it: layer {layer - 1} of this decoder is "
+            f"recurrent; use layer {' or '.join(able)}"
+        )
 
     def settle(self, pruning: Pruning) -> None:
         """Take down what a context that is closed needs no longer, and the hooks with the last one.
@@ -345,6 +356,10 @@ class Attachment:
         hidden, before = args[0], ENCODED.get()
         hidden = forward.enter(i, hidden)
         ENCODED.set(before)  # a stage may encode an image anew: that call is no prompt's
+        if self._recurrent[i]:
+            forward.before = None
+            own = {} if forward.sequence is None else {"attention_mask": forward.sequence.own}
+            return (hidden, *args[1:]), kwargs | own
         cache = kwargs.get("past_key_values")
         entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
         past = entry.index if isinstance(entry, PrunedLayer) else None

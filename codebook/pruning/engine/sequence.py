@@ -75,6 +75,11 @@ class Shortened:
     def padded(self) -> bool:
         return min(self.lengths) < self.source.shape[1]
 
+    @property
+    def own(self) -> Tensor | None:
+        """(B, P) bool: False for padding, which recurrent layers must not take in; None where there is none."""
+        return self.source >= 0 if self.padded else None
+
     def gather(self, x: Tensor) -> Tensor:
         """This sequence's entries of (B or 1, L, ...); those of the padding are arbitrary."""
         index = self.source.clamp(min=0).view(*self.source.shape, *[1] * (x.dim() - 2))

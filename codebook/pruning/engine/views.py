@@ -141,7 +141,7 @@ class Viewer:
 
 
 def window(layer: Any) -> int | None:
-    """How far back a decoder layer looks, if not to the beginning."""
+    """How far back a decoder layer with attention looks, if not to the beginning."""
     attention = layer.self_attn
     if hasattr(attention, "sliding_window"):
         return attention.sliding_window
