@@ -6,8 +6,10 @@ vLLM calls `register`, the entry point `codebook` of the group `vllm.general_plu
 from __future__ import annotations
 
 ARCHITECTURES = {
+    "CodebookInternVLForConditionalGeneration": "grids",
     "CodebookLlavaForConditionalGeneration": "llava",
     "CodebookLlavaNextForConditionalGeneration": "llava",
+    "CodebookLlavaOnevisionForConditionalGeneration": "grids",
 }
 """Module in this package of each class that vLLM can be told to run, as `architectures` of `--hf-overrides`."""
 
