@@ -10,6 +10,9 @@ ARCHITECTURES = {
     "CodebookLlavaForConditionalGeneration": "llava",
     "CodebookLlavaNextForConditionalGeneration": "llava",
     "CodebookLlavaOnevisionForConditionalGeneration": "grids",
+    "CodebookQwen2VLForConditionalGeneration": "mrope",
+    "CodebookQwen2_5_VLForConditionalGeneration": "mrope",
+    "CodebookQwen3VLForConditionalGeneration": "mrope",
 }
 """Module in this package of each class that vLLM can be told to run, as `architectures` of `--hf-overrides`."""
 
