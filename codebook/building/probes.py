@@ -217,7 +217,8 @@ class Prober:
     @property
     def shares(self) -> bool:
         """Whether sequences share keys and values."""
-        return self.family.reusable_prefix and not self.whole
+        straight = not any(map(models.is_recurrent, self.model.get_decoder().layers))
+        return self.family.reusable_prefix and straight and not self.whole
 
     @property
     def family(self) -> models.Family:

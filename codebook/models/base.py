@@ -131,6 +131,10 @@ class Family(ABC):
         """The pixels that the call encoded, one tensor per piece, the same whatever else is in the batch."""
         return list(encoded.given["pixel_values"])
 
+    def patches(self, model: Model, encoded: Encoded) -> list[int] | None:
+        """How many patches of each row of the tower are its own, where rows are padded; None where none is."""
+        return None
+
     def pack(self, model: Model, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
         """Bring values of patches into the order of visual tokens, as the model does with its features.
 

@@ -9,6 +9,7 @@ from codebook.models.base import Family, Model
 from codebook.models.gemma3 import Gemma3
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
+from codebook.models.lfm2_vl import Lfm2VL, Lfm3VL
 from codebook.models.llava import Llava
 from codebook.models.llava_next import LlavaNext
 from codebook.models.llava_onevision import LlavaOnevision
@@ -28,6 +29,8 @@ FAMILIES: dict[str, Family] = {
         Qwen3VL(),
         Qwen35(),
         Qwen35Moe(),
+        Lfm2VL(),
+        Lfm3VL(),
         InternVL(),
         Idefics3(),
         SmolVLM(),

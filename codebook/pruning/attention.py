@@ -114,7 +114,8 @@ class Vision(TowerAttention):
     Attributes
     ----------
     query, key : (heads, N, d) float
-        Queries and keys of the [CLS] token, where the tower has one, and the patches in raster order.
+        Queries and keys of the [CLS] token, where the tower has one, and the patches in raster order. Keys may have
+        fewer heads, each for several of the queries'.
     scaling : float
         Factor of the logits.
     has_cls : bool
@@ -129,8 +130,9 @@ class Vision(TowerAttention):
     def received(self) -> Tensor:
         total = self.query.new_zeros(self.key.shape[1], dtype=torch.float32)
         queries = self.query[:, :1] if self.has_cls else self.query
+        keys = self.key.repeat_interleave(self.query.shape[0] // self.key.shape[0], dim=0)
         for part in queries.split(QUERIES, dim=1):
-            total += (part @ self.key.transpose(1, 2) * self.scaling).float().softmax(-1).sum((0, 1))
+            total += (part @ keys.transpose(1, 2) * self.scaling).float().softmax(-1).sum((0, 1))
         return total[int(self.has_cls) :] / (queries.shape[0] * queries.shape[1])
 
     def descriptors(self) -> Tensor:

@@ -203,6 +203,30 @@ class Qwen3(Qwen):
         return [token for i in range(frames) for token in [SEPARATOR] * (i > 0) + ids]
 
 
+class Lfm2(Tiny):
+    """Patches of 4 x 4 pixels, in rows padded to 80; 4 x 4 tokens an image, 2 x 6 a large one."""
+
+    def image(self, draw):
+        return self._grid(draw, 8, 8)
+
+    def large(self, draw):
+        return self._grid(draw, 4, 12)
+
+    def _grid(self, draw, rows, cols):
+        count = rows * cols
+        pieces = {
+            "pixel_values": torch.nn.functional.pad(draw(1, count, 48), (0, 0, 0, 80 - count)),
+            "spatial_shapes": torch.tensor([[rows, cols]]),
+            "pixel_attention_mask": (torch.arange(80) < count).long()[None],
+        }
+        return [SEPARATOR] + [IMAGE] * (count // 4) + [SEPARATOR], pieces, [(rows // 2, cols // 2)], []
+
+
+class Lfm3(Qwen3):
+    def types(self, ids):
+        return {}
+
+
 class Mixture(Qwen3):
     """A mixture of experts: the stock model's own logits for a row differ by 1e-5 between alone and in a batch."""
 
@@ -295,6 +319,25 @@ def _hybrid(cls, **more):
     return cls(text_config=text, vision_config=QWEN_VISION | vision, **ids)
 
 
+CONVOLUTIONS = {"layer_types": ["full_attention", "conv"] * 2}
+
+
+def _lfm2():
+    vision = hf.Siglip2VisionConfig(**SIGLIP, num_patches=64, vision_use_head=False)
+    text = hf.Lfm2Config(**TEXT | CONVOLUTIONS, block_auto_adjust_ff_dim=False)
+    return hf.Lfm2VlConfig(vision_config=vision, text_config=text, image_token_id=IMAGE, projector_hidden_size=64)
+
+
+def _lfm3():
+    vision = {
+        "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "patch_size": 4, **CONVOLUTIONS,
+    }  # fmt: skip
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    text = TEXT | CONVOLUTIONS
+    return hf.Lfm3VlConfig(vision_config=vision, text_config=text, projector_hidden_size=64, **ids)
+
+
 MIXTURE = {
     "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
 }  # fmt: skip
@@ -354,6 +397,8 @@ FAMILIES = {
         Mixture("qwen3_5_moe", functools.partial(
             _hybrid, hf.Qwen3_5MoeConfig, **MIXTURE
         ), "Qwen3_5MoeForConditionalGeneration", True, 3),
+        Lfm2("lfm2_vl", _lfm2, "Lfm2VlForConditionalGeneration"),
+        Lfm3("lfm3_vl", _lfm3, "Lfm3VlForConditionalGeneration", videos=True),
         InternVL("internvl", _internvl, "InternVLForConditionalGeneration"),
         Idefics3("idefics3", functools.partial(_idefics3, hf.Idefics3Config), "Idefics3ForConditionalGeneration"),
         Idefics3("smolvlm", functools.partial(_idefics3, hf.SmolVLMConfig), "SmolVLMForConditionalGeneration"),

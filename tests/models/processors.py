@@ -2,10 +2,28 @@
 
 from types import SimpleNamespace
 
+import numpy as np
 import torch
 import transformers as hf
 
 from tests.tiny import IMAGE, PAD
+
+
+class Lfm2VlImages:
+    """As transformers', which needs torchvision, makes a picture that is small enough: patches in rows, and padding."""
+
+    encoder_patch_size, downsample_factor = 4, 2
+
+    def __call__(self, images, return_tensors, do_image_splitting):
+        assert not do_image_splitting
+        width, height = images.size
+        pixels = torch.from_numpy(np.array(images)).float().view(height // 4, 4, width // 4, 4, 3) / 127.5 - 1
+        patches = pixels.permute(0, 2, 1, 3, 4).reshape(1, -1, 48)
+        return {
+            "pixel_values": torch.nn.functional.pad(patches, (0, 0, 0, 16)),
+            "spatial_shapes": torch.tensor([[height // 4, width // 4]]),
+        }
+
 
 SQUARE = {"height": 16, "width": 16}
 PROCESSORS = {
@@ -19,6 +37,8 @@ PROCESSORS = {
     "qwen3_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "qwen3_5": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "qwen3_5_moe": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "lfm2_vl": Lfm2VlImages,
+    "lfm3_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "internvl": lambda: hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
     "idefics3": lambda: hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
     "smolvlm": lambda: hf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),

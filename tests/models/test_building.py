@@ -9,7 +9,7 @@ from codebook import models
 from codebook.building import Pilot, Settings, build
 from codebook.building.cascade import survivors
 from codebook.building.probes import Prober, jsd, region
-from codebook.models import qwen2_vl
+from codebook.models import lfm2_vl, qwen2_vl
 from codebook.store.codebook import Codebook
 from tests.models.cells import model
 from tests.models.families import FAMILIES
@@ -20,6 +20,7 @@ from tests.tiny import IMAGE
 @pytest.fixture(params=FAMILIES)
 def tiny(request, monkeypatch):
     monkeypatch.setattr(qwen2_vl, "VIEW_SIDE", 4)
+    monkeypatch.setattr(lfm2_vl, "VIEW_TOKENS", 4)
     return FAMILIES[request.param]
 
 

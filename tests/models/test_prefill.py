@@ -9,7 +9,7 @@ from tests import reference
 from tests.models.cells import ROWS, model
 from tests.models.families import FAMILIES
 
-REFUSED = dict.fromkeys(("gemma3", "paligemma", "qwen3_5", "qwen3_5_moe"), "--metric generated")
+REFUSED = dict.fromkeys(("gemma3", "paligemma", "qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl"), "--metric generated")
 REFUSED["qwen3_vl"] = "deepstack"
 
 
