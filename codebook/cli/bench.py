@@ -88,7 +88,7 @@ def bench_command(
     check_device(device)
     curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     named = data or ["miniature"]
-    tasks = load_data(named, count, seed)
+    tasks = load_data(model, named, count, seed)
     loaded, processor = models.load(model, device)
     rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
     out.mkdir(parents=True, exist_ok=True)

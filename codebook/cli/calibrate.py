@@ -57,7 +57,7 @@ def calibrate_command(
     check_output_file(out)
     check_codebook(codebook, model, pull)
     check_device(device)
-    samples = load_samples(data, "train", seed, count)
+    samples = load_samples(model, data, "train", seed, count)
     calibration.check_sample_count(len(samples))
     loaded, processor = models.load(model, device)
     methods = [plan.schedule for plan in plans]

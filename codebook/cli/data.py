@@ -7,6 +7,7 @@ from pathlib import Path
 
 from codebook.evaluation.datasets import load_tasks
 from codebook.evaluation.metrics import Task
+from codebook.inference.frames import frame_rule_of
 from codebook.inference.samples import Sample, read_samples
 from codebook.miniature import TASK_FAMILIES
 from codebook.miniature.samples import of_miniature
@@ -15,14 +16,17 @@ MINIATURE = "miniature"
 """Name of the embedded model's own samples."""
 
 
-def load_samples(name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
-    """The embedded model's samples, or those of a JSONL file; `split`, `seed` and `count` go with the former."""
-    return of_miniature(split, seed, count) if name == MINIATURE else read_samples(Path(name))
+def load_samples(model: str, name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
+    """The embedded model's samples, or those of a JSONL file; `split`, `seed` and `count` go with the former.
+
+    Of clips in a file the frames are those that `model` is shown.
+    """
+    return of_miniature(split, seed, count) if name == MINIATURE else read_samples(Path(name), frame_rule_of(model))
 
 
-def load_data(names: Sequence[str], count: int | None = None, seed: int = 0) -> list[Task]:
+def load_data(model: str, names: Sequence[str], count: int | None = None, seed: int = 0) -> list[Task]:
     """The tasks of `load_tasks`, and of `miniature`, its test split, or `miniature:family`, one of its families."""
-    return load_tasks(names, count, seed, {MINIATURE: _held_out})
+    return load_tasks(names, count, seed, {MINIATURE: _held_out}, frame_rule_of(model))
 
 
 def _held_out(family: str, count: int | None, seed: int) -> list[Sample]:

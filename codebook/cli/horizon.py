@@ -48,7 +48,7 @@ def horizon_command(
     if out is not None:
         check_output_folder(out, ("horizon.json", "horizon.png"))
     check_device(device)
-    samples = mixed(load_samples(data, split, seed, count), seed)
+    samples = mixed(load_samples(model, data, split, seed, count), seed)
     if out is not None:
         plot.require_matplotlib()  # before the long work
     loaded, processor = models.load(model, device)

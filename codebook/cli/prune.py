@@ -31,6 +31,10 @@ def prune_command(
         typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
     ] = None,
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
+    video: Annotated[
+        list[Path] | None,
+        typer.Option(help="mp4, webm, animated picture or folder of frames, shown as pictures; may repeat."),
+    ] = None,
     question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
     schedule: Annotated[
         str | None,
@@ -79,8 +83,8 @@ def prune_command(
     if tokens is not None:
         from codebook.cli.prune_tokens import prune_tokens
 
-        _refuse_beside("--tokens", {"MODEL": model, "--image": image, "--ask": question, "--input": source,
-                                    "--show": show, "--schedule": schedule})  # fmt: skip
+        _refuse_beside("--tokens", {"MODEL": model, "--image": image, "--video": video, "--ask": question,
+                                    "--input": source, "--show": show, "--schedule": schedule})  # fmt: skip
         if codebook is None or output is None:
             raise CodebookError("--tokens needs --codebook DIR and --output FILE")
         check_output_file(output, [tokens])
@@ -93,7 +97,7 @@ def prune_command(
     if source is not None:
         from codebook.cli.prune_file import prune_file
 
-        _refuse_beside("--input", {"--image": image, "--ask": question, "--show": show})
+        _refuse_beside("--input", {"--image": image, "--video": video, "--ask": question, "--show": show})
         if output is None:
             raise CodebookError("--input needs --output FILE")
         check_output_file(output, [source])
@@ -101,32 +105,36 @@ def prune_command(
         check_device(device)
         prune_file(model, plan, source, output, batch, max_new_tokens, strict, device, as_json)
         return
-    if not image or question is None:
-        raise CodebookError("give --image FILE and --ask TEXT, or --input FILE, or --tokens FILE")
-    _refuse_beside("--image", {"--output": output})
-    shown: list[Path] = []
+    if not (image or video) or question is None:
+        raise CodebookError("give --image FILE (or --video FILE) and --ask TEXT, or --input FILE, or --tokens FILE")
+    _refuse_beside("--image" if image else "--video", {"--output": output})
     if show is not None:
-        for i in range(len(image)):
-            shown.append(show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}"))
-            check_output_file(shown[i], image)
+        check_output_file(show, [*(image or ()), *(video or ())])
     check_codebook(codebook, model, pull)
     check_device(device)
 
     from codebook import models
     from codebook.inference.ask import ask
-    from codebook.inference.overlay import overlay, shown_part
-    from codebook.store.pictures import read_image
+    from codebook.inference.frames import frame_rule_of
+    from codebook.inference.overlay import overlay
+    from codebook.store.pictures import read_image, read_video
 
-    pictures = [read_image(path) for path in image]
+    pictures = [read_image(path) for path in image or ()]
+    for path in video or ():
+        frames = read_video(path, frame_rule_of(model))
+        pictures += [read_image(frame) if isinstance(frame, Path) else frame for frame in frames]
+    shown = []
+    if show is not None:
+        shown = [show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}") for i in range(len(pictures))]
+        for path in shown[1:]:
+            check_output_file(path, [*(image or ()), *(video or ())])
     loaded, processor = models.load(model, device)
     applied = plan.apply(loaded)
     [answer] = ask(loaded, processor, [pictures], [question], applied, max_new_tokens)
     report = describe(loaded, applied) | {"answer": answer.text, "kept": answer.kept}
     if show is not None:
-        family = models.family(models.unwrap(loaded))
-        for path, picture, view, kept in zip(shown, pictures, answer.images, answer.kept, strict=True):
-            part = shown_part(picture, family.shown_box(processor, picture.size))
-            write_picture(overlay(part, *view.view(kept)), path)
+        for path, picture, view, kept in zip(shown, answer.pictures, answer.images, answer.kept, strict=True):
+            write_picture(overlay(picture, *view.view(kept)), path)
         report["picture"] = str(show)
     if as_json:
         print(json.dumps(report))

@@ -125,9 +125,9 @@ def tune_command(
 
 def _samples(model: str, images: Path, data: str | None, count: int, prompt: str | None, seed: int) -> Sequence[Sample]:
     """The questions, those of `data` or the probes' own about some of the images."""
-    from codebook.inference.samples import read_samples
+    from codebook.cli.data import load_samples
 
-    samples = _image_questions(model, images, count, prompt, seed) if data is None else read_samples(Path(data))
+    samples = _image_questions(model, images, count, prompt, seed) if data is None else load_samples(model, data)
     usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
     if usable < FEWEST_QUESTIONS:
         raise CodebookError(

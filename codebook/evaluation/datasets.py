@@ -16,7 +16,9 @@ from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, same, vqa
 from codebook.inference.samples import Sample, read_samples
+from codebook.store.clips import FrameRule
 from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, read_json, read_lines, read_whole
+from codebook.store.pictures import even_frames
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
@@ -42,6 +44,7 @@ def load_tasks(
     count: int | None = None,
     seed: int = 0,
     generators: Mapping[str, Generator] = MappingProxyType({}),
+    rule: FrameRule = even_frames,
 ) -> list[Task]:
     """The tasks of several data sets.
 
@@ -56,6 +59,8 @@ def load_tasks(
         Seed of the draw, and of the generators.
     generators
         Data sets that are made instead of read, by name.
+    rule
+        Chooses the frames of the mp4 and webm files that a JSONL file names.
 
     Raises
     ------
@@ -64,14 +69,16 @@ def load_tasks(
     """
     tasks: dict[str, Task] = {}
     for name in names:
-        for task in _tasks(name, count, seed, generators):
+        for task in _tasks(name, count, seed, generators, rule):
             if task.name in tasks:
                 raise CodebookError(f"two data sets have a task {task.name!r}: run them one by one")
             tasks[task.name] = task
     return list(tasks.values())
 
 
-def _tasks(name: str, count: int | None, seed: int, generators: Mapping[str, Generator]) -> Iterator[Task]:
+def _tasks(
+    name: str, count: int | None, seed: int, generators: Mapping[str, Generator], rule: FrameRule
+) -> Iterator[Task]:
     kind, _, folder = name.partition(":")
     metric = {"pope": POPE, "mme": MME}.get(kind, ACCURACY)
     if kind in generators:
@@ -82,7 +89,7 @@ def _tasks(name: str, count: int | None, seed: int, generators: Mapping[str, Gen
     elif kind in LOADERS:
         raise CodebookError(f"say where the files of {kind} are: --data {kind}:FOLDER")
     elif is_file(Path(name)):
-        samples = read_samples(Path(name))
+        samples = read_samples(Path(name), rule)
     else:
         known = ", ".join([*generators, "a JSONL file"]), ", ".join(f"{loader}:FOLDER" for loader in LOADERS)
         raise CodebookError(f"no data {name!r}: give {known[0]}, or one of {known[1]}")

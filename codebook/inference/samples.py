@@ -15,8 +15,9 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
+from codebook.store.clips import FrameRule
 from codebook.store.files import is_file, read_lines, sha256
-from codebook.store.pictures import read_image, read_video, upright_rgb
+from codebook.store.pictures import even_frames, read_image, read_video, upright_rgb
 
 Scorer = Callable[[str, Sequence[str]], float]
 """Scores a prediction from 0 (wrong) to 1 (right), given all right answers."""
@@ -69,19 +70,19 @@ class Sample:
         return replace(self, answer=answer, answers=())
 
 
-def read_samples(source: Path) -> list[Sample]:
+def read_samples(source: Path, rule: FrameRule = even_frames) -> list[Sample]:
     """The samples of a JSONL file of {"image" or "images" or "video", "question", "answer" or "answers", "task"}.
 
     Paths are relative to the file; answers and `task` may be missing. Every line is checked, and every picture is
     looked for, before anything else is done. The frames of a video become the images of its sample
-    (`codebook.store.pictures.read_video`).
+    (`codebook.store.pictures.read_video`); of an mp4 or webm file those that `rule` chooses.
 
     Raises
     ------
     CodebookError
         If a line is wrong or a picture is missing; the message names it.
     """
-    samples = [_parse_record(source, *line) for line in read_lines(source, SAMPLE_FORMAT, SampleRecord)]
+    samples = [_parse_record(source, rule, *line) for line in read_lines(source, SAMPLE_FORMAT, SampleRecord)]
     if not samples:
         raise CodebookError(f"{source} holds no samples: {SAMPLE_FORMAT}")
     for path in {image for sample in samples for image in sample.images if isinstance(image, Path)}:
@@ -92,7 +93,7 @@ def read_samples(source: Path) -> list[Sample]:
 
 SAMPLE_FORMAT = (
     'write lines of {"image": "file.png", "question": "...", "answer": "...", "task": "..."}, the last two optional; '
-    '"images" and "answers" are lists, "video" is a folder of frames or an animated picture'
+    '"images" and "answers" are lists, "video" is an mp4 or webm file, a folder of frames or an animated picture'
 )
 
 
@@ -109,10 +110,10 @@ class SampleRecord(TypedDict, total=False):
     task: str | None
 
 
-def _parse_record(source: Path, number: int, record: SampleRecord) -> Sample:
+def _parse_record(source: Path, rule: FrameRule, number: int, record: SampleRecord) -> Sample:
     shown = record["images"] if "images" in record else [record["image"]] if "image" in record else []
     if "video" in record:
-        images = read_video(source.parent / record["video"])
+        images = read_video(source.parent / record["video"], rule)
     elif shown:
         images = tuple(source.parent / name for name in shown)
     else:

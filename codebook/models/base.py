@@ -29,6 +29,9 @@ class Family(ABC):
 
     name: str
 
+    clip_fps: ClassVar[float | None] = None
+    """Frames per second of a clip that the model's authors show it, where its processor does not say."""
+
     tower_rows: ClassVar[bool] = True
     """Whether the tower takes one row per image, crop or frame, and no argument that depends on their sizes."""
 

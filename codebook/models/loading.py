@@ -13,7 +13,7 @@ from torch import nn
 
 from codebook.errors import CodebookError
 from codebook.models.assembly import assembled
-from codebook.models.base import Model, Processor
+from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
 from codebook.models.registry import family_of_config
 
@@ -83,6 +83,22 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     except CodebookError:
         raise
     except Exception as error:  # the libraries raise a dozen types for damaged files
+        raise CodebookError(_reason(name, error)) from None
+
+
+def load_processor(name: str) -> tuple[Family, Processor]:
+    """The family and the processor of a model, without its weights; names and errors as in `load`."""
+    from transformers import AutoConfig, AutoProcessor
+
+    try:
+        folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+        _check_config(name, folder, options)
+        family = family_of_config(AutoConfig.from_pretrained(str(folder), **options))
+        return family, AutoProcessor.from_pretrained(str(folder), **options)
+    except CodebookError:
+        raise
+    except Exception as error:
         raise CodebookError(_reason(name, error)) from None
 
 

@@ -18,6 +18,7 @@ of 14)."""
 
 class Qwen2VL(Family):
     name = "qwen2_vl"
+    clip_fps = 2.0
     tower_rows = False
     axes: ClassVar[int] = 3
     reusable_prefix = False

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,13 @@ from PIL import Image as Picture
 from PIL import ImageOps, ImageSequence
 
 from codebook.errors import CodebookError
-from codebook.store.files import is_folder, one_line, read_bytes
+from codebook.store.clips import LARGEST_CLIP, ClipInfo, FrameRule, container_of, read_clip
+from codebook.store.files import is_file, is_folder, one_line, open_regular, read_bytes
 
 USE_WHOLE = "use a whole PNG, JPEG or WebP file"
+SHOWN_AS_VIDEO = "give an mp4 or webm file, a folder of frames, or an animated GIF, PNG or WebP"
 VIDEO_FRAMES = 8
-"""How many frames of a video are shown to the model."""
+"""How many frames of a video are shown to the model, where its processor has no rule of its own."""
 LARGEST_PICTURE = 2**28
 """Bytes of a picture's file."""
 MOST_PIXELS = 89_478_485
@@ -68,13 +72,26 @@ def decode_image(data: bytes, most_pixels: int = MOST_PIXELS) -> Picture.Image:
         return upright_rgb(picture)
 
 
-def read_video(path: Path, frames: int = VIDEO_FRAMES) -> tuple[Path | Picture.Image, ...]:
-    """Up to `frames` frames, evenly spaced, of a folder of them (in order of their names) or an animated picture."""
+def even_frames(clip: ClipInfo) -> list[int]:
+    """The rule of models whose processor has none: `VIDEO_FRAMES` frames, the middles of as many equal parts."""
+    return _spaced(clip.frames, VIDEO_FRAMES)
+
+
+def read_video(path: Path, rule: FrameRule = even_frames) -> tuple[Path | Picture.Image, ...]:
+    """Frames of a video, in order: of an mp4 or webm file those that `rule` chooses.
+
+    A folder of frames (in order of their names) and an animated picture say nothing of their time: of them always
+    `VIDEO_FRAMES`, evenly spaced.
+    """
     if is_folder(path):
         files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
-        return tuple(files[i] for i in _spaced(path, len(files), frames))
-    with _open_picture(path, None, "video", "give a folder of frames, or an animated GIF, PNG or WebP file") as picture:
-        wanted = set(_spaced(path, getattr(picture, "n_frames", 1), frames))
+        if not files:
+            raise CodebookError(f"{path} holds no frames: give a folder of pictures")
+        return tuple(files[i] for i in _spaced(len(files), VIDEO_FRAMES))
+    if is_file(path) and container_of(_first_bytes(path)) is not None:
+        return read_clip(path, rule, partial(_check_pixels, most=MOST_PIXELS))
+    with _open_picture(path, None, "video", SHOWN_AS_VIDEO) as picture:
+        wanted = set(_spaced(getattr(picture, "n_frames", 1), VIDEO_FRAMES))
         return tuple(upright_rgb(frame) for i, frame in enumerate(ImageSequence.Iterator(picture)) if i in wanted)
 
 
@@ -87,9 +104,12 @@ def is_picture(head: bytes) -> bool:
     return any(accepts(head) for accepts in _accepted().values())
 
 
-def _spaced(path: Path, found: int, frames: int) -> list[int]:
-    if not found:
-        raise CodebookError(f"{path} holds no frames: give a folder of pictures")
+def _first_bytes(path: Path) -> bytes:
+    with os.fdopen(open_regular(path, LARGEST_CLIP), "rb") as file:
+        return file.read(HEAD)
+
+
+def _spaced(found: int, frames: int) -> list[int]:
     count = min(frames, found)
     return [(2 * i + 1) * found // (2 * count) for i in range(count)]
 
