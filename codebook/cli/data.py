@@ -19,7 +19,7 @@ MINIATURE = "miniature"
 def load_samples(model: str, name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
     """The embedded model's samples, or those of a JSONL file; `split`, `seed` and `count` go with the former.
 
-    Of clips in a file the frames are those that `model` is shown.
+    The frames of clips in a file are those that `model` is shown.
     """
     return of_miniature(split, seed, count) if name == MINIATURE else read_samples(Path(name), frame_rule_of(model))
 

@@ -20,7 +20,7 @@ def frame_rule(family: Family, processor: Processor) -> FrameRule:
     """The rule of a model's processor, if that has one; else the family's frames per second, or 8 evenly spaced.
 
     Processors of LLaVA-OneVision have none, those of Qwen3-VL and SmolVLM take frames per second, InternVL's a number.
-    Of a clip that has fewer frames than that, all are shown.
+    A clip that has fewer frames than that is shown whole.
     """
     own = getattr(processor, "video_processor", None)
     if getattr(own, "num_frames", None) is not None or getattr(own, "fps", None) is not None:
