@@ -36,6 +36,7 @@ from codebook.cli.serve import serve_command
 from codebook.cli.show import show_command
 from codebook.cli.streams import flush_output, prepare_streams, say, start_logging
 from codebook.cli.tune import tune_command
+from codebook.cli.vllm import vllm_args_command
 from codebook.errors import CodebookError, out_of_memory, remedy_for
 
 USER_ERROR, UNEXPECTED, BROKEN_PIPE, INTERRUPTED = 2, 1, 141, 130
@@ -47,6 +48,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "merge": merge_command,
     "prune": prune_command,
     "serve": serve_command,
+    "vllm-args": vllm_args_command,
     "horizon": horizon_command,
     "calibrate": calibrate_command,
     "bench": bench_command,

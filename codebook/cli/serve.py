@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 NEEDED = ("fastapi", "uvicorn", "openai", "prometheus_client")
 """Packages of the extra `serve`."""
-TRANSFORMERS, RAY = "transformers", "ray"
+TRANSFORMERS, RAY, VLLM = "transformers", "ray", "vllm"
 """Engines."""
 KEY = "CODEBOOK_API_KEY"
 """Environment variable with the key that clients must send."""
@@ -50,12 +50,16 @@ def serve_command(
     pull: PullOption = False,
     seed: SeedOption = 0,
     engine: Annotated[
-        str, typer.Option(help="What runs the service: transformers, or ray, with replicas.")
+        str, typer.Option(help="What runs the service: transformers, ray, with replicas, or vllm, its own server.")
     ] = TRANSFORMERS,
     replicas: Annotated[
         int | None, typer.Option(min=1, help="With --engine ray: how many, each with its own copy of the model.")
     ] = None,
     address: AddressOption = None,
+    engine_args: Annotated[
+        str | None,
+        typer.Option(help="With --engine vllm: more of its server's arguments, as in '--max-model-len 4096'."),
+    ] = None,
     device: DeviceOption = None,
     dtype: DtypeOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; default: this machine alone.")] = "127.0.0.1",
@@ -72,9 +76,19 @@ def serve_command(
     ] = None,
 ) -> None:
     """Answer chat completions over HTTP with most visual tokens dropped, and score features against codebooks."""
+    _check_engine(engine, replicas, address, engine_args)
+    if engine == VLLM:
+        _refuse_on_vllm({
+            "--recipe": recipe, "--seed": seed or None, "--device": device, "--limit": limit,
+        })  # fmt: skip
+        if model is None:
+            raise CodebookError(f"--engine {VLLM} needs a MODEL: name one, or score features with another engine")
+        _serve_on_vllm(
+            model, schedule, keep, codebook or [], pull, host, port, dtype, allow_urls or [], api_key_file, engine_args
+        )
+        return
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise CodebookError(f"serving needs {', '.join(missing)}: run `{install_command('serve')}`")
-    _check_engine(engine, replicas, address)
     from codebook.serving.limits import read_limits
 
     limits = read_limits(limit or [])
@@ -172,9 +186,46 @@ def _greet(title: str, blueprint: Blueprint, url: str) -> None:
     note(f"{title}: {url}/v1")
 
 
-def _check_engine(engine: str, replicas: int | None, address: str | None) -> None:
-    if engine not in (TRANSFORMERS, RAY):
-        raise CodebookError(f"no engine {engine!r}: use {TRANSFORMERS} or {RAY}")
+def _serve_on_vllm(
+    model: str,
+    method: str | None,
+    keep: float | None,
+    codebooks: list[str],
+    pull: bool,
+    host: str,
+    port: int,
+    dtype: str | None,
+    allow_urls: list[str],
+    api_key_file: Path | None,
+    engine_args: str | None,
+) -> None:
+    """Become vLLM's own server."""
+    from codebook.cli.checks import check_dtype
+    from codebook.cli.vllm import serve_on_vllm
+    from codebook.pruning.presets import DEFAULT, KEEP
+    from codebook.serving.pictures import read_hosts
+
+    if len(codebooks) > 1 or any("=" in text for text in codebooks):
+        raise CodebookError(f"--engine {VLLM} prunes with one codebook and scores none: write --codebook DIR, once")
+    check_dtype(dtype)
+    serve_on_vllm(
+        model, method or DEFAULT, KEEP if keep is None else keep, Path(codebooks[0]) if codebooks else None, pull,
+        host=host, port=port, dtype=dtype, hosts=read_hosts(allow_urls), api_key=_api_key(api_key_file),
+        more=engine_args or "",
+    )  # fmt: skip
+
+
+def _refuse_on_vllm(given: dict[str, Any]) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise CodebookError(f"{name} is not for --engine {VLLM}: leave it out; --engine-args takes vLLM's own")
+
+
+def _check_engine(engine: str, replicas: int | None, address: str | None, engine_args: str | None) -> None:
+    if engine not in (TRANSFORMERS, RAY, VLLM):
+        raise CodebookError(f"no engine {engine!r}: use {TRANSFORMERS}, {RAY} or {VLLM}")
+    if engine_args is not None and engine != VLLM:
+        raise CodebookError(f"--engine-args are vLLM's: add --engine {VLLM}, or leave them out")
     if engine == RAY:
         from codebook.serving.on_ray import check_ray
 

@@ -88,14 +88,29 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
 
 def load_processor(name: str) -> tuple[Family, Processor]:
     """The family and the processor of a model, without its weights; names and errors as in `load`."""
-    from transformers import AutoConfig, AutoProcessor
+    from transformers import AutoProcessor
 
+    folder, config = read_config_of(name)
+    try:
+        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+        return family_of_config(config), AutoProcessor.from_pretrained(str(folder), **options)
+    except CodebookError:
+        raise
+    except Exception as error:
+        raise CodebookError(_reason(name, error)) from None
+
+
+def read_config_of(name: str) -> tuple[Path, Any]:
+    """The config of a model that `load` could load by this name, and the folder or name on the hub where it is.
+
+    Raises
+    ------
+    CodebookError
+        As `load` does, as far as that shows without the weights.
+    """
     try:
         folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
-        _check_config(name, folder, options)
-        family = family_of_config(AutoConfig.from_pretrained(str(folder), **options))
-        return family, AutoProcessor.from_pretrained(str(folder), **options)
+        return folder, _check_config(name, folder, {"trust_remote_code": False, "local_files_only": folder.is_dir()})
     except CodebookError:
         raise
     except Exception as error:
@@ -125,8 +140,8 @@ def check_device(device: str | None) -> str:
     return device
 
 
-def _check_config(name: str, folder: Path, options: dict[str, Any]) -> None:
-    """Refuse a model that cannot be loaded, as far as that shows without its weights."""
+def _check_config(name: str, folder: Path, options: dict[str, Any]) -> Any:
+    """The config of a model; one that cannot be loaded is refused, as far as that shows without its weights."""
     from transformers import AutoConfig, PreTrainedConfig
 
     if folder.is_dir():
@@ -143,6 +158,7 @@ def _check_config(name: str, folder: Path, options: dict[str, Any]) -> None:
     config = AutoConfig.from_pretrained(str(folder), **options)
     family_of_config(config)
     _check_size(name, folder, config)
+    return config
 
 
 def _check_file(file: Path) -> None:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.models import Model, adapter_words, fingerprint, same_fingerprint, shape
 from codebook.models.wrappers import stock
 from codebook.store.codebook import Codebook
@@ -48,6 +48,27 @@ def prebuilt(model: Model) -> Codebook:
     if same:
         return Codebook.load(same[0].folder)
     raise CodebookError(_ways_on(name, own, adapter_words(model)))
+
+
+def named_for(model: str) -> Path:
+    """The folder of the codebook that this package or its registry names for a model of this name.
+
+    For where the model is not loaded, and whether the codebook is its own shows later. Nothing is fetched.
+
+    Raises
+    ------
+    CodebookError
+        If there is none on this machine.
+    """
+    for book, config in _readable():
+        if book.origin != PULLED and model.lower() in _models(book, config):
+            return book.folder
+    entry = entry_for(model)
+    fetch = f": `codebook pull {entry.name}` fetches it" if entry else ""
+    raise CodebookError(
+        f"no codebook is named for {quoted(model)[1:-1]} on this machine{fetch}; name one, `--codebook FOLDER`, or "
+        "take a method without, such as farthest"
+    )
 
 
 def find_codebook(model: Model, source: Codebook | Path | str | None) -> Codebook:

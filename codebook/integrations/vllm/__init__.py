@@ -6,15 +6,15 @@ vLLM calls `register`, the entry point `codebook` of the group `vllm.general_plu
 from __future__ import annotations
 
 ARCHITECTURES = {
-    "CodebookInternVLForConditionalGeneration": "grids",
-    "CodebookLlavaForConditionalGeneration": "llava",
-    "CodebookLlavaNextForConditionalGeneration": "llava",
-    "CodebookLlavaOnevisionForConditionalGeneration": "grids",
-    "CodebookQwen2VLForConditionalGeneration": "mrope",
-    "CodebookQwen2_5_VLForConditionalGeneration": "mrope",
-    "CodebookQwen3VLForConditionalGeneration": "mrope",
+    "internvl": ("grids", "CodebookInternVLForConditionalGeneration"),
+    "llava": ("llava", "CodebookLlavaForConditionalGeneration"),
+    "llava_next": ("llava", "CodebookLlavaNextForConditionalGeneration"),
+    "llava_onevision": ("grids", "CodebookLlavaOnevisionForConditionalGeneration"),
+    "qwen2_5_vl": ("mrope", "CodebookQwen2_5_VLForConditionalGeneration"),
+    "qwen2_vl": ("mrope", "CodebookQwen2VLForConditionalGeneration"),
+    "qwen3_vl": ("mrope", "CodebookQwen3VLForConditionalGeneration"),
 }
-"""Module in this package of each class that vLLM can be told to run, as `architectures` of `--hf-overrides`."""
+"""For each family its module in this package and its class, which `architectures` of `--hf-overrides` names."""
 
 
 def register() -> None:
@@ -25,6 +25,6 @@ def register() -> None:
     from vllm.model_executor.models.registry import ModelRegistry
 
     there = ModelRegistry.get_supported_archs()
-    for name, module in ARCHITECTURES.items():
+    for module, name in ARCHITECTURES.values():
         if name not in there:
             ModelRegistry.register_model(name, f"{__name__}.{module}:{name}")

@@ -19,7 +19,7 @@ from codebook.errors import CodebookError, quoted
 from codebook.models.layout import Image, Layout
 from codebook.pruning.engine.prompt import Unit
 from codebook.pruning.engine.selection import choose, targets
-from codebook.pruning.methods.base import needs_features_alone
+from codebook.pruning.methods.base import beyond_features
 from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.schedule import Schedule
 from codebook.pruning.stage import Stage, check_keep
@@ -94,11 +94,10 @@ class VllmSettings:
         except CodebookError as error:
             raise CodebookError(f"{CONFIG_KEY}: {error}") from None
         stage = Schedule.parse(f"{given['method']}:1.0", _read_codebook(part, given.get("codebook"))).stages[0]
-        if not needs_features_alone(stage.pruner):
+        if need := beyond_features(stage.pruner):
             raise CodebookError(
-                f"{CONFIG_KEY}: vLLM prunes where images are encoded, by projector outputs alone and to a fixed count, "
-                f"and {part.method} needs attention, the vision tower or the text, merges tokens or decides their "
-                "number: use codebook-farthest, or farthest without a codebook"
+                f"{CONFIG_KEY}: {part.method} needs {need}, and vLLM prunes where images are encoded, by projector "
+                "outputs alone: use codebook-farthest, or farthest without a codebook"
             )
         return cls(replace(stage, keep=given["keep"]))
 

@@ -72,13 +72,19 @@ class Pruner(ABC):
         return None
 
 
-def needs_features_alone(pruner: Pruner) -> bool:
-    """Whether a pruner chooses as many tokens as it is told to, by projector outputs and grid alone, and merges none.
+def beyond_features(pruner: Pruner) -> str:
+    """What a pruner needs beside projector outputs, a grid and a number of tokens to choose by, in words.
 
-    Such a choice can be made where an image is encoded, before there is a prompt.
+    Empty if it needs no more: such a choice can be made where an image is encoded, before there is a prompt.
     """
-    reaches = pruner.uses_attention or pruner.uses_vision or pruner.uses_text
-    return not reaches and not pruner.adaptive and type(pruner).merge is Pruner.merge
+    needs = {
+        "attention": pruner.uses_attention,
+        "the vision tower's attention": pruner.uses_vision,
+        "the text": pruner.uses_text,
+        "to say how many tokens stay": pruner.adaptive,
+        "to merge tokens": type(pruner).merge is not Pruner.merge,
+    }
+    return next((what for what, needed in needs.items() if needed), "")
 
 
 class ScoringPruner(Pruner):

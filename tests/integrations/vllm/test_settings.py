@@ -10,7 +10,7 @@ from codebook import METHODS, Codebook
 from codebook.errors import CodebookError
 from codebook.integrations.vllm.settings import VllmSettings
 from codebook.models.layout import Grid, Layout
-from codebook.pruning.methods.base import needs_features_alone
+from codebook.pruning.methods.base import beyond_features
 from codebook.pruning.tokens import VisualTokens
 
 BOOK = str(Path(__file__).parents[3] / "indexes/miniature")
@@ -44,9 +44,9 @@ def config(width=WIDTH, **given):
         ({"method": "seeded", "keep": 0.2, "codebook": BOOK}, "use codebook-farthest"),
         ({"method": "farthest+mass", "keep": 0.2}, "use farthest, the same without"),
         ({"method": "fastv", "keep": 0.2}, "attention of the layer before"),
-        ({"method": "cls", "keep": 0.2}, "to a fixed count"),
-        ({"method": "cdpruner", "keep": 0.2}, "to a fixed count"),
-        ({"method": "pool", "keep": 0.2}, "to a fixed count"),
+        ({"method": "cls", "keep": 0.2}, "cls needs the vision tower's attention"),
+        ({"method": "cdpruner", "keep": 0.2}, "cdpruner needs the text"),
+        ({"method": "pool", "keep": 0.2}, "pool needs to merge tokens"),
         ({"method": "codebook-threshold", "keep": 0.2, "codebook": BOOK}, "leave keep out"),
         ({"method": "codebook", "keep": 0.2}, "lacks 'codebook'"),
         ({"method": "codebook", "keep": 0.2, "codebook": 3}, "codebook is 3"),
@@ -131,5 +131,5 @@ def test_methods_of_parts_need_what_the_parts_need():
     from codebook import CDPruner, Random, Uniform
     from codebook.pruning.methods.combine import Union
 
-    assert needs_features_alone(Union(Uniform(), Random()))
-    assert not needs_features_alone(Union(CDPruner(), Random()))
+    assert not beyond_features(Union(Uniform(), Random()))
+    assert beyond_features(Union(CDPruner(), Random())) == "the text"
