@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.inference.overlay import comparison, enlarged, marked, score_picture
 from codebook.models.base import Model, Processor
 from codebook.store.codebook import Codebook
 from codebook.store.pictures import upright_rgb
@@ -33,6 +34,8 @@ class Explanation:
     neighbours : list[dict]
         The nearest prototypes: for each its `similarity`, its provenance, and `cluster_size`, the number of prototypes
         in its cluster.
+    redundancy : list[float]
+        `similarity` of all of the image's tokens, in raster order.
     """
 
     patch: tuple[int, int]
@@ -40,6 +43,7 @@ class Explanation:
     similarity: float
     rank: int
     neighbours: list[dict[str, Any]]
+    redundancy: list[float] = field(default_factory=list, repr=False)
 
     @property
     def tokens(self) -> int:
@@ -110,7 +114,9 @@ def explain_tokens(
             {"similarity": value, **book.provenance[i], "cluster_size": sizes[book.provenance[i]["cluster"]]}
             for value, i in zip(values, places, strict=True)
         ]
-        out.append(Explanation(divmod(token, grid[1]), grid, float(redundancy[token]), int(ranks[token]), near))
+        row, col = divmod(token, grid[1])
+        whole = redundancy.tolist()
+        out.append(Explanation((row, col), grid, whole[token], int(ranks[token]), near, whole))
     return out
 
 
@@ -152,3 +158,27 @@ def explanation_text(found: Explanation, config: dict[str, Any], kept: int | Non
     for line in (head, *rows):
         lines.append("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
     return "\n".join(lines)
+
+
+def explanation_picture(picture: Image.Image, found: Explanation, kept: int) -> Image.Image:
+    """The picture with the patch framed, beside its redundancy: yellow tokens are the most like a prototype.
+
+    Parameters
+    ----------
+    picture
+        The part of it that the model was shown.
+    kept
+        How many of its tokens stay: they are framed in white.
+    """
+    token = found.patch[0] * found.grid[1] + found.patch[1]
+    # As `explain_tokens` ranks them: of equal tokens the last is dropped first.
+    order = sorted(range(found.tokens), key=lambda i: (found.redundancy[i], i))
+    heat = score_picture(picture, dict(enumerate(found.redundancy)), order[:kept], found.grid)
+    plain = enlarged(picture, found.grid)
+    row, col = found.patch
+    heading = f"patch {row},{col}: {'kept' if found.kept(kept) else 'dropped'} where {kept} of {found.tokens} stay"
+    drawn = [
+        (heading, f"cosine {found.similarity:.3f} to its nearest prototype", marked(plain, token, found.grid)),
+        ("redundancy: yellow is most like a prototype", "framed: kept", marked(heat, token, found.grid)),
+    ]
+    return comparison(drawn)

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from codebook.cli.options import CodebookOption, DeviceOption, JsonOption, ModelOption, PullOption
-from codebook.cli.output import write_picture
+from codebook.cli.output import note, write_picture
 from codebook.errors import CodebookError
 
 
@@ -20,6 +20,9 @@ def explain_command(
     patch: Annotated[str, typer.Option(help="ROW,COL of the token, counted from 0.")],
     keep: Annotated[float, typer.Option(help="Say whether the token is kept if this share of them is.")] = 0.25,
     neighbours: Annotated[int, typer.Option(min=1, help="Prototypes to name.")] = 5,
+    show: Annotated[
+        Path | None, typer.Option(help="Write a picture of the image's redundancy, with the patch framed.")
+    ] = None,
     sheet: Annotated[Path | None, typer.Option(help="Write a picture of the tokens behind those prototypes.")] = None,
     images: Annotated[
         list[Path] | None, typer.Option(help="Where the codebook's images are, for --sheet; repeat for several.")
@@ -31,10 +34,11 @@ def explain_command(
 ) -> None:
     """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
     from codebook import models
-    from codebook.analysis.explain import explain, explanation_text
+    from codebook.analysis.explain import explain, explanation_picture, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
     from codebook.cli.checks import check_codebook, check_output_file
+    from codebook.inference.overlay import shown_part
     from codebook.models.loading import check_device
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
@@ -49,6 +53,8 @@ def explain_command(
         raise CodebookError("--sheet needs --images: the images that the codebook came from")
     if sheet is not None:
         check_output_file(sheet, [image])
+    if show is not None:
+        check_output_file(show, [image])
     check_codebook(codebook, model, pull)
     check_device(device)
     picture = read_image(image)
@@ -60,7 +66,13 @@ def explain_command(
         title = f"prototypes nearest to patch {row},{col} of {image.name}"
         sources = [open_images(folder) for folder in images or ()]
         write_picture(draw_sheet(found.neighbours, found.grid, sources, title), sheet)
+    if show is not None:
+        family = models.family(models.unwrap(loaded))
+        part = shown_part(picture, family.shown_box(processor, picture.size))
+        write_picture(explanation_picture(part, found, kept), show)
+        note(f"picture: {show}")
     if as_json:
-        print(json.dumps(asdict(found) | {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}))
+        about = {key: value for key, value in asdict(found).items() if key != "redundancy"}
+        print(json.dumps(about | {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}))
     else:
         print(explanation_text(found, book.config, kept))

@@ -6,7 +6,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,6 +21,18 @@ from codebook.cli.options import (
     SeedOption,
 )
 from codebook.cli.output import note, write_picture
+from codebook.errors import CodebookError
+
+if TYPE_CHECKING:
+    from codebook.pruning import Schedule
+
+
+DRAWN = {
+    "kept": "framed: kept; dark: dropped by the first stage; red, blue, green: by the second, third, fourth",
+    "mass": "framed: kept; a line goes from each dropped token to the kept one that stands for it",
+    "scores": "framed: kept; dark blue to yellow: the lowest score to the highest",
+}
+"""What can be drawn, and the note below it."""
 
 
 def show_command(
@@ -29,6 +41,10 @@ def show_command(
     question: QuestionOption,
     methods: MethodsOption,
     keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.25,
+    draw: Annotated[
+        str,
+        typer.Option(help="kept: what stays, and which stage dropped the rest; mass: who stands for whom; or scores."),
+    ] = "kept",
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("show.png"),
     codebook: CodebookOption = None,
     pull: PullOption = False,
@@ -41,12 +57,15 @@ def show_command(
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
-    from codebook.inference.overlay import comparison, maps, shown_part
-    from codebook.inference.samples import Sample
+    from codebook.inference.looking import look_closely
+    from codebook.inference.overlay import comparison, maps, mass_picture, score_picture, stages_picture
     from codebook.models.loading import check_device
+    from codebook.pruning import Schedule
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
 
+    if draw not in DRAWN:
+        raise CodebookError(f"no picture {draw!r}: draw {', '.join(DRAWN)}")
     chosen = parse_methods(methods)
     check_keep(keep)
     check_output_file(out, [image])
@@ -57,19 +76,45 @@ def show_command(
     book, rows = codebook_for(loaded, chosen, codebook), [bench.Row(bench.UNPRUNED, 1.0, (None,))]
     for method in chosen:
         rows.append(bench.row(loaded, method, keep, book, [seed]))
-    [found] = bench.show_rows(loaded, processor, [Sample((picture,), question)], rows)
-    grid = tuple(found["grids"][0])
-    ways = [
-        (f"{one['method']}: {len(one['kept'][0])} of {grid[0] * grid[1]}", one["text"] or "(nothing)", one["kept"][0])
-        for one in found["rows"]
-    ]
-    part = shown_part(picture, models.family(models.unwrap(loaded)).shown_box(processor, picture.size))
-    write_picture(comparison(part, ways, grid), out)
+    schedules = [row.schedules[0] or Schedule([]) for row in rows]
+    for row, schedule in zip(rows, schedules, strict=True):
+        _check_drawn(draw, row.method, schedule)
+    looks = [look_closely(loaded, processor, picture, question, schedule) for schedule in schedules]
+    ways, drawn = [], []
+    for row, found in zip(rows, looks, strict=True):
+        [part], grid = found.answer.pictures, found.grid
+        stages = found.stages or [list(range(grid[0] * grid[1]))]
+        counts = " -> ".join(str(len(left)) for left in stages)
+        heading, words = f"{row.method}: {counts} of {grid[0] * grid[1]}", found.answer.text or "(nothing)"
+        ways.append((heading, words, stages[-1]))
+        if draw == "mass" and found.stands:
+            shown = mass_picture(part, found.stands, stages[-1], grid)
+        elif draw == "scores" and found.scores:
+            shown = score_picture(part, found.scores, stages[-1], grid)
+        else:
+            shown = stages_picture(part, stages, grid)
+        drawn.append((heading, words, shown))
+    write_picture(comparison(drawn, DRAWN[draw]), out)
     if as_json:
-        print(
-            json.dumps({"question": question, "grid": grid, "keep": keep, "rows": found["rows"], "picture": str(out)})
-        )
+        report = [
+            {"method": row.method, "keep": row.keep, "text": found.answer.text, "score": None, "kept": [way[2]],
+             "stages": found.stages, "stands": found.stands, "scores": found.scores}
+            for row, found, way in zip(rows, looks, ways, strict=True)
+        ]  # fmt: skip
+        print(json.dumps({"question": question, "grid": grid, "keep": keep, "rows": report, "picture": str(out)}))
         return
     marks = "■·" if "utf" in (sys.stdout.encoding or "").lower() else "#."
     print(maps(ways, grid, shutil.get_terminal_size((120, 24)).columns, marks))
     note(f"picture: {out}")
+
+
+def _check_drawn(draw: str, method: str, schedule: Schedule) -> None:
+    """Refuse to draw what a method has not: a picture without it would look as if nothing was scored, or stood for."""
+    from codebook.pruning.methods.base import ScoringPruner
+
+    if not schedule.stages:
+        return
+    if draw == "mass" and not any(stage.mass for stage in schedule.stages):
+        raise CodebookError(f"no token of {method} stands for others: write {method}+mass, or leave --draw out")
+    if draw == "scores" and not any(isinstance(stage.pruner, ScoringPruner) for stage in schedule.stages):
+        raise CodebookError(f"{method} ranks no tokens, so there are no scores to draw: leave it, or --draw, out")

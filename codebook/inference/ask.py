@@ -38,6 +38,8 @@ class Answer:
         For each image where its tokens are and how they are laid out.
     counts
         For each image its number of visual tokens, then the number left after each stage.
+    stages
+        For each image the tokens left after each stage.
     pictures
         For each image the part of it that the model was shown. In a notebook an answer is displayed as `overlay`.
     """
@@ -46,6 +48,7 @@ class Answer:
     kept: list[list[int]]
     images: list[Image]
     counts: list[list[int]]
+    stages: list[list[list[int]]] = field(default_factory=list)
     pictures: list[Picture.Image] = field(default_factory=list)
 
     def __repr__(self) -> str:
@@ -136,7 +139,8 @@ def answer_prompts(
     for text, shown in zip(texts, generated.shown, strict=True):
         kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in shown]
         counts = [[image.count, *map(len, stages)] for image, stages in shown]
-        answers.append(Answer(text.strip(), kept, [image for image, _ in shown], counts))
+        left = [[stage.tolist() for stage in stages] for _, stages in shown]
+        answers.append(Answer(text.strip(), kept, [image for image, _ in shown], counts, left))
     return answers
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from codebook.models import Family
@@ -24,9 +24,9 @@ def frame_rule(family: Family, processor: Processor) -> FrameRule:
     """
     own = getattr(processor, "video_processor", None)
     if getattr(own, "num_frames", None) is not None or getattr(own, "fps", None) is not None:
-        return lambda clip: _as_processed(own, clip)
-    if family.clip_fps is not None:
-        return lambda clip: _at_rate(clip, family.clip_fps)
+        return partial(_as_processed, own)
+    if (fps := family.clip_fps) is not None:
+        return partial(_at_rate, fps)
     return even_frames
 
 
@@ -46,7 +46,7 @@ def _as_processed(own: Any, clip: ClipInfo) -> Sequence[int]:
         return range(clip.frames)
 
 
-def _at_rate(clip: ClipInfo, fps: float) -> Sequence[int]:
+def _at_rate(fps: float, clip: ClipInfo) -> Sequence[int]:
     """So many frames per second from the first frame on, an even number: qwen-vl-utils, and Qwen2-VL's processor."""
     wanted = min(max(int(clip.duration * fps), FEWEST_FRAMES), MOST_FRAMES, clip.frames)
     count = max(1, wanted // 2 * 2)

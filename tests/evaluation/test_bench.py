@@ -395,10 +395,11 @@ def test_a_journal_of_another_kind_of_answers_is_refused(loaded, measured):
 
 
 def test_pictures_of_a_comparison():
-    from codebook.inference.overlay import comparison, maps
+    from codebook.inference.overlay import comparison, maps, stages_picture
 
     ways = [("a", "yes", [0, 5]), ("b", "no " * 80, [])]
-    drawn = comparison(Image.new("RGB", (8, 8), "red"), ways, (2, 3))
+    red = Image.new("RGB", (8, 8), "red")
+    drawn = comparison([(heading, words, stages_picture(red, [kept], (2, 3))) for heading, words, kept in ways])
     assert drawn.width > 1100
     shown = maps(ways, (2, 3), 40, "#.").splitlines()
     assert [line.split() for line in shown[-2:]] == [["#..", "..."], ["..#", "..."]]
