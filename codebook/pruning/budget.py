@@ -10,7 +10,7 @@ from fractions import Fraction
 from typing import TYPE_CHECKING
 
 from codebook.errors import CodebookError
-from codebook.pruning.stage import Keep, Stage, check_keep
+from codebook.pruning.stage import Keep, Stage, check_keep, whole
 
 if TYPE_CHECKING:
     from codebook.pruning.schedule import Schedule
@@ -25,8 +25,7 @@ def fit_schedule(schedule: Schedule, keep: Keep, n: int, layers: int) -> Schedul
     schedule.check_layers(layers)
     if schedule.adaptive:
         raise CodebookError(f"'{schedule}' decides how many tokens stay: it cannot be fitted to a budget")
-    # In units of one token in one layer. Tolerate float rounding: 1e-6 of a token is not a missing token.
-    room = math.floor((keep * n if isinstance(keep, float) else keep) * layers + 1e-6)
+    room = whole((keep * n if isinstance(keep, float) else keep) * layers)  # tokens in one layer
     if len(schedule.stages) == 1 and schedule.stages[0].keep == 0:
         _check_reach(schedule, keep, room, n, n * (layers - 1), n * layers)
         return replace(schedule, stages=[replace(schedule.stages[0], layer=room // n)])
@@ -50,9 +49,9 @@ def fit_schedule(schedule: Schedule, keep: Keep, n: int, layers: int) -> Schedul
     return at(bisect.bisect_right(range(1, most + 1), room, key=total))
 
 
-def _check_reach(schedule: Schedule, keep: Keep, room: int, least: int, most: int, whole: int) -> None:
+def _check_reach(schedule: Schedule, keep: Keep, room: int, least: int, most: int, unpruned: int) -> None:
     if not least <= room <= most:
-        low, high = math.ceil(10**4 * least / whole) / 10**4, math.floor(10**4 * most / whole) / 10**4
+        low, high = math.ceil(10**4 * least / unpruned) / 10**4, math.floor(10**4 * most / unpruned) / 10**4
         raise CodebookError(
             f"keep {keep} is out of reach of '{schedule}': choose from {low:g} to {high:g}, averaged over the layers"
         )
@@ -77,7 +76,9 @@ def _scaled(stages: Sequence[Stage], n: int, t: int) -> list[Stage]:
 
 
 def shortest_share(keep: Keep, n: int) -> float:
-    """The fraction with the fewest digits that is `keep` of `n` tokens; a fraction itself."""
+    """The smallest fraction of the fewest digits, three or more, that is `keep` of `n` tokens; a fraction itself."""
     if isinstance(keep, float):
         return keep
-    return next(share for digits in range(3, 17) if round((share := round(keep / n, digits)) * n) == keep)
+    return next(
+        share for digits in range(3, 17) if whole((share := -(-keep * 10**digits // n) / 10**digits) * n) == keep
+    )

@@ -351,10 +351,13 @@ class Schedule:
         fitted = self.fit(keep, n=n, layers=layers)
         if isinstance(keep, int):
             return fitted
-        stages = [
-            count if isinstance(own.keep, int) else share
-            for own, count, share in zip(self.stages, fitted.stages, fitted.shares(n).stages, strict=True)
-        ]
+        stages = []
+        for own, count, share in zip(self.stages, fitted.stages, fitted.shares(n).stages, strict=True):
+            if isinstance(own.keep, int):
+                share = count
+            elif (said := replace(share, keep=keep)).count(n) == count.keep:
+                share = said  # of one stage before the LLM: `keep` of images of every size, as `Stage` has it
+            stages.append(share)
         return replace(fitted, stages=stages)
 
     @classmethod

@@ -13,6 +13,16 @@ Keep = int | float
 """Number of visual tokens that stay: a count, or a fraction of the image's."""
 
 
+def whole(tokens: float) -> int:
+    """The whole tokens in a number of tokens, never more: 28 in 28.8. Float rounding, 1e-6 of a token, is tolerated."""
+    return math.floor(tokens + 1e-6)
+
+
+def tokens_kept(share: float, total: int) -> int:
+    """How many of `total` tokens a fraction of them keeps: no more than it says, and at least one."""
+    return max(1, whole(share * total))
+
+
 @dataclass(frozen=True)
 class Stage:
     """From the input of one decoder layer on, only some visual tokens stay.
@@ -22,9 +32,9 @@ class Stage:
     layer
         Decoder layer, 0-based, whose input loses the tokens; layers before it see them all. 0 prunes before the LLM.
     keep
-        A float in (0, 1]: that fraction of each image's unpruned tokens, rounded, at least one. An int: that many
-        tokens of each image; 0, at layer 1 or later, drops them all (VTW, arXiv 2405.05803). None, the only choice of
-        `adaptive` pruners: as many as the pruner decides for each image.
+        A float in (0, 1]: that fraction of each image's unpruned tokens, never more, but at least one. An int: that
+        many tokens of each image; 0, at layer 1 or later, drops them all (VTW, arXiv 2405.05803). None, the only choice
+        of `adaptive` pruners: as many as the pruner decides for each image.
     pruner
         Chooses the tokens.
     mass
@@ -57,7 +67,7 @@ class Stage:
             name = type(self.pruner).__name__
             raise CodebookError(f"{name} at layer {self.layer} decides how many tokens stay: known only after running")
         if isinstance(self.keep, float):
-            return max(1, round(self.keep * total))
+            return tokens_kept(self.keep, total)
         if self.keep > total:
             raise CodebookError(f"cannot keep {self.keep} tokens of an image that has {total}: lower the count")
         return self.keep

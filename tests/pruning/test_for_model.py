@@ -27,9 +27,9 @@ def loads(monkeypatch):
 def test_the_default_is_the_command_lines(model):
     schedule = Schedule.for_model(model)
     [stage] = schedule.stages
-    assert (stage.layer, stage.keep, stage.mass) == (0, 0.194, True)  # 28 of 144 tokens: 0.2 is 28.8
+    assert (stage.layer, stage.keep, stage.mass) == (0, 0.2, True) and stage.count(144) == 28  # 0.2 is 28.8
     assert isinstance(stage.pruner, SeededFarthestPoint)
-    assert str(schedule) == "codebook-farthest:0.194+mass" == str(Plan("seeded").apply(model))
+    assert str(schedule) == "codebook-farthest:0.2+mass" == str(Plan("seeded").apply(model))
     assert len(stage.pruner.codebook) == len(prebuilt(model))
 
 
@@ -46,6 +46,13 @@ def test_the_default_is_the_command_lines(model):
 )
 def test_budgets(model, text, keep, solved):
     assert str(Schedule.for_model(model, text, keep, seed=5)) == solved == str(Plan(text, keep, seed=5).apply(model))
+
+
+def test_a_budget_keeps_of_images_of_every_size_what_a_stage_keeps(model):
+    [stage] = Schedule.for_model(model, "uniform", 0.1875).stages  # 27 of 144 tokens, as 0.188 and 0.19 are
+    assert [stage.count(n) for n in (16, 144, 576, 1600)] == [3, 27, 108, 300]
+    first, second = Schedule.for_model(model, "uniform:1.0, random@6:0.1", 0.25).stages
+    assert (first.keep, second.keep) == (0.452, 0.049)  # 65 and 7 of 144: 6 * 65 + 6 * 7 = 432 = 12 * 36
 
 
 def test_the_codebook_is_read_once_and_only_where_it_is_needed(model, loads):

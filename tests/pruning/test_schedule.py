@@ -93,6 +93,19 @@ def test_counts_per_layer():
         Schedule([Stage(0, 0.1, Uniform()), Stage(2, 30, Random())]).counts(144, 4)
 
 
+def test_a_fraction_keeps_the_same_whether_a_stage_says_it_or_a_budget():
+    """Never more than it says, in hundredths: whole numbers, so that no rounding of floats is trusted."""
+    stages = {k: Stage(0, k / 100, Uniform()) for k in range(1, 101)}
+    whole = Schedule([Stage(0, 1.0, Uniform())])
+    for n in range(1, 2881):
+        assert [stage.count(n) for stage in stages.values()] == [max(1, k * n // 100) for k in stages]
+        k = 1 + 37 * n % 100  # each in turn
+        if k * n >= 100:  # a budget of less than one token is refused
+            assert whole.fit(k / 100, n=n, layers=1 + n % 80).stages[0].keep == k * n // 100
+    with pytest.raises(CodebookError, match=r"keep 0\.2 is out of reach"):
+        whole.fit(0.2, n=4, layers=32)
+
+
 def test_adaptive_stages_have_no_count():
     schedule = Schedule([Stage(0, None, Own()), Stage(2, 3, Random())])
     assert schedule.adaptive and not Schedule([]).adaptive
@@ -328,9 +341,9 @@ def test_counts_become_shares_that_give_them():
     for n in (144, 576, 729):
         for count in range(1, n + 1):
             [stage] = Schedule([Stage(0, count, Uniform())]).shares(n).stages
-            assert stage.count(n) == count and len(str(stage.keep)) <= 6
+            assert stage.count(n) == count and len(str(stage.keep)) <= 5
     shared = Schedule([Stage(0, 24, Uniform()), Stage(2, 0.01, Uniform()), Stage(4, 0, Drop())], "compact").shares(576)
-    # the shortest: 0.042 * 576 = 24.19 rounds to 24
+    # the shortest: 0.042 * 576 = 24.19
     assert str(shared) == "uniform:0.042, uniform@2:0.01, drop@4; positions=compact"
 
 
