@@ -11,21 +11,24 @@ import typer
 
 from codebook.cli.options import (
     CodebookOption,
-    DeviceOption,
     JsonOption,
+    Loading,
     MethodsOption,
     ModelOption,
     NewTokensOption,
     PullOption,
     SeedOption,
+    with_groups,
 )
 from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError
 
 
 @resumable()
+@with_groups
 def bench_command(
     model: ModelOption,
+    loading: Loading,
     methods: MethodsOption,
     out: Annotated[Path, typer.Option(help="Folder for results.json, report.html and journals; run again to resume.")],
     data: Annotated[
@@ -63,16 +66,13 @@ def bench_command(
         ),
     ] = None,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
-    from codebook import models
     from codebook.cli.checks import check_codebook, check_output_folder
     from codebook.cli.data import load_data
     from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
-    from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 
@@ -85,11 +85,11 @@ def bench_command(
     share = None if part is None else _parse_part(part)
     check_output_folder(out, ("results.json", "report.html"))
     check_codebook(codebook, model, pull)
-    check_device(device)
+    loading.check(model)
     curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     named = data or ["miniature"]
     tasks = load_data(model, named, count, seed)
-    loaded, processor = models.load(model, device)
+    loaded, processor = loading.load(model)
     rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
     out.mkdir(parents=True, exist_ok=True)
     if share is not None:

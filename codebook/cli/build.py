@@ -7,17 +7,18 @@ from typing import Annotated, Any
 
 import typer
 
-from codebook.cli.options import ImagesOption, JsonOption, ModelOption, Probing, with_probing
+from codebook.cli.options import ImagesOption, JsonOption, Loading, ModelOption, Probing, with_groups
 from codebook.cli.output import resumable
 
 
 @resumable()
-@with_probing
+@with_groups
 def build_command(
     model: ModelOption,
     images: ImagesOption,
     out: Annotated[Path, typer.Option(help="Folder of the codebook; run again to resume.")],
     probing: Probing,
+    loading: Loading,
     preset: Annotated[
         str | None, typer.Option(help="Thresholds of a published model; default: the model's own.")
     ] = None,
@@ -68,7 +69,7 @@ def build_command(
     from codebook import building
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.output import building_progress
-    from codebook.cli.probing import build_options, check_probing, load_model, report_codebook
+    from codebook.cli.probing import build_options, report_codebook
     from codebook.errors import CodebookError
 
     if tau_p is not None and tau_j is not None and (pilot is not None or select is not None):
@@ -89,12 +90,12 @@ def build_command(
     stability = building.Stability(*(() if agreement is None else (agreement,))) if until_stable else None
     trial = building.Pilot(**asked)
     check_output_folder(out, CODEBOOK_FILES)
-    check_probing(probing)
+    loading.check(model)
     source = building.open_images(images, probing.limit)  # before a model is loaded for nothing
-    loaded, processor = load_model(model, probing)
+    loaded, processor = loading.load(model)
     settings = replace(base or building.settings_for(loaded), **changes)
     with building_progress() as tick:
-        options = build_options(probing, model, images, settings, exhaustive)
+        options = build_options(probing, loading, model, images, settings, exhaustive)
         book = building.build(
             loaded, processor, source, out, model_id=model, settings=settings, pilot=trial, stability=stability,
             progress=tick, **options,

@@ -12,19 +12,22 @@ from codebook.cli.options import (
     CodebookOption,
     CountOption,
     DataOption,
-    DeviceOption,
     JsonOption,
+    Loading,
     ModelOption,
     PullOption,
     SeedOption,
+    with_groups,
 )
 from codebook.cli.output import describe, note, progress, resumable, summary
 from codebook.errors import CodebookError
 
 
 @resumable()
+@with_groups
 def calibrate_command(
     model: ModelOption,
+    loading: Loading,
     data: DataOption,
     keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")],
     out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
@@ -37,16 +40,13 @@ def calibrate_command(
     pull: PullOption = False,
     count: CountOption = 100,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
-    from codebook import models
     from codebook.analysis import calibration
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.data import load_samples
     from codebook.cli.methods import codebook_for
-    from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 
@@ -56,10 +56,10 @@ def calibrate_command(
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
     check_output_file(out)
     check_codebook(codebook, model, pull)
-    check_device(device)
+    loading.check(model)
     samples = load_samples(model, data, "train", seed, count)
     calibration.check_sample_count(len(samples))
-    loaded, processor = models.load(model, device)
+    loaded, processor = loading.load(model)
     methods = [plan.schedule for plan in plans]
     book = codebook_for(loaded, methods, codebook)
     (plain, found), *others = (

@@ -105,14 +105,6 @@ def check_codebook(codebook: Path | None, model: str | None, pull: bool) -> None
             fetch(name.as_posix(), tick=tick)
 
 
-def check_dtype(dtype: str | None) -> None:
-    """Refuse a dtype that no model is loaded in; None stands for the default."""
-    from codebook.pruning.plan import DTYPES
-
-    if dtype not in (None, *DTYPES):
-        raise CodebookError(f"no dtype {dtype!r}: use {', '.join(DTYPES)}")
-
-
 def _check_names(path: Path, there: Path) -> None:
     """Refuse a path with a name longer than the file system of its existing part takes."""
     try:

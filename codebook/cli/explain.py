@@ -9,13 +9,15 @@ from typing import Annotated
 
 import typer
 
-from codebook.cli.options import CodebookOption, DeviceOption, JsonOption, ModelOption, PullOption
+from codebook.cli.options import CodebookOption, JsonOption, Loading, ModelOption, PullOption, with_groups
 from codebook.cli.output import note, write_picture
 from codebook.errors import CodebookError
 
 
+@with_groups
 def explain_command(
     model: ModelOption,
+    loading: Loading,
     image: Annotated[Path, typer.Option(help="Picture that the token belongs to.")],
     patch: Annotated[str, typer.Option(help="ROW,COL of the token, counted from 0.")],
     keep: Annotated[float, typer.Option(help="Say whether the token is kept if this share of them is.")] = 0.25,
@@ -29,7 +31,6 @@ def explain_command(
     ] = None,
     codebook: CodebookOption = None,
     pull: PullOption = False,
-    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
@@ -39,8 +40,7 @@ def explain_command(
     from codebook.building.sheet import sheet as draw_sheet
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.inference.overlay import shown_part
-    from codebook.models.loading import check_device
-    from codebook.pruning.stage import check_keep
+    from codebook.pruning.stage import check_keep, tokens_kept
     from codebook.store.pictures import read_image
     from codebook.store.shipped import find_codebook
 
@@ -56,12 +56,12 @@ def explain_command(
     if show is not None:
         check_output_file(show, [image])
     check_codebook(codebook, model, pull)
-    check_device(device)
+    loading.check(model)
     picture = read_image(image)
-    loaded, processor = models.load(model, device)
+    loaded, processor = loading.load(model)
     book = find_codebook(loaded, codebook)
     found = explain(loaded, processor, book, picture, (row, col), neighbours)
-    kept = max(1, round(keep * found.tokens))
+    kept = tokens_kept(keep, found.tokens)
     if sheet is not None:
         title = f"prototypes nearest to patch {row},{col} of {image.name}"
         sources = [open_images(folder) for folder in images or ()]

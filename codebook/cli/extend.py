@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from codebook.cli.options import ImagesOption, JsonOption, NamedModelOption, Probing, with_probing
+from codebook.cli.options import ImagesOption, JsonOption, Loading, NamedModelOption, Probing, with_groups
 from codebook.cli.output import resumable
 
 
 @resumable()
-@with_probing
+@with_groups
 def extend_command(
     folder: Annotated[Path, typer.Argument(help="Folder of a codebook, or a name; it stays as it is.")],
     images: ImagesOption,
     out: Annotated[Path, typer.Option(help="Folder of the larger codebook; run again to resume.")],
     probing: Probing,
+    loading: Loading,
     model: NamedModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -25,17 +26,17 @@ def extend_command(
     from codebook import building
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.output import building_progress
-    from codebook.cli.probing import build_options, check_probing, load_model, model_of, report_codebook
+    from codebook.cli.probing import build_options, model_of, report_codebook
     from codebook.store.known import find_named
 
     check_output_folder(out, CODEBOOK_FILES)
-    check_probing(probing)
     folder = find_named(folder)
     book, _ = building.SurvivorPool.load(folder)
     name = model_of(book, folder, model)
+    loading.check(name)
     source = building.open_images(images, probing.limit)  # before a model is loaded for nothing
-    loaded, processor = load_model(name, probing)
+    loaded, processor = loading.load(name)
     with building_progress() as tick:
-        options = build_options(probing, name, images, building.read_settings(book.config["settings"], folder))
+        options = build_options(probing, loading, name, images, building.read_settings(book.config["settings"], folder))
         book = building.extend(loaded, processor, folder, source, out, progress=tick, **options)
     report_codebook(book, out, as_json, source)

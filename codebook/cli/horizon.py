@@ -9,14 +9,16 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from codebook.cli.options import CountOption, DataOption, DeviceOption, JsonOption, ModelOption, SeedOption
+from codebook.cli.options import CountOption, DataOption, JsonOption, Loading, ModelOption, SeedOption, with_groups
 from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError
 
 
 @resumable("out")
+@with_groups
 def horizon_command(
     model: ModelOption,
+    loading: Loading,
     data: DataOption,
     out: Annotated[
         Path | None, typer.Option(help="Folder for horizon.json, horizon.png and the journal; run again to resume.")
@@ -31,27 +33,24 @@ def horizon_command(
     count: CountOption = 50,
     split: Annotated[str, typer.Option(help="Which of the miniature's scenes: train (default) or test.")] = "train",
     seed: SeedOption = 0,
-    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Find the layer beyond which visual tokens no longer change the answer, by task."""
-    from codebook import models
     from codebook.analysis import horizon, plot
     from codebook.cli.checks import check_output_folder
     from codebook.cli.data import load_samples
     from codebook.inference.samples import mixed
-    from codebook.models.loading import check_device
     from codebook.store.files import replacing
 
     if metric not in get_args(horizon.SweepMetric):
         raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.SweepMetric))}")
     if out is not None:
         check_output_folder(out, ("horizon.json", "horizon.png"))
-    check_device(device)
+    loading.check(model)
     samples = mixed(load_samples(model, data, split, seed, count), seed)
     if out is not None:
         plot.require_matplotlib()  # before the long work
-    loaded, processor = models.load(model, device)
+    loaded, processor = loading.load(model)
     journal = None if out is None else out / ("generated.sqlite" if metric == "generated" else "first-token.sqlite")
     with progress("horizon", len(samples), "samples") as tick:
         sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)

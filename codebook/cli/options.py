@@ -8,11 +8,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from codebook.errors import CodebookError
+
+if TYPE_CHECKING:
+    from codebook.models.base import Model, Processor
 
 ModelOption = Annotated[str, typer.Argument(help="`miniature`, `eyes`, a folder, or a name on the Hugging Face Hub.")]
 NamedModelOption = Annotated[
@@ -45,10 +48,61 @@ CountOption = Annotated[int, typer.Option(min=1, help="Samples per task family, 
 ImagesOption = Annotated[
     Path, typer.Option(help="Folder of images, JSONL list, .tar shard or folder of them, or saved data set.")
 ]
-DtypeOption = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: float32 on the CPU.")]
 AddressOption = Annotated[
     str | None, typer.Option(help="Address of a Ray cluster; default: start one on this machine.")
 ]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """How a model is loaded: the options of every command that takes any model."""
+
+    device: DeviceOption = None
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="float32, bfloat16, float16, or auto, the checkpoint's; default: float32 on CPUs."),
+    ] = None
+    device_map: Annotated[
+        str | None,
+        typer.Option(help="In the place of --device: auto, and accelerate puts the model where it fits."),
+    ] = None
+    attn: Annotated[
+        str | None, typer.Option(help="Attention kernel: sdpa (default), eager, or flex_attention on CUDA.")
+    ] = None
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a model on the Hugging Face Hub.")] = (
+        None
+    )
+
+    def given(self) -> dict[str, str]:
+        """The options that were given, by their names on the command line."""
+        return {f"--{name.replace('_', '-')}": value for name, value in vars(self).items() if value is not None}
+
+    def arguments(self) -> dict[str, str]:
+        """Those as keyword arguments of `codebook.load`."""
+        names = {"attn": "attn_implementation"}
+        return {names.get(name, name): value for name, value in vars(self).items() if value is not None}
+
+    def check(self, model: str) -> str:
+        """The device; refuses what can be known to fail before the model is loaded.
+
+        Raises
+        ------
+        CodebookError
+            If there is no such device, dtype or attention kernel, or an option does not go with the model or another.
+        """
+        from codebook.models.loading import check_loading
+        from codebook.pruning.engine.context import check_attention
+
+        device = check_loading(model, **self.arguments())
+        if self.attn is not None:
+            check_attention(self.attn, device.partition(":")[0])
+        return device
+
+    def load(self, model: str) -> tuple[Model, Processor]:
+        """Load a model, as `codebook.load` does."""
+        from codebook.models.loading import load
+
+        return load(model, **self.arguments())
 
 
 @dataclass(frozen=True)
@@ -60,8 +114,6 @@ class Probing:
         int | None, typer.Option(min=1, help="Sequences per forward pass; default: chosen automatically.")
     ] = None
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False
-    device: DeviceOption = None
-    dtype: DtypeOption = None
     engine: Annotated[str, typer.Option(help="Where images are probed: local, or ray.")] = "local"
     address: AddressOption = None
     workers: Annotated[int, typer.Option(min=1, help="Ray actors, each with its own copy of the model.")] = 2
@@ -85,27 +137,33 @@ def with_quiet(command: Callable[..., None]) -> Callable[..., None]:
     return _signed(wrapped, [*own.parameters.values(), option])
 
 
-def with_probing(command: Callable[..., None]) -> Callable[..., None]:
-    """Decorator of a command that takes `probing`: on the command line its fields stand there as options."""
-    hints = get_type_hints(Probing, include_extras=True)
-    options = [
-        inspect.Parameter(
-            field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
-        )
-        for field in fields(Probing)
-    ]
+OPTION_GROUPS = (Probing, Loading)
+"""Dataclasses whose fields are options of the commands that take one of them."""
+
+
+def with_groups(command: Callable[..., None]) -> Callable[..., None]:
+    """Decorator of a command with parameters of `OPTION_GROUPS`: on the command line their fields are its options."""
+    own = inspect.signature(command, eval_str=True)
+    groups = {name: one.annotation for name, one in own.parameters.items() if one.annotation in OPTION_GROUPS}
+    parameters = [parameter for name, parameter in own.parameters.items() if name not in groups]
+    for group in groups.values():
+        hints = get_type_hints(group, include_extras=True)
+        for field in fields(group):
+            parameters.append(
+                inspect.Parameter(
+                    field.name, inspect.Parameter.KEYWORD_ONLY, default=field.default, annotation=hints[field.name]
+                )
+            )
 
     @functools.wraps(command)
-    def wrapped(*args: Any, **given: Any) -> None:
-        command(
-            *args,
-            probing=Probing(**{option.name: given.pop(option.name, option.default) for option in options}),
-            **given,
-        )
+    def wrapped(**given: Any) -> None:
+        made = {
+            name: group(**{field.name: given.pop(field.name) for field in fields(group) if field.name in given})
+            for name, group in groups.items()
+        }
+        command(**given, **made)
 
-    own = inspect.signature(command, eval_str=True)
-    rest = [parameter for name, parameter in own.parameters.items() if name != "probing"]
-    return _signed(wrapped, [*rest, *options])
+    return _signed(wrapped, parameters)
 
 
 def _signed(wrapped: Callable[..., None], options: list[inspect.Parameter]) -> Callable[..., None]:

@@ -6,36 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from codebook import building, models
-from codebook.cli.checks import check_dtype
-from codebook.cli.options import Probing
+from codebook.cli.options import Loading, Probing
 from codebook.cli.output import note
 from codebook.errors import CodebookError, printable
-from codebook.models.base import Model, Processor
-from codebook.models.loading import check_device
 from codebook.store.codebook import Codebook
 
 
-def load_model(name: str, probing: Probing) -> tuple[Model, Processor]:
-    return models.load(name, probing.device, None if probing.dtype is None else getattr(torch, probing.dtype))
-
-
-def check_probing(probing: Probing) -> None:
-    """Refuse what can be known to fail before a model is loaded.
-
-    Raises
-    ------
-    CodebookError
-        If there is no such precision or device.
-    """
-    check_dtype(probing.dtype)
-    check_device(probing.device)
-
-
 def build_options(
-    probing: Probing, name: str, images: Path, settings: building.Settings, exhaustive: bool = False
+    probing: Probing, loading: Loading, name: str, images: Path, settings: building.Settings, exhaustive: bool = False
 ) -> dict[str, Any]:
     """Keyword arguments of `building.build` and `building.extend`."""
     options: dict[str, Any] = {"batch_size": probing.batch, "exhaustive": exhaustive}
@@ -46,9 +25,9 @@ def build_options(
 
     def make() -> Worker:
         source = building.open_images(images, probing.limit)
-        return Worker(*load_model(name, probing), source, settings, building.Options(**options))
+        return Worker(*loading.load(name), source, settings, building.Options(**options))
 
-    gpus = 1 if check_device(probing.device).startswith("cuda") else 0
+    gpus = 1 if loading.check(name).startswith("cuda") else 0
     engine = ray_engine(make, probing.workers, probing.address, gpus)
     return options | {"strict": probing.strict, "engine": engine}
 

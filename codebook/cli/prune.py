@@ -10,19 +10,22 @@ import typer
 
 from codebook.cli.options import (
     CodebookOption,
-    DeviceOption,
     JsonOption,
+    Loading,
     NewTokensOption,
     PullOption,
     RecipeOption,
     SeedOption,
+    with_groups,
 )
 from codebook.cli.output import describe, note, resumable, summary, write_picture
 from codebook.errors import CodebookError
 
 
 @resumable("source")
+@with_groups
 def prune_command(
+    loading: Loading,
     model: Annotated[
         str | None, typer.Argument(help="`miniature`, `eyes`, a folder, or a hub name; none with --tokens.")
     ] = None,
@@ -66,12 +69,10 @@ def prune_command(
     strict: Annotated[
         bool, typer.Option("--strict", help="Stop at the first line of --input without an answer.")
     ] = False,
-    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
     from codebook.cli.checks import check_codebook, check_output_file
-    from codebook.models.loading import check_device
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
 
@@ -84,7 +85,8 @@ def prune_command(
         from codebook.cli.prune_tokens import prune_tokens
 
         _refuse_beside("--tokens", {"MODEL": model, "--image": image, "--video": video, "--ask": question,
-                                    "--input": source, "--show": show, "--schedule": schedule})  # fmt: skip
+                                    "--input": source, "--show": show, "--schedule": schedule,
+                                    **loading.given()})  # fmt: skip
         if codebook is None or output is None:
             raise CodebookError("--tokens needs --codebook DIR and --output FILE")
         check_output_file(output, [tokens])
@@ -102,8 +104,8 @@ def prune_command(
             raise CodebookError("--input needs --output FILE")
         check_output_file(output, [source])
         check_codebook(codebook, model, pull)
-        check_device(device)
-        prune_file(model, plan, source, output, batch, max_new_tokens, strict, device, as_json)
+        loading.check(model)
+        prune_file(model, plan, source, output, batch, max_new_tokens, strict, loading, as_json)
         return
     if not (image or video) or question is None:
         raise CodebookError("give --image FILE (or --video FILE) and --ask TEXT, or --input FILE, or --tokens FILE")
@@ -111,9 +113,8 @@ def prune_command(
     if show is not None:
         check_output_file(show, [*(image or ()), *(video or ())])
     check_codebook(codebook, model, pull)
-    check_device(device)
+    loading.check(model)
 
-    from codebook import models
     from codebook.inference.ask import ask
     from codebook.inference.frames import frame_rule_of
     from codebook.inference.overlay import overlay
@@ -128,7 +129,7 @@ def prune_command(
         shown = [show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}") for i in range(len(pictures))]
         for path in shown[1:]:
             check_output_file(path, [*(image or ()), *(video or ())])
-    loaded, processor = models.load(model, device)
+    loaded, processor = loading.load(model)
     applied = plan.apply(loaded)
     [answer] = ask(loaded, processor, [pictures], [question], applied, max_new_tokens)
     report = describe(loaded, applied) | {"answer": answer.text, "kept": answer.kept}

@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image
 
 from codebook import models
+from codebook.cli.options import Loading
 from codebook.cli.output import describe, note, progress, summary
 from codebook.errors import CodebookError, out_of_memory, printable
 from codebook.evaluation.bench import schedule_key
@@ -38,7 +39,7 @@ def prune_file(
     batch: int,
     max_new_tokens: int,
     strict: bool,
-    device: str | None,
+    loading: Loading,
     as_json: bool,
 ) -> None:
     lines = list(read_questions(source))
@@ -50,7 +51,7 @@ def prune_file(
             f"no question of {source} has its images, not even {folder / lines[0][1]['images'][0]}: "
             "paths are relative to the file"
         )
-    model, processor = models.load(name, device)
+    model, processor = loading.load(name)
     schedule = plan.apply(model)
     about = {
         "model": models.identity(model),

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import AddressOption, DeviceOption, DtypeOption, PullOption, RecipeOption, SeedOption
+from codebook.cli.options import AddressOption, Loading, PullOption, RecipeOption, SeedOption, with_groups
 from codebook.cli.output import note
 from codebook.errors import CodebookError, install_command
 
@@ -26,7 +26,9 @@ KEY = "CODEBOOK_API_KEY"
 """Environment variable with the key that clients must send."""
 
 
+@with_groups
 def serve_command(
+    loading: Loading,
     model: Annotated[
         str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none to serve codebooks alone.")
     ] = None,
@@ -60,8 +62,6 @@ def serve_command(
         str | None,
         typer.Option(help="With --engine vllm: more of its server's arguments, as in '--max-model-len 4096'."),
     ] = None,
-    device: DeviceOption = None,
-    dtype: DtypeOption = None,
     host: Annotated[str, typer.Option(help="Address to listen on; default: this machine alone.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
     limit: Annotated[
@@ -79,13 +79,14 @@ def serve_command(
     _check_engine(engine, replicas, address, engine_args)
     if engine == VLLM:
         _refuse_on_vllm({
-            "--recipe": recipe, "--seed": seed or None, "--device": device, "--limit": limit,
+            "--recipe": recipe, "--seed": seed or None, "--limit": limit, **loading.given(), "--dtype": None,
         })  # fmt: skip
         if model is None:
             raise CodebookError(f"--engine {VLLM} needs a MODEL: name one, or score features with another engine")
         _serve_on_vllm(
-            model, schedule, keep, codebook or [], pull, host, port, dtype, allow_urls or [], api_key_file, engine_args
-        )
+            model, schedule, keep, codebook or [], pull, host, port, loading.dtype, allow_urls or [], api_key_file,
+            engine_args,
+        )  # fmt: skip
         return
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise CodebookError(f"serving needs {', '.join(missing)}: run `{install_command('serve')}`")
@@ -96,7 +97,7 @@ def serve_command(
 
     hosts = read_hosts(allow_urls or [])
     key = _api_key(api_key_file)
-    from codebook.cli.checks import check_codebook, check_dtype
+    from codebook.cli.checks import check_codebook
     from codebook.serving.shelf import named_folders
 
     if recipe is not None:
@@ -109,7 +110,7 @@ def serve_command(
         check_codebook(book, model, pull)
     if model is None:
         _refuse_without_model({
-            "--keep": keep, "--schedule": schedule, "--device": device, "--dtype": dtype, "--allow-urls": allow_urls,
+            "--keep": keep, "--schedule": schedule, "--allow-urls": allow_urls, **loading.given(),
         })  # fmt: skip
         if not books:
             raise CodebookError("name a model to answer with, or codebooks to score against: --codebook NAME=DIR")
@@ -122,19 +123,17 @@ def serve_command(
     from codebook.pruning.presets import DEFAULT
 
     plan = None if model is None else Plan(schedule or DEFAULT, keep, None, next(iter(unnamed), None), seed)
-    check_dtype(dtype)
     if model is not None:
-        from codebook.models.loading import check_device
         from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
 
-        check_device(device)
+        loading.check(model)
     from codebook.serving.blueprint import Blueprint
     from codebook.serving.server import is_local, listen
 
     bound = listen(host, port)  # before the model is loaded, which takes long
     shared = {"limits": limits, "api_key": key, "allowed_hosts": hosts, "local": is_local(bound)}
     blueprint = Blueprint(
-        model=model, plan=plan, books=books, device=device, dtype=dtype, shared=shared, examples=_examples(model)
+        model=model, plan=plan, books=books, loading=loading.arguments(), shared=shared, examples=_examples(model)
     )
     if key is None and not is_local(bound):
         note(f"no API key: whoever reaches this address can ask; set one by --api-key-file or {KEY}")
@@ -168,13 +167,13 @@ def _serve(blueprint: Blueprint, bound: socket) -> None:
 
 def _serve_on_ray(blueprint: Blueprint, bound: socket, replicas: int, cluster: str | None) -> None:
     """Serve until told to end, in replicas of Ray's."""
-    from codebook.models.loading import check_device
+    from codebook.models.loading import check_loading
     from codebook.serving.on_ray import serve_on_ray
     from codebook.serving.server import address
 
     (host, port), url = bound.getsockname()[:2], address(bound)
     bound.close()  # it was free; Ray's own processes will listen
-    gpus = 1 if blueprint.model is not None and check_device(blueprint.device).startswith("cuda") else 0
+    gpus = 1 if blueprint.model and check_loading(blueprint.model, **blueprint.loading).startswith("cuda") else 0
     title = f"{replicas} replicas of {blueprint.model or 'the codebooks'} on Ray"
     note(f"starting {title}")
     serve_on_ray(blueprint, replicas, host, port, cluster, gpus, ready=lambda: _greet(title, blueprint, url))
@@ -200,8 +199,8 @@ def _serve_on_vllm(
     engine_args: str | None,
 ) -> None:
     """Become vLLM's own server."""
-    from codebook.cli.checks import check_dtype
     from codebook.cli.vllm import serve_on_vllm
+    from codebook.models.loading import check_dtype
     from codebook.pruning.presets import DEFAULT, KEEP
     from codebook.serving.pictures import read_hosts
 

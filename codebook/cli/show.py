@@ -12,13 +12,14 @@ import typer
 
 from codebook.cli.options import (
     CodebookOption,
-    DeviceOption,
     JsonOption,
+    Loading,
     MethodsOption,
     ModelOption,
     PullOption,
     QuestionOption,
     SeedOption,
+    with_groups,
 )
 from codebook.cli.output import note, write_picture
 from codebook.errors import CodebookError
@@ -35,8 +36,10 @@ DRAWN = {
 """What can be drawn, and the note below it."""
 
 
+@with_groups
 def show_command(
     model: ModelOption,
+    loading: Loading,
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
     question: QuestionOption,
     methods: MethodsOption,
@@ -49,17 +52,14 @@ def show_command(
     codebook: CodebookOption = None,
     pull: PullOption = False,
     seed: SeedOption = 0,
-    device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Draw what each of several methods keeps of a picture, and what the model then answers."""
-    from codebook import models
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
     from codebook.inference.looking import look_closely
     from codebook.inference.overlay import comparison, maps, mass_picture, score_picture, stages_picture
-    from codebook.models.loading import check_device
     from codebook.pruning import Schedule
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
@@ -70,9 +70,9 @@ def show_command(
     check_keep(keep)
     check_output_file(out, [image])
     check_codebook(codebook, model, pull)
-    check_device(device)
+    loading.check(model)
     picture = read_image(image)
-    loaded, processor = models.load(model, device)
+    loaded, processor = loading.load(model)
     book, rows = codebook_for(loaded, chosen, codebook), [bench.Row(bench.UNPRUNED, 1.0, (None,))]
     for method in chosen:
         rows.append(bench.row(loaded, method, keep, book, [seed]))

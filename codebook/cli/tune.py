@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import ImagesOption, JsonOption, ModelOption, Probing, SeedOption, with_probing
+from codebook.cli.options import ImagesOption, JsonOption, Loading, ModelOption, Probing, SeedOption, with_groups
 from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError
 
@@ -26,12 +26,13 @@ TUNE_QUESTIONS = ("questions-tune.jsonl", "questions-bench.jsonl")
 
 
 @resumable()
-@with_probing
+@with_groups
 def tune_command(
     model: ModelOption,
     images: ImagesOption,
     out: Annotated[Path, typer.Option(help="Folder of the recipe; run again to resume.")],
     probing: Probing,
+    loading: Loading,
     data: Annotated[
         str | None,
         typer.Option(
@@ -57,7 +58,6 @@ def tune_command(
     from codebook.cli.checks import check_output_folder
     from codebook.cli.data import MINIATURE
     from codebook.cli.horizon import horizon_command
-    from codebook.cli.probing import check_probing
     from codebook.cli.recipe import (
         BENCH_PART,
         CODEBOOK_PART,
@@ -71,7 +71,7 @@ def tune_command(
 
     check_keep(keep)
     check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))
-    check_probing(probing)
+    loading.check(model)
     asked = {"format_version": 1, "model": model, "data": data, "keep": keep, "count": count, "seed": seed}
     if (out / RECIPE_PART).exists():
         before = read_recipe(out)
@@ -83,7 +83,7 @@ def tune_command(
     out.mkdir(parents=True, exist_ok=True)
     _write(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
 
-    common: dict[str, Any] = {"seed": seed, "device": probing.device}
+    common: dict[str, Any] = {"seed": seed, **vars(loading)}
     with contextlib.redirect_stdout(sys.stderr):  # what the steps say is on the way to a result, not the result
         note("tune 1/5: codebook")
         build_command(
@@ -94,12 +94,13 @@ def tune_command(
             select=select,
             prompt=prompt,
             **vars(probing),
+            **vars(loading),
         )
         note("tune 2/5: questions and their answers")
         if data == MINIATURE:
             labels, files = "given", [MINIATURE, MINIATURE]
         else:
-            labels, files = _labelled(model, samples, out, count, probing)
+            labels, files = _labelled(model, samples, out, count, loading)
         note("tune 3/5: information horizon")
         if not (out / HORIZON_PART / "horizon.json").exists():
             horizon_command(model=model, data=files[0], out=out / HORIZON_PART, count=count, **common)
@@ -137,9 +138,8 @@ def _samples(model: str, images: Path, data: str | None, count: int, prompt: str
     return samples
 
 
-def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, probing: Probing) -> tuple[str, list[str]]:
+def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, loading: Loading) -> tuple[str, list[str]]:
     """Whose the labels are, and files of the questions to calibrate and to measure with, all of them with answers."""
-    from codebook.cli.probing import load_model
     from codebook.inference.respond import respond
 
     files = [out / name for name in TUNE_QUESTIONS]
@@ -149,7 +149,7 @@ def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, prob
         return labels, [str(file) for file in files]
     texts: dict[int, str] = {}
     if open_ones:
-        loaded, processor = load_model(model, probing)
+        loaded, processor = loading.load(model)
         with progress("answers of the unpruned model", len(open_ones), "answers") as tick:
             [found] = respond(
                 loaded, processor, open_ones, {"unpruned": lambda group: None}, out / TUNE_ANSWERS, tick

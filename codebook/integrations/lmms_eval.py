@@ -11,7 +11,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import torch
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from PIL import Image
@@ -21,7 +20,7 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import prepare
-from codebook.pruning.plan import DTYPES, Plan
+from codebook.pruning.plan import Plan
 from codebook.pruning.presets import DEFAULT
 from codebook.store.pictures import read_image, read_video
 
@@ -64,9 +63,7 @@ class PrunedModel(lmms):
     ) -> None:
         super().__init__()
         plan = Plan(schedule, keep, positions, None if codebook is None else Path(codebook), int(seed))
-        if dtype not in (None, *DTYPES):
-            raise CodebookError(f"no dtype {dtype!r}: use {', '.join(DTYPES)}")
-        self.model, self.processor = models.load(pretrained, device, None if dtype is None else getattr(torch, dtype))
+        self.model, self.processor = models.load(pretrained, device, dtype)
         self.schedule = plan.apply(self.model)
         self.batch_size = int(batch_size)
 

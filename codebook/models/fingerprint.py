@@ -125,12 +125,13 @@ def same_fingerprint(a: str, b: str) -> bool:
 
 
 def identity(model: Model) -> str:
-    """A string that identifies all of a model's weights: its fingerprint, and a hash of one weight per parameter of
-    the decoder."""
+    """A string that identifies a model as it computes: its fingerprint, a hash of one weight per parameter of the
+    decoder, and its dtype."""
     model = stock(model)
     decoder = model.get_decoder()
     sampled = torch.stack([_middle(decoder, name) for name, _ in decoder.named_parameters()])
-    return f"{_stored(model)}:{hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]}"
+    digest = hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]
+    return f"{_stored(model)}:{digest}:{str(model.dtype).removeprefix('torch.')}"
 
 
 def _middle(module: nn.Module, name: str) -> Tensor:

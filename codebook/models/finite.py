@@ -25,7 +25,8 @@ def check_logits(logits: Tensor) -> None:
 
 def check_weights(name: str, model: Model) -> None:
     """Raise a CodebookError if a weight of the model `name` is NaN or infinite, naming the tensors."""
-    floats = [(key, p.detach()) for key, p in model.named_parameters() if p.is_floating_point() and p.numel()]
+    here = [(key, p.detach()) for key, p in model.named_parameters() if p.numel() and not p.is_meta]
+    floats = [(key, p) for key, p in here if p.is_floating_point()]
     # Asked for on the device, for all of them before the first answer is waited for.
     good = [torch.stack(torch.aminmax(p.float() if p.dtype.itemsize < 2 else p)).isfinite().all() for _, p in floats]
     if bad := [key for (key, _), fine in zip(floats, good, strict=True) if not fine]:

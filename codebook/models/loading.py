@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
 from codebook.models.registry import family_of_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 _MINIATURE = Path(__file__).parents[1] / "miniature"
 SHIPPED_MODELS = {"miniature": _MINIATURE / "weights", "eyes": _MINIATURE / "weights_eyes"}
@@ -32,11 +36,27 @@ READ_WHOLE = {".json", ".jinja", ".txt", ".model"}
 LARGEST_MODEL_TEXT = 2**28
 """Most bytes of such a file; the largest tokenizers have 35 million."""
 
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+"""Names of the dtypes that models are loaded in; `auto` is the checkpoint's own."""
+
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+"""Ways in which accelerate puts a model on the devices that there are."""
+
+OF_FILES = (
+    "revision", "token", "cache_dir", "local_files_only", "force_download", "proxies", "subfolder",
+)  # fmt: skip
+"""Arguments of `from_pretrained` that say which files are meant: config and processor are read with them, too."""
+
+DECIDED = ("trust_remote_code", "output_loading_info", "ignore_mismatched_sizes", "torch_dtype")
+"""Arguments of `from_pretrained` that `load` itself decides."""
+
 LFS_POINTER = b"version https://git-lfs"
 """First bytes of the file that git leaves in the place of a large one."""
 
 
-def load(name: str, device: str | None = None, dtype: torch.dtype | None = None) -> tuple[Model, Processor]:
+def load(
+    name: str, device: str | None = None, dtype: torch.dtype | str | None = None, **options: Any
+) -> tuple[Model, Processor]:
     """Load a model and its processor for inference. Code that comes with a model is never run.
 
     Parameters
@@ -47,7 +67,10 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     device
         Default: `cuda` when there is one, else `cpu`.
     dtype
-        Default: float32 on the CPU, elsewhere the type that the checkpoint names.
+        A dtype or its name; `auto` is the one that the checkpoint names. Default: float32 on the CPU, elsewhere `auto`.
+    **options
+        Further arguments of transformers' `from_pretrained`: `revision`, `attn_implementation`, `device_map` in the
+        place of `device`, `quantization_config` and so on. A quantised model is put where it is made, on `device`.
 
     Returns
     -------
@@ -56,34 +79,74 @@ def load(name: str, device: str | None = None, dtype: torch.dtype | None = None)
     Raises
     ------
     CodebookError
-        If the device is not there; if the model cannot be found or read, needs code of its own, or is of a family that
-        is not supported; if its weights do not fit its config, or are not numbers.
+        If the device is not there, or an argument is not possible; if the model cannot be found or read, needs code of
+        its own, or is of a family that is not supported; if its weights do not fit its config, or are not numbers.
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    device = check_device(device)
+    device = check_loading(name, device, dtype, **options)
     try:
         folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
-        _check_config(name, folder, options)  # before gigabytes are read
-        chosen: Any = dtype or (torch.float32 if torch.device(device).type == "cpu" else "auto")
+        files: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
+        files |= {key: options[key] for key in OF_FILES if key in options}
+        config = _check_config(name, folder, files)  # before gigabytes are read
+        if options.get("quantization_config") or getattr(config, "quantization_config", None):
+            options.setdefault("device_map", {"": device})  # packed weights do not move afterwards
+        chosen: Any = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
         # Not as a decorator, behind which type checkers see no signature.
         with torch.inference_mode(False):  # whatever the caller's: weights made in inference mode cannot be trained
             with _silent(bars=name not in SHIPPED_MODELS):
                 loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                    str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True, **options
+                    str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True, **options | files
                 )
             model, found = loaded
             _check_fit(name, model, found)
-            model = model.to(device).eval()
+            if options.get("device_map") is None:
+                model = model.to(device)
+            model.eval()
             check_weights(name, model)
-        processor = AutoProcessor.from_pretrained(str(folder), **options)
+        processor = AutoProcessor.from_pretrained(str(folder), **files)
         _check_processor(name, model, processor)
         return model, processor
     except CodebookError:
         raise
     except Exception as error:  # the libraries raise a dozen types for damaged files
-        raise CodebookError(_reason(name, error)) from None
+        raise CodebookError(_reason(name, error, options)) from None
+
+
+def check_loading(
+    name: str | None = None, device: str | None = None, dtype: torch.dtype | str | None = None, **options: Any
+) -> str:
+    """The device that arguments of `load` mean; whatever else is wrong with them is refused, as far as it shows now.
+
+    Raises
+    ------
+    CodebookError
+        If there is no such device or dtype, or an argument does not go with the model, the others or this package.
+    """
+    check_dtype(dtype)
+    if taken := sorted(set(options).intersection(DECIDED)):
+        raise CodebookError(f"{taken[0]} is not for users to say: leave it out (for precision there is dtype)")
+    if options.get("revision") is not None and name is not None and (name in SHIPPED_MODELS or Path(name).is_dir()):
+        raise CodebookError(
+            f"models on the Hugging Face Hub have revisions, and {name} is on this machine: leave it out"
+        )
+    placed = options.get("device_map")
+    if placed is None:
+        return check_device(device)
+    if device is not None:
+        raise CodebookError("device and device_map both say where the model goes: leave one out")
+    if isinstance(placed, str) and placed not in DEVICE_MAPS:
+        raise CodebookError(f"no device_map {quoted(placed)}: use {', '.join(DEVICE_MAPS)}, or name a device instead")
+    if find_spec("accelerate") is None:
+        raise CodebookError("device_map needs accelerate, which is not installed: `pip install accelerate`")
+    return check_device(None)
+
+
+def check_dtype(dtype: torch.dtype | str | None) -> None:
+    """Refuse the name of a dtype that no model is loaded in; None stands for the default."""
+    if isinstance(dtype, str) and dtype not in DTYPES:
+        raise CodebookError(f"no dtype {quoted(dtype)}: use {', '.join(DTYPES)}")
 
 
 def load_processor(name: str) -> tuple[Family, Processor]:
@@ -97,10 +160,10 @@ def load_processor(name: str) -> tuple[Family, Processor]:
     except CodebookError:
         raise
     except Exception as error:
-        raise CodebookError(_reason(name, error)) from None
+        raise CodebookError(_reason(name, error, {})) from None
 
 
-def read_config_of(name: str) -> tuple[Path, Any]:
+def read_config_of(name: str) -> tuple[Path, PreTrainedConfig]:
     """The config of a model that `load` could load by this name, and the folder or name on the hub where it is.
 
     Raises
@@ -114,7 +177,7 @@ def read_config_of(name: str) -> tuple[Path, Any]:
     except CodebookError:
         raise
     except Exception as error:
-        raise CodebookError(_reason(name, error)) from None
+        raise CodebookError(_reason(name, error, {})) from None
 
 
 def check_device(device: str | None) -> str:
@@ -140,8 +203,8 @@ def check_device(device: str | None) -> str:
     return device
 
 
-def _check_config(name: str, folder: Path, options: dict[str, Any]) -> Any:
-    """The config of a model; one that cannot be loaded is refused, as far as that shows without its weights."""
+def _check_config(name: str, folder: Path, options: dict[str, Any]) -> PreTrainedConfig:
+    """The model's config; refuses a model that cannot be loaded, as far as that shows without its weights."""
     from transformers import AutoConfig, PreTrainedConfig
 
     if folder.is_dir():
@@ -242,7 +305,7 @@ def _check_processor(name: str, model: Model, processor: Processor) -> None:
         )
 
 
-def _reason(name: str, error: Exception) -> str:
+def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:
     from safetensors import SafetensorError
 
     text = _line(error, 200)
@@ -255,6 +318,8 @@ def _reason(name: str, error: Exception) -> str:
         return f"cannot load {name}: its weights are damaged or not all there ({text}); fetch them again"
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return f"cannot load {name}: there is not enough memory ({text}); use a smaller model or dtype"
+    if isinstance(error, OSError | ValueError | ImportError | TypeError) and options:
+        return f"cannot load {name}: {text}; check the name, and {', '.join(sorted(options))}"
     if isinstance(error, OSError | ValueError | ImportError):
         return f"cannot load {name}: {text}; name `miniature`, a folder or a hub model"
     return f"cannot load {name}: {type(error).__name__}: {text}; a file of it is damaged: fetch it again"

@@ -13,8 +13,6 @@ from codebook.pruning.schedule import Schedule
 from codebook.pruning.schedule_file import read_schedule_text
 from codebook.pruning.stage import check_keep
 
-DTYPES = ("float32", "bfloat16", "float16")
-
 
 @dataclass(frozen=True)
 class Plan:

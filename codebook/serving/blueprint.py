@@ -25,6 +25,8 @@ class Blueprint:
         What prunes the model's prompts; None without a model.
     books
         Folders of the codebooks that features are scored against, by their names.
+    loading
+        Further arguments of `codebook.load`.
     shared
         Further fields of `State`.
     examples
@@ -34,8 +36,7 @@ class Blueprint:
     model: str | None = None
     plan: Plan | None = None
     books: dict[str, Path] = field(default_factory=dict)
-    device: str | None = None
-    dtype: str | None = None
+    loading: dict[str, str] = field(default_factory=dict)
     shared: dict[str, Any] = field(default_factory=dict)
     examples: tuple[dict[str, str], ...] = ()
 
@@ -56,12 +57,10 @@ class Blueprint:
         shelf, metrics = Shelf(self.books), Metrics()
         if self.model is None or self.plan is None:
             return State(metrics=metrics, shelf=shelf, **self.shared)
-        import torch
-
         from codebook.models.loading import load
         from codebook.serving.model_thread import ModelThread
 
-        loaded, processor = load(self.model, self.device, None if self.dtype is None else getattr(torch, self.dtype))
+        loaded, processor = load(self.model, **self.loading)
         schedule = self.plan.apply(loaded)
         metrics.describe(schedule, self.plan.keep)
         return ModelState(

@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from codebook import CodebookError, models
+from codebook import CodebookError, Schedule, ask, models
+from codebook.miniature.scenes import scene
 from codebook.models.loading import SHIPPED_MODELS
 from tests.models.families import FAMILIES
 
@@ -242,3 +244,78 @@ def test_a_device_that_is_not_there_is_refused_before_weights_are_read(device, m
     with pytest.raises(CodebookError, match=r"cannot use the device '.*; use cpu") as caught:
         models.load("miniature", device)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 300
+
+
+def test_precision_and_attention_are_the_ones_asked_for():
+    plain, (model, _) = models.load("miniature", "cpu")[0], models.load("miniature", "cpu", "auto")
+    assert plain.dtype == model.dtype == torch.float32  # what config.json says; its weights are stored in float16
+    model, _ = models.load("miniature", "cpu", "bfloat16", attn_implementation="eager")
+    assert model.dtype == torch.bfloat16 == models.load("miniature", "cpu", torch.bfloat16)[0].dtype
+    assert model.get_decoder().config._attn_implementation == "eager"
+    # A codebook belongs to the weights, answers in a journal to what computed them.
+    assert models.same_fingerprint(models.fingerprint(model), models.fingerprint(plain))
+    assert models.identity(model) != models.identity(plain)
+
+
+def test_on_the_device_that_accelerate_chooses():
+    pytest.importorskip("accelerate")
+    picture, answers = Image.fromarray(scene("test", 0, 0, 0).pixels), []
+    for options in ({"device": "cpu"}, {"device_map": "auto"}, {"device_map": {"": "cpu"}}):
+        model, processor = models.load("miniature", **options)
+        schedule = Schedule.for_model(model, "seeded", 0.25)
+        answers += ask(model, processor, [[picture]], ["describe."], schedule)
+    assert answers[0].text == answers[1].text == answers[2].text
+    assert answers[0].kept == answers[1].kept == answers[2].kept
+
+
+def test_what_transformers_takes_is_passed_on(monkeypatch):
+    """To the files that it is about: a revision is that of config and processor, too."""
+    seen = {}
+    monkeypatch.setattr("codebook.models.loading._check_config", lambda name, folder, files: seen.update(config=files))
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name, **given: seen.update(processor=given))
+    monkeypatch.setattr("codebook.models.loading._check_processor", lambda *given: None)
+    model = FAMILIES["llava"].make()
+    fits = {"missing_keys": (), "mismatched_keys": (), "unexpected_keys": ()}
+
+    def loaded(name, **given):
+        seen["model"] = given
+        return model, fits
+
+    monkeypatch.setattr(hf.AutoModelForImageTextToText, "from_pretrained", loaded)
+    packed = hf.BitsAndBytesConfig(load_in_8bit=True)
+    models.load("owner/name", "cpu", revision="v1", quantization_config=packed, low_cpu_mem_usage=True)
+    assert seen["config"] == seen["processor"] == {
+        "trust_remote_code": False, "local_files_only": False, "revision": "v1",
+    }  # fmt: skip
+    assert seen["model"].items() >= {**seen["config"], "low_cpu_mem_usage": True, "dtype": "float32"}.items()
+    assert seen["model"]["quantization_config"] is packed and seen["model"]["device_map"] == {"": "cpu"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "int8"}, "no dtype 'int8': use float32, bfloat16, float16, auto"),
+        ({"device": "cpu", "device_map": "auto"}, "device and device_map both say where the model goes"),
+        ({"device_map": "cuda:7"}, "no device_map 'cuda:7': use auto, .* or name a device instead"),
+        ({"revision": "main"}, "miniature is on this machine"),
+        ({"trust_remote_code": True}, "trust_remote_code is not for users to say"),
+        ({"torch_dtype": "float16"}, "there is dtype"),
+    ],
+)
+def test_arguments_are_refused_before_weights_are_read(options, says, monkeypatch):
+    monkeypatch.setattr(hf.AutoModelForImageTextToText, "from_pretrained", None)
+    with pytest.raises(CodebookError, match=says):
+        models.load("miniature", **options)
+
+
+def test_arguments_that_transformers_refuses():
+    with pytest.raises(CodebookError, match=r"cannot load miniature: .*; check the name, and attn_implementation$"):
+        models.load("miniature", "cpu", attn_implementation="nonsense")
+    with pytest.raises(CodebookError, match=r"cannot load miniature: .*; check the name, and nonsense$"):
+        models.load("miniature", "cpu", nonsense=1)
+
+
+def test_without_accelerate(monkeypatch):
+    monkeypatch.setattr("codebook.models.loading.find_spec", lambda name: None)
+    with pytest.raises(CodebookError, match=r"device_map needs accelerate.*pip install accelerate"):
+        models.load("miniature", device_map="auto")

@@ -133,3 +133,14 @@ def test_attention_kernels(device, attention, instead, monkeypatch):
         return
     with refused(f"'{attention}' is not supported on {device}: load the model with attn_implementation={instead}$"):
         PRE(target)
+
+
+def test_a_model_on_several_devices():
+    """What accelerate keeps on the CPU or a disk beside a GPU is brought to that GPU to be used."""
+    target = FAMILIES["llava_next"].make()
+    for placed in ({"": "cpu"}, {"": 0}, {"vision_tower": 0, "language_model": "cpu", "lm_head": "disk"}):
+        target.hf_device_map = placed
+        PRE(target)
+    target.hf_device_map = {"vision_tower": 0, "language_model": 1, "lm_head": "cpu"}
+    with refused(r"lies on several devices \(0, 1\), and pruning works on one: load it on one"):
+        PRE(target)

@@ -37,7 +37,7 @@ def test_replicas_that_would_wait_for_ever():
 
 def test_a_recipe_travels_and_makes_the_service():
     shared = {"limits": Limits(queue=7), "api_key": "secret"}
-    blueprint = Blueprint(model="miniature", plan=Plan("divprune", 0.3), device="cpu", shared=shared)
+    blueprint = Blueprint(model="miniature", plan=Plan("divprune", 0.3), loading={"device": "cpu"}, shared=shared)
     state = pickle.loads(pickle.dumps(blueprint)).make()
     try:
         assert isinstance(state, ModelState) and state.name == "miniature"

@@ -69,12 +69,8 @@ class Pruning:
         self.family = models.family(model)
         self.lm = model.get_decoder()
         schedule.check_layers(len(self.lm.layers))
-        device, attention = model.device.type, self.lm.config._attn_implementation
-        if attention not in (able := ATTENTION.get(device, ATTENTION["cpu"])):
-            names = " or ".join(f"'{name}'" for name in able)
-            raise CodebookError(
-                f"attention '{attention}' is not supported on {device}: load the model with attn_implementation={names}"
-            )
+        check_attention(self.lm.config._attn_implementation, model.device.type)
+        _check_one_device(model)
         if schedule.positions == "compact" and self.family.axes > 1:
             raise CodebookError(
                 f"positions of {self.family.name} have {self.family.axes} axes and cannot be renumbered: use "
@@ -155,6 +151,25 @@ class Pruning:
     def show(self, images: list[Image], kept: list[list[Tensor]]) -> None:
         """Take the images of a forward, and the lists that its stages fill, for the latest of its thread and of all."""
         self._own.last = self._latest = _Shown(images, kept)
+
+
+def check_attention(attention: str, device: str) -> None:
+    """Refuse an attention kernel that models on devices of this type cannot be pruned with."""
+    if attention not in (able := ATTENTION.get(device, ATTENTION["cpu"])):
+        names = " or ".join(f"'{name}'" for name in able)
+        raise CodebookError(
+            f"attention '{attention}' is not supported on {device}: load the model with attn_implementation={names}"
+        )
+
+
+def _check_one_device(model: Model) -> None:
+    """Refuse a model that accelerate has put on several devices; what it keeps on the CPU or a disk runs on the one."""
+    placed = {str(device) for device in getattr(model, "hf_device_map", {}).values()} - {"cpu", "disk"}
+    if len(placed) > 1:
+        raise CodebookError(
+            f"the model lies on several devices ({', '.join(sorted(placed))}), and pruning works on one: load it on "
+            "one, in half precision or quantised if it is large"
+        )
 
 
 class _Shown(NamedTuple):
