@@ -59,7 +59,9 @@ def _dropping(model, valid, gone_from, compact, edit, mass):
             changed = {"attention_mask": mask.clamp(min=low)}
             if compact:
                 positions = (stays.cumsum(1) - 1).clamp(min=0)
-                kind = [layer.self_attn.layer_type] if model.config.model_type in ("gemma3", "lfm3_vl") else []
+                kind = (
+                    [layer.self_attn.layer_type] if model.config.model_type in ("gemma3", "gemma4", "lfm3_vl") else []
+                )
                 changed["position_embeddings"] = lm.rotary_emb(hidden, positions, *kind)
             return (hidden, *args[1:]), kwargs | changed
 
@@ -115,7 +117,7 @@ def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(
         allowed[:, list(suppress)] = -torch.inf
         tokens.append(allowed.argmax(-1, keepdim=True) if forced is None else forced[:, step : step + 1])
         more = {"input_ids": tokens[-1], "attention_mask": torch.ones_like(tokens[-1])}
-        more["mm_token_type_ids"] = torch.zeros_like(tokens[-1])
+        more["mm_token_type_ids"] = more["moe_mm_token_type_ids"] = torch.zeros_like(tokens[-1])
         more["token_type_ids"] = torch.full_like(tokens[-1], int(model.config.model_type == "paligemma"))
         inputs |= {name: torch.cat([inputs[name], more[name]], 1) for name in more if name in inputs}
         gone_from = torch.cat([gone_from, torch.full_like(tokens[-1], 10**6)], 1)

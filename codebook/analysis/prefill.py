@@ -184,7 +184,7 @@ class Prefill:
 
     def _continue(self, joins: list[int], columns: Tensor, prefix: int) -> Tensor:
         """Logits (r, vocabulary) of variants sorted by layer, each with its columns (r, f) behind the shared prefix."""
-        lm, f = self.model.get_decoder(), columns.shape[1]
+        lm, f, per_token = self.model.get_decoder(), columns.shape[1], models.family(self.model).per_token
         now = self.hidden[0][0, :0].new_empty(0, f, self.hidden[0].shape[-1])
         mask = _causal_mask(f, prefix, now, lm.config._attn_implementation)
         for i, layer in enumerate(lm.layers):
@@ -197,6 +197,8 @@ class Prefill:
                 "attention_mask": mask, "position_embeddings": rotary, "position_ids": None,
                 "past_key_values": _Prefix(self.cache, prefix),
             }  # fmt: skip
+            for name in per_token:
+                own[name] = self.given[i][name][0][columns[:joined]] if self.given[i].get(name) is not None else None
             out = layer(now, **self.given[i] | own)
             now = out[0] if isinstance(out, tuple) else out
             self.cost.processed += joined * f

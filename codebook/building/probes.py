@@ -6,18 +6,21 @@ import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from codebook import models
 from codebook.errors import CodebookError, out_of_memory
 from codebook.models import Model, Processor
 from codebook.models.chat import chat_text
 from codebook.models.finite import check_logits
+from codebook.models.layout import token_runs
 
 TOP_P1 = 50
 """Logits over which P1 is renormalised."""
@@ -93,6 +96,8 @@ class Prober:
         Embedding that takes a removed token's place.
     grid
         Rows and columns of the visual tokens.
+    row_end : (1, c, width) or None
+        Embeddings of the tokens of text that stand between two rows of visual tokens, where there are any.
     batch_size
         Most sequences per forward pass; None: as many as make up `TOKENS_PER_PASS`. Halved when memory runs out.
     whole
@@ -106,6 +111,7 @@ class Prober:
     grid: tuple[int, int]
     batch_size: int | None = None
     whole: bool = False
+    row_end: Tensor | None = None
     _most: int = field(default=sys.maxsize, init=False, repr=False)  # tokens that a forward pass has memory for
     _prompt: Any = field(default=None, init=False, repr=False)
 
@@ -126,7 +132,7 @@ class Prober:
             raise CodebookError(f"a grid of {grid[0]} x {grid[1]} visual tokens is too small to probe: 3 x 3 is needed")
         if batch_size is not None and batch_size < 1:
             raise CodebookError(f"batch_size is {batch_size}: it must be at least 1")
-        before, after = split_prompt(model, processor, prompt)
+        before, row_end, after = split_prompt(model, processor, prompt)
         pad = pad_token(model, processor, pad)
         embed, width = model.get_input_embeddings(), models.family(model).width(model)
 
@@ -135,7 +141,9 @@ class Prober:
             return torch.nn.functional.pad(own, (0, width - own.shape[-1]))
 
         with torch.inference_mode():
-            return cls(model, vectors(before)[None], vectors(after)[None], vectors([pad]), grid, batch_size, whole)
+            ends = vectors(row_end)[None] if row_end else None
+            text = vectors(before)[None], vectors(after)[None]
+            return cls(model, *text, vectors([pad]), grid, batch_size, whole, ends)
 
     def one_by_one(self) -> Prober:
         """The same probes, each in a forward pass of its own: values that no batch and no sharing has touched."""
@@ -155,6 +163,7 @@ class Prober:
         -------
         (b, vocabulary) float32
         """
+        visual = self._with_row_ends(visual, grid)
         shared = self.prefix.shape[1]
         if self._prompt is None and shared and self.shares:
             self._prompt = self.model(inputs_embeds=self.prefix, use_cache=True, logits_to_keep=1).past_key_values
@@ -189,7 +198,7 @@ class Prober:
         taken in the order of their first tokens, so that those in a batch share as much as they can, about half.
         Families whose prompts cannot share are passed whole.
         """
-        sequence = torch.cat([self.prefix, tokens[None], self.suffix], dim=1)
+        sequence = torch.cat([self.prefix, self._with_row_ends(tokens[None], self.grid), self.suffix], dim=1)
         before, length = self.prefix.shape[1], sequence.shape[1]
         every = [tuple(region(i, self.grid)) for i in chosen]
         places = every if self.whole else sorted(set(every))
@@ -204,21 +213,40 @@ class Prober:
             return out.logits[:, -1].float()
 
         def without(start: int, stop: int) -> Tensor:
-            shared = 0 if cache is None else before + places[start][0]
+            shared = 0 if cache is None else before + self._column(places[start][0])
             ablated = sequence[:, shared:].repeat(stop - start, 1, 1)
             for row, place in zip(ablated, places[start:stop], strict=True):
-                row[[before + token - shared for token in place]] = self.pad
+                row[[before + self._column(token) - shared for token in place]] = self.pad
             return self._logits(ablated, self.grid, cache, shared)
 
         answer = self._batches(1, length, intact)
         divergence = jsd(answer.expand(len(places), -1), self._batches(len(places), length, without), form)
         return divergence if self.whole else divergence[[places.index(place) for place in every]]
 
+    def _with_row_ends(self, visual: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Visual tokens (b, n, width) as they stand in the prompt."""
+        if self.row_end is None:
+            return visual
+        ends = self.row_end.expand(len(visual) * grid[0], -1, -1)
+        lines = torch.cat([visual.reshape(len(ends), grid[1], -1), ends], dim=1)
+        return lines.view(len(visual), -1, lines.shape[-1])[:, : -ends.shape[1]]
+
+    def _column(self, token: int) -> int:
+        """How far a token of the whole image is from the first."""
+        return token + (0 if self.row_end is None else token // self.grid[1] * self.row_end.shape[1])
+
     @property
     def shares(self) -> bool:
-        """Whether sequences share keys and values."""
-        straight = not any(map(models.is_recurrent, self.model.get_decoder().layers))
-        return self.family.reusable_prefix and straight and not self.whole
+        """Whether sequences share keys and values: what has left a sliding window, a cache has forgotten."""
+        decoder = self.model.get_decoder().layers
+        if self.whole or not self.family.reusable_prefix or any(map(models.is_recurrent, decoder)):
+            return False
+        rows, cols = self.grid
+        length = self.prefix.shape[1] + self._column(rows * cols) + self.suffix.shape[1]
+        layers = DynamicCache(config=self.model.config.get_text_config()).layers
+        return not any(
+            isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window <= length for layer in layers
+        )
 
     @property
     def family(self) -> models.Family:
@@ -280,8 +308,8 @@ def pad_token(model: Model, processor: Processor, chosen: int | None = None) -> 
     return int(embeddings.detach().float().norm(dim=1).argmin())
 
 
-def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int]]:
-    """Token ids of the prompt before and after the image, as the processor makes them for `generate`."""
+def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int], list[int]]:
+    """Token ids of the prompt before the image, between its rows and after it, as the processor makes them."""
     text = chat_text(processor, prompt)
     options = models.family(model).one_view
     inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt", **options)
@@ -289,5 +317,8 @@ def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[
     image = model.config.image_token_id
     if image not in ids:
         raise CodebookError("the chat template puts no image into the prompt: use the model's own processor")
-    end = len(ids) - ids[::-1].index(image)
-    return ids[: ids.index(image)], ids[end:]
+    found = token_runs(ids, image)
+    gaps = [ids[start + length : after] for (start, length), (after, _) in pairwise(found)]
+    if any(gap != gaps[0] for gap in gaps):
+        raise CodebookError("the processor puts text into the image that is not the same after every row")
+    return ids[: found[0][0]], gaps[0] if gaps else [], ids[sum(found[-1]) :]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
 from codebook.models.encoded import Encoded
-from codebook.models.layout import KINDS, WHOLE_PICTURE, Image, Layout, whole_images_error
+from codebook.models.layout import KINDS, WHOLE_PICTURE, Image, Layout, fixed_layouts, pool_patches, whole_images_error
 
 Model = Any
 """A stock transformers vision-language model.
@@ -24,8 +24,12 @@ Processor = Any
 """The processor that goes with a model: a `ProcessorMixin`, whose image processor and tokenizer have no common type."""
 
 
-class Family(ABC):
-    """One model family, stateless; subclasses are registered in `codebook.models`."""
+class Family:
+    """One model family, stateless; subclasses are registered in `codebook.models`.
+
+    What is written here holds for the plainest family: a tower of square views that takes one row per image, all of
+    whose patches, or squares of them, become the visual tokens of one grid. Subclasses say what differs.
+    """
 
     name: str
 
@@ -44,8 +48,14 @@ class Family(ABC):
     one_view: ClassVar[dict[str, Any]] = {}
     """Arguments with which the processor makes one view of an image, without crops."""
 
+    per_token: ClassVar[tuple[str, ...]] = ()
+    """Further arguments of decoder layers that have an entry per token, on dimension 1."""
+
     window_last: ClassVar[bool] = True
     """Whether a sliding window also separates tokens of one block, which otherwise all see each other."""
+
+    window_blocks: ClassVar[bool] = False
+    """Whether tokens of a block see each other in layers with a sliding window only."""
 
     def check(self, config: Any) -> Family:
         """Return self, or raise a CodebookError when this variant of the family is not supported."""
@@ -55,23 +65,69 @@ class Family(ABC):
         """The vision tower."""
         return model.base_model.vision_tower
 
+    def towers(self, model: Model) -> list[nn.Module]:
+        """All towers: where videos have one of their own, it comes second."""
+        return [self.tower(model)]
+
     def projector(self, model: Model) -> nn.Module:
         """The module that maps tower features to the LLM's input space."""
         return model.base_model.multi_modal_projector
 
-    @abstractmethod
+    def tower_layers(self, model: Model) -> nn.ModuleList:
+        """The tower's layers."""
+        tower: Any = self.tower(model)
+        return tower.encoder.layers
+
+    def layer(self, model: Model) -> int:
+        """The index of the tower's hidden state that feeds the projector, of several the deepest; 0 enters the tower.
+
+        Negative ones count from the end.
+        """
+        layer = getattr(model.config, "vision_feature_layer", -1)
+        count = len(self.tower_layers(model)) + 1
+        return layer if isinstance(layer, int) else max(layer, key=lambda index: index % count)
+
     def vision_attention(self, model: Model) -> nn.Module:
         """The attention module of the tower's layer whose output feeds the projector."""
+        layers = self.tower_layers(model)
+        source = range(len(layers) + 1)[self.layer(model)] - 1
+        if source < 0:
+            raise CodebookError("the projector is fed by the tower's input: there is no attention before it")
+        return self.attention_of(layers[source])
+
+    def vision_attentions(self, model: Model) -> list[nn.Module]:
+        """As `vision_attention`, of all towers."""
+        return [self.vision_attention(model)]
+
+    def attended(self, model: Model, encoded: Encoded) -> list[tuple[int, slice]] | None:
+        """For each image or frame its row in the tower's attention, and its tokens there.
+
+        None if the attention module is called for each, or they are its rows.
+        """
+        return None
+
+    def attention_of(self, layer: Any) -> nn.Module:
+        """The attention module of one of the tower's layers."""
+        return layer.self_attn
 
     def has_cls(self, model: Model) -> bool:
         """Whether the tower puts a [CLS] token before the patches."""
-        return False
+        return getattr(model.config, "vision_feature_select_strategy", "full") == "default"
 
-    @abstractmethod
+    def patches(self, model: Model) -> tuple[int, int]:
+        """Rows and columns of the tower's patches of one view."""
+        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
+        return side, side
+
+    def merge(self, model: Model) -> int:
+        """Patches down, and across, that make one visual token."""
+        return 1
+
     def grid(self, model: Model) -> tuple[int, int]:
         """Rows and columns of the view that a codebook is built from: a whole image, without crops."""
+        (rows, cols), size = self.patches(model), self.merge(model)
+        return rows // size, cols // size
 
-    @abstractmethod
     def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         """The images, or videos, of each prompt of a batch.
 
@@ -89,6 +145,7 @@ class Family(ABC):
         CodebookError
             If the tokens are not those of whole images.
         """
+        return fixed_layouts(self.grid(model), prompts, self.token(model, kind))
 
     def token(self, model: Model, kind: str) -> int:
         """The token id that stands in prompts for visual tokens of an `image` or `video`."""
@@ -134,10 +191,6 @@ class Family(ABC):
         """The pixels that the call encoded, one tensor per piece, the same whatever else is in the batch."""
         return list(encoded.given["pixel_values"])
 
-    def patches(self, model: Model, encoded: Encoded) -> list[int] | None:
-        """How many patches of each row of the tower are its own, where rows are padded; None where none is."""
-        return None
-
     def pack(self, model: Model, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
         """Bring values of patches into the order of visual tokens, as the model does with its features.
 
@@ -150,7 +203,8 @@ class Family(ABC):
         -------
         One (n, D) tensor per piece: the average of each token's patches, zero for structural tokens
         """
-        return values
+        size = self.merge(model)
+        return values if size == 1 else [pool_patches(patches, self.patches(model)[1], size) for patches in values]
 
     def blocks(self, model: Model, given: dict[str, Any]) -> Tensor | None:
         """Which of a forward's tokens see each other in both directions.
@@ -192,7 +246,6 @@ class Family(ABC):
         """Pixels of the whole view of a PIL picture, as `image_features` takes them."""
         return processor.image_processor(images=picture, return_tensors="pt", **self.one_view)["pixel_values"]
 
-    @abstractmethod
     def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encode the whole views of images.
 
@@ -207,6 +260,15 @@ class Family(ABC):
         patches : (n_images, n, D), tower features before the projector, the average of each token's patches
         cls : (n_images, D) of the same layer, or None for towers without a [CLS] token
         """
+        out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
+        hidden = self.tower_features(model, out)
+        patches, cls = (hidden[:, 1:], hidden[:, 0]) if self.has_cls(model) else (hidden, None)
+        packed = self.pack(model, Encoded("image", {"pixel_values": pixel_values}), list(patches))
+        return torch.stack(list(out.pooler_output)), torch.stack(packed), cls
+
+    def tower_features(self, model: Model, out: Any) -> Tensor:
+        """(rows, N, D), the hidden state that feeds the projector, from what the tower put out."""
+        return out.hidden_states[self.layer(model)] if hasattr(model.config, "vision_feature_layer") else out[0]
 
     def width(self, model: Model) -> int:
         """Numbers per visual token: the embedding that enters the LLM, then what deeper layers add to it."""

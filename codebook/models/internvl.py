@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
 from codebook.models.base import Family, Model
 from codebook.models.encoded import Encoded
-from codebook.models.layout import Grid, Layout, pool_patches, token_runs, whole_images_error
+from codebook.models.layout import Grid, Layout, token_runs, whole_images_error
 
 
 class InternVL(Family):
@@ -23,17 +22,14 @@ class InternVL(Family):
             raise CodebookError(f"internvl with {strategy!r} features is not supported; use 'default'")
         return self
 
-    def vision_attention(self, model: Model) -> nn.Module:
-        layers = model.base_model.vision_tower.encoder.layer
-        source = range(len(layers) + 1)[model.config.vision_feature_layer] - 1
-        return layers[source].attention
+    def tower_layers(self, model: Model) -> nn.ModuleList:
+        return model.base_model.vision_tower.encoder.layer
 
-    def has_cls(self, model: Model) -> bool:
-        return True
+    def attention_of(self, layer: Any) -> nn.Module:
+        return layer.attention
 
-    def grid(self, model: Model) -> tuple[int, int]:
-        rows, cols = self._patches(model)
-        return int(rows * model.config.downsample_ratio), int(cols * model.config.downsample_ratio)
+    def merge(self, model: Model) -> int:
+        return round(1 / model.config.downsample_ratio)
 
     def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
         rows, cols = self.grid(model)
@@ -50,18 +46,11 @@ class InternVL(Family):
                 out[-1].append(Layout(length, tuple(grids), crops))
         return out
 
-    def pack(self, model: Model, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
-        side = self._patches(model)[0]
-        return [pool_patches(patches, side, side // self.grid(model)[0]) for patches in values]
-
-    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
+    def tower_features(self, model: Model, out: Any) -> Tensor:
         layer = model.config.vision_feature_layer
-        hidden = out.last_hidden_state if layer == -1 else out.hidden_states[layer]
-        call = Encoded("image", {"pixel_values": pixel_values})
-        return out.pooler_output, torch.stack(self.pack(model, call, list(hidden[:, 1:]))), hidden[:, 0]
+        return out.last_hidden_state if layer == -1 else out.hidden_states[layer]
 
-    def _patches(self, model: Model) -> tuple[int, int]:
+    def patches(self, model: Model) -> tuple[int, int]:
         config = model.config.vision_config
         (height, width), (down, across) = config.image_size, config.patch_size
         return height // down, width // across

@@ -187,6 +187,61 @@ def fixed_layouts(grid: tuple[int, int], prompts: list[list[int]], token: int) -
     return [[layout] * (ids.count(token) // layout.length) for ids in prompts]
 
 
+def broken_layouts(ids: list[int], token: int, grid: tuple[int, int]) -> list[Layout]:
+    """The layouts of the images of a prompt, each of them crops and then its whole view, with one token between."""
+    rows, cols = grid
+    counts: list[int] = []
+    after = -1
+    for start, length in token_runs(ids, token):
+        if length != rows * cols:
+            raise whole_images_error("image", f"a run of {length} image tokens is not {rows * cols}")
+        if counts and start - after == 1:
+            counts[-1] += 1
+        else:
+            counts.append(1)
+        after = start + length
+    return [_crops_then_view([(0, 0)] * (count - 1), rows, cols, known=False) for count in counts]
+
+
+def tagged_layouts(ids: list[int], token: int, grid: tuple[int, int], rows_known: bool = False) -> list[Layout]:
+    """The layouts of the images of a prompt, each of them crops and then its whole view, with text between.
+
+    The whole view always follows the same tag token.
+
+    Parameters
+    ----------
+    rows_known
+        Whether two tokens of text between crops mean that they are of one row, and more of them that a row ends.
+    """
+    rows, cols = grid
+    out: list[Layout] = []
+    crops: list[tuple[int, int]] = []  # row and column of each crop of the image so far
+    found, after = token_runs(ids, token), 0
+    for start, length in found:
+        if length != rows * cols or not start:
+            raise whole_images_error("image", f"a run of {length} image tokens is not {rows * cols}")
+        if ids[start - 1] == ids[found[-1][0] - 1]:
+            out.append(_crops_then_view(crops, rows, cols, rows_known))
+            crops = []
+        elif not crops:
+            crops.append((0, 0))
+        else:
+            down, across = crops[-1]
+            crops.append((down, across + 1) if start - after == 2 else (down + 1, 0))
+        after = start + length
+    return out
+
+
+def _crops_then_view(crops: list[tuple[int, int]], rows: int, cols: int, known: bool) -> Layout:
+    """Layout of an image of these crops (row and column of each, empty if it has none), then its whole view."""
+    n = rows * cols
+    down, across = (max(place[axis] for place in crops) + 1 if crops else 1 for axis in (0, 1))
+    boxes = [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y, x in crops]
+    grids = [Grid(i * n, rows, cols, "crop", box=box if known else None) for i, box in enumerate(boxes)]
+    grids.append(Grid(len(crops) * n, rows, cols, "view"))
+    return Layout(len(grids) * n, tuple(grids), len(grids))
+
+
 def layouts_per_row(kind: str, layouts: list[Layout], counts: list[int]) -> list[list[Layout]]:
     """The layouts of encoded images, distributed over rows that have room for `counts` tokens.
 
@@ -209,7 +264,7 @@ def layouts_per_row(kind: str, layouts: list[Layout], counts: list[int]) -> list
     return out
 
 
-def pool_patches(values: Tensor, side: int, size: int) -> Tensor:
-    """Average squares of `size` x `size` patches of a square image: (side * side, D) to ((side / size)^2, D)."""
-    cells = values.reshape(side // size, size, side // size, size, -1)
+def pool_patches(values: Tensor, cols: int, size: int) -> Tensor:
+    """Average squares of `size` x `size` patches, `cols` of them in a row: (N, D) to (N / size^2, D)."""
+    cells = values.reshape(-1, size, cols // size, size, values.shape[-1])
     return cells.mean((1, 3)).flatten(0, 1)

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
+from codebook.models.any_size import AnySize
 from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
-from codebook.models.layout import Layout, layouts_per_row
 from codebook.models.qwen2_vl import Qwen2VL
 
 VIEW_TOKENS = 16
@@ -21,9 +21,8 @@ VIEW_TOKENS = 16
 of 16, the most that the processor leaves whole)."""
 
 
-class Lfm2VL(Family):
+class Lfm2VL(AnySize):
     name = "lfm2_vl"
-    tower_rows = False
     reusable_prefix = False
     one_view: ClassVar[dict[str, Any]] = {"do_image_splitting": False}
 
@@ -32,34 +31,21 @@ class Lfm2VL(Family):
             raise CodebookError(f"{self.name} with conv_bias lets padding leak into its state: use one without")
         return self
 
-    def vision_attention(self, model: Model) -> nn.Module:
-        return model.base_model.vision_tower.encoder.layers[-1].self_attn
+    def merge(self, model: Model) -> int:
+        return int(model.config.downsample_factor)
 
     def grid(self, model: Model) -> tuple[int, int]:
         return VIEW_TOKENS, VIEW_TOKENS
 
-    def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
-        if encoded is None:
-            raise self.unseen_error(kind)
-        layouts = [Layout.stacked(1, rows, cols, "view") for rows, cols in self.sizes(model, encoded)]
-        return layouts_per_row(kind, layouts, [ids.count(self.token(model, kind)) for ids in prompts])
-
-    def sizes(self, model: Model, encoded: Encoded) -> list[tuple[int, int]]:
-        """Rows and columns of visual tokens of each image or crop."""
-        merge = model.config.downsample_factor
-        return [(rows // merge, cols // merge) for rows, cols in encoded.given["spatial_shapes"].tolist()]
-
-    def patches(self, model: Model, encoded: Encoded) -> list[int]:
-        return encoded.given["spatial_shapes"].prod(-1).tolist()
+    def sizes(self, model: Model, encoded: Encoded) -> list[tuple[int, int, int]]:
+        merge = self.merge(model)
+        return [(1, rows // merge, cols // merge) for rows, cols in encoded.given["spatial_shapes"].tolist()]
 
     def pixels(self, model: Model, encoded: Encoded) -> list[Tensor]:
-        own = zip(encoded.given["pixel_values"], self.patches(model, encoded), strict=True)
-        return [pixels[:count] for pixels, count in own]
+        return [encoded.given["pixel_values"][row, own] for row, own in self.attended(model, encoded)]
 
-    def pack(self, model: Model, encoded: Encoded, values: list[Tensor]) -> list[Tensor]:
-        merge = model.config.downsample_factor
-        sizes = zip(values, self.sizes(model, encoded), strict=True)
-        return [x.view(rows, merge, cols, merge, -1).mean((1, 3)).flatten(0, 1) for x, (rows, cols) in sizes]
+    def attended(self, model: Model, encoded: Encoded) -> list[tuple[int, slice]]:
+        return [(row, slice(count)) for row, count in enumerate(encoded.given["spatial_shapes"].prod(-1).tolist())]
 
     def view(self, processor: Processor, picture: Any) -> Tensor:
         images = processor.image_processor
@@ -73,21 +59,16 @@ class Lfm2VL(Family):
             )
         return made["pixel_values"]
 
-    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        side = VIEW_TOKENS * model.config.downsample_factor
-        given = {
-            "pixel_values": pixel_values[:, : side**2],  # what follows is padding
-            "spatial_shapes": torch.full((len(pixel_values), 2), side, device=pixel_values.device),
-            "pixel_attention_mask": torch.ones(
-                len(pixel_values), side**2, dtype=torch.long, device=pixel_values.device
-            ),
+    def view_arguments(self, model: Model, pixel_values: Tensor) -> dict[str, Any]:
+        count, side, device = len(pixel_values), VIEW_TOKENS * self.merge(model), pixel_values.device
+        return {
+            "spatial_shapes": torch.full((count, 2), side, device=device),
+            "pixel_attention_mask": torch.ones(count, side**2, dtype=torch.long, device=device),
         }
-        out = model.base_model.get_image_features(**given, return_dict=True)
-        return (
-            torch.stack(list(out.pooler_output)),
-            torch.stack(self.pack(model, Encoded("image", given), list(out.last_hidden_state))),
-            None,
-        )
+
+    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        patches = (VIEW_TOKENS * self.merge(model)) ** 2
+        return super().image_features(model, pixel_values[:, :patches])  # what follows is padding
 
 
 class Lfm3VL(Qwen2VL):

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import interpolate
 
 from codebook.errors import CodebookError
 from codebook.models.base import Family, Model, Processor
-from codebook.models.encoded import Encoded
-from codebook.models.layout import WHOLE_PICTURE, Layout, fixed_layouts
+from codebook.models.layout import WHOLE_PICTURE
 
 STRATEGY = {"clip_vision_model": "default", "siglip_vision_model": "full"}
 """Select strategy that leaves exactly the grid of patches, by type of tower."""
@@ -29,25 +27,6 @@ class Llava(Family):
             )
         return self
 
-    def vision_attention(self, model: Model) -> nn.Module:
-        layers = model.base_model.vision_tower.encoder.layers
-        source = range(len(layers) + 1)[self.layer(model)] - 1  # hidden state 0 is what enters the first layer
-        if source < 0:
-            raise CodebookError("the projector is fed by the tower's input: there is no attention before it")
-        return layers[source].self_attn
-
-    def layer(self, model: Model) -> int:
-        """The index of the tower's hidden state that feeds the projector; of several, the last."""
-        layer = model.config.vision_feature_layer
-        return layer if isinstance(layer, int) else layer[-1]
-
-    def has_cls(self, model: Model) -> bool:
-        return model.config.vision_feature_select_strategy == "default"
-
-    def grid(self, model: Model) -> tuple[int, int]:
-        side = model.config.vision_config.image_size // model.config.vision_config.patch_size
-        return side, side
-
     def shown_box(self, processor: Processor, size: tuple[int, int]) -> tuple[float, float, float, float]:
         made = processor.image_processor
         edge = made.size.get("shortest_edge")
@@ -57,15 +36,6 @@ class Llava(Family):
         width, height = (length * edge / min(size) for length in size)
         left, top = (1 - made.crop_size["width"] / width) / 2, (1 - made.crop_size["height"] / height) / 2
         return left, top, 1 - left, 1 - top
-
-    def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
-        return fixed_layouts(self.grid(model), prompts, model.config.image_token_id)
-
-    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        out = model.base_model.get_image_features(pixel_values=pixel_values, return_dict=True)
-        hidden = out.hidden_states[self.layer(model)]
-        patches, cls = (hidden[:, 1:], hidden[:, 0]) if self.has_cls(model) else (hidden, None)
-        return torch.stack(list(out.pooler_output)), patches, cls
 
     def encode(self, model: Model, pixels: Tensor, rows: int, cols: int) -> Tensor:
         patch = model.config.vision_config.patch_size

@@ -22,7 +22,7 @@ class Qwen3VL(Qwen2VL):
         return super().width(model) * (1 + len(model.config.vision_config.deepstack_visual_indexes))
 
     def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        out, call = self._encode(model, pixel_values)
+        out, call = self.encoded_views(model, pixel_values)
         features = [out.pooler_output, *out.deepstack_features]
         values = list(out.last_hidden_state.split(out.last_hidden_state.shape[0] // len(out.pooler_output)))
         wide = torch.cat([torch.stack(list(part)) for part in features], dim=-1)
@@ -56,6 +56,10 @@ class Qwen3VL(Qwen2VL):
             yield
         finally:
             del decoder._deepstack_process
+
+
+class Qwen3VLMoe(Qwen3VL):
+    name = "qwen3_vl_moe"
 
 
 class Qwen35(Qwen2VL):

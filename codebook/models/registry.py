@@ -5,17 +5,27 @@ from __future__ import annotations
 from typing import Any
 
 from codebook.errors import CodebookError
+from codebook.models.aya_vision import AyaVision, Cohere2Vision
 from codebook.models.base import Family, Model
+from codebook.models.deepseek_vl import DeepseekVL
+from codebook.models.ernie4_5_vl_moe import Ernie45VLMoe
 from codebook.models.gemma3 import Gemma3
+from codebook.models.gemma4 import Gemma4
+from codebook.models.glm4v import Glm4v, Glm4vMoe, Glm46v
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
 from codebook.models.lfm2_vl import Lfm2VL, Lfm3VL
 from codebook.models.llava import Llava
 from codebook.models.llava_next import LlavaNext
+from codebook.models.llava_next_video import LlavaNextVideo
 from codebook.models.llava_onevision import LlavaOnevision
+from codebook.models.mistral3 import Mistral3
+from codebook.models.paddleocr_vl import PaddleOCRVL
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
-from codebook.models.qwen3_vl import Qwen3VL, Qwen35, Qwen35Moe
+from codebook.models.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
+from codebook.models.video_llava import VideoLlava
+from codebook.models.vipllava import VipLlava
 from codebook.models.wrappers import stock
 
 FAMILIES: dict[str, Family] = {
@@ -27,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         Qwen2VL(),
         Qwen25VL(),
         Qwen3VL(),
+        Qwen3VLMoe(),
         Qwen35(),
         Qwen35Moe(),
         Lfm2VL(),
@@ -36,6 +47,19 @@ FAMILIES: dict[str, Family] = {
         SmolVLM(),
         Gemma3(),
         PaliGemma(),
+        Mistral3(),
+        VipLlava(),
+        AyaVision(),
+        Cohere2Vision(),
+        LlavaNextVideo(),
+        VideoLlava(),
+        Glm4v(),
+        Glm46v(),
+        Glm4vMoe(),
+        PaddleOCRVL(),
+        Ernie45VLMoe(),
+        DeepseekVL(),
+        Gemma4(),
     )
 }
 """Supported families by the `model_type` of their config."""
@@ -45,6 +69,15 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 
 RECURRENT_LAYERS = {"linear_attention", "conv"}
 """Kinds that carry a state from token to token: shown a shorter sequence, they never hear of what was dropped."""
+
+REFUSED = {
+    "deepseek_ocr2": "visual tokens that are learned queries, without a place in the picture",
+    "gemma3n": "several copies of each hidden state, which its decoder hands from layer to layer",
+    "granite4_vision": "image tokens that are empty: what they show is added to them in deeper layers only",
+    "llama4": "attention in chunks, which are counted in the unpruned prompt",
+    "perception_lm": "a vision tower of timm, whose attention and patches are not known",
+}
+"""What families have that cannot be pruned exactly, by their `model_type`."""
 
 
 def family(model: Model) -> Family:
@@ -66,6 +99,8 @@ def family_of_config(config: Any) -> Family:
             f"models of type {name} cross-attend to their images: there are no visual tokens in the sequence to prune; "
             "use a model that puts them there, such as llava or qwen2_5_vl"
         )
+    if name in REFUSED:
+        raise CodebookError(f"models of type {name} are not supported, with {REFUSED[name]}; use qwen3_vl or internvl")
     if odd := set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS - RECURRENT_LAYERS:
         kinds = " and ".join(sorted(odd))
         raise CodebookError(

@@ -31,7 +31,7 @@ class Shape:
     heads, kv_heads
         Attention heads of queries, and of keys and values.
     head_size
-        Width of one head.
+        Width of one head; where layers differ, such that all keys and values take as much memory as they do.
     """
 
     tokens: int
@@ -56,6 +56,10 @@ def shape(model: Model) -> Shape:
     rows, cols = family(model).grid(model)
     text = model.config.get_text_config()
     heads = text.num_attention_heads
+    layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
+    kept = [_kv_heads(layer, heads) for layer in layers]
+    sizes = [getattr(layer, "head_dim", None) or text.hidden_size // heads for layer in layers]
+    width = sum(a * b for a, b in zip(kept, sizes, strict=True)) / len(layers)
     return Shape(
         tokens=rows * cols,
         layers=text.num_hidden_layers,
@@ -63,19 +67,26 @@ def shape(model: Model) -> Shape:
         hidden=text.hidden_size,
         intermediate=_mlp(text),
         heads=heads,
-        kv_heads=getattr(text, "num_key_value_heads", None) or heads,
-        head_size=getattr(text, "head_dim", None) or text.hidden_size // heads,
+        kv_heads=kept[0],
+        head_size=round(width / kept[0]),
     )
+
+
+def _kv_heads(config: Any, heads: int) -> int:
+    """Heads of keys and values of a decoder layer."""
+    return getattr(config, "num_key_value_heads", None) or heads
 
 
 def _mlp(text: Any) -> int:
     expert = getattr(text, "moe_intermediate_size", None)
     if not expert:
         return text.intermediate_size
-    shared = getattr(text, "shared_expert_intermediate_size", None) or (
-        (getattr(text, "n_shared_experts", None) or 0) * expert
-    )
-    return text.num_experts_per_tok * expert + shared
+    if getattr(text, "top_k_experts", None):  # of Gemma 4, beside the usual MLP
+        return text.top_k_experts * expert + text.intermediate_size
+    own, expert = (expert[1], expert[0]) if isinstance(expert, list) else (expert, expert)  # of images, of text
+    number = getattr(text, "n_shared_experts", None) or getattr(text, "moe_num_shared_experts", None) or 0
+    shared = getattr(text, "shared_expert_intermediate_size", None) or number * expert
+    return text.num_experts_per_tok * own + shared
 
 
 def is_recurrent(layer: Any) -> bool:

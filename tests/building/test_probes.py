@@ -30,7 +30,7 @@ def probing(tiny):
 
 def masked_reference(model, pixels, ids, kept, removed=()):
     """Logits of the stock model with pixel values, where only `kept` tokens are seen and `removed` are padding."""
-    before, after = ids
+    before, _, after = ids
     prompt = torch.tensor([[*before, *[IMAGE] * N, *after]])
     mask = torch.ones_like(prompt)
     mask[0, [len(before) + i for i in range(N) if i not in kept]] = 0
@@ -52,7 +52,7 @@ def masked_reference(model, pixels, ids, kept, removed=()):
 
 
 def test_prompt_is_split_at_the_image(tiny):
-    assert split_prompt(*tiny, "w5 w6") == ([10], [5, 6, 35])
+    assert split_prompt(*tiny, "w5 w6") == ([10], [], [5, 6, 35])
 
 
 def test_p1_by_hand():

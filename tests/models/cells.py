@@ -1,6 +1,7 @@
 """One cell of the compatibility table: pruned generation on a tiny model of a family against the masked reference.
 
 `python -m tests.models.cells` (`make table`) runs all and writes the table in docs/models.md; the tests run a part.
+With names of families it runs theirs, and takes it that the others are as the table has them.
 """
 
 from __future__ import annotations
@@ -204,7 +205,8 @@ def _entry(results, family, show, method):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    results = {cell: check(cell) for cell in cells()}
+    names = sys.argv[1:] or FAMILIES
+    results = {cell: check(cell) if cell.family in names else expected(cell) for cell in cells()}
     wrong = [f"{cell}: {verdict}" for cell, verdict in results.items() if verdict != expected(cell)]
     if wrong:
         sys.exit("\n".join(wrong))

@@ -15,6 +15,7 @@ import transformers as hf
 from tests.tiny import IMAGE, PAD, VOCAB, llava
 
 VIDEO, SEPARATOR, GLOBAL, NEWLINE = 98, 97, 96, 95
+TOKENS = {"image": IMAGE, "video": VIDEO}
 SIGLIP = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4,
 }  # fmt: skip
@@ -53,6 +54,11 @@ class Tiny:
     axes: int = 1
     seed: int = 0
     patches, crops, resizes, tolerance = 8, None, False, 1e-5
+
+    @property
+    def flexible(self):
+        """Whether the stock class takes FlexAttention."""
+        return self.name == "llava" or getattr(hf, self.cls)._supports_flex_attn
 
     def make(self, attention="sdpa"):
         torch.manual_seed(self.seed)
@@ -115,7 +121,7 @@ class Tiny:
 class Fixed(Tiny):
     """Every image is the same: sixteen tokens."""
 
-    side, tokens = 16, 16
+    side, tokens, patches = 16, 16, 4
 
     def image(self, draw):
         side = int(self.tokens**0.5)
@@ -206,6 +212,8 @@ class Qwen3(Qwen):
 class Lfm2(Tiny):
     """Patches of 4 x 4 pixels, in rows padded to 80; 4 x 4 tokens an image, 2 x 6 a large one."""
 
+    flexible = False  # SigLIP 2 is not
+
     def image(self, draw):
         return self._grid(draw, 8, 8)
 
@@ -262,16 +270,149 @@ class Idefics3(Tiny):
         return {"pixel_values": torch.stack(pad)}
 
 
+class Tagged(Tiny):
+    """Crops after a tag token, then the whole view after another one; no tags but line breaks for Cohere2."""
+
+    def image(self, draw, crops=0):
+        ids = [SEPARATOR]
+        for crop in range(crops + 1):
+            if self.name == "cohere2_vision":
+                ids += [IMAGE] * 16 + [NEWLINE]
+            else:
+                ids += [80 + crop if crop < crops else GLOBAL] + [IMAGE] * 16
+        return [*ids, SEPARATOR], {"pixel_values": draw(1 + crops, 3, 32, 32)}, [(4, 4)] * (1 + crops), []
+
+    def large(self, draw):
+        return self.image(draw, 2)
+
+
+class NextVideo(LlavaNext):
+    def video(self, draw):
+        return [VIDEO] * (3 * 4), {"pixel_values_videos": draw(1, 3, 3, 16, 16)}, [(2, 2)] * 3, []
+
+
+class VideoLlava(Fixed):
+    def video(self, draw):
+        pixels = {"pixel_values_videos": draw(1, 3, 3, 16, 16)}
+        return [VIDEO] * (3 * 17), pixels, [(4, 4)] * 3, range(0, 51, 17)
+
+
+class Mistral3(Tiny):
+    """Patches of 4 x 4 pixels, two by two a token, rows ended by a token of text; 4 x 4 tokens and 2 x 6."""
+
+    def image(self, draw, rows=4, cols=4):
+        ids = [token for row in range(rows) for token in [IMAGE] * cols + [NEWLINE if row < rows - 1 else SEPARATOR]]
+        sizes = torch.tensor([[8 * rows, 8 * cols]])
+        pixels = torch.nn.functional.pad(draw(1, 3, 8 * rows, 8 * cols), (0, 48 - 8 * cols, 0, 32 - 8 * rows))
+        return ids, {"pixel_values": pixels, "image_sizes": sizes}, [(rows, cols)], []
+
+    def large(self, draw):
+        return self.image(draw, 2, 6)
+
+    def collate(self, rows):
+        given = super().collate(rows)
+        if given:  # no wider than the widest
+            (height, width), pixels = given["image_sizes"].amax(0).tolist(), given["pixel_values"]
+            given["pixel_values"] = pixels[:, :, :height, :width]
+        return given
+
+
+class Glm(Qwen3):
+    """Videos have the token of images, and so cannot stand beside them in a batch."""
+
+    def rows(self, rows):
+        videos = any("video" in row for row in rows)
+        return [[part for part in row if not (videos and part in ("image", "large"))] for row in rows]
+
+    def part(self, part, seed):
+        self.kind = part if part == "video" else getattr(self, "kind", None)
+        return super().part(part, seed)
+
+    def inputs(self, rows):
+        self.kind = None
+        return super().inputs(rows)
+
+    def _grid(self, draw, kind, frames, height, width):
+        ids, *rest = super()._grid(draw, kind, frames, height, width)
+        return [IMAGE if token == VIDEO else token for token in ids], *rest
+
+    def types(self, ids):
+        return {"mm_token_type_ids": (ids == IMAGE).long() * (2 if self.kind == "video" else 1)}
+
+
+class Paddle(Qwen):
+    def _grid(self, draw, kind, frames, height, width):
+        ids, pieces, *rest = super()._grid(draw, kind, frames, height, width)
+        return ids, pieces | {"pixel_values": draw(frames * height * width, 3, 4, 4)}, *rest
+
+
+class Ernie(Qwen):
+    """Pairs of frames are merged after the tower; a begin and an end go to the experts of images too."""
+
+    def image(self, draw):
+        ids, *rest = super().image(draw)
+        return [SEPARATOR, *ids, SEPARATOR], *rest
+
+    def video(self, draw):
+        ids, pieces, grids, structural = self._grid(draw, "video", 4, 8, 4)
+        return ids[: len(ids) // 2], pieces, grids[:2], structural
+
+    def _grid(self, draw, kind, frames, height, width):
+        ids, pieces, *rest = super()._grid(draw, kind, frames, height, width)
+        name = "pixel_values" if kind == "image" else "pixel_values_videos"
+        return ids, pieces | {name: draw(frames * height * width, 3 * 4 * 4)}, *rest
+
+    def types(self, ids):
+        given = super().types(ids)
+        return given | {"moe_mm_token_type_ids": given["mm_token_type_ids"] + (ids == SEPARATOR)}
+
+
+class Gemma4(Tiny):
+    """Patches in rows with their places, padded to the longest; 4 x 4 tokens, 6 x 2, and two frames of 4 x 2."""
+
+    def image(self, draw, kind="image", frames=1, rows=4, cols=4):
+        places = torch.stack(torch.meshgrid(torch.arange(2 * cols), torch.arange(2 * rows), indexing="xy"), -1)
+        count, more = 4 * rows * cols, 64 - 4 * rows * cols
+        pixels = torch.nn.functional.pad((draw(frames, count, 3 * 4 * 4) + 1) / 2, (0, 0, 0, more))
+        places = torch.nn.functional.pad(places.flatten(0, 1).expand(frames, -1, -1), (0, 0, 0, more), value=-1)
+        ids = [token for i in range(frames) for token in [SEPARATOR] * (i > 0) + [TOKENS[kind]] * (rows * cols)]
+        name = "pixel_values" if kind == "image" else "pixel_values_videos"
+        pieces = {name: pixels, f"{kind}_position_ids": places}
+        if kind == "video":
+            pieces["num_frames_per_video"] = torch.tensor([frames])
+        return ids, pieces, [(rows, cols)] * frames, []
+
+    def large(self, draw):
+        return self.image(draw, rows=6, cols=2)
+
+    def collate(self, rows):
+        given = super().collate(rows)
+        for kind in TOKENS:
+            if (places := given.get(f"{kind}_position_ids")) is not None:
+                longest = int((places >= 0).all(-1).sum(-1).max())
+                for name in (f"{kind}_position_ids", "pixel_values" if kind == "image" else "pixel_values_videos"):
+                    given[name] = given[name][:, :longest]
+        return given
+
+    def video(self, draw):
+        return self.image(draw, "video", 2, 4, 2)
+
+    def types(self, ids):
+        return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
+
+
 class Gemma3(Fixed):
-    side = 32
+    side, patches = 32, 8
 
     def types(self, ids):
         return {"token_type_ids": (ids == IMAGE).long()}
 
 
-class PaliGemma(Fixed):
-    patches = 4
+class VipLlava(Fixed):
+    resizes = True
 
+
+class PaliGemma(Fixed):
     def types(self, ids):
         return {"token_type_ids": torch.zeros_like(ids)}
 
@@ -303,7 +444,8 @@ def _qwen(cls, text, vision):
     extra = {"mrope_interleaved": True} if "Qwen3" in cls.__name__ else {}
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 94, "vision_end_token_id": 93}
     more = {"head_dim": 16} if extra else {}
-    return cls(text_config={**TEXT, "rope_parameters": rope | extra, **more}, vision_config=vision, **ids)
+    text = {**TEXT, "rope_parameters": rope | extra, **more, **(text or {})}
+    return cls(text_config=text, vision_config=vision, **ids)
 
 
 def _hybrid(cls, **more):
@@ -338,9 +480,8 @@ def _lfm3():
     return hf.Lfm3VlConfig(vision_config=vision, text_config=text, projector_hidden_size=64, **ids)
 
 
-MIXTURE = {
-    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
-}  # fmt: skip
+EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
+MIXTURE = EXPERTS | {"num_experts": 4, "shared_expert_intermediate_size": 32}
 QWEN_VISION = {"depth": 3, "num_heads": 4, "patch_size": 4, "temporal_patch_size": 2, "spatial_merge_size": 2}
 
 
@@ -358,6 +499,74 @@ def _idefics3(cls):
     return cls(vision_config=SIGLIP | {"image_size": 32}, text_config=text, image_token_id=IMAGE, scale_factor=2)
 
 
+def _mistral3():
+    return hf.Mistral3Config(
+        vision_config=hf.PixtralVisionConfig(**SIGLIP, image_size=64, initializer_range=0.3),
+        text_config=hf.MistralConfig(**TEXT), image_token_index=IMAGE, spatial_merge_size=2,
+    )  # fmt: skip
+
+
+def _vipllava():
+    return hf.VipLlavaConfig(
+        vision_config=_clip(16), text_config=hf.LlamaConfig(**TEXT), image_token_index=IMAGE,
+        vision_feature_layer=[-2, 1], image_seq_length=16,
+    )  # fmt: skip
+
+
+def _cohere(cls, **more):
+    kinds = ["sliding_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    text = hf.Cohere2Config(**TEXT, sliding_window=12, layer_types=kinds)
+    return cls(vision_config=_siglip(32), text_config=text, **more)
+
+
+def _next_video():
+    return hf.LlavaNextVideoConfig(
+        vision_config=_clip(16), text_config=hf.LlamaConfig(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
+        image_grid_pinpoints=[[16, 32], [32, 16]],
+    )  # fmt: skip
+
+
+def _video_llava():
+    return hf.VideoLlavaConfig(
+        vision_config=_clip(16), text_config=hf.LlamaConfig(**TEXT), image_token_index=IMAGE, video_token_index=VIDEO,
+    )  # fmt: skip
+
+
+def _paddle():
+    vision = {name: value for name, value in SIGLIP.items()} | {"image_size": 32}
+    rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
+    return hf.PaddleOCRVLConfig(
+        vision_config=vision, text_config=TEXT | {"head_dim": 16, "rope_parameters": rope}, image_token_id=IMAGE,
+        video_token_id=VIDEO, vision_start_token_id=94, vision_end_token_id=93,
+    )  # fmt: skip
+
+
+def _glm(cls, **text):
+    rope = {"rope_type": "default", "mrope_section": [1, 2, 1], "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    vision = {
+        "depth": 3, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "image_size": 32, "intermediate_size": 64,
+        "out_hidden_size": 64,
+    }  # fmt: skip
+    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "image_start_token_id": 94, "image_end_token_id": 93}
+    ids |= {"video_start_token_id": 92, "video_end_token_id": 91}
+    return cls(text_config={**TEXT, "rope_parameters": rope, **text}, vision_config=vision, **ids)
+
+
+def _ernie():
+    rope = {"rope_type": "default", "mrope_section": [3, 3, 2], "rope_theta": 10000.0}
+    text = {"moe_intermediate_size": [32, 24], "moe_k": 2, "moe_num_experts": 4, "moe_num_shared_experts": 1}
+    vision = {"depth": 3, "hidden_size": 32, "num_heads": 4, "patch_size": 4, "intermediate_size": 64}
+    return hf.Ernie4_5_VLMoeConfig(
+        text_config={**TEXT, "rope_parameters": rope, **text}, vision_config=vision, image_token_id=IMAGE,
+        video_token_id=VIDEO, image_start_token_id=94, image_end_token_id=93, video_start_token_id=92,
+        video_end_token_id=91,
+    )  # fmt: skip
+
+
+def _deepseek_vl():
+    return hf.DeepseekVLConfig(vision_config=_siglip(16), text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE)
+
+
 def _gemma3():
     text = TEXT | {"head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 12}
     kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
@@ -365,6 +574,16 @@ def _gemma3():
         vision_config=_siglip(32), text_config=hf.Gemma3TextConfig(**text, layer_types=kinds), mm_tokens_per_image=16,
         image_token_index=IMAGE, boi_token_index=92, eoi_token_index=91,
     )  # fmt: skip
+
+
+def _gemma4():
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    text = TEXT | {"head_dim": 16, "global_head_dim": 32, "sliding_window": 12, "layer_types": kinds}
+    text |= {"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision", "enable_moe_block": True}
+    text |= {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
+    vision = SIGLIP | {"head_dim": 8, "num_key_value_heads": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
+    ids = {"boi_token_id": 92, "eoi_token_id": 91, "boa_token_id": 90, "eoa_token_index": 89, "audio_token_id": 88}
+    return hf.Gemma4Config(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO, **ids)
 
 
 def _paligemma():
@@ -393,6 +612,11 @@ FAMILIES = {
             QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
                            "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
         ), "Qwen3VLForConditionalGeneration", True, 3),
+        Qwen3("qwen3_vl_moe", functools.partial(
+            _qwen, hf.Qwen3VLMoeConfig, EXPERTS | {"num_experts": 4},
+            QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
+                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+        ), "Qwen3VLMoeForConditionalGeneration", True, 3),
         Qwen3("qwen3_5", functools.partial(_hybrid, hf.Qwen3_5Config), "Qwen3_5ForConditionalGeneration", True, 3),
         Mixture("qwen3_5_moe", functools.partial(
             _hybrid, hf.Qwen3_5MoeConfig, **MIXTURE
@@ -404,5 +628,24 @@ FAMILIES = {
         Idefics3("smolvlm", functools.partial(_idefics3, hf.SmolVLMConfig), "SmolVLMForConditionalGeneration"),
         Gemma3("gemma3", _gemma3, "Gemma3ForConditionalGeneration"),
         PaliGemma("paligemma", _paligemma, "PaliGemmaForConditionalGeneration"),
+        Mistral3("mistral3", _mistral3, "Mistral3ForConditionalGeneration"),
+        VipLlava("vipllava", _vipllava, "VipLlavaForConditionalGeneration"),
+        Tagged("aya_vision", functools.partial(
+            _cohere, hf.AyaVisionConfig, image_token_index=IMAGE
+        ), "AyaVisionForConditionalGeneration"),
+        Tagged("cohere2_vision", functools.partial(
+            _cohere, hf.Cohere2VisionConfig, image_token_id=IMAGE, alignment_intermediate_size=64
+        ), "Cohere2VisionForConditionalGeneration"),
+        NextVideo("llava_next_video", _next_video, "LlavaNextVideoForConditionalGeneration", videos=True),
+        VideoLlava("video_llava", _video_llava, "VideoLlavaForConditionalGeneration", videos=True),
+        Glm("glm4v", functools.partial(_glm, hf.Glm4vConfig), "Glm4vForConditionalGeneration", True, 3),
+        Glm("glm46v", functools.partial(_glm, hf.Glm46VConfig), "Glm46VForConditionalGeneration", True, 3),
+        Glm("glm4v_moe", functools.partial(
+            _glm, hf.Glm4vMoeConfig, **EXPERTS, n_routed_experts=4, first_k_dense_replace=1
+        ), "Glm4vMoeForConditionalGeneration", True, 3),
+        Paddle("paddleocr_vl", _paddle, "PaddleOCRVLForConditionalGeneration", axes=3),
+        Ernie("ernie4_5_vl_moe", _ernie, "Ernie4_5_VLMoeForConditionalGeneration", True, 3),
+        Gemma4("gemma4", _gemma4, "Gemma4ForConditionalGeneration", videos=True),
+        Fixed("deepseek_vl", _deepseek_vl, "DeepseekVLForConditionalGeneration"),
     )
 }  # fmt: skip

@@ -26,6 +26,7 @@ class Lfm2VlImages:
 
 
 SQUARE = {"height": 16, "width": 16}
+PATCHES = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 10**6}}
 PROCESSORS = {
     "llava": lambda: hf.CLIPImageProcessor(size={"height": 24, "width": 24}, do_center_crop=False),
     "llava_next": lambda: hf.LlavaNextImageProcessor(
@@ -39,10 +40,25 @@ PROCESSORS = {
     "qwen3_5_moe": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "lfm2_vl": Lfm2VlImages,
     "lfm3_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "qwen3_vl_moe": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "internvl": lambda: hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
     "idefics3": lambda: hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
     "smolvlm": lambda: hf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
+    "gemma4": lambda: hf.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2),
     "gemma3": lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
+    "mistral3": lambda: hf.PixtralImageProcessor(size={"longest_edge": 10000}),
+    "vipllava": lambda: hf.CLIPImageProcessor(size=SQUARE, do_center_crop=False),
+    # Cohere's own needs torchvision, and crops by the same rule.
+    **dict.fromkeys(
+        ("aya_vision", "cohere2_vision"), lambda: hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32})
+    ),
+    "llava_next_video": lambda: PROCESSORS["llava_next"](),
+    "video_llava": lambda: hf.VideoLlavaImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE),
+    **dict.fromkeys(("glm4v", "glm4v_moe"), lambda: hf.Glm4vImageProcessor(**PATCHES)),
+    "glm46v": lambda: hf.Glm46VImageProcessor(**PATCHES),
+    "paddleocr_vl": lambda: hf.PaddleOCRVLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "ernie4_5_vl_moe": lambda: hf.Ernie4_5_VLMoeImageProcessor(**PATCHES),
+    "deepseek_vl": lambda: hf.DeepseekVLImageProcessor(size=SQUARE),
     "paligemma": lambda: hf.SiglipImageProcessor(size=SQUARE),
 }
 WORDS = {"<image>": IMAGE}
@@ -55,6 +71,7 @@ class TinyProcessor:
 
     def __init__(self, name: str) -> None:
         self.image_processor = PROCESSORS[name]()
+        self.patch_size, self.spatial_merge_size = 4, 2  # Mistral 3's processor says so to its image processor
         self.tokenizer = SimpleNamespace(
             pad_token_id=PAD, unk_token_id=None, added_tokens_decoder={}, all_special_tokens=["<image>"]
         )

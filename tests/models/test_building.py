@@ -9,7 +9,7 @@ from codebook import models
 from codebook.building import Pilot, Settings, build
 from codebook.building.cascade import survivors
 from codebook.building.probes import Prober, jsd, region
-from codebook.models import lfm2_vl, qwen2_vl
+from codebook.models import any_size, lfm2_vl
 from codebook.store.codebook import Codebook
 from tests.models.cells import model
 from tests.models.families import FAMILIES
@@ -19,7 +19,7 @@ from tests.tiny import IMAGE
 
 @pytest.fixture(params=FAMILIES)
 def tiny(request, monkeypatch):
-    monkeypatch.setattr(qwen2_vl, "VIEW_SIDE", 4)
+    monkeypatch.setattr(any_size, "VIEW_SIDE", 4)
     monkeypatch.setattr(lfm2_vl, "VIEW_TOKENS", 4)
     return FAMILIES[request.param]
 
@@ -43,9 +43,9 @@ def test_features_are_what_enters_the_llm(tiny):
     rows, cols = family.grid(target)
     assert projected.shape == (1, rows * cols, family.width(target)) and patches.shape[:2] == (1, rows * cols)
     assert (cls is not None) == family.has_cls(target)
-    first = (inputs["input_ids"][0] == IMAGE).nonzero()[0, 0]
+    columns = (inputs["input_ids"][0] == IMAGE).nonzero()[: rows * cols, 0]
     own = projected[0, :, : entered[0].shape[-1]]
-    assert torch.allclose(own, entered[0][0, first : first + rows * cols], atol=1e-5)
+    assert torch.allclose(own, entered[0][0, columns], atol=1e-5)
 
 
 @torch.no_grad()
@@ -58,9 +58,11 @@ def test_a_probe_of_the_whole_image_is_the_models_own_answer(tiny):
     projected = family.image_features(target, inputs["pixel_values"])[0]
     embeds = target.get_input_embeddings()(inputs["input_ids"])
     embeds = torch.nn.functional.pad(embeds, (0, family.width(target) - embeds.shape[-1]))
-    start = int((inputs["input_ids"][0] == IMAGE).nonzero()[0, 0])
-    embeds[:, start : start + projected.shape[1]] = projected
-    answer = family.answer(target, embeds, start, family.grid(target))
+    columns, grid = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0], family.grid(target)
+    gap = columns[grid[1]] - columns[grid[1] - 1] - 1  # between two rows
+    row_end = embeds[:, columns[grid[1]] - gap : columns[grid[1]]] if gap else None
+    prober = Prober(target, embeds[:, : columns[0]], embeds[:, columns[-1] + 1 :], embeds[0, :1], grid, row_end=row_end)
+    answer = prober.answer(projected, grid)
     assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 

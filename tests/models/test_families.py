@@ -46,9 +46,7 @@ def test_the_documented_table_is_what_is_expected_of_every_cell():
 
 @pytest.mark.filterwarnings("ignore:flex_attention called", "ignore:_compile flag", "ignore:.torch.jit.script_method")
 @pytest.mark.parametrize("cell", [("attention", "several"), ("mass", "image"), ("mass", "video")], ids="-".join)
-@pytest.mark.parametrize(  # the stock towers of the others refuse it
-    "name", [name for name in FAMILIES if not name.startswith("qwen") and name != "lfm2_vl"]
-)
+@pytest.mark.parametrize("name", [name for name, tiny in FAMILIES.items() if tiny.flexible])
 def test_generate_under_flex_attention_equals_masked_reference(name, cell, monkeypatch):
     """Uncompiled: compiled for CPUs, torch's kernel ends the process."""
     monkeypatch.setitem(hooks.ATTENTION, "cpu", hooks.ATTENTION["cuda"])
@@ -208,6 +206,9 @@ def merged(tiny, target, values):
     patches, side = torch.stack(values), int(len(values[0]) ** 0.5)
     if tiny.name == "internvl":
         return target.model.pixel_shuffle(patches.unflatten(1, (side, side))).flatten(1, 2).unflatten(2, (4, 2)).mean(2)
+    if tiny.name in ("aya_vision", "cohere2_vision"):
+        shuffled = target.model.multi_modal_projector.pixel_shuffle(patches)
+        return shuffled.flatten(1, 2).unflatten(2, (4, 2)).mean(2)
     if tiny.name in ("idefics3", "smolvlm"):
         return target.model.connector.pixel_shuffle(patches, 2).unflatten(2, (4, 2)).mean(2)
     if tiny.name == "gemma3":
@@ -226,15 +227,24 @@ def places(tiny, target, call):
 
         config = target.config.vision_config
         grid = call.given[f"{call.kind}_grid_thw"]
-        position = get_vision_position_ids(grid, config.spatial_merge_size)
+        # PaddleOCR-VL's tower takes the patches line by line, the others those of a token together.
+        position = get_vision_position_ids(grid, 1 if tiny.name == "paddleocr_vl" else config.spatial_merge_size)
         if hasattr(config, "window_size"):
             index, _ = get_vision_window_index(grid, 2, config.window_size, config.patch_size)
             position = position.view(-1, 4, 2)[index].flatten(0, 1)
         return list(position.split([int(h * w) for t, h, w in grid for _ in range(t)]))
     if "spatial_shapes" in call.given:
         return [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in call.given["spatial_shapes"]]
+    if (at := call.given.get(f"{call.kind}_position_ids")) is not None:
+        return [own[(own >= 0).all(-1)].flip(-1) for own in at]
     side = tiny.patches
-    at = torch.stack(torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij"), -1).flatten(0, 1)
+
+    def raster(rows, cols):
+        return torch.stack(torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"), -1).flatten(0, 1)
+
+    if tiny.name == "mistral3":
+        return [raster(height // 4, width // 4) for height, width in call.given["image_sizes"].tolist()]
+    at = raster(side, side)
     pixels = call.given.get("pixel_values", call.given.get("pixel_values_videos"))
     count = pixels.shape[0] if pixels.dim() == 4 else pixels.shape[0] * pixels.shape[1]
     out = [at.clone() for _ in range(count)]
@@ -254,7 +264,7 @@ def test_tower_scores_are_the_stock_attention_of_the_patches(tiny, monkeypatch):
 
     def watched(owner, *args, **kwargs):
         out = stock(owner, *args, **kwargs)
-        if owner is attention:
+        if owner in family.vision_attentions(target):
             weights.extend(out[1].mean(1))
         return out
 
@@ -275,6 +285,35 @@ def test_tower_scores_are_the_stock_attention_of_the_patches(tiny, monkeypatch):
     packed = torch.cat(family.pack(target, call, [score[:, None] for score in scores]))[:, 0]
     for score, grid in zip(seen, pruning.images[0].layout.grids, strict=True):
         assert torch.allclose(score, packed[grid.index], atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mistral3", "gemma4"])
+def test_tower_attention_of_images_that_share_a_call(name):
+    """Pixtral takes all images as one row, Gemma 4 pads them to the longest: scores are as for each image alone."""
+    tiny, target, seen = FAMILIES[name], model(name, "sdpa"), []
+
+    class Look(Cls):
+        def score(self, tokens):
+            seen.append(super().score(tokens))
+            return seen[-1]
+
+    inputs = tiny.inputs([["image", 5, "large", 6]])
+    batch = [name for name in inputs if name.startswith(("pixel", "image"))]
+    with Schedule([Stage(0, 0.5, Look())])(target):
+        target(**inputs)
+        for i, part in enumerate(("image", "large")):
+            alone = tiny.inputs([[part, 5]])
+            alone |= {pixels: inputs[pixels][i : i + 1] for pixels in batch}  # the very picture
+            if name == "mistral3":  # without its padding
+                height, width = alone["image_sizes"][0].tolist()
+                alone["pixel_values"] = alone["pixel_values"][:, :, :height, :width]
+            else:
+                count = int((alone["image_position_ids"] >= 0).all(-1).sum())
+                alone |= {pixels: alone[pixels][:, :count] for pixels in batch}
+            target(**alone)
+    for together, alone in zip(seen[:2], seen[2:], strict=True):
+        assert torch.allclose(together, alone, atol=1e-6) and together.std() > 1e-4
 
 
 @torch.no_grad()

@@ -9,8 +9,18 @@ from tests import reference
 from tests.models.cells import ROWS, model
 from tests.models.families import FAMILIES
 
-REFUSED = dict.fromkeys(("gemma3", "paligemma", "qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl"), "--metric generated")
-REFUSED["qwen3_vl"] = "deepstack"
+UNLIKE = (
+    "gemma3",
+    "gemma4",
+    "paligemma",
+    "aya_vision",
+    "cohere2_vision",
+    "qwen3_5",
+    "qwen3_5_moe",
+    "lfm2_vl",
+    "lfm3_vl",
+)
+REFUSED = dict.fromkeys(UNLIKE, "--metric generated") | dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "deepstack")
 
 
 @pytest.fixture(params=FAMILIES)

@@ -93,8 +93,8 @@ class Attachment:
                     module = self._attention_before(stage.layer)
                     pruning.taps.callback(tap(module, self._weak(self._on_attention, stage.layer)))
             if any(stage.pruner.uses_vision for stage in pruning.schedule.stages):
-                module = self.family.vision_attention(self.model)
-                pruning.taps.callback(tap(module, self._weak(self._on_vision_attention)))
+                for attention in self.family.vision_attentions(self.model):
+                    pruning.taps.callback(tap(attention, self._weak(self._on_vision_attention)))
             pruning.open = True
         finally:
             self.settle(pruning)  # where a tap failed
@@ -142,7 +142,8 @@ class Attachment:
                 *((layer, partial(self._on_layer, i)) for i, layer in enumerate(self.lm.layers)),
             ):
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            undo.callback(self.family.tower(model).register_forward_pre_hook(self._on_tower).remove)
+            for tower in self.family.towers(model):
+                undo.callback(tower.register_forward_pre_hook(self._on_tower).remove)
             # Called after an error too, so that no state is left for the next forward.
             undo.callback(self.lm.register_forward_hook(self._after_decoder, always_call=True).remove)
             undo.callback(base.register_forward_hook(self._after_base, always_call=True).remove)
@@ -374,6 +375,9 @@ class Attachment:
         forward.before = layer, rotary
         # Without position ids, or flash attention would take the gaps in them for packed sequences.
         changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
+        for name in self.family.per_token:
+            if kwargs.get(name) is not None:
+                changed[name] = self._gather(kwargs[name])
         return (hidden, *args[1:]), kwargs | changed
 
     def _gather(self, x: Tensor) -> Tensor:

@@ -234,7 +234,8 @@ class Forward:
         columns, row = self._row(unit.row)
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
         cos, sin = (x.expand(self.given.batch, -1, -1)[unit.row, row] for x in rotary)
-        blocks = None if self.blocks is None else self.blocks[unit.row, columns]
+        own = self.blocks if window(layer) is not None or not self.family.window_blocks else None
+        blocks = None if own is None else own[unit.row, columns]
         bias = None if self.sequence is None or self.sequence.bias is None else self.sequence.bias[unit.row, row]
 
         def sees(places: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, cached_property, partial
 from typing import NamedTuple
 
@@ -187,17 +187,12 @@ class _Source:
         pixels = family.pixels(model, call)
         if not call.attention:
             return cls(pixels, None, encode)
-        has_cls, own = family.has_cls(model), family.patches(model, call)
+        has_cls, whole = family.has_cls(model), slice(None)
         parts = [
-            Vision(query[i], key[i], scaling, has_cls)
+            Vision(query[i, :, own], key[i, :, own], scaling, has_cls)
             for query, key, scaling in call.attention
-            for i in range(len(key))
+            for i, own in family.attended(model, call) or [(i, whole) for i in range(len(key))]
         ]
-        if own is not None:
-            parts = [
-                replace(part, query=part.query[:, :count], key=part.key[:, :count])
-                for part, count in zip(parts, own, strict=True)
-            ]
         return cls(pixels, Tower(parts, partial(family.pack, model, call)), encode)
 
     @cached_property

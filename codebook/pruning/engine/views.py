@@ -102,7 +102,8 @@ class Viewer:
 
     def _mask(self, index: KeptIndex, window: int | None, sequence: Shortened | None) -> Tensor | None:
         """(B, 1, Q, K), bool for sdpa where nothing is added to logits, else float; None where the kernel is causal."""
-        keys, blocks = index.columns, self.blocks
+        keys = index.columns
+        blocks = self.blocks if window is not None or not self.family.window_blocks else None
         queries = keys[:, -(self.given.length if sequence is None else sequence.source.shape[1]) :]
         window = None if window is None or index.logical <= window else window
         sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"

@@ -1,0 +1,82 @@
+"""Gemma 4: images of any size, pooled; in sliding windows the tokens of an image see each other in both directions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codebook.errors import CodebookError
+from codebook.models import any_size
+from codebook.models.any_size import AnySize
+from codebook.models.base import Family, Model, Processor
+from codebook.models.encoded import Encoded
+from codebook.models.gemma3 import Gemma3, image_blocks, image_types
+from codebook.models.layout import KINDS
+
+
+class Gemma4(AnySize):
+    name = "gemma4"
+    reusable_prefix = False
+    window_blocks = True
+    rotary = Gemma3.rotary
+
+    def check(self, config: Any) -> Family:
+        text = config.get_text_config()
+        if text.num_kv_shared_layers or text.hidden_size_per_layer_input:
+            raise CodebookError(
+                "gemma4 whose layers share keys and values, or have inputs of their own (E2B and E4B), is not "
+                "supported; use a larger one"
+            )
+        return self
+
+    def projector(self, model: Model) -> nn.Module:
+        return model.base_model.embed_vision
+
+    def merge(self, model: Model) -> int:
+        return int(model.config.vision_config.pooling_kernel_size)
+
+    def sizes(self, model: Model, encoded: Encoded) -> list[tuple[int, int, int]]:
+        ends = encoded.given[f"{encoded.kind}_position_ids"].amax(1) + 1  # of padding, places are negative
+        sizes = [(1, rows, cols) for cols, rows in (ends // self.merge(model)).tolist()]
+        if encoded.kind == "image":
+            return sizes
+        counts = encoded.given["num_frames_per_video"].tolist()
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        return [(count, *sizes[first][1:]) for count, first in zip(counts, firsts, strict=True)]
+
+    def pixels(self, model: Model, encoded: Encoded) -> list[Tensor]:
+        frames = encoded.given[KINDS[encoded.kind]]
+        pieces = frames.split([count for count, _, _ in self.sizes(model, encoded)])
+        patches = [rows * cols * self.merge(model) ** 2 for _, rows, cols in self.sizes(model, encoded)]
+        return [piece[:, :count] for piece, count in zip(pieces, patches, strict=True)]  # without padding
+
+    def attended(self, model: Model, encoded: Encoded) -> list[tuple[int, slice]]:
+        patches = [
+            rows * cols * self.merge(model) ** 2
+            for count, rows, cols in self.sizes(model, encoded)
+            for _ in range(count)
+        ]
+        return [(row, slice(count)) for row, count in enumerate(patches)]
+
+    def blocks(self, model: Model, given: dict[str, Any]) -> Tensor | None:
+        types = given.get("mm_token_type_ids")
+        if types is None or model.config.get_text_config().use_bidirectional_attention != "vision":
+            return None
+        return image_blocks((types == 1) | (types == 2))
+
+    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+        return {"mm_token_type_ids": image_types(embeds, start, grid)}
+
+    def view(self, processor: Processor, picture: Any) -> Tensor:
+        images = processor.image_processor
+        side = any_size.VIEW_SIDE * images.pooling_kernel_size
+        square = picture.resize((side * images.patch_size, side * images.patch_size))
+        made = images(images=square, do_resize=False, max_soft_tokens=1120, return_tensors="pt")
+        return made["pixel_values"][:, : side**2]
+
+    def view_arguments(self, model: Model, pixel_values: Tensor) -> dict[str, Any]:
+        side = torch.arange(any_size.VIEW_SIDE * self.merge(model), device=pixel_values.device)
+        places = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).flatten(0, 1)
+        return {"image_position_ids": places.expand(len(pixel_values), -1, -1)}

@@ -1,0 +1,21 @@
+"""GLM-4.1V, GLM-4.5V and GLM-4.6V: Qwen2-VL whose videos have the images' token, with text between frames."""
+
+from __future__ import annotations
+
+from codebook.models.base import Model
+from codebook.models.qwen2_vl import Qwen2VL
+
+
+class Glm4v(Qwen2VL):
+    name = "glm4v"
+
+    def token(self, model: Model, kind: str) -> int:
+        return super().token(model, "image")
+
+
+class Glm46v(Glm4v):
+    name = "glm46v"
+
+
+class Glm4vMoe(Glm4v):
+    name = "glm4v_moe"
