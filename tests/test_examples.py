@@ -35,4 +35,4 @@ def test_custom_method(capsys):
     question, _, rest = capsys.readouterr().out.strip().partition(". ")
     answer, _, rest = rest.partition(" (truth: ")
     truth, _, rest = rest.partition("), ")
-    assert question == "read the number" and answer == truth and rest == "from 29 of 144 visual tokens"
+    assert question == "read the number" and answer == truth and rest == "from 28 of 144 visual tokens"
