@@ -17,6 +17,16 @@ EXTRA = {
 }  # fmt: skip
 
 
+QWEN_SPECIAL = SPECIAL | {
+    IMAGE: "<|image_pad|>", VIDEO: "<|video_pad|>", 94: "<|vision_start|>", 93: "<|vision_end|>",
+    START: f"w{START}", END: f"w{END}",
+}  # fmt: skip
+QWEN_EXTRA = {
+    "image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
+    "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>",
+}  # fmt: skip
+
+
 def tokenizer(special=SPECIAL, extra=EXTRA):
     """One word per token, `w20` for 20 and so on, but for the special ones."""
     words = Tokenizer(models.WordLevel({special.get(i, f"w{i}"): i for i in range(VOCAB)}, unk_token="w3"))
@@ -51,6 +61,23 @@ def internvl():
     return hf.InternVLProcessor(images, tokenizer(), hf.InternVLVideoProcessor(size=square), image_seq_length=16)
 
 
+def qwen(processor, videos):
+    sizes = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 300 * 64}}  # tokens of 8 x 8 pixels
+    return processor(hf.Qwen2VLImageProcessor(**sizes), tokenizer(QWEN_SPECIAL, QWEN_EXTRA), videos(**sizes))
+
+
+def qwen2_vl():
+    return qwen(hf.Qwen2VLProcessor, hf.Qwen2VLVideoProcessor)
+
+
+def qwen2_5_vl():
+    return qwen(hf.Qwen2_5_VLProcessor, hf.Qwen2VLVideoProcessor)
+
+
+def qwen3_vl():
+    return qwen(hf.Qwen3VLProcessor, hf.Qwen3VLVideoProcessor)
+
+
 def save(processor, folder):
     """The tiny model of a family of `tests.models`, of heads of 32 channels, which vLLM's kernels ask for."""
     name = processor.__name__
@@ -59,6 +86,8 @@ def save(processor, folder):
     text = config.text_config
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 2, 1, 32
     text.max_position_embeddings = 2048
+    if "mrope_section" in text.rope_parameters:
+        text.rope_parameters["mrope_section"] = [6, 5, 5]
     made = processor()
     if hasattr(config, "image_grid_pinpoints"):
         config.image_grid_pinpoints = made.image_processor.image_grid_pinpoints
