@@ -51,7 +51,8 @@ class PruningProcessor:
 
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> list[PromptUpdate]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
-        layouts = type(self).layouts(self.config, out_mm_kwargs.get_data()) if mm_items.get_all_counts() else []
+        shown = mm_items.get_all_counts().get("image", 0)  # none, if all are in the processor's cache
+        layouts = type(self).layouts(self.config, out_mm_kwargs.get_data()) if shown else []
         return [self._shortened(update, layouts) for update in updates]
 
     def _shortened(self, update: PromptUpdate, layouts: Sequence[Layout]) -> PromptUpdate:
@@ -89,10 +90,13 @@ class PruningModel:
         As the processor has it.
     pixels
         Function of the model's config and `Data`: the pixels of each image, the same in any company.
+    compared
+        Whether the codebook was compared with the weights.
     """
 
     layouts: Callable[[Any, Data], list[Layout]]
     pixels: Callable[[Any, Data], list[Tensor]]
+    compared = False
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
@@ -100,9 +104,11 @@ class PruningModel:
 
     def embed_multimodal(self, **data: Any) -> list[Tensor]:
         """For each image (kept, d): the embeddings that stay, in raster order."""
-        whole = super().embed_multimodal(**data)  # type: ignore[misc]
+        whole = list(super().embed_multimodal(**data))  # type: ignore[misc]
+        if not whole:
+            return whole
         config = self.config  # type: ignore[attr-defined]
-        return [own[index] for own, index in zip(whole, self.kept(list(whole), config, data), strict=True)]
+        return [own[index] for own, index in zip(whole, self.kept(whole, config, data), strict=True)]
 
     def kept(self, features: Sequence[Tensor], config: Any, data: Data) -> list[Tensor]:
         """For each image the places of its tokens that stay, (kept,) int64, the same on every rank.
@@ -118,8 +124,11 @@ class PruningModel:
         return chosen
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Load, and refuse a codebook that was built for other weights."""
+        """Load, and refuse a codebook that was built for other weights; later updates may be of the LLM alone."""
+        if self.compared:
+            return set(super().load_weights(weights))  # type: ignore[misc]
         watched = Watched(self.config, self.settings)  # type: ignore[attr-defined]
         loaded: set[str] = super().load_weights(watched.passing(weights))  # type: ignore[misc]
         watched.check()
+        self.compared = True
         return loaded
