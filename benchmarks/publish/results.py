@@ -27,6 +27,8 @@ def main() -> None:
     print(f"# Results of {results['name']}\n")
     print("Written by `make results`; the table's columns are explained in [bench.md](bench.md). Measured by\n")
     print(f"```\ncodebook bench {results['name']} {command}\n```\n")
+    if "note" in results:  # benchmarks/publish/remeasure.py
+        print(f"{results['note']}\n")
     print(markdown(results), end="")
 
 

@@ -87,6 +87,14 @@ class Family:
         count = len(self.tower_layers(model)) + 1
         return layer if isinstance(layer, int) else max(layer, key=lambda index: index % count)
 
+    def last_norm(self, model: Model) -> nn.Module:
+        """The normalisation behind the decoder's last layer."""
+        return model.get_decoder().norm
+
+    def attention_norm(self, layer: Any) -> nn.Module:
+        """The normalisation before a decoder layer's attention."""
+        return layer.input_layernorm
+
     def vision_attention(self, model: Model) -> nn.Module:
         """The attention module of the tower's layer whose output feeds the projector."""
         layers = self.tower_layers(model)

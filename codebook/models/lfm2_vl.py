@@ -21,7 +21,17 @@ VIEW_TOKENS = 16
 of 16, the most that the processor leaves whole)."""
 
 
-class Lfm2VL(AnySize):
+class Lfm2Decoder(Family):
+    """A family whose decoder is LFM2's, which has names of its own for its normalisations."""
+
+    def last_norm(self, model: Model) -> nn.Module:
+        return model.get_decoder().embedding_norm
+
+    def attention_norm(self, layer: Any) -> nn.Module:
+        return layer.operator_norm
+
+
+class Lfm2VL(Lfm2Decoder, AnySize):
     name = "lfm2_vl"
     reusable_prefix = False
     one_view: ClassVar[dict[str, Any]] = {"do_image_splitting": False}
@@ -71,7 +81,7 @@ class Lfm2VL(AnySize):
         return super().image_features(model, pixel_values[:, :patches])  # what follows is padding
 
 
-class Lfm3VL(Qwen2VL):
+class Lfm3VL(Lfm2Decoder, Qwen2VL):
     name = "lfm3_vl"
     axes = 1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from codebook.errors import CodebookError, quoted
-from codebook.pruning.text import DROP, ScheduleText, StageText, check_length, read_text, split
+from codebook.pruning.text import DROP, UNPRUNED, ScheduleText, StageText, check_length, read_text, split
 
 DEFAULT = "seeded"
 """Schedule where the user says none: docs/method.md."""
@@ -27,16 +27,19 @@ DEEP_SHARE = 1 / 7
 27/60: their median is 0.14."""
 
 SCHEDULE_PRESETS: dict[str, str] = {
-    "feather": "feather-ensemble@8:0.37723, fastv-norope@16:0.032922",
-    "pyramiddrop": "fastv@8:0.5, fastv@16:0.25, fastv@24:0.125",
-    "sparsevlm": "sparsevlm@2:0.520834, sparsevlm@6:0.347223, sparsevlm@15:0.190973",
+    "feather": "feather-ensemble(share=0.2941)@8:0.37723, fastv-norope@16:0.032922",
+    "pyramiddrop": "fastv(own_layer=True)@8:0.5, fastv(own_layer=True)@16:0.25, fastv(own_layer=True)@24:0.125"
+    "; positions=compact",
+    "sparsevlm": "sparsevlm@3:0.536459, sparsevlm@7:0.354167, sparsevlm@16:0.196181; positions=compact",
     "vtw": "drop@16",
 }
 """The presets that are more than one method: their text, for decoders of 32 layers, as the authors report them. Shares
 are the authors' counts divided by their images' tokens, rounded up at the sixth digit.
 
-FEATHER at R = 0.7: 275 and 24 of 729 tokens (arXiv 2412.13180). PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200
-and 110 of 576 tokens: arXiv 2410.04417. VTW at K = 16: arXiv 2405.05803.
+FEATHER at R = 0.7: 275 and 24 of 729 tokens, 81 of the 275 its grid (arXiv 2412.13180). PyramidDrop: arXiv 2410.17247.
+SparseVLM with 300, 200 and 110 of 576 tokens, and 9, 4 and 3 averages on top; its code prunes what layers 2, 6 and 15
+give, which is what layers 3, 7 and 16 get: arXiv 2410.04417. The code of both renumbers positions. VTW at K = 16: arXiv
+2405.05803.
 """
 
 
@@ -70,10 +73,10 @@ def expand(text: str, layers: int, horizon: int | None = None, deep: int | None 
     hybrid = preset is None and len(split(name, "+")) > 1
     if (horizon is not None or deep is not None) and not hybrid:
         raise CodebookError(f"horizon and deep are a hybrid's, as in codebook+random; {quoted(name.strip())} is none")
-    source = text if preset is None else preset + semicolon + rest
-    written = read_text(source, "+" if hybrid else ",", SCHEDULE_PRESETS)
     if preset is not None:
-        return replace(written, stages=_ascending(written.stages, layers)), False
+        own, said = read_text(preset), read_text(UNPRUNED + semicolon + rest)
+        return ScheduleText(_ascending(own.stages, layers), own.settings | said.settings), False
+    written = read_text(text, "+" if hybrid else ",", SCHEDULE_PRESETS)
     if hybrid:
         return replace(written, stages=_hybrid(written.stages, layers, horizon, deep)), True
     if len(written.stages) == 1 and _is_open(written.stages[0]):

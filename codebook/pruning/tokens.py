@@ -45,9 +45,16 @@ class VisualTokens:
     key : () int64
         Digest of the image's pixels and of its place among the prompt's images: the same alone or in any batch.
     attention : Attention or None
-        Attention of the layer before the stage; only for pruners that say `uses_attention`.
+        Attention of the layer before the stage, or of the stage's own layer for pruners that say `own_layer`; only for
+        those that say `uses_attention`.
     vision : TowerAttention or None
         Attention in the vision tower, over the whole image; only for pruners that say `uses_vision`.
+    whole : (N, d) float or None
+        What entered the LLM for all tokens of the image, before any stage.
+    words : (T, d) float or None
+        What entered the LLM for the text after the image: word embeddings.
+    norm : callable or None
+        The decoder's last normalisation, (k, d) -> (k, d), which stock models apply to what the last layer gives.
     encode : callable or None
         `encode(r, c)` gives the projector outputs (r * c, d) of the image resized to r x c patches; only before the
         LLM. Raises a CodebookError where the family cannot.
@@ -63,6 +70,9 @@ class VisualTokens:
     key: Tensor
     attention: Attention | None = None
     vision: TowerAttention | None = None
+    whole: Tensor | None = None
+    words: Tensor | None = None
+    norm: Callable[[Tensor], Tensor] | None = None
     encode: Callable[[int, int], Tensor] | None = None
 
     def __len__(self) -> int:

@@ -318,8 +318,8 @@ def test_tower_attention_of_images_that_share_a_call(name):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layer", [1, 2])
-@pytest.mark.parametrize("query", ["text", "visual"])
-def test_attention_scores_are_the_stock_maps(tiny, layer, query):
+@pytest.mark.parametrize("query,own", [("text", False), ("visual", False), ("text", True)])
+def test_attention_scores_are_the_stock_maps(tiny, layer, query, own):
     target, inputs = model(tiny.name, "eager"), tiny.inputs(ROWS)
     seen = []
 
@@ -329,12 +329,13 @@ def test_attention_scores_are_the_stock_maps(tiny, layer, query):
             return seen[-1]
 
     have = [not models.is_recurrent(layer) for layer in target.get_decoder().layers]
-    if not have[layer - 1]:
-        with pytest.raises(CodebookError, match="is recurrent; use layer 1 or 3"):
-            Schedule([Stage(layer, 0.5, Look(query=query))])(target).__enter__()
+    asked = layer if own else layer - 1
+    if not have[asked]:
+        with pytest.raises(CodebookError, match="is recurrent; use layer " + ("0 or 2" if own else "1 or 3")):
+            Schedule([Stage(layer, 0.5, Look(query=query, own_layer=own))])(target).__enter__()
         return
-    maps = target(**inputs, output_attentions=True).attentions[sum(have[:layer]) - 1].mean(1)
-    with Schedule([Stage(layer, 0.5, Look(query=query))])(target) as pruning:
+    maps = target(**inputs, output_attentions=True).attentions[sum(have[: asked + 1]) - 1].mean(1)
+    with Schedule([Stage(layer, 0.5, Look(query=query, own_layer=own))])(target) as pruning:
         target(**inputs)
     scores = iter(seen)
     for image, (row, grids, places) in zip(pruning.images, tiny.columns(ROWS), strict=True):

@@ -152,3 +152,11 @@ def test_a_model_on_several_devices():
     target.hf_device_map = {"vision_tower": 0, "language_model": 1, "lm_head": "cpu"}
     with refused(r"lies on several devices \(0, 1\), and pruning works on one: load it on one"):
         PRE(target)
+
+
+def test_a_preset_that_renumbers_says_how_to_keep_positions():
+    target = model("qwen2_vl", "sdpa")
+    schedule = Schedule.for_model(target, "pyramiddrop")
+    with pytest.raises(CodebookError, match=r"positions of qwen2_vl .* '; positions=keep' behind .* a preset's name"):
+        schedule(target)
+    Schedule.for_model(target, "pyramiddrop; positions=keep")(target)

@@ -40,7 +40,11 @@ def test_the_default_is_the_command_lines(model):
         ("uniform", 36, "uniform:36"),  # a count is a count
         ("uniform:0.3", None, "uniform:0.3"),  # what the text says itself
         ("uniform:1.0, random@6:10", 0.25, "uniform:0.431, random(seed=5)@6:10"),  # 6 * 62 + 6 * 10 = 432 = 12 * 36
-        ("pyramiddrop", None, "fastv@3:0.5, fastv@6:0.25, fastv@9:0.125"),
+        (
+            "pyramiddrop",
+            None,
+            ", ".join(f"fastv(own_layer=True)@{at}" for at in ("3:0.5", "6:0.25", "9:0.125")) + "; positions=compact",
+        ),
         ("random; positions=compact", 0.5, "random(seed=5):0.5; positions=compact"),
     ],
 )

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import Identity
 
 from codebook.errors import CodebookError
 from codebook.pruning import (
@@ -23,7 +24,6 @@ from codebook.pruning import (
     RedundancyCodebook,
     RedundancyThreshold,
     Schedule,
-    ScoringPruner,
     SeededFarthestPoint,
     SparseVLM,
     Stage,
@@ -38,18 +38,8 @@ from codebook.pruning.attention import Attention, Vision
 from codebook.pruning.methods import farthest
 from codebook.pruning.methods.base import FeaturePruner, nearest_kept
 from tests.prompts import ONE, RAGGED, prompt, size
+from tests.pruning.made import Ranking, tokens
 from tests.tiny import llava
-
-
-def tokens(rows, cols, features=None, key=0, text=None, **options):
-    """An image's tokens, and after them in the sequence the text (T, d), by default one word of zeros."""
-    n = rows * cols
-    features = torch.zeros(n, 2) if features is None else features
-    text = features.new_zeros(1, features.shape[1]) if text is None else text
-    sequence, question = torch.cat([features, text]), n + torch.arange(len(text))
-    return VisualTokens(
-        features, features, sequence, slice(0, n), question, torch.arange(n), (rows, cols), torch.tensor(key), **options
-    )
 
 
 class Book:
@@ -95,10 +85,10 @@ def test_uniform_takes_the_centres_of_equal_cells():
     # 12 x 12 at 16: rows and columns 1, 4, 7, 10
     side = [1, 4, 7, 10]
     assert Uniform().select(tokens(12, 12), 16).tolist() == [12 * r + c for r in side for c in side]
-    # 27 x 27 at 81: the stride-3 grid of FEATHER
+    # 27 x 27 at 81: every third, from the second on
     side = range(1, 27, 3)
     assert Uniform().select(tokens(27, 27), 81).tolist() == [27 * r + c for r in side for c in side]
-    # and at 196 its stride-2 grid
+    # and at 196 every second from the first, for there is no other
     side = range(0, 27, 2)
     assert Uniform().select(tokens(27, 27), 196).tolist() == [27 * r + c for r in side for c in side]
 
@@ -117,6 +107,18 @@ def test_uniform_covers_the_image():
         chosen = Uniform().select(tokens(12, 12), keep)
         gap = torch.maximum((row[:, None] - row[chosen]).abs(), (col[:, None] - col[chosen]).abs()).amin(1).max()
         assert gap <= 2 * (144 / keep) ** 0.5
+
+
+def test_uniform_from_the_corner():
+    # 12 x 12 at 16: rows and columns 0, 3, 6, 9; at 12 rows 0, 4, 8; at 50 no whole stride has 8 columns
+    side = [0, 3, 6, 9]
+    pruner = Uniform(phase="corner")
+    assert pruner.select(tokens(12, 12), 16).tolist() == [12 * r + c for r in side for c in side]
+    assert pruner.select(tokens(12, 12), 12).tolist() == [12 * r + c for r in (0, 4, 8) for c in side]
+    assert pruner.select(tokens(1, 12), 8).tolist() == [0, 1, 3, 4, 6, 7, 9, 10]
+    for keep in range(1, 31):
+        chosen = pruner.select(tokens(3, 10), keep)
+        assert len(chosen) == keep and (chosen.diff() > 0).all() and chosen[0] == 0 and chosen[-1] < 30
 
 
 def test_uniform_on_survivors_takes_every_nth():
@@ -278,22 +280,18 @@ def test_divprune_never_picks_a_token_twice():
     assert DivPrune().select(same, 16).tolist() == list(range(16))
 
 
-class Ranking(ScoringPruner):
-    """Scores as given."""
-
-    def __init__(self, *scores):
-        self.scores = torch.tensor(scores, dtype=torch.float32)
-
-    def score(self, tokens):
-        return self.scores[tokens.ordinal].clone()
-
-
 def test_union_is_a_grid_filled_up_by_a_ranking():
     # the grid's two of 1 x 8 are 2 and 6; the ranking's best others are 7, then 1
     ranking = Ranking(0, 5, 9, 1, 2, 3, 8, 7)
     assert Union(Uniform(), ranking, share=0.5).select(tokens(1, 8), 4).tolist() == [1, 2, 6, 7]
     assert Union(Uniform(), ranking, share=0).select(tokens(1, 8), 2).tolist() == [2, 6]
     assert Union(Uniform(), Ranking(*range(8)), share=1).select(tokens(1, 8), 2).tolist() == [2, 6]
+
+
+def test_parts_ask_one_layer():
+    assert Union(Uniform(), FastV(own_layer=True)).own_layer and not Union(Uniform(), FastV()).own_layer
+    with pytest.raises(CodebookError, match="give all parts that ask the same own_layer"):
+        _ = Weighted([FastV(own_layer=True), FastV()], [1, 1]).own_layer
 
 
 def test_window_keeps_as_many_in_each():
@@ -313,9 +311,9 @@ def test_window_keeps_as_many_in_each():
 def test_union_is_the_papers_where_size_and_share_are():
     """FEATHER's ensemble: the top 182 of 27 x 27 and the stride-3 grid."""
     ranking = Ranking(*torch.randperm(729, generator=torch.Generator().manual_seed(0)).tolist())
-    side = range(1, 27, 3)
+    side = range(0, 27, 3)
     expected = {27 * r + c for r in side for c in side} | set(ranking.scores.topk(182).indices.tolist())
-    chosen = Union(Uniform(), ranking, share=81 / len(expected)).select(tokens(27, 27), len(expected))
+    chosen = Union(Uniform(phase="corner"), ranking, share=81 / len(expected)).select(tokens(27, 27), len(expected))
     assert chosen.tolist() == sorted(expected)
 
 
@@ -444,7 +442,9 @@ def test_dart_by_hand():
     norms = torch.tensor([1.0, 5.0, 2.0, 0.5, 0.2, 0.1, 3.0, 7.0])
     key = torch.stack([-norms / 4, norms / 4])[..., None].expand(2, 8, 2)
     attention = Attention(key, key, torch.ones(8, 2), torch.zeros(8, 2), 1.0, slice(0, 6))
-    six = tokens(1, 6, directions(0, 90, 100, 190, 270, 45), text=directions(70, 0), attention=attention)
+    six = tokens(
+        1, 6, directions(0, 90, 100, 190, 270, 45), text=directions(70, 0), attention=attention, norm=Identity()
+    )
     pruner = Dart(image_pivots=1, text_pivots=1)
     assert pruner.select(six, 1).tolist() == [1]
     # three more: two are the pivot's at 90 degrees, furthest 270 and 190; one is the word's at 0, furthest left is 100
@@ -455,15 +455,33 @@ def test_dart_by_hand():
     assert pruner.select(six, 2).tolist() == [1, 4]
 
 
+def test_dart_compares_normalised_states():
+    # The pivot is at 45 degrees, the others are 50 and 55 from it. With a tenth of the second axis they are at 5.7, 131
+    # and -1: 125 and 7 from it.
+    norms = torch.tensor([5.0, 1.0, 1.0, 1.0])
+    key = norms[None, :, None].expand(2, 4, 2)
+    attention = Attention(key, key, torch.ones(4, 2), torch.zeros(4, 2), 1.0, slice(0, 3))
+    three = tokens(1, 3, directions(45, 95, 350), text=directions(0), attention=attention, norm=Identity())
+    pruner = Dart(image_pivots=1, text_pivots=0)
+    assert pruner.select(three, 2).tolist() == [0, 2]
+    flat = replace(three, norm=lambda hidden: hidden * torch.tensor([1.0, 0.1]))
+    assert pruner.select(flat, 2).tolist() == [0, 1]
+
+
 def test_sparsevlm_scores_by_raters():
     class Rows:
         def rows(self, query):
             assert query.tolist() == [2, 3, 4]
             return torch.tensor([[0.1, 0.5], [0.9, 0.0], [0.2, 0.3]])
 
-    # the words' cosines to both visual tokens: 1, 0, 0.71; the first and the last are above their mean
-    two = tokens(1, 2, directions(0, 0), text=directions(0, 90, 45), attention=Rows())
-    assert SparseVLM().score(two).tolist() == pytest.approx([0.3, 0.8])
+    # Products of the visual tokens and the words, as they enter the LLM: 3, 0, 2.1 twice. Softmax: .68, .03, .28; the
+    # first is above a third. Of the words turned around only the second is.
+    words = 3 * directions(0, 90, 45)
+    two = tokens(1, 2, directions(0, 0), text=directions(9, 9, 9), attention=Rows(), words=words)
+    two = replace(two, whole=two.features)
+    assert SparseVLM().score(two).tolist() == pytest.approx([0.1, 0.5])
+    turned = replace(two, words=-words)
+    assert SparseVLM().score(turned).tolist() == pytest.approx([0.9, 0.0])
     assert SparseVLM().select(two, 1).tolist() == [1]
 
 
@@ -472,14 +490,18 @@ def test_sparsevlm_recycles_by_hand():
         def score(self, tokens):
             return -tokens.ordinal.float()
 
-    # Of 10 tokens 4 stay: 1 + floor(0.5 * 0.4 * 6) = 2 are averages, so 0 and 1 stay as they are, and of the 8 others
-    # the best 4, at 0, 0.1, 1 and 1.3, are clustered. Densities exp(-mean squared distance) .51 .57 .62 .45, distances
-    # to a denser one .1 .9 1.3 .3: the peaks are 3 and 4.
-    line = torch.tensor([7.0, 8.0, 0.0, 0.1, 1.0, 1.3, 50.0, 60.0, 70.0, 80.0])[:, None]
-    ten, pruner = tokens(2, 5, line), Ordered(recycled=0.5, clusters=0.4)
+    # Of 10 tokens 4 stay. Were 3 of them as they are, 1 + floor(0.5 * 7) = 4 would be recycled, into 1 + floor(0.25
+    # * 4) = 2 averages: one too many. So 0 and 1 stay as they are, and 5 are recycled, at 0, 0.1, 1, 1.3 and 1.6.
+    # The nearest of two neighbours is the token itself: densities exp(-distance^2 / 2) .995 .995 .956 .956 .956, the
+    # earlier the denser, times distances to a denser one 1.6 .1 .9 .3 .3: the peaks are 2 and 4.
+    line = torch.tensor([7.0, 8.0, 0.0, 0.1, 1.0, 1.3, 1.6, 60.0, 70.0, 80.0])[:, None]
+    ten, pruner = tokens(2, 5, line), Ordered(recycled=0.5, clusters=0.25)
     index = pruner.select(ten, 4)
-    assert index.tolist() == [0, 1, 3, 4]
-    assert pruner.merge(ten, index).flatten().tolist() == pytest.approx([7.0, 8.0, 0.05, 1.15])
+    assert index.tolist() == [0, 1, 2, 4]
+    assert pruner.merge(ten, index).flatten().tolist() == pytest.approx([7.0, 8.0, 0.05, 1.3])
+    # Below the least that the rule gives, 1 + 3 here, one stays as it is.
+    assert Ordered(recycled=1.0, clusters=0.25).select(ten, 3)[0] == 0
+    assert len(Ordered(recycled=1.0, clusters=1.0).select(ten, 9)) == 9
     assert Ordered(recycled=0.0).select(ten, 4).tolist() == [0, 1, 2, 3]
     assert Ordered(recycled=0.0).merge(ten, torch.arange(4)) is None
 
@@ -503,17 +525,18 @@ def test_cdpruner_by_hand():
     assert CDPruner().select(four, 4).tolist() == [0, 1, 2, 3]  # beyond the rank: each once
 
 
-def test_cdpruner_is_the_greedy_determinant():
+@pytest.mark.parametrize("negated", [False, True])
+def test_cdpruner_is_the_greedy_determinant(negated):
     generator = torch.Generator().manual_seed(0)
     features, text = torch.randn(30, 40, generator=generator), torch.randn(3, 40, generator=generator)
     unit = torch.nn.functional.normalize(features.double(), dim=1)
-    relevance = unit @ torch.nn.functional.normalize(text.double().mean(0), dim=0)
+    relevance = (-1) ** negated * unit @ torch.nn.functional.normalize(text.double().mean(0), dim=0)
     relevance = (relevance - relevance.min()) / (relevance.max() - relevance.min())
     kernel, chosen = relevance[:, None] * (unit @ unit.T) * relevance, []
     for _ in range(10):
         left = [i for i in range(30) if i not in chosen]
         chosen.append(max(left, key=lambda i: torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]]).item()))
-    assert CDPruner().select(tokens(5, 6, features, text=text), 10).tolist() == sorted(chosen)
+    assert CDPruner(negated=negated).select(tokens(5, 6, features, text=text), 10).tolist() == sorted(chosen)
 
 
 @pytest.mark.parametrize(

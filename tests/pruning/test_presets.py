@@ -12,6 +12,7 @@ from codebook.errors import CodebookError
 from codebook.pruning import METHODS, Schedule
 from codebook.pruning.presets import SCHEDULE_PRESETS, feather, scaled
 
+OWN = "fastv(own_layer=True)"
 VICUNA = {"layers": 32, "hidden": 4096, "intermediate": 11008}
 
 
@@ -43,7 +44,8 @@ def solve(text, keep=None, n=576, layers=32, **options):
         ("vtw", 0.5, None, "drop@16", 288.0),
         ("vtw", 0.33, None, "drop@10", 180.0),
         # In proportion 4 : 2 : 1, by halves up: 8 * 576 + 8 * (8 + 4 + 2) = 4720 <= 0.26 * 18432 = 4792 < 4608 + 8 * 23
-        ("pyramiddrop", 0.26, None, "fastv@8:13, fastv@16:7, fastv@24:3", 149.75),
+        ("pyramiddrop", 0.26, None, f"{OWN}@8:13, {OWN}@16:7, {OWN}@24:3; positions=compact", 149.75),
+        ("pyramiddrop; positions=keep", 0.26, None, f"{OWN}@8:13, {OWN}@16:7, {OWN}@24:3", 149.75),
     ],
 )
 def test_counts_that_meet_a_budget(text, keep, deep, solved, average):
@@ -54,9 +56,17 @@ def test_counts_that_meet_a_budget(text, keep, deep, solved, average):
 def test_settings_of_the_authors():
     assert solve("pyramiddrop").counts(576, 32) == [576] * 8 + [288] * 8 + [144] * 8 + [72] * 8
     assert solve("pyramiddrop").budget(576, 32) == 0.46875
-    assert solve("sparsevlm").counts(576, 32) == [576] * 2 + [300] * 4 + [200] * 9 + [110] * 17
+    # 300, 200 and 110, and averages: 1 + floor(m / 10) for m = 1 + floor(0.3 * 276) = 83, then 33 and 29
+    assert solve("sparsevlm").counts(576, 32) == [576] * 3 + [309] * 4 + [204] * 9 + [113] * 16
     assert solve("vtw").counts(576, 32) == [576] * 16 + [0] * 16
     assert solve("feather", n=729).counts(729, 32) == [729] * 8 + [275] * 8 + [24] * 16
+
+
+def test_what_the_user_says_goes_before_a_presets_setting():
+    assert solve("sparsevlm").positions == "compact" and solve("sparsevlm; positions=keep").positions == "keep"
+    assert solve("sparsevlm; quotas=shared").positions == "compact"
+    with pytest.raises(CodebookError, match="says positions twice"):
+        solve("sparsevlm; positions=keep; positions=keep")
 
 
 def test_flops_of_feather_from_its_own_budget():

@@ -169,6 +169,7 @@ def _unit(image: int, number: int, grid: tuple[int, int], features: Tensor, keys
         ordinal=ordinal,
         key=lambda: keys()[image].to(features.device) ^ mix(torch.tensor(number, device=features.device)),
         features=features,
+        whole=features,
         vision=None,
         encode=None,
     )

@@ -24,8 +24,8 @@ from codebook.pruning.engine.cache import PrunedLayer, pruned_layer
 from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Running
 from codebook.pruning.engine.forward import Chosen, Forward, unusable_mask
 from codebook.pruning.engine.sequence import Given
-from codebook.pruning.engine.tap import tap
-from codebook.pruning.engine.views import Cached
+from codebook.pruning.engine.tap import LISTENING, tap
+from codebook.pruning.engine.views import Cached, View
 
 if TYPE_CHECKING:
     from codebook.pruning.engine.context import Pruning
@@ -90,7 +90,7 @@ class Attachment:
         try:
             for stage in pruning.schedule.stages:
                 if stage.pruner.uses_attention:
-                    module = self._attention_before(stage.layer)
+                    module = self._asked(stage.layer, stage.pruner.own_layer)
                     pruning.taps.callback(tap(module, self._weak(self._on_attention, stage.layer)))
             if any(stage.pruner.uses_vision for stage in pruning.schedule.stages):
                 for attention in self.family.vision_attentions(self.model):
@@ -110,13 +110,14 @@ class Attachment:
 
         return call
 
-    def _attention_before(self, layer: int) -> Any:
-        """The attention whose queries and keys a stage at this layer is given: of the layer before."""
-        if not self._recurrent[layer - 1]:
-            return self.lm.layers[layer - 1].self_attn
-        able = [str(i + 1) for i, recurrent in enumerate(self._recurrent) if not recurrent]
+    def _asked(self, layer: int, own: bool) -> Any:
+        """The attention whose queries and keys a stage at this layer is given: its own layer's or the one's before."""
+        before = not own
+        if not self._recurrent[layer - before]:
+            return self.lm.layers[layer - before].self_attn
+        able = [str(i + before) for i, recurrent in enumerate(self._recurrent) if not recurrent]
         raise CodebookError(
-            f"a stage at layer {layer} that needs attention has none before it: layer {layer - 1} of this decoder is "
+            f"a stage at layer {layer} that needs attention has none to ask: layer {layer - before} of this decoder is "
             f"recurrent; use layer {' or '.join(able)}"
         )
 
@@ -354,25 +355,31 @@ class Attachment:
         forward = FORWARD.get()
         if forward is None or self._own_running() is None:
             return None
-        hidden, before = args[0], ENCODED.get()
+        hidden, before, cache = args[0], ENCODED.get(), kwargs.get("past_key_values")
+        entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
+        past = entry.index if isinstance(entry, PrunedLayer) else None
+
+        def view() -> tuple[View, PrunedLayer | None]:
+            pruned = None if cache is None else pruned_layer(cache, i)
+            cached = Cached(past, 0, 0) if pruned is None else Cached(past, pruned.get_seq_length(), pruned.physical)
+            return forward.view(layer, cached, kwargs), pruned
+
+        if forward.asks_own_layer(i):
+            stock = forward.sequence is None and past is None
+            forward.ask(layer, hidden, kwargs["position_embeddings"] if stock else view()[0].rotary, kwargs)
         hidden = forward.enter(i, hidden)
         ENCODED.set(before)  # a stage may encode an image anew: that call is no prompt's
         if self._recurrent[i]:
-            forward.before = None
+            forward.asked = None
             own = {} if forward.sequence is None else {"attention_mask": forward.sequence.own}
             return (hidden, *args[1:]), kwargs | own
-        cache = kwargs.get("past_key_values")
-        entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
-        past = entry.index if isinstance(entry, PrunedLayer) else None
         if forward.sequence is None and past is None:
-            forward.before = layer, kwargs["position_embeddings"]
+            forward.asked = layer, kwargs["position_embeddings"]
             return None
-        pruned = None if cache is None else pruned_layer(cache, i)
-        cached = Cached(past, 0, 0) if pruned is None else Cached(past, pruned.get_seq_length(), pruned.physical)
-        index, mask, rotary = forward.view(layer, cached, kwargs)
+        (index, mask, rotary), pruned = view()
         if pruned is not None:
             pruned.index = index
-        forward.before = layer, rotary
+        forward.asked = layer, rotary
         # Without position ids, or flash attention would take the gaps in them for packed sequences.
         changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         for name in self.family.per_token:
@@ -386,7 +393,9 @@ class Attachment:
 
     def _on_attention(self, layer: int, query: Tensor, key: Tensor, scaling: float) -> None:
         forward = FORWARD.get()
-        if forward is not None and forward.prompt is not None and layer in forward.stages:
+        if forward is None or forward.prompt is None or layer not in forward.stages:
+            return
+        if forward.stages[layer].pruner.own_layer == LISTENING.get():  # its own layer also runs once it has chosen
             forward.heard = query, key, scaling
 
     def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:

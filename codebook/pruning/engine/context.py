@@ -74,7 +74,7 @@ class Pruning:
         if schedule.positions == "compact" and self.family.axes > 1:
             raise CodebookError(
                 f"positions of {self.family.name} have {self.family.axes} axes and cannot be renumbered: use "
-                "positions='keep'"
+                "positions='keep', which is '; positions=keep' behind a schedule's text or a preset's name"
             )
         self.stages = {stage.layer: stage for stage in schedule.stages}
         self.open = self.enabled = False

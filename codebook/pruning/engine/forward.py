@@ -25,6 +25,7 @@ from codebook.pruning.engine.cache import visible
 from codebook.pruning.engine.prompt import Prompt, Unit
 from codebook.pruning.engine.sequence import Given, Shortened, shorten
 from codebook.pruning.engine.statistics import Tally
+from codebook.pruning.engine.tap import overhear
 from codebook.pruning.engine.views import Cached, View, Viewer, window
 from codebook.pruning.methods.base import FeaturePruner
 from codebook.pruning.stage import Stage
@@ -63,9 +64,9 @@ class Forward:
     sequence
         What is left of the input; None while that is all of it.
     heard
-        Queries, keys and scaling of the layer before a stage, while that stage is at work.
-    before
-        The layer that ran last, and the rotary embeddings that it was given.
+        Queries, keys and scaling of the layer that a stage asks, while that stage is at work.
+    asked
+        That layer, and the rotary embeddings that it was given: the layer that ran last, or the stage's own.
     """
 
     def __init__(
@@ -85,11 +86,22 @@ class Forward:
         self.units: list[Unit] = [] if prompt is None else list(prompt.units)
         self.sequence: Shortened | None = None
         self.heard: tuple[Tensor, Tensor, float] | None = None
-        self.before: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.asked: tuple[Any, tuple[Tensor, Tensor]] | None = None
         self._chosen: Chosen = {} if chosen is None else chosen
         self._tally = tally
+        self._norm = family.last_norm(model)
         self._viewer = Viewer(family, model, given, [] if prompt is None else prompt.lengths, blocks, compact)
         self._views: list[tuple[tuple[Any, ...], View]] = []
+
+    def asks_own_layer(self, layer: int) -> bool:
+        """Whether the stage at this layer, if there is one, chooses by how this very layer attends."""
+        return self.prompt is not None and layer in self.stages and self.stages[layer].pruner.own_layer
+
+    def ask(self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> None:
+        """Have a layer say what it would attend with, were its input (B, P, d) left as it is; a tap hears it."""
+        self.asked = layer, rotary
+        own = {"position_embeddings": rotary, "attention_mask": None, "past_key_values": None}
+        overhear(layer.self_attn, hidden_states=self.family.attention_norm(layer)(hidden), **(kwargs | own))
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
         """What a layer gets of its input (B, P, d), once the stage at this layer, if there is one, has pruned it."""
@@ -206,6 +218,9 @@ class Forward:
             key=unit.key(),
             attention=self._attention(unit, span) if stage.pruner.uses_attention else None,
             vision=unit.vision,
+            whole=unit.whole,
+            words=self.given.embeds[unit.row, unit.text],
+            norm=self._norm,
             encode=None if stage.layer else unit.encode,
         )
 
@@ -225,12 +240,12 @@ class Forward:
         return columns if self.sequence is None else torch.searchsorted(self.sequence.source[row], columns)
 
     def _attention(self, unit: Unit, span: Tensor) -> Attention:
-        """What the layer before attended with, of the tokens that pruners see of the unit's row."""
-        if self.heard is None or self.before is None:
-            raise CodebookError("the layer before the stage handed over no attention: load the model with "
+        """What the layer that the stage asks attends with, of the tokens that pruners see of the unit's row."""
+        if self.heard is None or self.asked is None:
+            raise CodebookError("the layer that the stage asks handed over no attention: load the model with "
                                 "attn_implementation='sdpa' or 'eager', uncompiled")  # fmt: skip
         query, key, scaling = self.heard
-        layer, rotary = self.before
+        layer, rotary = self.asked
         columns, row = self._row(unit.row)
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
         cos, sin = (x.expand(self.given.batch, -1, -1)[unit.row, row] for x in rotary)

@@ -40,7 +40,7 @@ class Unit:
         Where its tokens begin among the image's visual tokens.
     mass : (n,) int64 or None
         How many tokens each stands for; None where each stands for itself.
-    grid, ordinal, features, vision, encode
+    grid, ordinal, features, whole, vision, encode
         As in `VisualTokens`.
     key
         Function that gives theirs.
@@ -55,6 +55,7 @@ class Unit:
     ordinal: Tensor
     key: Callable[[], Tensor]
     features: Tensor
+    whole: Tensor
     vision: PackedVision | None
     encode: Callable[[int, int], Tensor] | None
     mass: Tensor | None = None
@@ -219,6 +220,7 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
         source, pieces, offset = sources[one.image.kind], one.image.sources, 0
         encode = partial(source.encode, source.pixels[pieces[0]]) if source.pixels and pieces else None
         for i, ((grid, _), index) in enumerate(zip(one.grids, indices[number], strict=True)):
+            own = features[number] if one.whole else features[number][index]
             units.append(
                 Unit(
                     image=number,
@@ -229,7 +231,8 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
                     grid=grid,
                     ordinal=index if one.whole else torch.arange(len(index), device=given.device),
                     key=partial(_key, keys, number, _mixed(i)),
-                    features=features[number] if one.whole else features[number][index],
+                    features=own,
+                    whole=own,
                     vision=None if source.tower is None else PackedVision(source.tower, pieces or (), index),
                     encode=encode,
                 )

@@ -7,6 +7,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,8 @@ Receive = Callable[[Tensor, Tensor, float], None]
 _taps: weakref.WeakKeyDictionary[Any, tuple[Any, list[Receive]]] = weakref.WeakKeyDictionary()
 """The config of each tapped module, as it was, and its receivers."""
 _taps_lock = threading.Lock()
+LISTENING: ContextVar[bool] = ContextVar("listening", default=False)
+"""Whether this thread runs an attention module for its queries and keys alone."""
 
 
 def tap(module: Any, receive: Receive) -> Callable[[], None]:
@@ -51,6 +54,15 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
     return undo
 
 
+def overhear(module: Any, *args: Any, **kwargs: Any) -> None:
+    """Run a tapped attention module for its queries and keys alone: nothing attends, and nothing comes of it."""
+    token = LISTENING.set(True)
+    try:
+        module(*args, **kwargs)
+    finally:
+        LISTENING.reset(token)
+
+
 def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
     """Hand to whoever taps the module what it attended with, now or in an earlier forward."""
     with _taps_lock:
@@ -64,6 +76,8 @@ def _tapped(stock: str) -> Callable[..., Any]:
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
         replay(module, query, key, kwargs["scaling"])
+        if LISTENING.get():
+            return query.transpose(1, 2), None  # of the shape that the module expects
         own = sys.modules[type(module).__module__].eager_attention_forward
         function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
         return function(module, query, key, value, attention_mask, **kwargs)

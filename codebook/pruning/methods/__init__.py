@@ -27,7 +27,7 @@ METHODS: dict[str, Method] = {
     "fastv-reverse": Method("fastv", "FastV", reverse=True),
     "fastv-vis": Method("fastv", "FastV", query="visual"),
     "fastv-window": Method("combine", "Window", ranking=FASTV),
-    "feather-ensemble": Method("combine", "Union", first=Method("uniform", "Uniform"), second=NOROPE),
+    "feather-ensemble": Method("combine", "Union", first=Method("uniform", "Uniform", phase="corner"), second=NOROPE),
     "phi-knn": Method("phi_knn", "DensityPeaks"),
     "pool": Method("pool", "Pool"),
     "random": Method("random", "Random"),

@@ -23,6 +23,11 @@ class Pruner(ABC):
     uses_attention: ClassVar[bool] = False
     """Whether it needs `tokens.attention`; such a pruner works at layer 1 or later."""
 
+    @property
+    def own_layer(self) -> bool:
+        """Whether that attention is the stage's own layer's, as it would be if the stage dropped nothing."""
+        return False
+
     uses_vision: ClassVar[bool] = False
     """Whether it needs `tokens.vision`."""
 

@@ -29,17 +29,27 @@ class CDPruner(Pruner):
     question's word embeddings. The authors take a CLIP text encoder, which the model does not come with. What of the
     text after the image is template and what is question the model cannot tell: all of it counts.
 
+    Attributes
+    ----------
+    negated
+        Prefer what is least like the question. The authors' code does, for CLIP, whose patches are the less like a text
+        the more they show of it; the paper and this default do not.
+
+    Notes
+    -----
     The greedy maximum takes keep steps of one row each, by a growing Cholesky factor (arXiv 1709.05135), without a host
     sync.
     """
 
+    negated: bool = False
     uses_text: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         if not len(tokens.question):
             raise CodebookError("cdpruner needs the question's text: use it in a schedule, on a model's own forward")
         question = normalize(tokens.sequence[tokens.question].float().mean(0), dim=0)
-        relevance = unit_range(normalize(tokens.hidden.float(), dim=-1) @ question)
+        relevance = normalize(tokens.hidden.float(), dim=-1) @ (-question if self.negated else question)
+        relevance = unit_range(relevance)
         weighted = normalize(tokens.features.float(), dim=-1) * relevance[:, None]
         gain = weighted.square().sum(1)
         # A product of matrices computes a row several times faster than one row after the other, but computes them all.

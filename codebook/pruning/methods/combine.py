@@ -27,6 +27,13 @@ class Combination(Pruner):
         return any(part.uses_attention for part in self.parts)
 
     @property
+    def own_layer(self) -> bool:
+        asked = {part.own_layer for part in self.parts if part.uses_attention}
+        if len(asked) > 1:
+            raise CodebookError("a stage asks one layer how it attends: give all parts that ask the same own_layer")
+        return True in asked
+
+    @property
     def uses_vision(self) -> bool:  # type: ignore[override]
         return any(part.uses_vision for part in self.parts)
 
@@ -68,8 +75,9 @@ class Union(Combination):
     """Tokens that one pruner keeps, filled up by the ranking of another (the ensembles of FEATHER, arXiv 2412.13180).
 
     The paper joins two fixed selections, a grid and the top of a ranking, to a set of whatever size; here the size is
-    given, and `share` of it, rounded, is `first`'s. That is the paper's set where size and share are: its ensemble of
-    the stride-3 grid and the top 182 of 27 x 27 tokens has 243, a third of them the grid.
+    given, and `share` of it, rounded, is `first`'s. Where `first` is the paper's grid, `Uniform(phase="corner")`, that
+    is the paper's set at its own size: the stride-3 grid and the top 182 of 27 x 27 tokens are 243 where they have 20
+    in common, a third of them the grid. At another size it is that set less its lowest ranks, or with the next ones.
 
     Attributes
     ----------

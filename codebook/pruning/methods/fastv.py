@@ -27,16 +27,20 @@ class FastV(ScoringPruner):
         attends to the image (phi_original of FEATHER).
     reverse
         Keep the least attended tokens instead (Reverse FastV).
+    own_layer
+        Ask the stage's own layer, as it would attend if nothing were dropped, instead of the one before (PyramidDrop,
+        arXiv 2410.17247). It projects queries and keys once more for that.
     """
 
     query: Literal["text", "visual"] = option("text", choices=("text", "visual"))
     rotated: bool = True
     image_only: bool = False
     reverse: bool = False
+    own_layer: bool = False
     uses_attention: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        attention = needed(tokens.attention, "the attention of the layer before")
+        attention = needed(tokens.attention, "the attention of a layer")
         options = {"rotated": self.rotated, "image_only": self.image_only}
         if self.query == "text":
             row = attention.row(-1, **options)

@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from codebook.pruning.methods.base import ScoringPruner, group_means, option
 from codebook.pruning.methods.phi_knn import peakedness
@@ -18,13 +17,15 @@ from codebook.pruning.tokens import VisualTokens, needed
 class SparseVLM(ScoringPruner):
     """Keep what the text raters attend to most, and the averages of clusters of the best of what is dropped.
 
-    Raters are the question's tokens whose mean cosine similarity to the visual tokens, in hidden states, is at least
-    the mean over the question; the score is their attention in the layer before, over heads. (The authors compare word
-    embeddings with projector outputs, through a softmax.)
+    Raters are the tokens of the text after the image of which the visual tokens are reminded most: every visual token
+    shares itself out among them by a softmax over the products of what enters the LLM for it and for them, and the
+    raters get at least the average share. The score is their attention in the layer before, over heads.
 
-    Recycling: of the R tokens that stay of n, c = 1 + floor(recycled * clusters * (n - R)), but at most half of R, are
-    averages. The dropped tokens with the highest scores, a share `recycled` of them, are clustered by density peaks,
-    and each of the c peaks takes the average hidden state of those that are nearest to it.
+    Recycling: m = 1 + floor(recycled * dropped) of the dropped tokens, those with the highest scores, are clustered by
+    density peaks, with as many neighbours as there are clusters, and c = 1 + floor(clusters * m) averages of hidden
+    states take the places of the peaks. The authors give the number of tokens that stay by their score, and the
+    averages come on top. Here exactly R stay in all, so that R - c stay by their score, one at least. (A number below
+    the least that the rule can give leaves one, and R - 1 averages.)
 
     Attributes
     ----------
@@ -41,9 +42,9 @@ class SparseVLM(ScoringPruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         attention = needed(tokens.attention, "the attention of the layer before")
-        text = normalize(tokens.sequence[tokens.question].float(), dim=-1)
-        similarity = text @ normalize(tokens.hidden.float(), dim=-1).mean(0)
-        return (similarity >= similarity.mean()).float() @ attention.rows(tokens.question)
+        words = needed(tokens.words, "the question's text").float()
+        share = (needed(tokens.whole, "the image's tokens").float() @ words.T).softmax(1).mean(0)
+        return (share >= share.mean()).float() @ attention.rows(tokens.question)
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         top, dropped = self._parts(tokens, keep)
@@ -65,15 +66,19 @@ class SparseVLM(ScoringPruner):
 
     def _parts(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
         """The tokens that stay by their score, and those that are recycled, both best first."""
-        n = len(tokens)
         order = self.score(tokens).argsort(descending=True, stable=True)
         if not self.recycled or keep == 1:
             return order[:keep], order[:0]
-        averages = min(keep // 2, 1 + int(self.recycled * self.clusters * (n - keep)))
-        own = keep - averages
-        return order[:own], order[own : own + max(averages, round(self.recycled * (n - own)))]
+        own = next((own for own in range(keep - 1, 1, -1) if own + self._averages(len(tokens) - own)[1] <= keep), 1)
+        recycled = max(keep - own, self._averages(len(tokens) - own)[0])
+        return order[:own], order[own : own + recycled]
+
+    def _averages(self, dropped: int) -> tuple[int, int]:
+        """Numbers of those that are recycled of so many dropped tokens, and of the averages that come of them."""
+        recycled = 1 + int(self.recycled * dropped)
+        return recycled, 1 + int(self.clusters * recycled)
 
     @staticmethod
     def _peaks(hidden: Tensor, count: int) -> Tensor:
         tie = torch.arange(len(hidden), 0, -1, device=hidden.device).double() / len(hidden)
-        return peakedness(hidden, 5, tie).topk(count).indices.sort().values
+        return peakedness(hidden, count, tie).topk(count).indices.sort().values

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from codebook.pruning.methods.base import Pruner
+from codebook.pruning.methods.base import Pruner, option
 from codebook.pruning.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
 class Uniform(Pruner):
-    """Keep exactly `keep` tokens spread evenly over the image (phi_uniform of arXiv 2412.13180, at any count).
+    """Keep exactly `keep` tokens spread evenly over the image.
 
-    The image is cut into the fewest near-square cells that suffice and the token at each cell's centre is kept; cells
-    in excess are left out at even distances. Where earlier stages have left gaps, every (n / keep)-th survivor in
-    raster order is kept instead.
+    The image is cut into the fewest near-square cells that suffice and one token of each cell is kept; cells in excess
+    are left out at even distances. Where earlier stages have left gaps, every (n / keep)-th survivor in raster order is
+    kept instead.
+
+    Attributes
+    ----------
+    phase
+        Which token of a cell: its `centre`, or its upper left `corner`, as in phi_uniform of arXiv 2412.13180. The
+        rows and columns of the latter are 0, s, 2s, ... wherever a whole stride s gives as many.
     """
+
+    phase: Literal["centre", "corner"] = option("centre", choices=("centre", "corner"))
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         n, device = len(tokens), tokens.ordinal.device
@@ -30,10 +39,17 @@ class Uniform(Pruner):
         across = math.ceil(keep / down)
         if across > cols:
             down, across = math.ceil(keep / cols), cols
-        cells = evenly_spaced(rows, down, device)[:, None] * cols + evenly_spaced(cols, across, device)
+        spaced = evenly_spaced if self.phase == "centre" else strided
+        cells = spaced(rows, down, device)[:, None] * cols + spaced(cols, across, device)
         return cells.flatten()[evenly_spaced(down * across, keep, device)]
 
 
 def evenly_spaced(n: int, keep: int, device: torch.device) -> Tensor:
     """(keep,) distinct ascending indices at the centres of `keep` equal parts of range(n)."""
     return (2 * torch.arange(keep, device=device) + 1) * n // (2 * keep)
+
+
+def strided(n: int, keep: int, device: torch.device) -> Tensor:
+    """(keep,) distinct ascending indices from 0 on: every s-th of range(n) where these are `keep`, else nearly so."""
+    stride, places = math.ceil(n / keep), torch.arange(keep, device=device)
+    return places * stride if (keep - 1) * stride < n else places * n // keep
