@@ -134,10 +134,11 @@ class Prober:
             raise CodebookError(f"batch_size is {batch_size}: it must be at least 1")
         before, row_end, after = split_prompt(model, processor, prompt)
         pad = pad_token(model, processor, pad)
-        embed, width = model.get_input_embeddings(), models.family(model).width(model)
+        family = models.family(model)
+        width = family.width(model)
 
         def vectors(ids: list[int]) -> Tensor:
-            own = embed(torch.tensor(ids, dtype=torch.int64, device=model.device))
+            own = family.words(model, torch.tensor(ids, dtype=torch.int64, device=model.device))
             return torch.nn.functional.pad(own, (0, width - own.shape[-1]))
 
         with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from codebook.errors import CodebookError
 from codebook.models.encoded import Encoded
 from codebook.models.layout import KINDS, WHOLE_PICTURE, Image, Layout, fixed_layouts, pool_patches, whole_images_error
+
+Turned = Literal["halves", "pairs", "nothing", "other"]
+"""What rotary embeddings turn together: numbers half of the turned width apart, neighbours, nothing, or not known what.
+
+They turn the first numbers of queries and keys, as many as there are cosines.
+"""
 
 Model = Any
 """A stock transformers vision-language model.
@@ -228,6 +234,10 @@ class Family:
         """
         return None
 
+    def turned(self, model: Model, layer: nn.Module) -> Turned:
+        """What the rotary embeddings of a decoder layer turn."""
+        return "halves"
+
     def rotary(self, model: Model, embeds: Tensor, positions: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
         """Cosines and sines (B, P, d) of a decoder layer at other positions (B, P) int64."""
         return model.get_decoder().rotary_emb(embeds, positions)
@@ -298,6 +308,10 @@ class Family:
         """
         arguments = self.probe_arguments(embeds, start, grid)
         return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1, **arguments).logits[:, -1]
+
+    def words(self, model: Model, ids: Tensor) -> Tensor:
+        """(..., hidden size), what enters the LLM for the tokens of text (...) int64 of a prompt with an image."""
+        return model.get_input_embeddings()(ids)
 
     def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         """Further keyword arguments for the model's forward of a prompt that is laid out as for `answer`."""

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from codebook.models.base import Model
+from codebook.models.base import Model, Turned
 from codebook.models.encoded import Encoded
 from codebook.models.qwen2_vl import Qwen2VL
 
@@ -24,6 +24,9 @@ class Ernie45VLMoe(Qwen2VL):
 
     def tower_layers(self, model: Model) -> nn.ModuleList:
         return model.base_model.vision_tower.blocks
+
+    def turned(self, model: Model, layer: nn.Module) -> Turned:
+        return "pairs"
 
     def sizes(self, model: Model, encoded: Encoded) -> list[tuple[int, int, int]]:
         pair = 1 if encoded.kind == "image" else model.config.vision_config.temporal_merge_size

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from codebook.models.base import Model
+from torch import nn
+
+from codebook.models.base import Model, Turned
 from codebook.models.qwen2_vl import Qwen2VL
 
 
@@ -11,6 +13,9 @@ class Glm4v(Qwen2VL):
 
     def token(self, model: Model, kind: str) -> int:
         return super().token(model, "image")
+
+    def turned(self, model: Model, layer: nn.Module) -> Turned:
+        return "halves" if "moe" in model.config.get_text_config().model_type else "pairs"
 
 
 class Glm46v(Glm4v):

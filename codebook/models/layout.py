@@ -187,8 +187,11 @@ def fixed_layouts(grid: tuple[int, int], prompts: list[list[int]], token: int) -
     return [[layout] * (ids.count(token) // layout.length) for ids in prompts]
 
 
-def broken_layouts(ids: list[int], token: int, grid: tuple[int, int]) -> list[Layout]:
-    """The layouts of the images of a prompt, each of them crops and then its whole view, with one token between."""
+def broken_layouts(ids: list[int], token: int, grid: tuple[int, int], view_first: bool = False) -> list[Layout]:
+    """The layouts of the images of a prompt, each of them crops and then its whole view, with one token between.
+
+    Or the whole view comes first. How many crops make a row is not known.
+    """
     rows, cols = grid
     counts: list[int] = []
     after = -1
@@ -200,7 +203,16 @@ def broken_layouts(ids: list[int], token: int, grid: tuple[int, int]) -> list[La
         else:
             counts.append(1)
         after = start + length
-    return [_crops_then_view([(0, 0)] * (count - 1), rows, cols, known=False) for count in counts]
+    out = []
+    for count in counts:
+        kinds = ["view", *["crop"] * (count - 1)] if view_first else [*["crop"] * (count - 1), "view"]
+        grids = [
+            Grid(i * rows * cols, rows, cols, "view") if kind == "view"
+            else Grid(i * rows * cols, rows, cols, "crop", box=None)
+            for i, kind in enumerate(kinds)
+        ]  # fmt: skip
+        out.append(Layout(count * rows * cols, tuple(grids), count))
+    return out
 
 
 def tagged_layouts(ids: list[int], token: int, grid: tuple[int, int], rows_known: bool = False) -> list[Layout]:

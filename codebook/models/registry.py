@@ -14,12 +14,14 @@ from codebook.models.gemma4 import Gemma4
 from codebook.models.glm4v import Glm4v, Glm4vMoe, Glm46v
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
+from codebook.models.kimi_k25 import KimiK25
 from codebook.models.lfm2_vl import Lfm2VL, Lfm3VL
 from codebook.models.llava import Llava
 from codebook.models.llava_next import LlavaNext
 from codebook.models.llava_next_video import LlavaNextVideo
 from codebook.models.llava_onevision import LlavaOnevision
 from codebook.models.mistral3 import Mistral3
+from codebook.models.ovis2 import Ovis2
 from codebook.models.paddleocr_vl import PaddleOCRVL
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
@@ -60,6 +62,8 @@ FAMILIES: dict[str, Family] = {
         Ernie45VLMoe(),
         DeepseekVL(),
         Gemma4(),
+        KimiK25(),
+        Ovis2(),
     )
 }
 """Supported families by the `model_type` of their config."""

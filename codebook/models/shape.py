@@ -60,6 +60,8 @@ def shape(model: Model) -> Shape:
     kept = [_kv_heads(layer, heads) for layer in layers]
     sizes = [getattr(layer, "head_dim", None) or text.hidden_size // heads for layer in layers]
     width = sum(a * b for a, b in zip(kept, sizes, strict=True)) / len(layers)
+    if latent := getattr(text, "kv_lora_rank", None):  # one head, of which keys and values are made anew
+        kept, width = [1], (latent + text.qk_rope_head_dim) / 2
     return Shape(
         tokens=rows * cols,
         layers=text.num_hidden_layers,

@@ -15,6 +15,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from codebook.errors import CodebookError
+from codebook.models.base import Turned
+
 QUERIES = 128
 """Rows of an attention map held at once where there is no [CLS] to give the only one."""
 
@@ -39,6 +42,8 @@ class Attention:
         `visible(query)` gives the keys of the P that some queries (q,) see: (q, P) bool. None: all up to their own.
     bias : (P,) float32 or None
         Number added to the logits towards each of the P: tokens that stand for several get more attention.
+    turned
+        What the rotary embedding turned.
     """
 
     query: Tensor
@@ -49,6 +54,7 @@ class Attention:
     span: slice | Tensor
     visible: Callable[[Tensor], Tensor] | None = None
     bias: Tensor | None = None
+    turned: Turned = "halves"
 
     @property
     def places(self) -> Tensor:
@@ -76,12 +82,17 @@ class Attention:
         Returns
         -------
         (q, n) float32
+
+        Raises
+        ------
+        CodebookError
+            If the rotary embedding is to be taken back where it is not known what it turned.
         """
         keys = self.span if image_only else slice(0, self.key.shape[1])
         q, k = self.query[:, query], self.key[:, keys]
         if not rotated:
-            q = _unrotate(q, self.cos[query], self.sin[query])
-            k = _unrotate(k, self.cos[keys], self.sin[keys])
+            q = self._unrotated(q, query)
+            k = self._unrotated(k, keys)
         k = k.repeat_interleave(len(q) // len(k), dim=0)
         logits = (q @ k.transpose(1, 2) * self.scaling).float()
         if self.bias is not None:
@@ -93,6 +104,23 @@ class Attention:
         else:
             seen = self.visible(query)
         return logits.masked_fill(~seen, -torch.inf).softmax(-1)[..., self.span].mean(0)
+
+    def _unrotated(self, x: Tensor, places: Tensor | slice) -> Tensor:
+        if self.turned == "nothing":
+            return x
+        if self.turned == "other":
+            raise CodebookError(
+                "this model's rotary embeddings cannot be taken back: use a method that leaves them, such as fastv"
+            )
+        cos, sin = self.cos[places], self.sin[places]
+        x, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+        if self.turned == "pairs":
+            other = torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+        else:
+            half = x.shape[-1] // 2
+            other = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+        # The divisor is 1 but for scaled rotary embeddings.
+        return torch.cat([(x * cos - other * sin) / (cos**2 + sin**2), rest], dim=-1)
 
 
 class TowerAttention(ABC):
@@ -178,9 +206,3 @@ class PackedVision(TowerAttention):
 
     def descriptors(self) -> Tensor:
         return torch.cat([self.tower.descriptors[i] for i in self.pieces])[self.index]
-
-
-def _unrotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-    return (x * cos - turned * sin) / (cos**2 + sin**2)  # the divisor is 1 but for scaled rotary embeddings

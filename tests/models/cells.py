@@ -20,8 +20,7 @@ from codebook.errors import CodebookError
 from codebook.pruning import Cls, Drop, FastV, Pool, Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage
 from codebook.store.codebook import Codebook
 from tests import reference
-from tests.models.families import FAMILIES, VIDEO
-from tests.tiny import IMAGE
+from tests.models.families import FAMILIES
 
 STEPS = 2
 METHODS = ("features", "attention", "tower", "merging", "drop", "mass")
@@ -152,7 +151,7 @@ def check(cell, device="cpu", tolerance=None):
             out = own.generate(
                 **{name: x.to(device) for name, x in inputs.items()},
                 max_new_tokens=STEPS, do_sample=False, return_dict_in_generate=True, output_logits=True,
-                suppress_tokens=[IMAGE, VIDEO],
+                suppress_tokens=list(tiny.never),
             )  # fmt: skip
     except CodebookError as error:
         assert "use" in str(error) and "\n" not in str(error)
@@ -164,7 +163,7 @@ def check(cell, device="cpu", tolerance=None):
     gone = gone_from(inputs, columns, survivors, plan.stages)
     edit = averaged(columns, survivors, plan.stages[0].layer) if cell.method == "merging" else None
     tokens, logits = reference.masked(
-        target, inputs, gone, STEPS, cell.positions == "compact", edit, [IMAGE, VIDEO],
+        target, inputs, gone, STEPS, cell.positions == "compact", edit, tiny.never,
         mass=mass(columns, survivors, plan.stages),
     )  # fmt: skip
     ours = torch.stack(out.logits, 1).cpu()

@@ -43,6 +43,8 @@ class Tiny:
         Most crops of an image, where its pixels are (1, 1 + crops, 3, H, W), the whole view first; else None.
     resizes
         Whether the tower takes images of any size, so that `downsample` works.
+    never
+        Tokens that are not to be generated: in a forward of the whole sequence they would mean something else.
     tolerance
         How far logits may be from the reference's, as a share of the largest.
     """
@@ -54,6 +56,7 @@ class Tiny:
     axes: int = 1
     seed: int = 0
     patches, crops, resizes, tolerance = 8, None, False, 1e-5
+    never = (IMAGE, VIDEO)
 
     @property
     def flexible(self):
@@ -286,6 +289,21 @@ class Tagged(Tiny):
         return self.image(draw, 2)
 
 
+class Ovis2(Tiny):
+    """The whole view, then crops, between tokens 80 to 84 that the model embeds by a table of its own."""
+
+    never = (IMAGE, VIDEO, *range(80, 85))
+
+    def image(self, draw, crops=0):
+        ids = [80, *[IMAGE] * 16, 81]
+        for crop in range(crops):
+            ids += [IMAGE] * 16 + [82] * (crop < crops - 1)
+        return [*ids, 84], {"pixel_values": draw(1 + crops, 3, 32, 32)}, [(4, 4)] * (1 + crops), []
+
+    def large(self, draw):
+        return self.image(draw, 2)
+
+
 class NextVideo(LlavaNext):
     def video(self, draw):
         return [VIDEO] * (3 * 4), {"pixel_values_videos": draw(1, 3, 3, 16, 16)}, [(2, 2)] * 3, []
@@ -344,6 +362,11 @@ class Paddle(Qwen):
     def _grid(self, draw, kind, frames, height, width):
         ids, pieces, *rest = super()._grid(draw, kind, frames, height, width)
         return ids, pieces | {"pixel_values": draw(frames * height * width, 3, 4, 4)}, *rest
+
+
+class Kimi(Paddle):
+    def types(self, ids):
+        return {}
 
 
 class Ernie(Qwen):
@@ -563,6 +586,25 @@ def _ernie():
     )  # fmt: skip
 
 
+def _ovis2():
+    vision = SIGLIP | {"image_size": 32, "hidden_stride": 2, "vocab_size": 60, "initializer_range": 0.2}
+    return hf.Ovis2Config(
+        vision_config=vision, text_config=hf.Qwen2Config(**TEXT), image_token_id=IMAGE, hidden_size=64,
+        visual_indicator_token_ids=[80, 81, 82, 83, 84], vocab_size=VOCAB,
+    )  # fmt: skip
+
+
+def _kimi():
+    text = EXPERTS | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    text |= {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    vision = {"patch_size": 4, "pos_emb_height": 8, "pos_emb_width": 8, "num_attention_heads": 4}
+    vision |= {"num_hidden_layers": 3, "hidden_size": 32, "intermediate_size": 64}
+    return hf.Kimi_K25Config(
+        text_config={"model_type": "deepseek_v3", **TEXT, "num_key_value_heads": 4, **text}, vision_config=vision,
+        image_token_id=IMAGE, video_token_id=VIDEO, projection_hidden_size=32,
+    )  # fmt: skip
+
+
 def _deepseek_vl():
     return hf.DeepseekVLConfig(vision_config=_siglip(16), text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE)
 
@@ -646,6 +688,8 @@ FAMILIES = {
         Paddle("paddleocr_vl", _paddle, "PaddleOCRVLForConditionalGeneration", axes=3),
         Ernie("ernie4_5_vl_moe", _ernie, "Ernie4_5_VLMoeForConditionalGeneration", True, 3),
         Gemma4("gemma4", _gemma4, "Gemma4ForConditionalGeneration", videos=True),
+        Ovis2("ovis2", _ovis2, "Ovis2ForConditionalGeneration"),
+        Kimi("kimi_k25", _kimi, "Kimi_K25ForConditionalGeneration"),
         Fixed("deepseek_vl", _deepseek_vl, "DeepseekVLForConditionalGeneration"),
     )
 }  # fmt: skip

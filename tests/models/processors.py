@@ -25,6 +25,18 @@ class Lfm2VlImages:
         }
 
 
+class KimiImages:
+    """As transformers', which needs torchvision, makes a picture of a size that it keeps: patches line by line."""
+
+    patch_size, merge_size = 4, 2
+
+    def __call__(self, images, return_tensors):
+        width, height = images.size
+        pixels = torch.from_numpy(np.array(images)).float().view(height // 4, 4, width // 4, 4, 3) / 127.5 - 1
+        grid = torch.tensor([[1, height // 4, width // 4]])
+        return {"pixel_values": pixels.permute(0, 2, 4, 1, 3).flatten(0, 1), "image_grid_thw": grid}
+
+
 SQUARE = {"height": 16, "width": 16}
 PATCHES = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 10**6}}
 PROCESSORS = {
@@ -58,6 +70,8 @@ PROCESSORS = {
     "glm46v": lambda: hf.Glm46VImageProcessor(**PATCHES),
     "paddleocr_vl": lambda: hf.PaddleOCRVLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "ernie4_5_vl_moe": lambda: hf.Ernie4_5_VLMoeImageProcessor(**PATCHES),
+    "kimi_k25": KimiImages,
+    "ovis2": lambda: hf.Ovis2ImageProcessor(size={"height": 32, "width": 32}),
     "deepseek_vl": lambda: hf.DeepseekVLImageProcessor(size=SQUARE),
     "paligemma": lambda: hf.SiglipImageProcessor(size=SQUARE),
 }

@@ -56,7 +56,7 @@ def test_a_probe_of_the_whole_image_is_the_models_own_answer(tiny):
     inputs = tiny.inputs([[3, 4, "image", 5, 6]])
     expected = target(**inputs).logits[:, -1]
     projected = family.image_features(target, inputs["pixel_values"])[0]
-    embeds = target.get_input_embeddings()(inputs["input_ids"])
+    embeds = family.words(target, inputs["input_ids"])
     embeds = torch.nn.functional.pad(embeds, (0, family.width(target) - embeds.shape[-1]))
     columns, grid = (inputs["input_ids"][0] == IMAGE).nonzero()[:, 0], family.grid(target)
     gap = columns[grid[1]] - columns[grid[1] - 1] - 1  # between two rows

@@ -227,8 +227,10 @@ def places(tiny, target, call):
 
         config = target.config.vision_config
         grid = call.given[f"{call.kind}_grid_thw"]
-        # PaddleOCR-VL's tower takes the patches line by line, the others those of a token together.
-        position = get_vision_position_ids(grid, 1 if tiny.name == "paddleocr_vl" else config.spatial_merge_size)
+        # Some towers take the patches line by line, the others those of a token together.
+        position = get_vision_position_ids(
+            grid, 1 if tiny.name in ("paddleocr_vl", "kimi_k25") else config.spatial_merge_size
+        )
         if hasattr(config, "window_size"):
             index, _ = get_vision_window_index(grid, 2, config.window_size, config.patch_size)
             position = position.view(-1, 4, 2)[index].flatten(0, 1)
@@ -285,6 +287,36 @@ def test_tower_scores_are_the_stock_attention_of_the_patches(tiny, monkeypatch):
     packed = torch.cat(family.pack(target, call, [score[:, None] for score in scores]))[:, 0]
     for score, grid in zip(seen, pruning.images[0].layout.grids, strict=True):
         assert torch.allclose(score, packed[grid.index], atol=1e-6)
+
+
+@torch.no_grad()
+def test_attention_without_rotation_is_that_of_a_layer_that_does_not_rotate(tiny):
+    target, inputs, seen = model(tiny.name, "eager"), tiny.inputs(ROWS), []
+    first = next(i for i, layer in enumerate(target.get_decoder().layers) if hasattr(layer, "self_attn"))
+
+    class Look(FastV):
+        def score(self, tokens):
+            seen.append(super().score(tokens))
+            return seen[-1]
+
+    with Schedule([Stage(first + 1, 0.5, Look(rotated=False))])(target):
+        if tiny.name == "kimi_k25":  # latent attention
+            with pytest.raises(CodebookError, match="cannot be taken back: use"):
+                target(**inputs)
+            return
+        target(**inputs)
+
+    def still(_, args, kwargs):
+        cos, sin = kwargs["position_embeddings"]
+        return args, kwargs | {"position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}
+
+    handle = target.get_decoder().layers[first].register_forward_pre_hook(still, with_kwargs=True)
+    maps = target(**inputs, output_attentions=True).attentions[0].mean(1)
+    handle.remove()
+    scores = iter(seen)
+    for row, grids, places in tiny.columns(ROWS):
+        for columns in places.split([rows * cols for rows, cols in grids]):
+            assert torch.allclose(next(scores), maps[row, -1, columns], atol=1e-6)
 
 
 @torch.no_grad()

@@ -81,7 +81,8 @@ class Forward:
         chosen: Chosen | None = None,
         tally: Tally | None = None,
     ) -> None:
-        self.family, self.given, self.stages, self.prompt, self.blocks = family, given, stages, prompt, blocks
+        self.family, self.model = family, model
+        self.given, self.stages, self.prompt, self.blocks = given, stages, prompt, blocks
         self.log: list[list[Tensor]] = [] if prompt is None else [[] for _ in prompt.images]
         self.units: list[Unit] = [] if prompt is None else list(prompt.units)
         self.sequence: Shortened | None = None
@@ -257,7 +258,9 @@ class Forward:
             both = None if blocks is None else (blocks[places], blocks)
             return visible(columns[places], columns, window(layer), both, self.family.window_last)
 
-        return Attention(query[unit.row, :, row], key[unit.row, :, now][:, row], cos, sin, scaling, span, sees, bias)
+        turned = self.family.turned(self.model, layer)
+        heads = query[unit.row, :, row], key[unit.row, :, now][:, row]
+        return Attention(*heads, cos, sin, scaling, span, sees, bias, turned)
 
 
 def unusable_mask() -> CodebookError:
