@@ -125,6 +125,8 @@ class PruningQwen(PruningModel):
         Those of Qwen3-VL hold, behind the features, what is added to the first decoder layers.
         """
         own: Any = self
+        if "pixel_values" not in data:
+            return []
         whole = own._process_image_input(own._parse_and_validate_image_input(**data))
         features = [image[:, : own.config.get_text_config().hidden_size] for image in whole]
         indices, layouts = self.kept(features, own.config, data), qwen_layouts(own.config, data)

@@ -4,7 +4,6 @@ vLLM's engine for CPUs never asks for the positions of pruned images, so the pro
 make it ask, as engines for GPUs do.
 """
 
-import json
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
@@ -21,7 +20,7 @@ from codebook.errors import CodebookError
 from codebook.models import fingerprint
 from codebook.pruning.methods import Uniform
 from codebook.pruning.tokens import VisualTokens
-from tests.integrations.vllm import folders
+from tests.integrations.vllm import folders, running
 from tests.tiny import IMAGE
 
 vllm = pytest.importorskip("vllm")
@@ -36,11 +35,7 @@ from vllm.v1.worker.gpu.model_states.mm_pruning import maybe_create_mm_pruner  #
 from codebook.integrations.vllm import mrope, register  # noqa: E402
 from codebook.integrations.vllm.settings import VllmSettings  # noqa: E402
 
-ARCHITECTURES = {
-    folders.qwen2_vl: "CodebookQwen2VLForConditionalGeneration",
-    folders.qwen2_5_vl: "CodebookQwen2_5_VLForConditionalGeneration",
-    folders.qwen3_vl: "CodebookQwen3VLForConditionalGeneration",
-}
+register()
 torch._dynamo.config.disable = True  # compiling vLLM's sampler takes longer than all that is tested
 METHODS = ["codebook", "codebook-farthest", "farthest", "divprune", "uniform"]
 KEEP, NEW, BLOCK = 0.3, 8, 32
@@ -132,21 +127,14 @@ class Engine:
             torch.testing.assert_close(logs, exact, atol=1e-4, rtol=0)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Where vLLM keeps what it found out about classes: empty, so that it looks at them in a process of its own."""
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda family: family.__name__)
-def engine(request, tmp_path_factory, cache):
-    folder = str(folders.save(request.param, tmp_path_factory.mktemp("model")))
+@pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
+def engine(request, tmp_path_factory):
+    folder = folders.save(getattr(folders, request.param), tmp_path_factory.mktemp("model"))
     stock = hf.AutoModelForImageTextToText.from_pretrained(folder).eval()
-    config = {"model": request.param.__name__, "fingerprint": fingerprint(stock)}
     book = str(tmp_path_factory.mktemp("book"))
-    Codebook(torch.randn(7, 64, generator=torch.Generator().manual_seed(1)), None, config).save(book)
+    prototypes = torch.randn(7, 64, generator=torch.Generator().manual_seed(1))
+    Codebook(prototypes, None, {"model": request.param, "fingerprint": fingerprint(stock)}).save(book)
     with pytest.MonkeyPatch.context() as patch:
-        start = started(patch, cache)
         patch.setattr(mrope, "current_platform", SimpleNamespace(is_cpu=lambda: False))
         load = CPUModelRunner.load_model
 
@@ -156,26 +144,9 @@ def engine(request, tmp_path_factory, cache):
 
         patch.setattr(CPUModelRunner, "load_model", load_and_ask)
         given = {"method": "codebook", "keep": KEEP, "codebook": book}
-        llm = start(folder, {"architectures": [ARCHITECTURES[request.param]], "codebook_config": given})
-        yield Engine(llm, stock, hf.AutoProcessor.from_pretrained(folder), book)
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        cleanup_dist_env_and_memory()
-
-
-def started(patch, cache):
-    patch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    patch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    patch.setenv("VLLM_CACHE_ROOT", str(cache))
-    register()
-
-    def start(folder, overrides, **options):
-        return vllm.LLM(
-            folder, hf_overrides=overrides, dtype="float32", enforce_eager=True, max_model_len=512, block_size=BLOCK,
-            max_num_batched_tokens=512, limit_mm_per_prompt={"image": 3}, **options,
-        )  # fmt: skip
-
-    return start
+        options = {"enable_prefix_caching": True, "block_size": BLOCK, "max_num_batched_tokens": 512}
+        with running.engine(folder, request.param, given, max_model_len=512, **options) as llm:
+            yield Engine(llm, stock, hf.AutoProcessor.from_pretrained(folder), book)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -221,17 +192,6 @@ def test_images_have_other_names_where_other_tokens_are_kept(engine):
         names += hashes(engine) + hashes(engine, mm_uuid_items={"image": ["mine"]})
     assert len(set(names)) == 8
     assert hashes(engine) == names[-2:-1]
-
-
-def test_what_vllm_found_out_about_the_class(engine, cache):
-    """It looked, in a process of its own, before the engine started."""
-    [name] = engine.config.architectures
-    [file] = (cache / "modelinfos").glob(f"*-{name}.json")
-    found = json.loads(file.read_text())["modelinfo"]
-    assert found["architecture"] == name
-    wanted = {"is_text_generation_model", "supports_multimodal", "supports_multimodal_encoder_tp_data", "supports_pp"}
-    assert {key for key, value in found.items() if value is True and key in wanted} == wanted
-    assert not found["supports_multimodal_raw_input_only"] and not found["is_pooling_model"]
 
 
 def test_memory_is_measured_on_the_largest_image(engine):
@@ -342,11 +302,10 @@ def test_where_positions_would_be_wrong_it_does_not_start(monkeypatch, changes, 
         mrope.check(wanted(**changes))
 
 
-def test_an_engine_on_a_cpu_does_not_start(tmp_path, cache, monkeypatch):
+def test_an_engine_on_a_cpu_does_not_start(tmp_path, monkeypatch):
     monkeypatch.setattr(mrope, "current_platform", current_platform)
-    folder = str(folders.save(folders.qwen2_vl, tmp_path))
-    given = {"method": "uniform", "keep": KEEP}
-    architectures = ["CodebookQwen2VLForConditionalGeneration"]
-    with pytest.raises(CodebookError, match="wrong positions on a CPU: use a GPU"):
-        started(monkeypatch, cache)(folder, {"architectures": architectures, "codebook_config": given})
+    folder = folders.save(folders.qwen2_vl, tmp_path)
+    refused = pytest.raises(CodebookError, match="wrong positions on a CPU: use a GPU")
+    with refused, running.engine(folder, "qwen2_vl", {"method": "uniform", "keep": KEEP}):
+        pass
     cleanup_dist_env_and_memory()
