@@ -5,7 +5,7 @@ READY := $(VENV)/.ready
 # Waiting threads sleep instead of spinning: on shared cores small models run many times faster.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint table results test-versions test-lmms test-vllm test-cuda clean
+.PHONY: demo test lint table results test-versions test-lmms test-vllm test-cuda test-docs release clean
 
 demo: $(READY)
 	$(VENV)/bin/codebook demo --out out/demo
@@ -65,6 +65,15 @@ test-versions:
 	  $$folder/bin/python -m pytest tests/models tests/pruning tests/serving tests/test_models.py; \
 	  rm -rf $$folder; \
 	done
+
+# README and docs followed to the letter, what they show compared: minutes. PAGES=docs/pruning.md follows README and that.
+test-docs: $(READY)
+	$(VENV)/bin/python -m tests.follow_docs $(PAGES)
+
+# Source distribution and wheel in dist/, their metadata checked, each installed and tried away from the checkout.
+release: $(READY)
+	rm -rf dist
+	$(VENV)/bin/python -m benchmarks.publish.release --out dist
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
