@@ -161,6 +161,7 @@ def follow(page: str, names: dict[str, Any]) -> tuple[list[str], list[str]]:
                 left_out.append(f"{where}: {block.body.splitlines()[0]}")
         except Exception as error:
             wrong.append(f"{where}: {type(error).__name__}: {error}")
+            printed = None
         print(f"{where}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return wrong, left_out
 
