@@ -23,9 +23,10 @@ test-cuda: $(READY)
 table: $(READY)
 	$(VENV)/bin/python -m tests.models.cells
 
-# docs/results.md, from what `codebook bench` measured.
+# docs/results.md and docs/report.html, from what `codebook bench` measured.
 results: $(READY)
-	$(VENV)/bin/python -m benchmarks.publish.results benchmarks/publish/miniature.json > docs/results.md
+	$(VENV)/bin/python -m benchmarks.publish.results benchmarks/publish/miniature.json --report docs/report.html \
+	  > docs/results.md
 
 # The plug-in in lmms-eval itself, in an environment of its own that is thrown away (about 2.5 GB). A torchvision
 # built for CUDA does not load beside a torch for CPUs; nothing here needs it.

@@ -1,6 +1,6 @@
-"""docs/results.md from a results.json of `codebook bench`.
+"""docs/results.md and docs/report.html from a results.json of `codebook bench`.
 
-    python -m benchmarks.publish.results benchmarks/publish/miniature.json > docs/results.md
+    python -m benchmarks.publish.results benchmarks/publish/miniature.json --report docs/report.html > docs/results.md
 
 `make results` does that.
 """
@@ -9,27 +9,28 @@ import argparse
 import json
 from pathlib import Path
 
-from codebook.evaluation.report import markdown
+from codebook.cli.data import load_data
+from codebook.evaluation.bench import samples_to_show
+from codebook.evaluation.report import command_of, html, markdown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path, help="what `codebook bench` wrote")
-    results = json.loads(parser.parse_args().results.read_text())
-    rows, [counts] = results["rows"], {task["samples"] for task in results["tasks"].values()}
-    options = {
-        "methods": f'"{",".join(dict.fromkeys(row["method"] for row in rows[1:]))}"',
-        "keep": ",".join(f"{keep:g}" for keep in results["keeps"]),
-        "count": counts, "seeds": max(row["seeds"] for row in rows), "seed": results["seed"],
-        **({"against": f'"{results["against"]}"'} if results.get("against") else {}), "out": "bench",
-    }  # fmt: skip
-    command = " ".join(f"--{name} {value}" for name, value in options.items())
+    parser.add_argument("--report", type=Path, help="also write the report, of data that ship, to this file")
+    given = parser.parse_args()
+    results = json.loads(given.results.read_text())
     print(f"# Results of {results['name']}\n")
     print("Written by `make results`; the table's columns are explained in [bench.md](bench.md). Measured by\n")
-    print(f"```\ncodebook bench {results['name']} {command}\n```\n")
+    print(f"```\n{command_of(results)}\n```\n")
     if "note" in results:  # benchmarks/publish/remeasure.py
         print(f"{results['note']}\n")
     print(markdown(results), end="")
+    if given.report is not None:
+        tasks = load_data(results["name"], results["data"], next(iter(results["tasks"].values()))["samples"])
+        samples = samples_to_show(tasks, len(results["samples"]))
+        assert [one.question for one in samples] == [one["question"] for one in results["samples"]]
+        given.report.write_text(html(results, [one.pictures() for one in samples]))
 
 
 if __name__ == "__main__":

@@ -52,19 +52,21 @@ def draw_horizons(found: Mapping[str, Horizon], start: int, metric: str, path: P
             bounds = [
                 [a + z * e for a, e in zip(one.loss, errors, strict=True)] for z in (-NORMAL_QUANTILE, NORMAL_QUANTILE)
             ]
-            panel.fill_between(layers, *bounds, alpha=0.25, linewidth=0)
-        panel.plot(layers, one.loss, marker=".")
+            panel.fill_between(layers, *bounds, alpha=0.25, linewidth=0, label="95% of it")
+        panel.plot(layers, one.loss, marker=".", label="loss, the mean over questions")
         title = f"{task}: {UNKNOWN}"
         if not one.unknown:
-            panel.axvspan(*one.interval, color="tab:orange", alpha=0.15, linewidth=0)
-            panel.axvline(one.layer, color="tab:orange")
-            panel.axvline(one.safe, color="tab:green", linestyle="--")
+            panel.axvspan(*one.interval, color="tab:orange", alpha=0.15, linewidth=0, label="its 95% interval")
+            panel.axvline(one.layer, color="tab:orange", label="horizon")
+            panel.axvline(one.safe, color="tab:green", linestyle="--", label="pruning is safe from here")
             title = f"{task}: {one.layer} [{one.interval[0]}, {one.interval[1]}], safe {one.safe}"
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         panel.tick_params(labelbottom=True)  # there may be no panel below with labels of its own
         panel.set_title(title, fontsize=9)
     for panel in panels[len(found) :]:
         panel.set_visible(False)
+    shown = dict(pair for panel in panels for pair in zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(shown.values(), shown.keys(), loc="outside upper left", ncols=min(5, 2 * columns), fontsize=8)
     figure.supxlabel("layer from which no visual token is left", fontsize=9)
     figure.supylabel(f"loss of {metric}", fontsize=9)
     figure.savefig(path, format="png", dpi=110)

@@ -69,10 +69,12 @@ def bench_command(
     as_json: JsonOption = False,
 ) -> None:
     """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
+    from codebook import models
     from codebook.cli.checks import check_codebook, check_output_folder
     from codebook.cli.data import load_data
     from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
+    from codebook.inference.overlay import shown_part
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 
@@ -106,7 +108,9 @@ def bench_command(
         looks = bench.show_rows(loaded, processor, samples, done, out / "samples.sqlite", max_new_tokens, tick)
     results = {"name": model, "data": list(named), "keeps": budgets, **results, "samples": looks}
     results["skipped"] = skipped + results["skipped"]
-    page = report.html(results, [sample.pictures() for sample in samples], curve)
+    family = models.family(models.unwrap(loaded))
+    shown = [[shown_part(one, family.shown_box(processor, one.size)) for one in s.pictures()] for s in samples]
+    page = report.html(results, shown, curve)
     for file, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("report.html", page)):
         with replacing(out / file) as temporary:
             temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8

@@ -27,8 +27,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Marks of one colour and shape, joined by a line."""
+    """Marks of one colour and shape, joined by a line; `name` is what a page finds them by."""
 
+    name: str
     points: Sequence[Point]
     colour: str
     shape: str = "circle"
@@ -111,10 +112,11 @@ def scatter(series: Sequence[Series], x_label: str, y_label: str, frontier: Sequ
         parts.append(tag("polyline", class_="frontier", points=line))
     for own in series:
         line = path([(x(p.x), y(p.y)) for p in own.points])
-        parts.append(tag("polyline", class_="dashed" if own.dashed else "joined", points=line, stroke=own.colour))
+        drawn = [tag("polyline", class_="dashed" if own.dashed else "joined", points=line, stroke=own.colour)]
         for p in own.points:
-            parts.append(tag("line", class_="bar", x1=x(p.x), x2=x(p.x), y1=y(p.low), y2=y(p.high), stroke=own.colour))
-            parts.append(mark(own.shape, x(p.x), y(p.y), own.colour, p.text))
+            drawn.append(tag("line", class_="bar", x1=x(p.x), x2=x(p.x), y1=y(p.low), y2=y(p.high), stroke=own.colour))
+            drawn.append(mark(own.shape, x(p.x), y(p.y), own.colour, p.text))
+        parts.append(tag("g", "".join(drawn), class_="series", data_m=own.name))
     label = f"{y_label} by {x_label}"
     return tag("svg", "".join(parts), class_="chart", viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=label)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
+import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -18,6 +20,7 @@ from codebook.errors import CodebookError
 from codebook.evaluation.bench import BASELINES, UNPRUNED
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
 from codebook.inference.uncertainty import UNKNOWN, plus_minus
+from codebook.pruning.presets import expand
 from codebook.store.files import read_json
 
 THUMBNAIL = 336
@@ -100,13 +103,50 @@ def html(
                                 pareto([point for own in series for point in own.points]))),
         budgets=Markup(scatter([_series(rows, method, styles[method], "kept") for method in styles],
                                "visual tokens kept, averaged over the layers", "accuracy, %")),
-        tables=_tables(results), horizon=_horizon(horizon), looks=looks,
+        tables=_tables(results), horizon=_horizon(horizon), looks=looks, command=command_of(results),
+        sentences={method: _sentence(method, results["layers"]) for method in styles},
         schedules=[
-            {"name": _name(row), "schedule": row["schedule"], "kept": f"{100 * row['kept']['average']:.1f}%",
+            {"name": _name(row), "method": row["method"], "schedule": row["schedule"],
+             "kept": f"{100 * row['kept']['average']:.1f}%",
              "chart": Markup(steps(row["kept"]["layers"], rows[0]["kept"]["layers"][0]))}
             for row in rows
         ],
     )  # fmt: skip
+
+
+def command_of(results: Results) -> str:
+    """The command that measures the rows, as far as results.json says; limits of time and memory are not in it."""
+    rows = results["rows"]
+    options: dict[str, Any] = {
+        "methods": ",".join(dict.fromkeys(row["method"] for row in rows[1:])),
+        "keep": ",".join(f"{keep:g}" for keep in results["keeps"]),
+    }
+    if len(counts := {task["samples"] for task in results["tasks"].values()}) == 1:
+        options["count"] = counts.pop()
+    options |= {"seeds": max(row["seeds"] for row in rows), "seed": results["seed"]}
+    options |= ({"against": results["against"]} if results.get("against") else {}) | {"out": "bench"}
+    data = [] if results["data"] == ["miniature"] else [("data", one) for one in results["data"]]
+    words = "".join(f" --{name} {_shell_word(str(value))}" for name, value in [*data, *options.items()])
+    return f"codebook bench {_shell_word(results['name'])}{words}"
+
+
+def _shell_word(text: str) -> str:
+    """A word as a shell reads it; methods' options have single quotes, and are written between double ones."""
+    return f'"{text}"' if "'" in text and not set(text) & set('"$`\\!') else shlex.quote(text)
+
+
+def _sentence(method: str, layers: int) -> str:
+    """What a row does, from what its pruners' classes say of themselves."""
+    if method == UNPRUNED:
+        return "All visual tokens stay."
+    found = []
+    for stage in expand(method, layers)[0].stages:
+        text = " ".join((inspect.getdoc(stage.entry.kind) or "").partition("\n\n")[0].split()).replace("`", "")
+        options = ", ".join(f"{name}={value!r}" for name, value in {**stage.entry.given, **stage.options}.items())
+        where = f"From layer {stage.layer} on: " if stage.layer else ""
+        mass = " A kept token also stands for the dropped ones most like it." if stage.mass else ""
+        found.append(where + text + (f" ({options})" if options else "") + mass)
+    return " ".join(found)
 
 
 def _name(row: Mapping[str, Any]) -> str:
@@ -139,7 +179,7 @@ def _series(rows: Sequence[Mapping[str, Any]], method: str, style: tuple[str, st
         low, high = interval or (score, score)
         unsure = "" if interval else f", interval {UNKNOWN}"
         points.append(Point(x, score, low, high, f"{_name(row)}: {100 * score:.1f}%{unsure}, {x:.2f}"))
-    return Series(points, *style, dashed=method in BASELINES)
+    return Series(method, points, *style, dashed=method in BASELINES)
 
 
 def _cell(text: str, small: str = "", best: bool = False, shade: float | None = None) -> dict[str, Any]:
@@ -167,9 +207,11 @@ def _tables(results: Results) -> list[dict[str, Any]]:
         best = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
         quality = [_table_row(row, _quality(row, changes, ranges, best, row in own[:1])) for row in [rows[0], *own]]
         cost = [_table_row(row, _spent(row)) for row in [rows[0], *own]]
-        columns, note = ["mean", *changes, *tasks], _ahead(results, own)
-        tables.append({"title": f"keep {keep:g}: accuracy, %", "columns": columns, "rows": quality, "note": note})
-        tables.append({"title": f"keep {keep:g}: cost", "columns": COSTS, "rows": cost})
+        columns = [(name, "") for name in ("mean", *changes)]
+        columns += [(name, str(task["samples"])) for name, task in results["tasks"].items()]
+        title, note = f"keep {keep:g}: accuracy, %; below each task the number of its questions", _ahead(results, own)
+        tables.append({"title": title, "columns": columns, "rows": quality, "note": note})
+        tables.append({"title": f"keep {keep:g}: cost", "columns": [(name, "") for name in COSTS], "rows": cost})
     return tables
 
 

@@ -18,6 +18,7 @@ from codebook.inference import respond
 from codebook.inference.ask import ask
 from codebook.inference.prompts import prepare
 from tests.journals import read_journal
+from tests.serving.browser import CHROMIUM, Browser
 
 KEEPS = [0.25, 0.05]
 METHODS = ["codebook", "fastv", "uniform"]
@@ -242,15 +243,53 @@ def test_the_report_is_one_file_that_needs_no_other(measured):
     page = Page(text)
     assert len(page.ids) == len(set(page.ids))
     assert all(link.startswith("data:image/") or link.removeprefix("#") in page.ids for link in page.links)
-    assert "<script" not in text and "url(" not in text and "@import" not in text and "http" not in text
+    assert (
+        text.count("<script") == 1
+        and "<script>" in text
+        and "url(" not in text
+        and "@import" not in text
+        and "http" not in text
+    )
     assert "prefers-color-scheme: dark" in text and 'name="viewport"' in text
     assert "&lt;b&gt;&amp;model&lt;/b&gt;" in text and "<b>&model" not in text
     words = " ".join(page.words)
     for row in results["rows"]:
         assert row["method"] in words and row["schedule"] in words
+    marked = set(re.findall(r'<g class="series" data-m="([^"]*)"', text))
+    assert marked == {row["method"] for row in results["rows"]} == set(re.findall(r'<li data-m="([^"]*)"', text))
+    assert "All visual tokens stay." in words and "Keep the tokens that are least like any prototype" in words
+    for task in results["tasks"].values():
+        assert f"<small>{task['samples']}</small></th>" in text
+    assert "Measured by" in words and "codebook bench" in words
     assert "exist: horizon 1 [1, 2], safe from 2" in words and "out of reach" in words
     without = report.html(results | {"samples": []})
     assert "What was kept" not in without and "Information horizon" not in without
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+def test_the_report_is_sorted_filtered_and_read_on_a_telephone(measured, tmp_path):
+    (tmp_path / "report.html").write_text(report.html(measured[0] | {"samples": []}))
+    rows = "[...document.querySelector('table.sorted').tBodies[0].rows].filter(row => !row.hidden)"
+    with Browser(390, 800, mobile=True) as page:
+        page.open((tmp_path / "report.html").as_uri())
+        page.wait("document.readyState === 'complete'")
+        assert page.run("document.documentElement.scrollWidth") <= 390
+        assert page.run(f"{rows}[0].cells[1].getBoundingClientRect().right") < 390  # the mean is in sight
+        assert page.run("document.querySelector('.wide').classList.contains('more')")
+        page.run("document.querySelectorAll('table.sorted thead button')[1].click()")
+        means = page.run(f"{rows}.map(row => parseFloat(row.cells[1].textContent))")
+        assert means == sorted(means, reverse=True)
+        page.run("document.querySelectorAll('table.sorted thead button')[1].click()")
+        assert page.run(f"{rows}.map(row => parseFloat(row.cells[1].textContent))") == means[::-1]
+        page.run("document.querySelectorAll('.legend li button')[1].click()")
+        lit = page.run("[...document.querySelectorAll('.on')].map(node => node.dataset.m)")
+        assert len(set(lit)) == 1 and page.run("document.querySelectorAll('.series.on').length") == 2
+        page.run(
+            "{ const find = document.getElementById('find'); find.value = 'FASTV'; "
+            "find.dispatchEvent(new Event('input')); }"
+        )
+        assert page.run(f"{rows}.map(row => row.dataset.m)") == ["fastv"]
+        assert not page.messages
 
 
 CURVE = {"loss": [0.5, 0.1], "error": [0.1, None], "layer": 1, "interval": [1, 2], "safe": 2}

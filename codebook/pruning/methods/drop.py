@@ -13,7 +13,7 @@ from codebook.pruning.tokens import VisualTokens
 
 @dataclass(frozen=True)
 class Drop(Pruner):
-    """For a stage that keeps 0 tokens, where there is nothing to choose: `Stage(16, 0, Drop())`."""
+    """Drop every visual token: for a stage that keeps 0, `Stage(16, 0, Drop())`."""
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         raise CodebookError(f"drop keeps no visual token, not {keep}: leave its keep out")
