@@ -27,7 +27,7 @@ def main() -> None:
         print(f"{results['note']}\n")
     print(markdown(results), end="")
     if given.report is not None:
-        tasks = load_data(results["name"], results["data"], next(iter(results["tasks"].values()))["samples"])
+        tasks = load_data(results["data"], next(iter(results["tasks"].values()))["samples"])
         samples = samples_to_show(tasks, len(results["samples"]))
         assert [one.question for one in samples] == [one["question"] for one in results["samples"]]
         given.report.write_text(html(results, [one.pictures() for one in samples]))

@@ -24,8 +24,11 @@ def load_samples(model: str, name: str, split: str = "train", seed: int = 0, cou
     return of_miniature(split, seed, count) if name == MINIATURE else read_samples(Path(name), frame_rule_of(model))
 
 
-def load_data(model: str, names: Sequence[str], count: int | None = None, seed: int = 0) -> list[Task]:
-    """The tasks of `load_tasks`, and of `miniature`, its test split, or `miniature:family`, one of its families."""
+def load_data(names: Sequence[str], count: int | None = None, seed: int = 0, model: str = MINIATURE) -> list[Task]:
+    """The tasks of `load_tasks`, and of `miniature`, its test split, or `miniature:family`, one of its families.
+
+    The frames of clips are those that `model` is shown.
+    """
     return load_tasks(names, count, seed, {MINIATURE: _held_out}, frame_rule_of(model))
 
 
