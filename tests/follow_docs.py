@@ -162,6 +162,7 @@ def follow(page: str, names: dict[str, Any]) -> tuple[list[str], list[str]]:
         except Exception as error:
             wrong.append(f"{where}: {type(error).__name__}: {error}")
             printed = None
+            print(f"wrong: {wrong[-1]}", file=sys.stderr, flush=True)  # now, and once more in the end
         print(f"{where}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
     return wrong, left_out
 
