@@ -39,6 +39,9 @@ class Family:
 
     name: str
 
+    since: ClassVar[str] = "5.18"
+    """The first version of transformers that is tested with it."""
+
     clip_fps: ClassVar[float | None] = None
     """Frames per second of a clip that the model's authors show it, where its processor does not say."""
 

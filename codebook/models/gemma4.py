@@ -18,6 +18,7 @@ from codebook.models.layout import KINDS
 
 class Gemma4(AnySize):
     name = "gemma4"
+    since = "5.23"
     reusable_prefix = False
     window_blocks = True
     rotary = Gemma3.rotary

@@ -83,6 +83,7 @@ class Lfm2VL(Lfm2Decoder, AnySize):
 
 class Lfm3VL(Lfm2Decoder, Qwen2VL):
     name = "lfm3_vl"
+    since = "5.23"
     axes = 1
 
     def tower(self, model: Model) -> nn.Module:

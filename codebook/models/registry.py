@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
+
+from packaging.version import Version
 
 from codebook.errors import CodebookError
 from codebook.models.aya_vision import AyaVision, Cohere2Vision
@@ -114,4 +117,7 @@ def family_of_config(config: Any) -> Family:
     if name not in FAMILIES:
         supported = ", ".join(sorted(FAMILIES))
         raise CodebookError(f"models of type {name} are not supported; use one of: {supported}")
-    return FAMILIES[name].check(config)
+    found, installed = FAMILIES[name], version("transformers")
+    if Version(installed) < Version(found.since):
+        raise CodebookError(f"{name} needs transformers {found.since}, this is {installed}: use a newer one")
+    return found.check(config)

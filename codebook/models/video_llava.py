@@ -16,6 +16,7 @@ from codebook.models.llava import Llava
 
 class VideoLlava(Llava):
     name = "video_llava"
+    since = "5.23"
     encode = Family.encode  # both of its towers take one size
 
     def tower(self, model: Model) -> nn.Module:

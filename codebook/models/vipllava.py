@@ -11,6 +11,7 @@ from codebook.models.llava import Llava
 
 class VipLlava(Llava):
     name = "vipllava"
+    since = "5.23"
 
     def check(self, config: Any) -> Family:
         tower = config.vision_config.model_type

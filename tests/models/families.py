@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import torch
 import transformers as hf
+from packaging.version import Version
 
+from codebook import models
 from tests.tiny import IMAGE, PAD, VOCAB, llava
 
 VIDEO, SEPARATOR, GLOBAL, NEWLINE = 98, 97, 96, 95
@@ -635,6 +637,7 @@ def _paligemma():
     return hf.PaliGemmaConfig(vision_config=vision, text_config=text, image_token_index=IMAGE, projection_dim=64)
 
 
+INSTALLED = {name for name, family in models.FAMILIES.items() if Version(hf.__version__) >= Version(family.since)}
 FAMILIES = {
     tiny.name: tiny
     for tiny in (
@@ -692,4 +695,5 @@ FAMILIES = {
         Kimi("kimi_k25", _kimi, "Kimi_K25ForConditionalGeneration"),
         Fixed("deepseek_vl", _deepseek_vl, "DeepseekVLForConditionalGeneration"),
     )
+    if tiny.name in INSTALLED
 }  # fmt: skip

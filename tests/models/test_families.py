@@ -40,6 +40,7 @@ def test_generate_equals_masked_reference(tiny, dimensions):
     assert check(cell) == expected(cell)
 
 
+@pytest.mark.skipif(len(FAMILIES) < len(models.FAMILIES), reason="an old transformers has fewer families")
 def test_the_documented_table_is_what_is_expected_of_every_cell():
     assert BLOCK.search(DOCS.read_text())[0] == table({cell: expected(cell) for cell in cells()})
 
@@ -320,7 +321,7 @@ def test_attention_without_rotation_is_that_of_a_layer_that_does_not_rotate(tiny
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mistral3", "gemma4"])
+@pytest.mark.parametrize("name", [name for name in ("mistral3", "gemma4") if name in FAMILIES])
 def test_tower_attention_of_images_that_share_a_call(name):
     """Pixtral takes all images as one row, Gemma 4 pads them to the longest: scores are as for each image alone."""
     tiny, target, seen = FAMILIES[name], model(name, "sdpa"), []
