@@ -1,7 +1,7 @@
 """Served throughput of vLLM: requests per second and time to the first token, unpruned and pruned side by side.
 
-    python -m benchmarks.cost.vllm_throughput                                # eyes, on a CPU
-    python -m benchmarks.cost.vllm_throughput --model miniature
+    python -m benchmarks.cost.vllm_throughput --engine-args=--enforce-eager              # eyes, on a CPU
+    python -m benchmarks.cost.vllm_throughput --engine-args=--enforce-eager --model miniature
     python -m benchmarks.cost.vllm_throughput --shape 7b --dtype bfloat16 --engine-args '--gpu-memory-utilization 0.22'
 
 vLLM's own server runs once per setting, all at the same time, and each is asked while the others rest: first the one
@@ -18,6 +18,7 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import socket
 import statistics
 import subprocess
@@ -31,7 +32,9 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from benchmarks.served import chat_body
 from codebook.evaluation.timing import machine
@@ -82,12 +85,25 @@ def shape_7b(folder: Path) -> Path:
     return folder
 
 
+def stock_folder(model: str, folder: Path) -> Path:
+    """The model as vLLM's own class loads it: transformers 5 saves CLIP's weights by names that it does not know."""
+    place = read_config_of(model)[0]
+    for file in place.iterdir():
+        if file.suffix == ".safetensors":
+            weights = load_file(file)
+            old, new = "vision_tower.", "vision_tower.vision_model."
+            save_file({name.replace(old, new): own for name, own in weights.items()}, folder / file.name)
+        elif file.is_file():
+            shutil.copy(file, folder)
+    return folder
+
+
 class Server:
     """vLLM's server of a model, pruned or not; a context that ends it."""
 
     def __init__(self, model: str, method: str, keep: float | None, words: list[str], log: Path) -> None:
         if keep is None:
-            pruning = ["--model", str(read_config_of(model)[0])]
+            pruning = ["--model", str(stock_folder(model, Path(tempfile.mkdtemp(dir=log.parent))))]
         else:
             launch = Launch.of(model, method, keep)
             pruning = ["--model", launch.model, "--hf-overrides", launch.json]
@@ -199,12 +215,15 @@ def main() -> None:
             method = "farthest" if method.startswith("codebook") else method  # no codebook is for random weights
         side = read_config_of(model)[1].vision_config.image_size
         servers = {}
-        for keep in KEEPS:  # one by one: what they share of the machine's memory is measured at the start
+        for keep in KEEPS:
             server = Server(model, method, keep, words, Path(held) / f"log-{keep}")
             servers[keep] = ended.enter_context(server)
+            if torch.cuda.is_available():  # one by one: each measures what memory is left for it
+                server.wait()
+        for keep, server in servers.items():
             server.wait()
             measure(server, 8, bodies(16, side, options.tokens, generator), None)
-            print(f"keep {keep}: started", file=sys.stderr)
+            print(f"keep {keep}: ready", file=sys.stderr)
         for number in range(options.rounds):
             for concurrency in CONCURRENCY:
                 count = max(8, options.requests // 4) if concurrency == 1 else max(options.requests, concurrency)

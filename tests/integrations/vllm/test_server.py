@@ -18,7 +18,7 @@ from codebook import load, miniature
 from tests.integrations.vllm.running import ROOT, expected, needs_vllm, settings, written
 
 pytestmark = needs_vllm
-START_SECONDS = 300
+START_SECONDS = 900
 KEEP = 0.2
 
 
