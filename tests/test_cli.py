@@ -237,7 +237,12 @@ def test_list_and_inspect(run):
     code, out, _ = run("inspect", shipped["folder"], "--json")
     report = json.loads(out)
     assert code == 0 and sum(c["prototypes"] for c in report["clusters"]) == report["prototypes"] > 0
-    assert "fingerprint" not in report and run("inspect", shipped["folder"])[0] == 0
+    assert "fingerprint" not in report
+    code, out, _ = run("inspect", "miniature")
+    lines = out.splitlines()
+    assert code == 0 and all(len(line) <= 80 for line in lines if not line.startswith("folder"))
+    assert "prototypes  469 of dimension 160" in lines and "thresholds  P1 below 0.6, JSD below 0.1" in lines
+    assert "  recurrent                    469   16.3%" in lines and "8                  136       43" in lines
 
 
 def test_starting_the_command_line_imports_neither_torch_nor_faiss():
@@ -270,7 +275,7 @@ def test_build_skips_broken_images_and_says_so(run, refused, tmp_path):
     assert list(report["funnel"]) == ["probed", "isolated", "P1", "JSD", "recurrent"]
     assert report["prototypes"] == len(Codebook.load(tmp_path / "book")) == report["funnel"]["recurrent"] > 0
     code, out, _ = run("inspect", tmp_path / "book")
-    assert code == 0 and "funnel" in out
+    assert code == 0 and "tokens left by each step" in out
     refused(*build(images, tmp_path / "book", "--tau-p", 1, "--tau-j", 98), words=["another build", "tau_j", "--out"])
 
 

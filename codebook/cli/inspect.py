@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from codebook.store.codebook import Codebook
+
+
+TOLD = ("candidates", "prompt", "tau_p", "tau_j", "max_cluster_size", "min_image_fraction")
+"""Settings that are shown where all of them are known; an imported codebook has none."""
 
 
 def inspect_command(
@@ -59,11 +64,44 @@ def inspect_command(
     if as_json:
         print(json.dumps(report))
         return
-    for key, value in report.items():
-        if key != "clusters":
-            print(printable(f"{key}: {json.dumps(value) if isinstance(value, dict) else value}", 2000))
-    for row in report["clusters"]:
-        print(f"cluster {row['cluster']}: {row['prototypes']} prototypes from {row['images']} images")
+    for line in _inspection(report):
+        print(printable(line, 2000))
+
+
+def _inspection(report: dict[str, Any]) -> Iterator[str]:
+    """The report for people, in lines that fit 80 columns where names and paths let them."""
+    settings, images, funnel = (report.get(key) or {} for key in ("settings", "images", "funnel"))
+    grid, told = report.get("grid"), all(key in settings for key in TOLD)
+    facts = {
+        "model": report["model"],
+        "prototypes": f"{report['prototypes']} of dimension {report['dimension']}",
+        "folder": report["folder"],
+        "computed in": str(report.get("dtype") or "").removeprefix("torch."),
+        "grid": f"{grid[0]} x {grid[1]} tokens" if grid else "",
+        "images": _images(images) if images else "",
+    }
+    if told:
+        facts |= {
+            "probed": f"tokens by {settings['candidates']!r}, asked {settings['prompt']!r}",
+            "thresholds": f"P1 below {settings['tau_p']}, JSD below {settings['tau_j']}",
+            "isolated": f"in clusters of at most {settings['max_cluster_size']} of the image's probed tokens",
+            "recurrent": f"in clusters of more than {settings['min_image_fraction']} of the images",
+        }
+    facts |= {"spread": report.get("spread") or "", "sheet": report.get("sheet", "")}
+    yield from (f"{name:<12}{value}" for name, value in facts.items() if value)
+    if funnel:
+        yield ""
+        yield f"{'tokens left by each step':<26}{'number':>8}{'share':>8}"
+        first = next(iter(funnel.values())) or 1
+        yield from (f"  {step:<24}{count:>8}{count / first:>8.1%}" for step, count in funnel.items())
+    yield ""
+    yield f"{'cluster':<10}{'prototypes':>12}{'images':>9}"
+    yield from (f"{row['cluster']!s:<10}{row['prototypes']:>12}{row['images']:>9}" for row in report["clusters"])
+
+
+def _images(used: dict[str, Any]) -> str:
+    skipped = len(used.get("skipped") or ())
+    return f"{used.get('used')}" + (f", {skipped} more could not be read" if skipped else "")
 
 
 def draw_sheet(book: Codebook, folder: Path, images: list[Path], named: str | None) -> Image.Image:
