@@ -2,6 +2,9 @@
 
 Muon (https://kellerjordan.github.io/posts/muon/) replaces a matrix's momentum by the nearest orthogonal
 matrix. On a run of minutes it learns several times faster than AdamW alone.
+
+`torch.optim.Muon` is not used: it came with torch 2.9, and 2.6 is supported; it computes in bfloat16 and does not share
+the matrices among workers, so the weights that ship could not be trained again by their command.
 """
 
 from __future__ import annotations
