@@ -35,7 +35,7 @@ def bench_command(
         list[str] | None,
         typer.Option(
             help="`miniature` (default) or miniature:FAMILY, JSONL as for horizon, with answers, or NAME:FOLDER for "
-            "the public files of ai2d, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
+            "the public files of ai2d, easyvqa, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
         ),
     ] = None,
     keep: Annotated[
@@ -149,6 +149,6 @@ def _read_horizon(path: Path, wanted: bool) -> dict[str, Any] | None:
     """What `codebook horizon --out` wrote; None if the file is missing and the user did not name it."""
     if not wanted and not path.is_file():
         return None
-    from codebook.evaluation.report import read_horizon
+    from codebook.store.horizons import read_horizon
 
     return read_horizon(path)

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,7 +15,7 @@ from pydantic import TypeAdapter
 
 from codebook.errors import CodebookError
 from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
-from codebook.evaluation.scorers import box_overlap, letter, same, vqa
+from codebook.evaluation.scorers import box_overlap, letter, named, same, vqa
 from codebook.inference.samples import Sample, read_samples
 from codebook.store.clips import FrameRule
 from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, read_json, read_lines, read_whole
@@ -29,6 +30,13 @@ PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
 )  # fmt: skip
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+
+EASY_ANSWERS = {
+    "yes-no": ("yes", "no"),
+    "shape": ("circle", "rectangle", "triangle"),
+    "color": ("black", "blue", "brown", "gray", "green", "red", "teal", "yellow"),
+}
+"""The thirteen answers of easy-VQA, by what their questions ask for."""
 
 TEXTS_OF_SAMPLE = TypeAdapter(tuple[str, str, tuple[str, ...]])
 
@@ -237,8 +245,18 @@ def _ai2d(folder: Path) -> Iterator[Sample]:
             yield Sample((folder / "images" / f"{name}.png",), question + options + CHOICE, answer, "ai2d", letter)
 
 
+def _easyvqa(folder: Path) -> Iterator[Sample]:
+    # As they stand: the answers are single words without being asked to be.
+    kinds = {answer: kind for kind, among in EASY_ANSWERS.items() for answer in among}
+    rules = {kind: partial(named, among=among) for kind, among in EASY_ANSWERS.items()}
+    for question, answer, number in _json(folder / "test" / "questions.json"):
+        kind = kinds[answer]
+        yield Sample((folder / "test" / "images" / f"{number}.png",), question, answer, f"easyvqa {kind}", rules[kind])
+
+
 LOADERS: dict[str, Loader] = {
     "ai2d": _ai2d,
+    "easyvqa": _easyvqa,
     "gqa": _gqa,
     "mme": _mme,
     "pope": _pope,

@@ -57,6 +57,12 @@ def same(prediction: str, answers: Sequence[str]) -> float:
     return float(normalised(prediction) in map(normalised, answers))
 
 
+def named(prediction: str, answers: Sequence[str], among: Sequence[str]) -> float:
+    """1 if of the words `among`, one of which is right, the prediction has the right one and no other."""
+    said = set(normalised(prediction).split())
+    return float(said.intersection(among) == set(answers))
+
+
 def letter(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction names the right option: its letter alone, or first, as in "B", "(B)" or "B. leaf"."""
     found = re.match(r"\W*([A-Z])(?![A-Za-z'])", prediction.strip())

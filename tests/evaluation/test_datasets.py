@@ -145,6 +145,24 @@ def test_odd_line_ends_and_a_mark_at_the_start_are_text(put, tmp_path):
     assert load_data([f"mme:{tmp_path}"])[0].samples[0].question == question + SHORT
 
 
+def test_easyvqa(put, tmp_path):
+    """Records of the package easy-vqa 1.0: [question, answer, number of the image]."""
+    put("test/images/0.png")
+    put("test/images/7.png")
+    records = [["what is the red shape?", "triangle", 0], ["is there not a black shape in the image?", "yes", 0]]
+    put("test/questions.json", [*records, ["what color is the shape?", "teal", 7]])
+    tasks = load_data([f"easyvqa:{tmp_path}"])
+    assert [task.name for task in tasks] == ["easyvqa shape", "easyvqa yes-no", "easyvqa color"]
+    shape, there, color = (task.samples[0] for task in tasks)
+    assert (shape.question, shape.images[0].name, color.images[0].name) == (records[0][0], "0.png", "7.png")
+    said = ("Triangle.", "The red shape is a triangle.", "circle", "triangle or circle", "")
+    assert [shape.score(text) for text in said] == [1, 1, 0, 0, 0]
+    assert [there.score(text) for text in ("Yes, no black one", "yes", "No.")] == [0, 1, 0]
+    put("test/questions.json", [["what color is the shape?", "pink", 7]])
+    with pytest.raises(CodebookError, match=r"are not those of easyvqa: KeyError .*pink"):
+        load_data([f"easyvqa:{tmp_path}"])
+
+
 @pytest.mark.parametrize("odd", [None, 3, [], {}, [[1]], {"a": 1}, "", float("nan")])
 def test_another_type_inside_is_one_error(put, tmp_path, odd):
     """Each field of GQA's and RefCOCO's records, and the records themselves, in turn."""

@@ -2,7 +2,7 @@
 
 import pytest
 
-from codebook.evaluation.scorers import box_overlap, letter, normalised, same, vqa
+from codebook.evaluation.scorers import box_overlap, letter, named, normalised, same, vqa
 
 
 @pytest.mark.parametrize(
@@ -40,6 +40,14 @@ def test_one_answer_is_right_or_wrong():
 
 def test_same():
     assert same("Yes.", ["yes"]) == 1 and same("yes, it is", ["yes"]) == 0 and same("", ["yes"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [("red", 1), ("It is Red.", 1), ("red circle", 1), ("red and blue", 0), ("blue", 0), ("reddish", 0), ("", 0)],
+)
+def test_the_one_word_named_of_a_few(said, expected):
+    assert named(said, ["red"], ("red", "blue")) == expected
 
 
 @pytest.mark.parametrize("said", ["B", "B.", "(B)", "B. leaf", " B) leaf", "B: it is B"])
