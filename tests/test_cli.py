@@ -92,7 +92,7 @@ def test_presets_are_fitted_to_the_budget(run, scenes, tmp_path):
     assert (
         early["schedule"].startswith("fastv@1:") and early["counts"][0] == 144 > early["counts"][1] > early["counts"][2]
     )
-    assert json.loads(run(*ask, "--schedule", "vtw")[1])["counts"] == [144] * 6 + [0] * 6
+    assert json.loads(run(*ask, "--schedule", "vtw", "--keep", 0.5)[1])["counts"] == [144] * 6 + [0] * 6
     seeded = json.loads(run(*ask, "--schedule", "seeded", "--keep", 0.25)[1])
     assert seeded["schedule"] == "codebook-farthest:0.25+mass" and len(seeded["kept"][0]) == 36
 

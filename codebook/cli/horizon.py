@@ -40,7 +40,9 @@ def horizon_command(
     from codebook.cli.checks import check_output_folder
     from codebook.cli.data import load_samples
     from codebook.inference.samples import mixed
+    from codebook.models.fingerprint import whole_fingerprint
     from codebook.store.files import replacing
+    from codebook.store.horizons import HORIZON_FILE
 
     if metric not in get_args(horizon.SweepMetric):
         raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.SweepMetric))}")
@@ -56,14 +58,15 @@ def horizon_command(
         sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
     found = horizon.horizons(sweep, eps, margin=margin, seed=seed)
     report = {
-        "model": model, "data": data, "samples": len(samples), "labelled": sum(s.answer is not None for s in samples),
+        "model": model, "fingerprint": whole_fingerprint(loaded), "data": data, "split": split, "seed": seed,
+        "samples": len(samples), "labelled": sum(s.answer is not None for s in samples),
         "layers": sweep.layers, "start": sweep.start, "metric": metric, "eps": eps, "level": horizon.LEVEL,
         "horizons": {task: one.as_json() for task, one in found.items()}, "cost": asdict(cost),
     }  # fmt: skip
     if out is not None:
         with replacing(out / "horizon.png") as temporary:
             plot.draw_horizons(found, sweep.start, metric, temporary)
-        with replacing(out / "horizon.json") as temporary:
+        with replacing(out / HORIZON_FILE) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
     if as_json:
         print(json.dumps(report))

@@ -30,6 +30,7 @@ from codebook.inference.samples import Sample, samples_digest
 from codebook.inference.uncertainty import NORMAL_QUANTILE
 from codebook.models.base import Model, Processor
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
+from codebook.pruning.deep import deep_layer
 from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.presets import needs_codebook
 from codebook.pruning.text import UNPRUNED
@@ -151,14 +152,21 @@ def plan(
         for method in dict.fromkeys((*methods, *BASELINES)):
             try:
                 own = the_codebook() if needs_codebook(method) else None
-                found.append(row(model, method, keep, own, seeds))
+                found.append(row(model, method, keep, own, seeds, deep_layer(model, method, True, codebook)))
             except CodebookError as error:
                 skipped.append({"method": method, "keep": keep, "reason": str(error)})
     return found, skipped
 
 
-def row(model: Model, method: str, keep: float, codebook: Codebook | None, seeds: Sequence[int]) -> Row:
-    """One row of `plan`: a method at a budget.
+def row(
+    model: Model,
+    method: str,
+    keep: float,
+    codebook: Codebook | None,
+    seeds: Sequence[int],
+    horizon: int | None = None,
+) -> Row:
+    """One row of `plan`: a method at a budget; `horizon` is the layer that `deep_layer` found for it.
 
     Raises
     ------
@@ -166,13 +174,13 @@ def row(model: Model, method: str, keep: float, codebook: Codebook | None, seeds
         If the budget cannot be met.
     """
     rows, cols = models.family(model).grid(model)
-    schedule = _fitted(method, codebook, rows * cols, models.shape(model).layers, keep)
+    schedule = _fitted(method, codebook, rows * cols, models.shape(model).layers, keep, horizon)
     schedule = _shrunk(schedule, rows, cols).shares(rows * cols)
     return Row(method, keep, tuple(reseeded(schedule, seeds)))
 
 
-def _fitted(method: str, codebook: Codebook | None, n: int, layers: int, keep: float) -> Schedule:
-    schedule, _ = Schedule.draft(method, codebook, layers=layers)
+def _fitted(method: str, codebook: Codebook | None, n: int, layers: int, keep: float, horizon: int | None) -> Schedule:
+    schedule, _ = Schedule.draft(method, codebook, layers=layers, horizon=horizon)
     counts = [stage.keep for stage in schedule.stages if isinstance(stage.keep, int)]
     if len(counts) < len(schedule.stages) or counts == [0]:  # a single drop moves its layer
         return schedule.fit(keep, n=n, layers=layers)

@@ -8,62 +8,21 @@ import io
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
-from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
-from codebook.errors import CodebookError
 from codebook.evaluation.bench import BASELINES, UNPRUNED
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
 from codebook.inference.uncertainty import UNKNOWN, plus_minus
 from codebook.pruning.presets import expand
-from codebook.store.files import read_json
 
 THUMBNAIL = 336
 """Longest side of a picture in the report, in pixels."""
 HUES = 8
 Results = Mapping[str, Any]
-
-
-class HorizonCurve(BaseModel):
-    """One task of a horizon.json; `layer`, `interval` and `safe` are None where nothing is known."""
-
-    loss: list[FiniteFloat] = Field(min_length=1)
-    error: list[FiniteFloat | None]
-    layer: int | None
-    interval: tuple[int, int] | None
-    safe: int | None
-    unknown: str | None = None
-
-
-class HorizonFile(BaseModel):
-    """What the report shows of a horizon.json, as `codebook horizon` writes it."""
-
-    eps: FiniteFloat
-    start: NonNegativeInt
-    horizons: dict[str, HorizonCurve]
-
-
-def read_horizon(path: Path) -> dict[str, Any]:
-    """The contents of a horizon.json that the report shows.
-
-    Raises
-    ------
-    CodebookError
-        If the file is none.
-    """
-    remedy = "make one with `codebook horizon --out`"
-    try:
-        found = HorizonFile.model_validate(read_json(path, remedy))
-    except ValidationError:
-        raise CodebookError(f"{path} is no horizon.json: {remedy}") from None
-    if any(len(curve.loss) != len(curve.error) for curve in found.horizons.values()):
-        raise CodebookError(f"{path} is no horizon.json: {remedy}")
-    return found.model_dump()
 
 
 def html(
@@ -78,7 +37,7 @@ def html(
     pictures
         For each of its `samples` the pictures.
     horizon
-        Contents of a horizon.json, from `read_horizon`.
+        Contents of a horizon.json, from `codebook.store.horizons.read_horizon`.
     """
     rows, keeps = results["rows"], results["keeps"]
     styles = _styles([row["method"] for row in rows])

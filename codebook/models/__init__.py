@@ -2,7 +2,7 @@
 
 from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
-from codebook.models.fingerprint import adapter_words, fingerprint, identity, same_fingerprint
+from codebook.models.fingerprint import adapter_words, fingerprint, identity, same_fingerprint, whole_fingerprint
 from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_error
 from codebook.models.loading import SHIPPED_MODELS, check_device, load
 from codebook.models.registry import FAMILIES, family
@@ -31,5 +31,6 @@ __all__ = [
     "same_fingerprint",
     "shape",
     "unwrap",
+    "whole_fingerprint",
     "whole_images_error",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ from codebook.models.wrappers import class_names, stock
 FINGERPRINT_SAMPLES = 32
 """Weights sampled from each of tower and projector."""
 
-FINGERPRINT = re.compile(r"\w+(:[0-9]+-([0-9a-f]{4})*){2}")
-"""Form of a fingerprint: the family, then for tower and projector the number of weights and some of them."""
+FINGERPRINT = re.compile(r"\w+(:[0-9]+-([0-9a-f]{4})*){2,3}")
+"""Form of a fingerprint: the family, then for tower, projector and perhaps decoder the number of weights and some."""
 
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Types of weights that are not quantised."""
@@ -90,12 +90,24 @@ def fingerprint_of_weights(model: Model, middles: Mapping[str, Tensor]) -> str:
     middles
         For each name of `sampled_weights` the middle number of that weight, a float32 scalar.
     """
-    parts = []
-    for module in _parts(model).values():
-        sample = torch.stack([middles[name] for name in _sampled(model, module)])
-        hexed = sample.to(torch.bfloat16).view(torch.int16).numpy().astype(">i2").tobytes().hex()
-        parts.append(f"{sum(p.numel() for p in module.parameters())}-{hexed}")
+    parts = [_spelled(module, [middles[name] for name in _sampled(model, module)]) for module in _parts(model).values()]
     return ":".join([family(model).name, *parts])
+
+
+def whole_fingerprint(model: Model) -> str:
+    """A `fingerprint` with the decoder as its third part, for what belongs to the whole model.
+
+    Quantised parts count with the numbers that are stored: they are other weights than the unquantised ones.
+    """
+    model = stock(model)
+    decoder = model.get_decoder()
+    return f"{_stored(model)}:{_spelled(decoder, [_middle(model, name) for name in _sampled(model, decoder)])}"
+
+
+def _spelled(module: nn.Module, middles: Sequence[Tensor]) -> str:
+    """A module's part of a fingerprint, from the middle numbers of its sampled weights."""
+    hexed = torch.stack([*middles]).to(torch.bfloat16).view(torch.int16).numpy().astype(">i2").tobytes().hex()
+    return f"{sum(p.numel() for p in module.parameters())}-{hexed}"
 
 
 def _sampled(model: Model, module: nn.Module) -> list[str]:

@@ -43,6 +43,10 @@ give, which is what layers 3, 7 and 16 get: arXiv 2410.04417. The code of both r
 """
 
 
+WITHDRAWAL = "vtw"
+"""The preset whose one layer is the information horizon's."""
+
+
 def scaled(layer: int, layers: int) -> int:
     """Layer of a decoder of `layers` in the place of one of 32: round(layer * layers / 32), 1 or later unless 0."""
     return max(1, (2 * layer * layers + DEPTH) // (2 * DEPTH)) if layer else 0
@@ -59,7 +63,7 @@ def expand(text: str, layers: int, horizon: int | None = None, deep: int | None 
     layers
         Number of decoder layers. A preset's layers scale to it (`scaled`) and stay ascending.
     horizon
-        Layer of a hybrid's second stage; default: 20 of 32, or 21 to drop all.
+        Layer of a hybrid's second stage, or of `vtw`; default: 20 of 32, 21 to drop all, 16 for `vtw`.
     deep
         Tokens of a hybrid's second stage; default: 1/7 of the first's.
 
@@ -71,17 +75,35 @@ def expand(text: str, layers: int, horizon: int | None = None, deep: int | None 
     name, semicolon, rest = check_length(text).partition(";")
     preset = SCHEDULE_PRESETS.get(name.strip())
     hybrid = preset is None and len(split(name, "+")) > 1
-    if (horizon is not None or deep is not None) and not hybrid:
+    withdrawal = name.strip() == WITHDRAWAL
+    if (horizon is not None and not (hybrid or withdrawal)) or (deep is not None and not hybrid):
         raise CodebookError(f"horizon and deep are a hybrid's, as in codebook+random; {quoted(name.strip())} is none")
     if preset is not None:
         own, said = read_text(preset), read_text(UNPRUNED + semicolon + rest)
-        return ScheduleText(_ascending(own.stages, layers), own.settings | said.settings), False
+        stages = _ascending(own.stages, layers)
+        if horizon is not None:
+            stages = (replace(stages[0], layer=horizon),)
+        return ScheduleText(stages, own.settings | said.settings), False
     written = read_text(text, "+" if hybrid else ",", SCHEDULE_PRESETS)
     if hybrid:
         return replace(written, stages=_hybrid(written.stages, layers, horizon, deep)), True
     if len(written.stages) == 1 and _is_open(written.stages[0]):
         return replace(written, stages=(_first(written.stages[0], layers),)), True
     return written, False
+
+
+def leaves_horizon(text: str, fitted: bool) -> bool:
+    """Whether the layer of a text's last stage is the information horizon's, which depends on the model.
+
+    Parameters
+    ----------
+    fitted
+        Whether the schedule will be fitted to a budget, which moves the layer of `vtw`.
+    """
+    name = check_length(text).partition(";")[0]
+    if name.strip() in SCHEDULE_PRESETS:
+        return name.strip() == WITHDRAWAL and not fitted
+    return len(split(name, "+")) > 1 and read_text(text, "+", SCHEDULE_PRESETS).stages[-1].layer is None
 
 
 def needs_codebook(text: str) -> bool:

@@ -12,6 +12,7 @@ from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
 from codebook.pruning.budget import fit_schedule, shortest_share
 from codebook.pruning.checks import check_schedule, checked
+from codebook.pruning.deep import deep_layer
 from codebook.pruning.methods import Pruner
 from codebook.pruning.ownership import check_codebooks
 from codebook.pruning.presets import DEFAULT, KEEP, SCHEDULE_PRESETS, expand
@@ -270,7 +271,8 @@ class Schedule:
         keep
             The budget, as `fit` takes it; None leaves the keeps as the text or the preset's authors have them.
         horizon
-            Layer of a hybrid's second stage; default: 20 of 32, or 21 of 32 to drop all.
+            Layer of a hybrid's second stage, or of `vtw`; default: 20 of 32, 21 to drop all, 16 for `vtw`. These are
+            LLaVA-1.5-7B's and a guess for other models: measure yours (docs/horizon.md).
         deep
             Tokens of a hybrid's second stage; default: 1/7 of the first's.
         seed
@@ -322,7 +324,9 @@ class Schedule:
         model
             Any supported model.
         text
-            A schedule's text, a preset or a hybrid, as `solve` takes it.
+            A schedule's text, a preset or a hybrid, as `solve` takes it. Where a hybrid names no layer for its second
+            stage, it is the measured one, if a `horizon.json` of this model is in the codebook's folder or ships; else
+            the scaled default, which is logged as a guess. So is the layer of `vtw` without a keep.
         keep
             The budget, as `fit` takes it. A fraction holds for images of every size: counts that the text leaves to the
             budget become shares. Default: 0.2 where the text leaves its keep to the budget, else what the text says.
@@ -335,12 +339,14 @@ class Schedule:
         Raises
         ------
         CodebookError
-            If the text cannot be read, the budget cannot be met, or the codebook is missing or another model's.
+            If the text cannot be read, the budget cannot be met, the codebook is missing or another model's, or the
+            model was measured to read its images to the last layer where a horizon is needed.
         """
         if keep is not None:
             check_keep(keep)
         size = models.shape(model)
-        written, needs_budget = expand(text, size.layers)
+        horizon = deep_layer(model, text, keep is not None, codebook)
+        written, needs_budget = expand(text, size.layers, horizon)
         schedule = cls._made(written, find_codebook(model, codebook) if written.needs_codebook else None, seed)
         if keep is None and not needs_budget:
             return schedule

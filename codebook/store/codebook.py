@@ -41,7 +41,11 @@ class Codebook:
         For each prototype `image`, `row`, `col`, `p1`, `jsd_region`, `jsd_global`, `cluster`.
     config : dict
         What `config.json` holds: model, fingerprint, settings, funnel. See `docs/format.md`.
+    folder : Path or None
+        Where it was read from; None if it was made.
     """
+
+    folder: Path | None = None
 
     def __init__(
         self,
@@ -282,5 +286,6 @@ class Codebook:
         """The codebook of a folder whose files `read_folder` has read."""
         prototypes, rows = parse_book(path, config, files)
         book = cls(torch.from_numpy(prototypes), rows, config)
+        book.folder = path
         book._search = PrototypeSearch(book.prototypes, Place(path.absolute(), config["sha256"][PROTOTYPES]))
         return book

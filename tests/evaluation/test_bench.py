@@ -17,6 +17,7 @@ from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
 from codebook.inference.ask import ask
 from codebook.inference.prompts import prepare
+from codebook.store.horizons import read_horizon
 from tests.journals import read_journal
 from tests.serving.browser import CHROMIUM, Browser
 
@@ -305,13 +306,13 @@ def test_a_horizon_of_another_form_is_refused_or_drawn(measured, tmp_path, key):
             whole[key] = odd
         file.write_text(json.dumps(odd if key is None else whole))
         try:
-            found = report.read_horizon(file)
+            found = read_horizon(file)
         except CodebookError as error:
             assert "codebook horizon" in str(error) and "\n" not in str(error)
         else:
             Page(report.html(measured[0] | {"samples": []}, (), found))
     file.write_text(json.dumps({"eps": 0.01, "start": 0, "horizons": {"exist": CURVE}}))
-    assert report.read_horizon(file)["horizons"]["exist"]["safe"] == 2
+    assert read_horizon(file)["horizons"]["exist"]["safe"] == 2
 
 
 def test_a_horizon_of_which_nothing_is_known_is_shown_as_such(measured):

@@ -63,7 +63,7 @@ def test_the_codebook_is_read_once_and_only_where_it_is_needed(model, loads):
     schedule = Schedule.for_model(model, "seeded+codebook@6:0.05", 0.25)
     first, second = (stage.pruner.codebook for stage in schedule.stages)
     assert first is second and len(loads) == 1
-    Schedule.for_model(model, "fastv+random", 0.25)
+    Schedule.for_model(model, "fastv+random@8", 0.25)
     Plan("seeded+codebook@6:0.05", 0.25)
     assert len(loads) == 1
 
@@ -88,7 +88,7 @@ def test_a_model_without_a_codebook():
 
 def test_files_of_schedules_with_a_codebook(model, tmp_path, loads):
     path = tmp_path / "schedule.json"
-    schedule = Schedule.for_model(model, "seeded+random; spread=codebook", 0.25, seed=3)
+    schedule = Schedule.for_model(model, "seeded+random@8; spread=codebook", 0.25, seed=3)
     schedule.save(path)
     book = schedule.stages[0].pruner.codebook
     for again in (
