@@ -1,27 +1,28 @@
-"""What choosing costs: the time of each method's selection, merging included, as a share of the model's prefill.
+"""What choosing costs: every method's selection, merging included, against a plain transcription of its published rule.
 
-    python -m benchmarks.cost.selection
-    python -m benchmarks.cost.selection --widths 4096 --tokens 576 --json
+    OMP_NUM_THREADS=1 python -m benchmarks.cost.selection
+    OMP_NUM_THREADS=1 python -m benchmarks.cost.selection --widths 4096 --tokens 576 --methods divprune cdpruner --json
 
-At width 512 the prefill is that of a 12-layer random Llama (8 heads, feed-forward 1376), at width 4096 one measured
-layer of LLaVA-1.5-7B's size (32 heads, feed-forward 11008) times 32. The prompt is the visual tokens and 32 of text,
-one image, fp32. Tokens are random: how long a selection takes does not depend on what they hold. DivPrune is compared
-with its textbook form, which goes over all chosen tokens at every step. What `+mass` adds to any method, counting the
-dropped tokens to the kept ones, has a row of its own. Re-encoding by `downsample` is not timed.
+The transcriptions stand in `benchmarks/cost/published.py`. Tokens are random, one image, fp32: how long a selection
+takes does not depend on what they hold. Method and transcription take turns, so that other load falls on both alike,
+and their processor time counts, not the clock's; what is short is repeated within a turn. A ratio is the time of the
+transcription over the method's, the median over rounds: below 1 the method is the slower. What `+mass` adds to any
+method, counting the dropped tokens to the kept ones, has a row of its own. Where transcription and method must keep the
+same tokens (`SAME`) this is asserted. Not timed: `downsample`, which encodes the image anew.
 """
 
 import argparse
 import json
 import math
-import sys
+import statistics
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch.nn.functional import normalize
-from transformers import LlamaConfig, LlamaModel
 
-from benchmarks.cost.timing import Report, clocked, device_seconds, interleaved, machine, quartiles
+from benchmarks.cost.published import PUBLISHED, SAME
+from benchmarks.cost.timing import Report, clocked, device_seconds, machine, quartiles
 from codebook import Codebook, Pruner, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision
@@ -29,27 +30,19 @@ from codebook.pruning.methods.base import nearest_kept
 
 TEXT = 32
 ROUNDS = 7
-SIMILARITIES, TEXTBOOK, MASS = "similarities, n x n", "divprune, textbook", "+mass"
+MASS = "+mass"
 PROTOTYPES = 454
-"""Of LLaVA-1.5-7B's released codebook."""
-SHAPES = {512: (12, 12, 8, 1376), 4096: (32, 1, 32, 11008)}
-"""For each width: layers, layers measured, heads, feed-forward width."""
-
-
-def llama(width: int, device: str) -> tuple[LlamaModel, int]:
-    """A random decoder, and how often its time makes the whole prefill."""
-    layers, measured, heads, intermediate = SHAPES[width]
-    config = LlamaConfig(
-        vocab_size=8, hidden_size=width, intermediate_size=intermediate, num_hidden_layers=measured,
-        num_attention_heads=heads, num_key_value_heads=heads,
-    )  # fmt: skip
-    return LlamaModel(config).eval().to(device), layers // measured
+"""Those of LLaVA-1.5-7B's released codebook."""
+HEADS = {1024: 16, 4096: 32}
+"""For each width the heads of a decoder."""
+TURN = 0.01
+"""Seconds that a turn takes at least: shorter selections are repeated."""
 
 
 def image(n: int, width: int, device: str, dtype: torch.dtype = torch.float32) -> VisualTokens:
     """A random image's tokens followed by text, with the attention of a decoder layer and of a CLIP tower."""
     kind = {"device": device, "dtype": dtype}
-    heads, length = SHAPES[width][2], n + TEXT
+    heads, length = HEADS[width], n + TEXT
     rows = next(r for r in range(math.isqrt(n), 0, -1) if n % r == 0)
     sequence = torch.randn(length, width, **kind)
     span = slice(0, n)
@@ -64,21 +57,6 @@ def image(n: int, width: int, device: str, dtype: torch.dtype = torch.float32) -
     )  # fmt: skip
 
 
-def textbook(tokens: VisualTokens, keep: int) -> torch.Tensor:
-    """Algorithm 1 of DivPrune (arXiv 2503.02175) to the letter: O(keep^2 n)."""
-    unit = normalize(tokens.features.float(), dim=-1)
-    distance = 1 - unit @ unit.T
-    chosen: list[int] = []
-    while len(chosen) < keep:
-        if chosen:
-            nearest = distance[chosen].min(0).values
-            nearest[chosen] = -1
-        else:
-            nearest = distance.topk(2, dim=0, largest=False).values[1]
-        chosen.append(int(nearest.argmax()))
-    return torch.tensor(sorted(chosen))
-
-
 def choose(pruner: Pruner, tokens: VisualTokens, keep: int) -> None:
     index = pruner.choose(tokens) if pruner.adaptive else pruner.select(tokens, keep)
     pruner.merge(tokens, index)
@@ -87,11 +65,6 @@ def choose(pruner: Pruner, tokens: VisualTokens, keep: int) -> None:
 def mass(tokens: VisualTokens, kept: torch.Tensor) -> torch.Tensor:
     ones = torch.ones_like(tokens.ordinal)
     return ones.new_zeros(len(kept)).index_add(0, nearest_kept(tokens.hidden, kept), ones).log()
-
-
-def similarities(tokens: VisualTokens) -> torch.Tensor:
-    unit = normalize(tokens.features.float(), dim=-1)
-    return unit @ unit.T
 
 
 def counts_of(n: int, keeps: list[float]) -> list[int]:
@@ -146,69 +119,71 @@ def lines(rows: list[dict[str, Any]], prefill: dict[int, float]) -> Iterator[str
                f"{alone:>10}{share:>12}")  # fmt: skip
 
 
-def compare(width: int, n: int, keeps: list[float], seconds: float, device: str) -> dict:
-    decoder, times = llama(width, device)
-    book, tokens = Codebook(torch.randn(PROTOTYPES, width)), image(n, width, device)
-    counts = counts_of(n, keeps)
-    inputs = tokens.sequence[None]
-    tasks = {("prefill", n): lambda: decoder(inputs_embeds=inputs), (SIMILARITIES, n): lambda: similarities(tokens)}
-    tasks |= choices(book, tokens, counts)
-    tasks |= {(TEXTBOOK, c): lambda c=c: textbook(tokens, c) for c in counts}
-    with torch.inference_mode():
-        for c in counts:
-            assert torch.equal(METHODS["divprune"]().select(tokens, c).cpu(), textbook(tokens, c))
-        measured = {task: quartiles(values) for task, values in interleaved(tasks, seconds, device).items()}
-    whole = measured["prefill", n]["median"] * times
-    median = {task: row["median"] for task, row in measured.items()}
-    both = median[SIMILARITIES, n]
-    return {
-        "width": width, "tokens": n, "prefill_seconds": whole, "prefill_layers_times": times,
-        "rows": [{"name": name, "keep": c, "share": row["median"] / whole, **row}
-                 for (name, c), row in measured.items()],
-        "divprune_speedup": [
-            {"keep": c, "whole": median[TEXTBOOK, c] / median["divprune", c],
-             "after_similarities": (median[TEXTBOOK, c] - both) / (median["divprune", c] - both)}
-            for c in counts
-        ],
-    }  # fmt: skip
+def turn(task: Callable[[], object], times: int) -> float:
+    """Processor seconds of a task that is run so many times, per run."""
+    start = time.process_time()
+    for _ in range(times):
+        task()
+    return (time.process_time() - start) / times
+
+
+def compare(width: int, n: int, counts: list[int], methods: list[str], rounds: int) -> Iterator[dict[str, Any]]:
+    """For each method and count its times, those of its transcription, and their ratio, in quartiles."""
+    book, tokens = Codebook(torch.randn(PROTOTYPES, width)), image(n, width, "cpu")
+    tasks = choices(book, tokens, counts)
+    for name, count in ((name, count) for name in methods for count in counts):
+        own, rule = tasks[name, count], lambda name=name, count=count: PUBLISHED[name](book, tokens, count)
+        if name in SAME:
+            pruner = METHODS[name](book) if METHODS[name].needs_codebook else METHODS[name]()
+            assert torch.equal(pruner.select(tokens, count), rule()), f"{name} keeps others than its transcription"
+        pairs = []
+        times = [max(1, math.ceil(TURN / turn(task, 1))) for task in (own, rule)]
+        for _ in range(rounds):
+            pairs.append([turn(task, many) for task, many in zip((own, rule), times, strict=True)])
+        columns = {
+            "seconds": [a for a, _ in pairs],
+            "published": [b for _, b in pairs],
+            "ratio": [b / a for a, b in pairs],
+        }
+        yield {"width": width, "tokens": n, "method": name, "keep": count} | {
+            k: quartiles(v) for k, v in columns.items()
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--widths", type=int, nargs="+", choices=list(HEADS), default=list(HEADS))
     parser.add_argument("--tokens", type=int, nargs="+", default=[576, 2880])
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.11, 0.25])
-    parser.add_argument(
-        "--seconds", type=float, default=40, help="for each width and number of tokens; 3 rounds at least"
-    )
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--keep", type=int, nargs="+", default=[64, 192], help="tokens that stay")
+    parser.add_argument("--methods", nargs="+", choices=list(PUBLISHED), default=list(PUBLISHED))
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     torch.manual_seed(0)
-    report = machine(options.device) | {"comparisons": []}
+    report: dict[str, Any] = machine("cpu") | {"rows": []}
     if not options.json:
         print(f"{report['machine']}, {report['threads']} threads, torch {report['torch']}")
-    for width in options.widths:
-        for n in options.tokens:
-            report["comparisons"].append(compare(width, n, options.keep, options.seconds, options.device))
-            if not options.json:
-                show(report["comparisons"][-1])
+        print(f"{'d':>5}{'n':>6}  {'selector':<20}{'keeps':>6}{'ms':>10}{'published':>10}{'ratio':>7}  quartiles")
+    with torch.inference_mode():
+        for width in options.widths:
+            for n in options.tokens:
+                for row in compare(width, n, options.keep, options.methods, options.rounds):
+                    report["rows"].append(row)
+                    if not options.json:
+                        print(line(row), flush=True)
+    ratios = [row["ratio"]["median"] for row in report["rows"]]
     if options.json:
         print(json.dumps(report, indent=1))
+    else:
+        print(f"{sum(ratio < 1 for ratio in ratios)} of {len(ratios)} below 1, median {statistics.median(ratios):.2f}")
 
 
-def show(report: dict) -> None:
-    n, rows = report["tokens"], report["rows"]
-    print(f"\nwidth {report['width']}, {n} visual tokens, {rows[0]['rounds']} rounds: prefill "
-          f"{report['prefill_seconds'] * 1e3:.0f} ms")  # fmt: skip
-    print(f"{'selector':<22}{'keeps':>6}{'ms':>10}  {'quartiles':<18}{'of prefill':>10}")
-    for row in sorted(rows, key=lambda row: (row["keep"], row["median"])):
-        spread = f"{row['q1'] * 1e3:.2f} - {row['q3'] * 1e3:.2f}"
-        print(f"{row['name']:<22}{row['keep']:>6}{row['median'] * 1e3:>10.2f}  {spread:<18}{row['share']:>10.2%}")
-    for row in report["divprune_speedup"]:
-        print(f"DivPrune, {row['keep']} of {n}: {row['whole']:.1f} times as fast as its textbook form, "
-              f"{row['after_similarities']:.1f} times without the similarities that both need")  # fmt: skip
-    sys.stdout.flush()
+def line(row: dict[str, Any]) -> str:
+    own, published, ratio = row["seconds"]["median"], row["published"]["median"], row["ratio"]
+    return (
+        f"{row['width']:>5}{row['tokens']:>6}  {row['method']:<20}{row['keep']:>6}{own * 1e3:>10.3f}"
+        f"{published * 1e3:>10.3f}{ratio['median']:>7.2f}  {ratio['q1']:.2f} - {ratio['q3']:.2f}"
+    )
 
 
 if __name__ == "__main__":

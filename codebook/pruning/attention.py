@@ -93,17 +93,16 @@ class Attention:
         if not rotated:
             q = self._unrotated(q, query)
             k = self._unrotated(k, keys)
-        k = k.repeat_interleave(len(q) // len(k), dim=0)
-        logits = (q @ k.transpose(1, 2) * self.scaling).float()
+        logits = (_products(q, k) * self.scaling).float().unflatten(1, (-1, len(query)))
         if self.bias is not None:
             logits = logits + self.bias[keys]
         if image_only:
-            return logits.softmax(-1).mean(0)
+            return logits.softmax(-1).mean((0, 1))
         if self.visible is None:
             seen = torch.arange(k.shape[1], device=k.device) <= query[:, None]
         else:
             seen = self.visible(query)
-        return logits.masked_fill(~seen, -torch.inf).softmax(-1)[..., self.span].mean(0)
+        return logits.masked_fill(~seen, -torch.inf).softmax(-1)[..., self.span].mean((0, 1))
 
     def _unrotated(self, x: Tensor, places: Tensor | slice) -> Tensor:
         if self.turned == "nothing":
@@ -119,8 +118,9 @@ class Attention:
         else:
             half = x.shape[-1] // 2
             other = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
-        # The divisor is 1 but for scaled rotary embeddings.
-        return torch.cat([(x * cos - other * sin) / (cos**2 + sin**2), rest], dim=-1)
+        factor = cos**2 + sin**2  # 1 but for scaled rotary embeddings
+        turned = x * (cos / factor) - other * (sin / factor)
+        return torch.cat([turned, rest], dim=-1) if rest.shape[-1] else turned
 
 
 class TowerAttention(ABC):
@@ -156,11 +156,9 @@ class Vision(TowerAttention):
     has_cls: bool
 
     def received(self) -> Tensor:
-        total = self.query.new_zeros(self.key.shape[1], dtype=torch.float32)
         queries = self.query[:, :1] if self.has_cls else self.query
-        keys = self.key.repeat_interleave(self.query.shape[0] // self.key.shape[0], dim=0)
-        for part in queries.split(QUERIES, dim=1):
-            total += (part @ keys.transpose(1, 2) * self.scaling).float().softmax(-1).sum((0, 1))
+        logits = (_products(part, self.key) * self.scaling for part in queries.split(QUERIES, dim=1))
+        total = torch.stack([part.float().softmax(-1).sum((0, 1)) for part in logits]).sum(0)
         return total[int(self.has_cls) :] / (queries.shape[0] * queries.shape[1])
 
     def descriptors(self) -> Tensor:
@@ -206,3 +204,11 @@ class PackedVision(TowerAttention):
 
     def descriptors(self) -> Tensor:
         return torch.cat([self.tower.descriptors[i] for i in self.pieces])[self.index]
+
+
+def _products(query: Tensor, key: Tensor) -> Tensor:
+    """Products of queries (heads, q, d) and keys (key heads, n, d): (key heads, heads per key head * q, n).
+
+    Heads that share keys stand side by side, so that no key is repeated.
+    """
+    return query.unflatten(0, (len(key), -1)).flatten(1, 2) @ key.transpose(1, 2)

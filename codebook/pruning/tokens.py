@@ -117,7 +117,7 @@ def digest_rows(values: Tensor) -> Tensor:
     """One order-sensitive int64 digest for each row of a (rows, ...) tensor, from its exact bits, on its device."""
     bits = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
     flat = values.detach().contiguous().flatten(1).view(bits).long()
-    return mix((flat * _places(flat.shape[1], flat.device)).sum(1))
+    return mix((flat * places(flat.shape[1], flat.device)).sum(1))
 
 
 def digests(values: Sequence[Tensor]) -> list[Tensor]:
@@ -137,6 +137,7 @@ def digests(values: Sequence[Tensor]) -> list[Tensor]:
 
 
 @lru_cache(maxsize=8)  # the same for every image of one size, and slower than the rest of the digest
-def _places(count: int, device: torch.device) -> Tensor:
+def places(count: int, device: torch.device) -> Tensor:
+    """(count,) int64: the numbers from 1 on, each through `mix`."""
     with torch.inference_mode(False):  # it outlives the caller's mode
         return mix(torch.arange(1, count + 1, device=device))

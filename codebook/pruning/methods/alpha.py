@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from codebook.pruning.methods.base import ScoringPruner, option, unit_range
 from codebook.pruning.methods.fastv import FastV
 from codebook.pruning.tokens import VisualTokens
+
+TINY = 1e-12
+"""Shortest length that a vector is divided by."""
 
 
 @dataclass(frozen=True)
@@ -27,5 +29,7 @@ class Alpha(ScoringPruner):
 
     def score(self, tokens: VisualTokens) -> Tensor:
         importance = FastV().score(tokens)
-        uniqueness = -cosine_similarity(tokens.hidden.float(), tokens.last.float()[None], dim=-1)
+        hidden = tokens.hidden.float()
+        # Not divided by the last token's length, which scaling to [0, 1] takes away again.
+        uniqueness = -(hidden @ tokens.last.float()) / hidden.norm(dim=-1).clamp(min=TINY)
         return self.alpha * unit_range(importance) + (1 - self.alpha) * unit_range(uniqueness)

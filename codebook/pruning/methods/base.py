@@ -11,10 +11,13 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import embedding_bag, normalize
 
 from codebook.errors import CodebookError, quoted
 from codebook.pruning.tokens import VisualTokens
+
+GRAM_ROWS = 288
+"""Rows of a block of `gram`: measured on one core with AVX-512, n = 576 and 2880, d = 1024 and 4096."""
 
 
 class Pruner(ABC):
@@ -169,10 +172,30 @@ def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
 
     Returns
     -------
-    (count, d) in the dtype of `values`, summed in float32 and, being a product of matrices, in a fixed order
+    (count, d) in the dtype of `values`, summed in float32 and in the order of the rows, on every device
     """
-    member = (group == torch.arange(count, device=group.device)[:, None]).float()
-    return (member @ values.float() / member.sum(1, keepdim=True)).to(values.dtype)
+    order = group.argsort(stable=True)
+    begins = torch.searchsorted(group[order], torch.arange(count + 1, device=group.device))
+    # The bag after the last group has those that are in none.
+    return embedding_bag(order, values.float(), begins, mode="mean")[:count].to(values.dtype)
+
+
+def gram(x: Tensor) -> Tensor:
+    """The products of each row with each: x @ x.T of (n, d), (n, n).
+
+    On a CPU only one half is computed where n is large, block by block, and mirrored: up to twice as fast, and exactly
+    symmetric. Up to `GRAM_ROWS` rows, and on other devices, where the host would have to say each block, it is the
+    plain product.
+    """
+    n = len(x)
+    if n <= GRAM_ROWS or x.device.type != "cpu":
+        return x @ x.T
+    out = x.new_empty(n, n)
+    for start in range(0, n, GRAM_ROWS):
+        end = start + GRAM_ROWS
+        out[start:end, start:] = x[start:end] @ x[start:].T
+        out[end:, start:end] = out[start:end, end:].T
+    return out
 
 
 def nearest_kept(values: Tensor, index: Tensor) -> Tensor:

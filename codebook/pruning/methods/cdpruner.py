@@ -10,13 +10,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods.base import Pruner, unit_range
+from codebook.pruning.methods.base import Pruner, gram, unit_range
 from codebook.pruning.tokens import VisualTokens
 
 ROUNDING = 1e-6
 """Gains below it are float32's rounding: the set already spans all tokens, or the rest have no relevance."""
 
-ROWS_PER_KEPT = 8
+ROWS_PER_KEPT = 16
 """Tokens per kept one below which the whole kernel is computed at once."""
 
 
@@ -53,14 +53,18 @@ class CDPruner(Pruner):
         weighted = normalize(tokens.features.float(), dim=-1) * relevance[:, None]
         gain = weighted.square().sum(1)
         # A product of matrices computes a row several times faster than one row after the other, but computes them all.
-        kernel = weighted @ weighted.T if len(tokens) < ROWS_PER_KEPT * keep else None
+        kernel = gram(weighted) if len(tokens) < ROWS_PER_KEPT * keep else None
         factor = weighted.new_zeros(keep, len(tokens))
-        chosen = torch.empty(keep, dtype=torch.long, device=weighted.device)
+        chosen = []
         for i in range(keep):
             # One place, not a number: indexing with a number on the device waits for it.
-            chosen[i : i + 1] = pick = gain.argmax(keepdim=True)
-            rows = weighted[pick] @ weighted.T if kernel is None else kernel[pick]
-            row = (rows - factor[:i, pick].T @ factor[:i])[0]
-            factor[i] = torch.where(gain[pick] > ROUNDING, row / gain[pick].sqrt(), 0)
-            gain = (gain - factor[i].square()).index_fill(0, pick, -torch.inf)
-        return chosen.sort().values
+            pick = gain.argmax(keepdim=True)
+            chosen.append(pick)
+            # Selected, not indexed: that is several times faster for the few numbers of a step.
+            rows = weighted.index_select(0, pick) @ weighted.T if kernel is None else kernel.index_select(0, pick)
+            if i:
+                rows = torch.addmm(rows, factor[:i].index_select(1, pick).T, factor[:i], alpha=-1)
+            most = gain.index_select(0, pick)
+            factor[i] = rows[0] * torch.where(most > ROUNDING, most.rsqrt(), 0)
+            gain = torch.addcmul(gain, factor[i], factor[i], value=-1).index_fill_(0, pick, -torch.inf)
+        return torch.cat(chosen).sort().values

@@ -134,9 +134,11 @@ class Window(Combination):
         score = self.ranking.score(tokens)
         # A token's rank within its window comes first, its score second.
         order = score.argsort(descending=True)
-        same = window[order][:, None] == window[order]
+        by_window = window[order].argsort(stable=True)  # of the ordered tokens: window by window, best first
+        within = window[order][by_window]
         rank = torch.empty_like(window)
-        rank[order] = same.tril(-1).sum(1)
+        place = torch.arange(len(order), device=order.device)
+        rank[order[by_window]] = place - torch.searchsorted(within, within)  # less the place of its window's first
         best = torch.empty_like(window)
-        best[order] = torch.arange(len(order), device=order.device)
+        best[order] = place
         return (rank * len(order) + best).topk(keep, largest=False).indices.sort().values

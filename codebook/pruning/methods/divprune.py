@@ -19,5 +19,9 @@ class DivPrune(Farthest):
     """
 
     def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
-        first = similarity.clone().fill_diagonal_(-torch.inf).amax(1).argmin(keepdim=True)
+        itself = similarity.diagonal()
+        own = itself.clone()
+        itself.fill_(-torch.inf)
+        first = similarity.amax(1).argmin(keepdim=True)
+        itself.copy_(own)
         return torch.full_like(similarity[0], -2).index_fill(0, first, -3)

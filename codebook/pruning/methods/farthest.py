@@ -10,13 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
-from codebook.pruning.methods.base import FeaturePruner, option
+from codebook.pruning.methods.base import FeaturePruner, gram, option
 
 if TYPE_CHECKING:
     from codebook.store.codebook import Codebook
 
 AT_ONCE = 2**26
 """Similarities held at once: of 200 images of 576 tokens, a quarter of a gigabyte."""
+
+ROW_BY_ROW = 1024, 16
+"""Tokens, and tokens per kept one, above which the similarities of all pairs cost more than those to each chosen."""
 
 
 class Farthest(FeaturePruner):
@@ -51,7 +54,7 @@ class Farthest(FeaturePruner):
         for part in features.split(max(1, AT_ONCE // features.shape[1] ** 2)):
             # Image by image: products of several matrices at once may be rounded in another way, and what an image
             # keeps would depend on its neighbours.
-            similarity = torch.stack([unit @ unit.T for unit in normalize(part.float(), dim=-1)])
+            similarity = torch.stack([gram(unit) for unit in normalize(part.float(), dim=-1)])
             nearest = torch.stack([self.begin(*own) for own in zip(part, similarity, strict=True)])
             chosen.append(farthest_points(similarity, nearest, keep, self.representatives))
         return torch.cat(chosen)
@@ -64,8 +67,29 @@ class FarthestPoint(Farthest):
     representatives: int = option(0, 0)
 
     def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
-        features = features.float()
-        return cosine_similarity(features, features.mean(0, keepdim=True)) - 3
+        return _likeness_to_mean(features) - 3
+
+    def select_each(self, features: Tensor, keep: int) -> Tensor:
+        least, per_kept = ROW_BY_ROW
+        if self.representatives or features.shape[1] <= max(least, per_kept * keep):
+            return super().select_each(features, keep)
+        return torch.stack([_row_by_row(own, keep) for own in features])
+
+
+def _likeness_to_mean(features: Tensor) -> Tensor:
+    features = features.float()
+    return cosine_similarity(features, features.mean(0, keepdim=True))
+
+
+def _row_by_row(features: Tensor, keep: int) -> Tensor:
+    """What `FarthestPoint` keeps of one image, from keep * n similarities."""
+    unit = normalize(features.float(), dim=-1)
+    nearest, chosen = _likeness_to_mean(features) - 3, []
+    for _ in range(keep):
+        pick = nearest.argmin(keepdim=True)
+        chosen.append(pick)
+        nearest = torch.maximum(nearest, unit @ unit.index_select(0, pick)[0]).index_fill_(0, pick, torch.inf)
+    return torch.cat(chosen).sort().values
 
 
 @dataclass(frozen=True)

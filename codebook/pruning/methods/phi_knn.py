@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner, option
+from codebook.pruning.methods.base import ScoringPruner, gram, option
 from codebook.pruning.tokens import VisualTokens
 
 LARGEST_TIE_BREAK = 1e-6
 """Largest number added to a density, so that no two are equal."""
+
+CACHED = 2**18
+"""Distances that are worked on at once on a CPU, so that its cache holds them: 2 MiB."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,18 @@ def peakedness(x: Tensor, neighbours: int, tie: Tensor) -> Tensor:
 
     `tie` (n,), in [0, 1], orders equal densities.
     """
-    # In float64: densities near 1 would leave float32 no room for the tie-break.
-    distance = (torch.cdist(x.double(), x.double()) / x.shape[1] ** 0.5).fill_diagonal_(0)
-    near = distance.topk(min(neighbours, len(x)), dim=1, largest=False).values
-    density = (-near.square().mean(dim=1)).exp() + LARGEST_TIE_BREAK * tie
-    return density * distance.where(density[None] > density[:, None], distance.max()).amin(dim=1)
+    # In float64: near-equal points would get distances from rounding, and densities near 1 would leave float32 no room
+    # for the tie-break. All distances are squared and not divided until the end.
+    n = len(x)
+    square = gram(x.double())
+    length = square.diagonal().clone()
+    rows = max(1, CACHED // n) if x.device.type == "cpu" else n
+    near, most = [], []
+    for part, own in zip(square.split(rows), length.split(rows), strict=True):
+        torch.add(own[:, None] + length, part, alpha=-2, out=part).clamp_(min=0)
+        near.append(part.topk(min(neighbours, n), dim=1, largest=False).values.mean(1))
+        most.append(part.amax())
+    density = (-torch.cat(near) / x.shape[1]).exp() + LARGEST_TIE_BREAK * tie
+    pairs = zip(square.split(rows), density.split(rows), strict=True)
+    gap = torch.cat([part.where(density > own[:, None], torch.inf).amin(1) for part, own in pairs])
+    return density * torch.minimum(gap, torch.stack(most).amax()).div(x.shape[1]).sqrt()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from codebook.pruning.methods.base import ScoringPruner, option
-from codebook.pruning.tokens import VisualTokens, mix
+from codebook.pruning.tokens import VisualTokens, mix, places
 
 
 @dataclass(frozen=True)
@@ -21,4 +21,5 @@ class Random(ScoringPruner):
     seed: int = option(0, -(2**63), 2**63 - 1)
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return mix(mix(tokens.key + self.seed) ^ mix(tokens.ordinal + 1))
+        mixed = places(tokens.grid[0] * tokens.grid[1], tokens.ordinal.device)  # once for all images of a size
+        return mix(mix(tokens.key + self.seed) ^ mixed[tokens.ordinal])

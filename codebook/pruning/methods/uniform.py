@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -31,8 +32,14 @@ class Uniform(Pruner):
     phase: Literal["centre", "corner"] = option("centre", choices=("centre", "corner"))
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        n, device = len(tokens), tokens.ordinal.device
-        rows, cols = tokens.grid
+        return even_grid(len(tokens), tokens.grid, keep, self.phase, tokens.ordinal.device)
+
+
+@lru_cache(maxsize=64)  # the same for every image of one size
+def even_grid(n: int, grid: tuple[int, int], keep: int, phase: str, device: torch.device) -> Tensor:
+    """What `Uniform` keeps of the `n` tokens that are left of a grid: (keep,) int64, not to be changed."""
+    rows, cols = grid
+    with torch.inference_mode(False):  # it outlives the caller's mode
         if n < rows * cols:
             return evenly_spaced(n, keep, device)
         down = min(rows, max(1, round(math.sqrt(keep * rows / cols))))
