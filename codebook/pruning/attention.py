@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, reduce
 
 import torch
 from torch import Tensor
@@ -158,7 +158,7 @@ class Vision(TowerAttention):
     def received(self) -> Tensor:
         queries = self.query[:, :1] if self.has_cls else self.query
         logits = (_products(part, self.key) * self.scaling for part in queries.split(QUERIES, dim=1))
-        total = torch.stack([part.float().softmax(-1).sum((0, 1)) for part in logits]).sum(0)
+        total = reduce(torch.add, (part.float().softmax(-1).sum((0, 1)) for part in logits))
         return total[int(self.has_cls) :] / (queries.shape[0] * queries.shape[1])
 
     def descriptors(self) -> Tensor:

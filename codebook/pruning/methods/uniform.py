@@ -46,7 +46,7 @@ def even_grid(n: int, grid: tuple[int, int], keep: int, phase: str, device: torc
         across = math.ceil(keep / down)
         if across > cols:
             down, across = math.ceil(keep / cols), cols
-        spaced = evenly_spaced if self.phase == "centre" else strided
+        spaced = evenly_spaced if phase == "centre" else strided
         cells = spaced(rows, down, device)[:, None] * cols + spaced(cols, across, device)
         return cells.flatten()[evenly_spaced(down * across, keep, device)]
 
