@@ -30,7 +30,7 @@ def loaded():
     model, processor = load("miniature", "cpu")
     book = prebuilt(model)
     rows, skipped = bench.plan(model, METHODS, KEEPS, book, [3, 4])
-    tasks = [task for task in load_data("miniature", ["miniature"], 4) if task.name in ("exist", "ocr")]
+    tasks = [task for task in load_data(["miniature"], 4) if task.name in ("exist", "ocr")]
     return model, processor, tasks, rows, skipped
 
 
@@ -414,7 +414,7 @@ def test_a_longer_run_asks_only_what_is_new(loaded, tmp_path, monkeypatch):
 
     monkeypatch.setattr(respond, "answer_prompts", noted)
     kinds = ["miniature:exist", "miniature:ocr"]
-    short, long = load_data("miniature", kinds[:1], 3), load_data("miniature", kinds, 4)
+    short, long = load_data(kinds[:1], 3), load_data(kinds, 4)
     bench.measure(model, processor, short, rows, tmp_path, settings)
     assert asked == [2, 2, 1, 1]
     found = bench.measure(model, processor, long, rows, tmp_path, settings)

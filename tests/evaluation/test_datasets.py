@@ -1,16 +1,13 @@
 """Loaders on small files made in the formats of the public ones."""
 
 import json
-from functools import partial
 
 import pytest
 from PIL import Image
 
-from codebook.cli import data
+from codebook.cli.data import load_data
 from codebook.errors import CodebookError
 from codebook.evaluation.datasets import COGNITION, PERCEPTION, SHORT
-
-load_data = partial(data.load_data, "miniature")
 
 
 @pytest.fixture
