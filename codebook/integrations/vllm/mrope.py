@@ -7,6 +7,7 @@ meant for pruned videos (EVS), so that has to look switched on; its own function
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -44,6 +45,10 @@ from codebook.models.layout import Layout
 
 ALMOST_NONE = 1e-300
 """Share of a video that EVS is to drop: more than nothing, so that it is on, and too little to drop a token."""
+TABLE = 4
+"""Positions that vLLM has rotations for, as multiples of the model's longest prompt; beyond them an engine dies."""
+ELONGATION = 400
+"""Most times that an image may be longer than wide: Qwen's image processors refuse 200, before they round."""
 
 
 def qwen_layouts(config: Any, data: Data) -> list[Layout]:
@@ -100,12 +105,24 @@ class PruningQwenProcessor(PruningProcessor):
 
     def apply(self, *args: Any, **options: Any) -> Any:
         out = super().apply(*args, **options)  # type: ignore[misc]
+        info: Any = self.info  # type: ignore[attr-defined]
         ids, images = out["prompt_token_ids"], out["mm_placeholders"].get("image", ())
         if ids.count(self.config.image_token_id) > sum(image.length for image in images):
             raise VLLMValidationError("the prompt has more image tokens than images: take them out of its text")
         if any(image.offset + image.length == len(ids) for image in images):
             raise VLLMValidationError("the prompt ends with an image: put text after it")
+        # Text goes on behind an image's longer side, so a prompt's positions may run ahead of its length.
+        reach = info.ctx.model_config.max_model_len + sum(self._longest_side(image.length) for image in images)
+        if reach > TABLE * self.config.get_text_config().max_position_embeddings:
+            raise VLLMValidationError("the prompt's images may reach further than the model: show fewer of them")
         return out
+
+    def _longest_side(self, kept: int) -> float:
+        """The most rows or columns of an image of which so many tokens stay; sizes are not in what is cached of it."""
+        keep = self.settings.stage.keep
+        info: Any = self.info  # type: ignore[attr-defined]
+        whole = (kept + 1) / keep if isinstance(keep, float) else info.get_max_image_tokens()
+        return min(whole, math.sqrt(ELONGATION * whole))
 
 
 class PruningQwen(PruningModel):

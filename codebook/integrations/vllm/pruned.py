@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from vllm.distributed import get_tensor_model_parallel_world_size, get_tp_group
+from vllm.exceptions import VLLMValidationError
 from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUpdateDetails
 
 from codebook.errors import CodebookError
@@ -72,7 +73,10 @@ class PruningProcessor:
                 f"vLLM has {content.full.count(token)} placeholders for an image of {layout.length} visual tokens: "
                 "this version of vLLM is not supported"
             )
-        spare, full = layout.length - self.settings.kept(layout), []
+        try:
+            spare, full = layout.length - self.settings.kept(layout), []
+        except CodebookError as error:  # the image has fewer tokens than the number that is to stay
+            raise VLLMValidationError(str(error), parameter="image") from None
         for own in content.full:
             if own == token and spare:
                 spare -= 1

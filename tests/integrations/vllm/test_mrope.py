@@ -202,6 +202,7 @@ def test_memory_is_measured_on_the_largest_image(engine):
     stock = runner.model.embed_multimodal
     runner.model.embed_multimodal = lambda **data: [shapes.append(out.shape) or out for out in stock(**data)]
     runner.profile_run()
+    engine.core.reset_encoder_cache()  # it is empty now, and the scheduler has to know
     del runner.model.embed_multimodal
     assert {shape[0] for shape in shapes} == {round(KEEP * 300)}
 
@@ -215,6 +216,24 @@ def test_prompts_of_unknown_positions_are_refused(engine, text, images, words):
         text = text.removesuffix("<|vision_end|>")
     with pytest.raises(VLLMValidationError, match=words):
         list(engine.answers([(text, images)]))
+
+
+def test_an_image_smaller_than_what_is_to_stay_is_refused(engine):
+    engine.switch("uniform", 100)
+    with pytest.raises(VLLMValidationError, match="cannot keep 100 tokens of an image that has 64"):
+        list(engine.answers([(f"w5 {SHOWN} w6", [SMALL])]))
+
+
+@pytest.mark.parametrize("keep", [KEEP, 45])
+def test_images_that_reach_further_than_the_model_are_refused(engine, monkeypatch, keep):
+    """Of a prompt of 512 tokens and an image of up to 152 or 300 tokens, which may stand in one row."""
+    engine.switch("uniform", keep)
+    text = engine.config.get_text_config()
+    monkeypatch.setattr(text, "max_position_embeddings", (512 + 301) // 4 + 1)
+    assert list(engine.answers([(f"w5 {SHOWN} w6", [TALL])]))
+    monkeypatch.setattr(text, "max_position_embeddings", (512 + 150) // 4)
+    with pytest.raises(VLLMValidationError, match="show fewer of them"):
+        list(engine.answers([(f"w5 {SHOWN} w6", [TALL])]))
 
 
 def test_no_graph_of_the_tower_is_replayed(engine):
