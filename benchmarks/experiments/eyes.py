@@ -81,7 +81,9 @@ def tables(answers: Answers) -> dict[str, list[list[str]]]:
     """Tables by title, the first row of each its head."""
 
     def cell(pair: tuple[float, float], sign: str = "") -> str:
-        return f"{pair[0]:{sign}.1f} ± {pair[1]:.1f}"
+        value, half = pair
+        # The half-width would be the rule of three's for so many questions: 3 in n.
+        return "none differs" if sign and not value else f"{value:{sign}.1f} ± {half:.1f}"
 
     def or_dash(show, *row: object) -> str:
         return show(*row) if (row[0], row[-1]) in answers.rows else "-"
