@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from importlib.metadata import version
 from typing import Any
 
@@ -115,8 +116,11 @@ def family_of_config(config: Any) -> Family:
             "full attention, such as qwen3_vl"
         )
     if name not in FAMILIES:
-        supported = ", ".join(sorted(FAMILIES))
-        raise CodebookError(f"models of type {name} are not supported; use one of: {supported}")
+        near = difflib.get_close_matches(name, FAMILIES) or ["llava", "qwen2_5_vl", "qwen3_vl"]
+        raise CodebookError(
+            f"models of type {name} are not supported; use one of the {len(FAMILIES)} of docs/models.md, such as "
+            f"{', '.join(near)}"
+        )
     found, installed = FAMILIES[name], version("transformers")
     if Version(installed) < Version(found.since):
         raise CodebookError(f"{name} needs transformers {found.since}, this is {installed}: use a newer one")

@@ -36,7 +36,7 @@ def refused(match):
             hf.PerceptionLMConfig(vision_config={"model_type": "timm_wrapper"}),
             "perception_lm.*with a vision tower of timm",
         ),
-        (hf.BlipConfig(), "blip are not supported; use one of: .*qwen2_5_vl"),
+        (hf.BlipConfig(), "blip are not supported; use one of the .*docs/models.md, such as llava, qwen2_5_vl"),
         (hf.LlavaConfig(vision_config=hf.SiglipVisionConfig()), "'default' features is not supported; use"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
