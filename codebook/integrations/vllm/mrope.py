@@ -45,7 +45,7 @@ from codebook.models.layout import Layout
 
 ALMOST_NONE = 1e-300
 """Share of a video that EVS is to drop: more than nothing, so that it is on, and too little to drop a token."""
-TABLE = 4
+ROTATIONS = 4
 """Positions that vLLM has rotations for, as multiples of the model's longest prompt; beyond them an engine dies."""
 ELONGATION = 400
 """Most times that an image may be longer than wide: Qwen's image processors refuse 200, before they round."""
@@ -113,7 +113,7 @@ class PruningQwenProcessor(PruningProcessor):
             raise VLLMValidationError("the prompt ends with an image: put text after it")
         # Text goes on behind an image's longer side, so a prompt's positions may run ahead of its length.
         reach = info.ctx.model_config.max_model_len + sum(self._longest_side(image.length) for image in images)
-        if reach > TABLE * self.config.get_text_config().max_position_embeddings:
+        if reach > ROTATIONS * self.config.get_text_config().max_position_embeddings:
             raise VLLMValidationError("the prompt's images may reach further than the model: show fewer of them")
         return out
 
