@@ -32,8 +32,8 @@ def note(text: str) -> None:
 
 
 def quiet() -> bool:
-    """Whether notes, and so progress too, are silenced."""
-    return not logging.getLogger("codebook.cli").isEnabledFor(logging.INFO)
+    """Whether `--quiet` has silenced notes, and so progress too; a script that sets no level has not."""
+    return logging.getLogger("codebook").level > logging.INFO
 
 
 class Interrupted(Exception):

@@ -43,3 +43,10 @@ def test_progress_and_notes_are_logged(run, capfd, monkeypatch):
         tick(2)
     assert not capfd.readouterr().err
     logging.getLogger("codebook.cli").manager._clear_cache()
+
+
+def test_a_script_that_sets_no_level_sees_progress(capfd, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("codebook"), "level", logging.NOTSET)
+    with progress("work", 2, "parts") as tick:
+        tick(2)
+    assert capfd.readouterr().err.startswith("work: 2/2")
