@@ -147,7 +147,7 @@ def main() -> None:
     options = parser.parse_args()
     shard = None if options.part is None else tuple(map(int, options.part.split("/")))
     model, processor = load("eyes")
-    tasks = load_data("eyes", [f"miniature:{family}" for family in FAMILIES], options.count)
+    tasks = load_data([f"miniature:{family}" for family in FAMILIES], options.count)
     methods = [m + end for m in METHODS for end in ("", *BEHIND)] + list(SCALED)
     rows, skipped = plan(model, methods, KEEPS)
     for one in skipped:
