@@ -11,9 +11,23 @@ from transformers import BatchFeature
 
 from codebook.inference.prompts import Prompts
 
-FILLERS = {"input_ids": None, "attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0}
+FILLERS = {
+    "input_ids": None,
+    "attention_mask": 0,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+    "moe_mm_token_type_ids": 0,
+}
 """Inputs with one number per token, and what stands in padding; None: the padding token."""
-PER_IMAGE = {"pixel_values", "pixel_attention_mask", "image_sizes", "image_grid_thw", "batch_num_images"}
+PER_IMAGE = {
+    "pixel_values",
+    "pixel_attention_mask",
+    "image_sizes",
+    "image_grid_thw",
+    "batch_num_images",
+    "spatial_shapes",
+    "image_position_ids",
+}
 """Inputs of which one prompt's rows simply follow another's."""
 
 LONGEST_TO_SHORTEST = 1.5

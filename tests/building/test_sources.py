@@ -120,7 +120,7 @@ def test_data_set_without_the_library(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     for name in ("state.json", "dataset_info.json"):
         (tmp_path / name).write_text("{}")
-    with pytest.raises(CodebookError, match="install codebook"):
+    with pytest.raises(CodebookError, match=r"install 'redundancy-codebook\[datasets\]'"):
         open_images(tmp_path)
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 REQUIRED = [
-    "huggingface-hub", "jinja2", "numpy", "pillow", "pydantic", "rich", "safetensors", "sqlitedict", "torch",
+    "huggingface-hub", "jinja2", "numpy", "packaging", "pillow", "pydantic", "rich", "safetensors", "sqlitedict", "torch",
     "transformers", "typer",
 ]  # fmt: skip
 
@@ -54,7 +54,7 @@ def test_versions_devices_and_extras_on_one_screen(doctor):
     assert all(report["packages"][name] == metadata.version(name) for name in REQUIRED)
     assert any("cpu" in device for device in report["devices"]) and report["attention"]["cpu"] == ["sdpa", "eager"]
     assert report["codebooks"] == ["eyes", "miniature"] and set(report["extras"]) == {
-        "cpu", "datasets", "gpu", "miniature", "plot", "ray", "serve",
+        "cpu", "datasets", "gpu", "miniature", "plot", "ray", "serve", "video",
     }  # fmt: skip
     assert report["extras"]["plot"]["installed"] and len(lines) <= 24
     assert any(f"torch {torch.__version__}" in line for line in lines)

@@ -190,7 +190,12 @@ def test_which_commands_go_on(run, tmp_path, monkeypatch, command):
     monkeypatch.chdir(tmp_path)
     miniature.write_images(tmp_path / "images", 1)
     (tmp_path / "in.jsonl").write_text('{"image": "images/000000.png", "question": "?"}')
-    for name in ("codebook.models.load", "codebook.building.merge", "codebook.miniature.train.train"):
+    for name in (
+        "codebook.models.load",
+        "codebook.models.loading.load",
+        "codebook.building.merge",
+        "codebook.miniature.train.train",
+    ):
         monkeypatch.setattr(name, interrupted)
     code, out, err = run(*(RESUMABLE | OTHERS)[command])
     said = "interrupted: what is finished is kept, and the same command goes on\n"

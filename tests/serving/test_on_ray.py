@@ -14,7 +14,7 @@ from codebook.serving.state import ModelState
 
 def test_options_that_need_the_engine(refused):
     refused("serve", "miniature", "--replicas", 2, words=["--replicas and --address are Ray's", "--engine ray"])
-    refused("serve", "miniature", "--engine", "spark", words=["no engine 'spark'", "transformers or ray"])
+    refused("serve", "miniature", "--engine", "spark", words=["no engine 'spark'", "transformers, ray or vllm"])
 
 
 def test_ray_that_is_not_there_is_named(refused, monkeypatch):

@@ -116,7 +116,9 @@ def test_frames_of_a_video_are_read_alike(tmp_path):
     )
     assert {frame.size for frame in read_video(tmp_path / "a.webp")} == {(2, 4)}
     (tmp_path / "b.webp").write_bytes(b"no video")
-    with pytest.raises(CodebookError, match=r"cannot read video .*b\.webp: not an image; give an mp4 or webm file, a folder of frames"):
+    with pytest.raises(
+        CodebookError, match=r"cannot read video .*b\.webp: not an image; give an mp4 or webm file, a folder of frames"
+    ):
         read_video(tmp_path / "b.webp")
 
 

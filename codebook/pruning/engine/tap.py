@@ -77,7 +77,8 @@ def _tapped(stock: str) -> Callable[..., Any]:
     ) -> Any:
         replay(module, query, key, kwargs["scaling"])
         if LISTENING.get():
-            return query.transpose(1, 2), None  # of the shape that the module expects
+            # Of the shape that the module expects: values may have other heads than queries, and another width.
+            return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
         own = sys.modules[type(module).__module__].eager_attention_forward
         function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
         return function(module, query, key, value, attention_mask, **kwargs)

@@ -22,7 +22,8 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 """Read by vLLM when it is imported; its engine runs in the test's own process."""
-os.environ.update(ENVIRONMENT)
+if INSTALLED:  # else it would reach tests of other things, in whose process pytest imports this file
+    os.environ.update(ENVIRONMENT)
 
 
 def settings(method, keep, **more):
