@@ -12,8 +12,8 @@ import pytest
 import torch
 
 REQUIRED = [
-    "huggingface-hub", "jinja2", "numpy", "packaging", "pillow", "pydantic", "rich", "safetensors", "sqlitedict", "torch",
-    "transformers", "typer",
+    "huggingface-hub", "jinja2", "numpy", "packaging", "pillow", "pydantic", "rich", "safetensors", "sqlitedict",
+    "torch", "transformers", "typer",
 ]  # fmt: skip
 
 
