@@ -89,16 +89,15 @@ class VllmSettings:
             if given.get(key) is None:
                 raise CodebookError(f"{CONFIG_KEY} lacks {key!r}: {HOW}")
         part = _read_method(given["method"])
+        if part.entry.uses_attention:  # before it is made at layer 0, whose refusal names later layers
+            raise _beyond(part, "attention")
         try:
             check_keep(given["keep"])
         except CodebookError as error:
             raise CodebookError(f"{CONFIG_KEY}: {error}") from None
         stage = Schedule.parse(f"{given['method']}:1.0", _read_codebook(part, given.get("codebook"))).stages[0]
         if need := beyond_features(stage.pruner):
-            raise CodebookError(
-                f"{CONFIG_KEY}: {part.method} needs {need}, and vLLM prunes where images are encoded, by projector "
-                "outputs alone: use codebook-farthest, or farthest without a codebook"
-            )
+            raise _beyond(part, need)
         return cls(replace(stage, keep=given["keep"]))
 
     @cached_property
@@ -179,6 +178,13 @@ def _tokens(unit: Unit) -> VisualTokens:
     every = slice(0, unit.count)
     return VisualTokens(
         unit.features, unit.features, unit.features, every, unit.text, unit.ordinal, unit.grid, unit.key()
+    )
+
+
+def _beyond(part: StageText, need: str) -> CodebookError:
+    return CodebookError(
+        f"{CONFIG_KEY}: {part.method} needs {need}, and vLLM prunes where images are encoded, by projector outputs "
+        "alone: use codebook-farthest, or farthest without a codebook"
     )
 
 

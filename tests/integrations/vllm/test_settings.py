@@ -43,7 +43,7 @@ def config(width=WIDTH, **given):
         ({"method": "uniform@3", "keep": 0.2}, "at layer 3"),
         ({"method": "seeded", "keep": 0.2, "codebook": BOOK}, "use codebook-farthest"),
         ({"method": "farthest+mass", "keep": 0.2}, "use farthest, the same without"),
-        ({"method": "fastv", "keep": 0.2}, "attention of the layer before"),
+        ({"method": "fastv", "keep": 0.2}, "fastv needs attention, and vLLM prunes where images are encoded"),
         ({"method": "cls", "keep": 0.2}, "cls needs the vision tower's attention"),
         ({"method": "cdpruner", "keep": 0.2}, "cdpruner needs the text"),
         ({"method": "pool", "keep": 0.2}, "pool needs to merge tokens"),
