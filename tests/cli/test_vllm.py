@@ -88,7 +88,7 @@ def test_serve_becomes_vllms_own_server(started, tmp_path):
         (("miniature", "--replicas", "2"), ["--replicas and --address are Ray's"]),
         (("miniature", "--codebook", "a=b"), ["one codebook"]),
         (("miniature", "--allow-urls", "example.com:80"), ["example.com:80 without its port"]),
-        (("miniature", "--method", "fastv"), ["attention of the layer before"]),
+        (("miniature", "--method", "fastv"), ["fastv needs attention", "codebook-farthest"]),
         ((), ["needs a MODEL"]),
     ],
 )
