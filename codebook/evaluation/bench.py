@@ -180,7 +180,7 @@ def row(
 
 
 def _fitted(method: str, codebook: Codebook | None, n: int, layers: int, keep: float, horizon: int | None) -> Schedule:
-    schedule, _ = Schedule.draft(method, codebook, layers=layers, horizon=horizon)
+    schedule, _ = Schedule.draft(method, codebook, layers=layers, horizon=horizon, budget=keep)
     counts = [stage.keep for stage in schedule.stages if isinstance(stage.keep, int)]
     if len(counts) < len(schedule.stages) or counts == [0]:  # a single drop moves its layer
         return schedule.fit(keep, n=n, layers=layers)

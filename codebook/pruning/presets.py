@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from codebook.errors import CodebookError, quoted
@@ -26,7 +27,11 @@ DEEP_SHARE = 1 / 7
 """Tokens of a hybrid's second stage, as a share of the first stage's. The paper's rows have 38/284, 38/252, 10/96 and
 27/60: their median is 0.14."""
 
+RESERVE = 0.2
+"""Share of what `deft` drops in the end that it keeps until its second stage (arXiv 2609.34861)."""
+
 SCHEDULE_PRESETS: dict[str, str] = {
+    "deft": "cls:0.361112, fastv(query='question')@16:0.199653",
     "feather": "feather-ensemble(share=0.2941)@8:0.37723, fastv-norope@16:0.032922",
     "pyramiddrop": "fastv(own_layer=True)@8:0.5, fastv(own_layer=True)@16:0.25, fastv(own_layer=True)@24:0.125"
     "; positions=compact",
@@ -36,12 +41,17 @@ SCHEDULE_PRESETS: dict[str, str] = {
 """The presets that are more than one method: their text, for decoders of 32 layers, as the authors report them. Shares
 are the authors' counts divided by their images' tokens, rounded up at the sixth digit.
 
-FEATHER at R = 0.7: 275 and 24 of 729 tokens, 81 of the 275 its grid (arXiv 2412.13180). PyramidDrop: arXiv 2410.17247.
-SparseVLM with 300, 200 and 110 of 576 tokens, and 9, 4 and 3 averages on top; its code prunes what layers 2, 6 and 15
-give, which is what layers 3, 7 and 16 get: arXiv 2410.04417. The code of both renumbers positions. VTW at K = 16: arXiv
-2405.05803.
+DeFT with K = 115 of N = 576 tokens, and M = K + 0.2 (N - K) = 208 until half of the layers are through: arXiv
+2609.34861, from notes on the paper. Its budget is the final one, K, here 0.2 where the average over the layers is 0.28;
+fitted to an average, K is solved from it. FEATHER at R = 0.7: 275 and 24 of 729 tokens, 81 of the 275 its grid (arXiv
+2412.13180). PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200 and 110 of 576 tokens, and 9, 4 and 3 averages on
+top; its code prunes what layers 2, 6 and 15 give, which is what layers 3, 7 and 16 get: arXiv 2410.04417. The code of
+both renumbers positions. VTW at K = 16: arXiv 2405.05803.
 """
 
+
+DEFERRED = "deft"
+"""The preset whose stages keep no fixed proportions: M follows from K."""
 
 WITHDRAWAL = "vtw"
 """The preset whose one layer is the information horizon's."""
@@ -52,7 +62,9 @@ def scaled(layer: int, layers: int) -> int:
     return max(1, (2 * layer * layers + DEPTH) // (2 * DEPTH)) if layer else 0
 
 
-def expand(text: str, layers: int, horizon: int | None = None, deep: int | None = None) -> tuple[ScheduleText, bool]:
+def expand(
+    text: str, layers: int, horizon: int | None = None, deep: int | None = None, budget: float | None = None
+) -> tuple[ScheduleText, bool]:
     """The stages of a schedule's text or of the preset that it names, each with layer and keep.
 
     Parameters
@@ -66,6 +78,9 @@ def expand(text: str, layers: int, horizon: int | None = None, deep: int | None 
         Layer of a hybrid's second stage, or of `vtw`; default: 20 of 32, 21 to drop all, 16 for `vtw`.
     deep
         Tokens of a hybrid's second stage; default: 1/7 of the first's.
+    budget
+        Visual tokens averaged over the layers, as a fraction, that the schedule will be fitted to: `deft`'s keeps are
+        then those that meet it, up to whole tokens. None: the authors' keeps.
 
     Returns
     -------
@@ -83,6 +98,8 @@ def expand(text: str, layers: int, horizon: int | None = None, deep: int | None 
         stages = _ascending(own.stages, layers)
         if horizon is not None:
             stages = (replace(stages[0], layer=horizon),)
+        if budget is not None and name.strip() == DEFERRED:
+            stages = _reserved(stages, layers, budget)
         return ScheduleText(stages, own.settings | said.settings), False
     written = read_text(text, "+" if hybrid else ",", SCHEDULE_PRESETS)
     if hybrid:
@@ -134,6 +151,23 @@ def _ascending(stages: tuple[StageText, ...], layers: int) -> tuple[StageText, .
         before = max(scaled(stage.layer or 0, layers), before + 1)
         placed.append(replace(stage, layer=before))
     return tuple(placed)
+
+
+def _reserved(stages: tuple[StageText, ...], layers: int, budget: float) -> tuple[StageText, ...]:
+    """DeFT's two stages at a budget: shares k at the end and m = k + RESERVE (1 - k) before, their average the budget.
+
+    With f the share of the layers before the second stage, f m + (1 - f) k = budget.
+    """
+    first, second = stages
+    before = (second.layer or 0) / layers
+    final = min(1.0, (budget - before * RESERVE) / (1 - before * RESERVE))
+    if final <= 0:
+        least = (math.floor(10**4 * before * RESERVE) + 1) / 10**4
+        raise CodebookError(
+            f"keep {budget:g} is out of reach of {DEFERRED}, which keeps {RESERVE:g} and more until layer "
+            f"{second.layer} of {layers}: choose from {least:g} to 1, averaged over the layers"
+        )
+    return replace(first, keep=final + RESERVE * (1 - final)), replace(second, keep=final)
 
 
 def _first(stage: StageText, layers: int) -> StageText:

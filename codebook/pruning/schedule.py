@@ -283,7 +283,9 @@ class Schedule:
         CodebookError
             If the text cannot be read or the budget cannot be met.
         """
-        schedule, needs_budget = cls.draft(text, codebook, layers=layers, horizon=horizon, deep=deep, seed=seed)
+        schedule, needs_budget = cls.draft(
+            text, codebook, layers=layers, horizon=horizon, deep=deep, budget=_share(keep, n), seed=seed
+        )
         if keep is not None:
             return schedule.fit(keep, n=n, layers=layers)
         if needs_budget:
@@ -301,10 +303,14 @@ class Schedule:
         layers: int,
         horizon: int | None = None,
         deep: int | None = None,
+        budget: float | None = None,
         seed: int = 0,
     ) -> tuple[Schedule, bool]:
-        """The schedule that `solve` starts from, and whether its keeps are proportions only, which need a budget."""
-        written, needs_budget = expand(text, layers, horizon, deep)
+        """The schedule that `solve` starts from, and whether its keeps are proportions only, which need a budget.
+
+        `budget` is the one that it will be fitted to, as a fraction: `codebook.pruning.presets.expand`.
+        """
+        written, needs_budget = expand(text, layers, horizon, deep, budget)
         return cls._made(written, codebook, seed), needs_budget
 
     @classmethod
@@ -346,7 +352,7 @@ class Schedule:
             check_keep(keep)
         size = models.shape(model)
         horizon = deep_layer(model, text, keep is not None, codebook)
-        written, needs_budget = expand(text, size.layers, horizon)
+        written, needs_budget = expand(text, size.layers, horizon, budget=_share(keep, size.tokens))
         schedule = cls._made(written, find_codebook(model, codebook) if written.needs_codebook else None, seed)
         if keep is None and not needs_budget:
             return schedule
@@ -422,6 +428,11 @@ class Schedule:
         return cls.parse(
             text, Codebook.load(find_named(codebook)) if isinstance(codebook, (Path, str)) else codebook, seed
         )
+
+
+def _share(keep: Keep | None, n: int) -> float | None:
+    """A budget as a fraction of `n` tokens."""
+    return keep / n if isinstance(keep, int) else keep
 
 
 def _pruner(stage: StageText, codebook: Codebook | None, seed: int) -> Pruner:

@@ -48,6 +48,11 @@ def test_rows_equal_output_attentions(attention, pad_left):
         for score, (row, columns) in zip(ours, images(model, inputs), strict=True):
             at = last[row] if query == "text" else columns[-1]
             assert torch.allclose(score, maps[row, at, columns], atol=1e-6)
+    ours, _ = scores(model, inputs, query="question")
+    for score, (row, columns) in zip(ours, images(model, inputs), strict=True):
+        # Text before an image sees nothing of it, and other images are no text.
+        text = inputs["attention_mask"][row].bool() & (inputs["input_ids"][row] != model.config.image_token_id)
+        assert torch.allclose(score, maps[row][text][:, columns].sum(0), atol=1e-6)
 
 
 @torch.no_grad()

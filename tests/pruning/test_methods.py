@@ -357,6 +357,17 @@ def test_fastv_by_hand():
     assert FastV().select(two, 1).tolist() == [1] and FastV(reverse=True).select(two, 1).tolist() == [0]
 
 
+def test_fastv_by_all_text_by_hand():
+    # two visual tokens, two words; two heads. The first word gives 1/8 3/8 and 3/40 1/40, the last 1/80 3/80, 3/60 1/60
+    key = weights([1.0, 3.0, 4.0, 72.0], [3.0, 1.0, 36.0, 20.0])
+    query = torch.tensor([1.0, 0.0]).expand(2, 4, 2)
+    attention = Attention(query, key, torch.ones(4, 2), torch.zeros(4, 2), 1.0, slice(0, 2))
+    two = tokens(1, 2, text=torch.zeros(2, 2), attention=attention)
+    assert FastV().score(two).tolist() == pytest.approx([1 / 32, 13 / 480])
+    assert FastV(query="question").score(two).tolist() == pytest.approx([1 / 32 + 1 / 10, 13 / 480 + 1 / 5])
+    assert FastV().select(two, 1).tolist() == [0] and FastV(query="question").select(two, 1).tolist() == [1]
+
+
 def test_cls_by_hand():
     # [CLS] and three patches: 1/8 2/8 4/8 and 3/8 1/8 1/8, over the two heads 4/16 3/16 5/16
     key, query = weights([1.0, 1.0, 2.0, 4.0], [3.0, 3.0, 1.0, 1.0]), torch.zeros(2, 4, 2)

@@ -43,6 +43,11 @@ def solve(text, keep=None, n=576, layers=32, **options):
         ("dart@1+mass+random+mass", 64, 27, "dart@1:60+mass, random@20:27+mass", 63.75),
         ("vtw", 0.5, None, "drop@16", 288.0),
         ("vtw", 0.33, None, "drop@10", 180.0),
+        # 0.25 = (m + k) / 2 with m = k + 0.2 (1 - k): k = 1/6 and m = 1/3
+        ("deft", 0.25, None, "cls:192, fastv(query='question')@16:96", 144.0),
+        # k = 0.01 / 0.9 and m = 0.208889: 121 and 7, one token too many for 0.11 * 18432 = 2027 = 16 * 126 + 11
+        ("deft", 0.11, None, "cls:120, fastv(query='question')@16:6", 63.0),
+        ("deft", 64, None, "cls:121, fastv(query='question')@16:7", 64.0),  # 7 + ceil(0.2 * 569)
         # In proportion 4 : 2 : 1, by halves up: 8 * 576 + 8 * (8 + 4 + 2) = 4720 <= 0.26 * 18432 = 4792 < 4608 + 8 * 23
         ("pyramiddrop", 0.26, None, f"{OWN}@8:13, {OWN}@16:7, {OWN}@24:3; positions=compact", 149.75),
         ("pyramiddrop; positions=keep", 0.26, None, f"{OWN}@8:13, {OWN}@16:7, {OWN}@24:3", 149.75),
@@ -59,6 +64,8 @@ def test_settings_of_the_authors():
     # 300, 200 and 110, and averages: 1 + floor(m / 10) for m = 1 + floor(0.3 * 276) = 83, then 33 and 29
     assert solve("sparsevlm").counts(576, 32) == [576] * 3 + [309] * 4 + [204] * 9 + [113] * 16
     assert solve("vtw").counts(576, 32) == [576] * 16 + [0] * 16
+    # 80% "pruned": K = round(0.2 * 576) and M = K + ceil(0.2 * 461), on average 0.28
+    assert solve("deft").counts(576, 32) == [208] * 16 + [115] * 16
     assert solve("feather", n=729).counts(729, 32) == [729] * 8 + [275] * 8 + [24] * 16
 
 
@@ -126,6 +133,7 @@ def test_layers_and_counts_of_the_text_stay():
         ("uniform:30", 0.5, {}, "no fraction to scale"),
         ("codebook-threshold", 0.5, {}, "cannot be fitted"),
         ("uniform", 0.5, {"horizon": 4}, "horizon and deep are a hybrid's"),
+        ("deft", 0.1, {}, "deft, which keeps 0.2 and more until layer 16 of 32: choose from 0.1001 to 1"),
         ("vtw", 0.5, {"deep": 4}, "horizon and deep are a hybrid's"),
         ("uniform+random@4", 0.5, {"horizon": 4}, "leave horizon out"),
         ("uniform+random:4", 0.5, {"deep": 4}, "leave deep out"),
@@ -154,7 +162,7 @@ HYBRIDS = [f"{first}+{second}" for first in ("codebook", "dart", "divprune") for
 
 @settings(max_examples=300, deadline=None)
 @given(
-    text=st.sampled_from(METHODS_WITH_A_COUNT + HYBRIDS + ["feather", "pyramiddrop", "sparsevlm"]),
+    text=st.sampled_from(METHODS_WITH_A_COUNT + HYBRIDS + ["deft", "feather", "pyramiddrop", "sparsevlm"]),
     keep=st.one_of(st.floats(0.001, 1), st.integers(1, 3000)),
     n=st.integers(2, 3000),
     layers=st.integers(4, 80),
@@ -174,6 +182,15 @@ def test_a_budget_is_met_or_refused(text, keep, n, layers):
     assert sum(counts) == room or sum(counts) + sum(0 < count < n for count in counts) > room
     assert all(before >= after for before, after in pairwise(counts))
     assert schedule == solve(str(schedule), n=n, layers=layers)
+
+
+@settings(max_examples=100, deadline=None)
+@given(keep=st.floats(0.11, 1), n=st.integers(10, 3000), layers=st.integers(4, 80))
+def test_the_reserve_of_deft_follows_from_its_last_count(keep, n, layers):
+    counts = solve("deft", keep, n, layers).counts(n, layers)
+    final = counts[-1]
+    assert abs(counts[0] - (final + math.ceil(0.2 * (n - final)))) <= 1 or final == 1
+    assert counts == [counts[0]] * scaled(16, layers) + [final] * (layers - scaled(16, layers))
 
 
 @settings(max_examples=50, deadline=None)

@@ -75,7 +75,7 @@ def read(text):
         ("alpha(alpha=1e999)@2:5", "must be like 0.5, not inf"),
         ("alpha(alpha=1.5)@2:5", "alpha is 1.5: give 0 to 1"),
         ("alpha(alpha=-1)@2:5", "alpha is -1: give 0 to 1"),
-        ("fastv(query='nothing')@2:5", "query is 'nothing': give 'text' or 'visual'"),
+        ("fastv(query='nothing')@2:5", "query is 'nothing': give 'text' or 'question' or 'visual'"),
         (r"fastv(query='te\xt')@2:5", "cannot read the options"),
         ("codebook(scoring='soft'):5", "scoring is 'soft': give 'max' or 'double_softmax'"),
         ("codebook-threshold(threshold=3)", "threshold is 3: give -1 to 1"),

@@ -1,4 +1,4 @@
-"""FastV and its variants: attention of one token as importance (arXiv 2403.06764; variants of arXiv 2502.11501)."""
+"""FastV and its variants: attention as importance (arXiv 2403.06764; variants of arXiv 2502.11501 and 2609.34861)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ class FastV(ScoringPruner):
     Attributes
     ----------
     query
-        `text`: the last text token (FastV). `visual`: the image's last visual token (FastV-VIS).
+        `text`: the last text token (FastV). `question`: all tokens of the text after the image, added up; text before
+        it sees nothing of it, so that this is all of the prompt's text (DeFT). `visual`: the image's last visual token
+        (FastV-VIS).
     rotated
         False scores without rotary embeddings, which takes away the preference for the bottom of the image (phi_-R of
         FEATHER, arXiv 2412.13180, when also `image_only`).
@@ -32,7 +34,7 @@ class FastV(ScoringPruner):
         arXiv 2410.17247). It projects queries and keys once more for that.
     """
 
-    query: Literal["text", "visual"] = option("text", choices=("text", "visual"))
+    query: Literal["text", "question", "visual"] = option("text", choices=("text", "question", "visual"))
     rotated: bool = True
     image_only: bool = False
     reverse: bool = False
@@ -44,6 +46,8 @@ class FastV(ScoringPruner):
         options = {"rotated": self.rotated, "image_only": self.image_only}
         if self.query == "text":
             row = attention.row(-1, **options)
+        elif self.query == "question":
+            row = attention.rows(tokens.question, **options).sum(0)
         else:
             row = attention.rows(attention.places[-1:], **options)[0]
         return -row if self.reverse else row
