@@ -11,7 +11,10 @@ from codebook.pruning.methods.registry import Method
 
 METHODS: dict[str, Method] = {
     "alpha": Method("alpha", "Alpha"),
+    "anchorprune": Method("anchorprune", "AnchorPrune"),
     "cdpruner": Method("cdpruner", "CDPruner"),
+    "cen-cdpruner": Method("cdpruner", "CDPruner", centred=True),
+    "cen-divprune": Method("divprune", "DivPrune", centred=True),
     "cls": Method("cls", "Cls"),
     "codebook": Method("redundancy", "RedundancyCodebook"),
     "codebook-farthest": Method("farthest", "SeededFarthestPoint"),

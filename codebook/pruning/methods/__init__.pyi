@@ -1,4 +1,5 @@
 from codebook.pruning.methods.alpha import Alpha as Alpha
+from codebook.pruning.methods.anchorprune import AnchorPrune as AnchorPrune
 from codebook.pruning.methods.base import FeaturePruner as FeaturePruner
 from codebook.pruning.methods.base import Pruner as Pruner
 from codebook.pruning.methods.base import ScoringPruner as ScoringPruner

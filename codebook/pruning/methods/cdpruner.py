@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.errors import CodebookError
 from codebook.pruning.methods.base import Pruner, gram, unit_range
+from codebook.pruning.methods.centring import centred_gate
+from codebook.pruning.methods.question import likeness_to_question
 from codebook.pruning.tokens import VisualTokens
 
 ROUNDING = 1e-6
@@ -24,16 +25,16 @@ ROWS_PER_KEPT = 16
 class CDPruner(Pruner):
     """Keep the set with the largest determinant of diag(r) S diag(r), greedily.
 
-    S is the cosine similarity of projector outputs. The relevance r is the cosine similarity of a token's hidden state
-    to the mean of the question's, scaled to [0, 1] in the image: before the LLM, of its input to the mean of the
-    question's word embeddings. The authors take a CLIP text encoder, which the model does not come with. What of the
-    text after the image is template and what is question the model cannot tell: all of it counts.
+    S is the cosine similarity of projector outputs. The relevance r is `likeness_to_question`, scaled to [0, 1] in the
+    image. The authors take a CLIP text encoder, which the model does not come with.
 
     Attributes
     ----------
     negated
         Prefer what is least like the question. The authors' code does, for CLIP, whose patches are the less like a text
         the more they show of it; the paper and this default do not.
+    centred
+        Compare the tokens less the image's mean, and let r count times the gate (`centred_gate`, Cen-Prune).
 
     Notes
     -----
@@ -42,15 +43,18 @@ class CDPruner(Pruner):
     """
 
     negated: bool = False
+    centred: bool = False
     uses_text: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        if not len(tokens.question):
-            raise CodebookError("cdpruner needs the question's text: use it in a schedule, on a model's own forward")
-        question = normalize(tokens.sequence[tokens.question].float().mean(0), dim=0)
-        relevance = normalize(tokens.hidden.float(), dim=-1) @ (-question if self.negated else question)
-        relevance = unit_range(relevance)
-        weighted = normalize(tokens.features.float(), dim=-1) * relevance[:, None]
+        likeness = likeness_to_question(tokens)
+        relevance = unit_range(-likeness if self.negated else likeness)
+        if self.centred:
+            directions, gate = centred_gate(tokens.features)
+            relevance = relevance * gate
+        else:
+            directions = normalize(tokens.features.float(), dim=-1)
+        weighted = directions * relevance[:, None]
         gain = weighted.square().sum(1)
         # A product of matrices computes a row several times faster than one row after the other, but computes them all.
         kernel = gram(weighted) if len(tokens) < ROWS_PER_KEPT * keep else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook.pruning.methods.farthest import Farthest
+from codebook.pruning.methods.farthest import Farthest, beginning_at, furthest
 
 
 @dataclass(frozen=True)
@@ -18,10 +18,12 @@ class DivPrune(Farthest):
     distance to the chosen set is a running minimum, so the cost is keep * n, without a host sync.
     """
 
-    def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
+    centred: bool = False
+
+    def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         itself = similarity.diagonal()
         own = itself.clone()
         itself.fill_(-torch.inf)
-        first = similarity.amax(1).argmin(keepdim=True)
+        first = furthest(similarity.amax(1)[None], None if gate is None else gate[None])
         itself.copy_(own)
-        return torch.full_like(similarity[0], -2).index_fill(0, first, -3)
+        return beginning_at(first, similarity)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from codebook.pruning.methods.base import FeaturePruner, gram, option
+from codebook.pruning.methods.centring import centred_gate
 
 if TYPE_CHECKING:
     from codebook.store.codebook import Codebook
@@ -29,12 +30,16 @@ class Farthest(FeaturePruner):
     ----------
     representatives
         How many of the tokens that stay are chosen for the others instead, as in `farthest_points`.
+    centred
+        Compare the tokens less the image's mean, and let a token's distance count times its gate (`centred_gate`,
+        Cen-Prune).
     """
 
     representatives: int = 0
+    centred: bool = False
 
     @abstractmethod
-    def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
+    def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         """What the first choice goes by.
 
         Parameters
@@ -43,10 +48,12 @@ class Farthest(FeaturePruner):
             Projector outputs of one image.
         similarity : (n, n) float32
             Cosine similarities of its tokens.
+        gate : (n,) float32 or None
+            What their distances count times, if they do.
 
         Returns
         -------
-        (n,) float32, `nearest` of `farthest_points`; to say where to begin and nothing more: less than any similarity
+        (n,) float32, `nearest` of `farthest_points`; `beginning_at` says where to begin and nothing more
         """
 
     def select_each(self, features: Tensor, keep: int) -> Tensor:
@@ -54,10 +61,19 @@ class Farthest(FeaturePruner):
         for part in features.split(max(1, AT_ONCE // features.shape[1] ** 2)):
             # Image by image: products of several matrices at once may be rounded in another way, and what an image
             # keeps would depend on its neighbours.
-            similarity = torch.stack([gram(unit) for unit in normalize(part.float(), dim=-1)])
-            nearest = torch.stack([self.begin(*own) for own in zip(part, similarity, strict=True)])
-            chosen.append(farthest_points(similarity, nearest, keep, self.representatives))
+            views = [self._view(own) for own in part]
+            similarity = torch.stack([similarity for similarity, _, _ in views])
+            nearest = torch.stack([nearest for _, nearest, _ in views])
+            gates = [gate for _, _, gate in views if gate is not None]
+            gate = torch.stack(gates) if gates else None
+            chosen.append(farthest_points(similarity, nearest, keep, self.representatives, gate))
         return torch.cat(chosen)
+
+    def _view(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Similarities of one image's tokens, what `farthest_points` begin with, and the gate, if there is one."""
+        directions, gate = centred_gate(features) if self.centred else (normalize(features.float(), dim=-1), None)
+        similarity = gram(directions)
+        return similarity, self.begin(features, similarity, gate), gate
 
 
 @dataclass(frozen=True)
@@ -65,13 +81,14 @@ class FarthestPoint(Farthest):
     """Farthest-point sampling (Gonzalez, 1985), begun with the token least like the image's mean."""
 
     representatives: int = option(0, 0)
+    centred: bool = False
 
-    def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
-        return _likeness_to_mean(features) - 3
+    def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
+        return beginning_at(_likeness_to_mean(features).argmin(keepdim=True), similarity)
 
     def select_each(self, features: Tensor, keep: int) -> Tensor:
         least, per_kept = ROW_BY_ROW
-        if self.representatives or features.shape[1] <= max(least, per_kept * keep):
+        if self.representatives or self.centred or features.shape[1] <= max(least, per_kept * keep):
             return super().select_each(features, keep)
         return torch.stack([_row_by_row(own, keep) for own in features])
 
@@ -106,18 +123,72 @@ class SeededFarthestPoint(Farthest):
 
     codebook: Codebook
     representatives: int = option(4, 0)
+    centred: bool = False
 
-    def begin(self, features: Tensor, similarity: Tensor) -> Tensor:
-        return self.codebook.redundancy(features)
+    def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
+        if not self.centred:
+            return self.codebook.redundancy(features)
+        return self.codebook.redundancy(features, features.float().mean(0))
 
 
-def farthest_points(similarity: Tensor, nearest: Tensor, keep: int, representatives: int = 0) -> Tensor:
+def beginning_at(first: Tensor, similarity: Tensor) -> Tensor:
+    """(n,) what `farthest_points` begin with where the point `first` (1,) is to be first and nothing is chosen yet."""
+    return torch.full_like(similarity[0], -2).index_fill(0, first, -torch.inf)
+
+
+def furthest(nearest: Tensor, gate: Tensor | None = None) -> Tensor:
+    """(B,) int64: of each set the point that is furthest from what is chosen, by its distance times its gate."""
+    if gate is None:
+        return nearest.argmin(1)
+    # Above 0, so that what is chosen already comes behind a point whose gate is shut.
+    return (gate.clamp(min=torch.finfo(gate.dtype).tiny) * (1 - nearest)).argmax(1)
+
+
+def farthest_in_turn(similarity: Tensor, nearest: Tensor, count: int, gate: Tensor | None = None) -> Tensor:
+    """The points furthest from what is chosen, one after the other, of each of several sets.
+
+    Each is the one whose highest similarity to anything chosen is the lowest. The cost is n for each, without a host
+    sync.
+
+    Parameters
+    ----------
+    similarity, nearest, gate
+        As for `farthest_points`. A `nearest` of infinity is a point that is never chosen.
+    count
+        How many points.
+
+    Returns
+    -------
+    (B, count) int64, in the order of choice
+    """
+    rows, first = _stacked_rows(similarity)
+    itself = similarity.diagonal(dim1=1, dim2=2)
+    own = itself.clone()
+    itself.fill_(torch.inf)  # what is chosen is never furthest again
+    chosen = [first[:, None][:, :0]]
+    for _ in range(count):
+        pick = furthest(nearest, gate)
+        chosen.append(pick[:, None])
+        nearest = torch.maximum(nearest, rows.index_select(0, first + pick))
+    itself.copy_(own)
+    return torch.cat(chosen, 1)
+
+
+def _stacked_rows(similarity: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (B * n, n) of several matrices (B, n, n), and the number (B,) of each one's first."""
+    rows = similarity.flatten(0, 1)
+    return rows, torch.arange(len(similarity), device=rows.device) * similarity.shape[1]
+
+
+def farthest_points(
+    similarity: Tensor, nearest: Tensor, keep: int, representatives: int = 0, gate: Tensor | None = None
+) -> Tensor:
     """The points furthest from what is chosen, and a few that the others are like, of each of several sets.
 
-    Each farthest point is the one whose highest similarity to anything chosen is the lowest. Then each representative
-    is the one that most raises the sum, over all points, of the highest similarity to a point that stays: the greedy
-    maximum of facility location (Nemhauser et al., 1978). No more than half of what stays are representatives. The cost
-    is n for each farthest point and n * n for each representative, without a host sync.
+    After the farthest points (`farthest_in_turn`) each representative is the one that most raises the sum, over all
+    points, of the highest similarity to a point that stays: the greedy maximum of facility location (Nemhauser et al.,
+    1978). No more than half of what stays are representatives. The cost is n for each farthest point and n * n for each
+    representative, without a host sync.
 
     Parameters
     ----------
@@ -129,23 +200,17 @@ def farthest_points(similarity: Tensor, nearest: Tensor, keep: int, representati
         How many of each set stay, 1 <= keep <= n.
     representatives
         How many of these stand for the others.
+    gate : (B, n) float32 or None
+        What the distance of each, one less its highest similarity, counts times; 0 or more.
 
     Returns
     -------
     (B, keep) int64, each row ascending
     """
-    count = similarity.shape[1]
-    rows = similarity.flatten(0, 1)
-    first = torch.arange(len(similarity), device=rows.device) * count
-    itself = similarity.diagonal(dim1=1, dim2=2)
-    own = itself.clone()
-    itself.fill_(torch.inf)  # what is chosen is never furthest again
-    chosen = []
-    for _ in range(keep - min(representatives, keep // 2)):
-        chosen.append(nearest.argmin(1))
-        nearest = torch.maximum(nearest, rows.index_select(0, first + chosen[-1]))
-    itself.copy_(own)
-    covered = rows[first[:, None] + torch.stack(chosen, 1)].amax(1)
+    rows, first = _stacked_rows(similarity)
+    points = farthest_in_turn(similarity, nearest, keep - min(representatives, keep // 2), gate)
+    covered = rows[first[:, None] + points].amax(1)
+    chosen = list(points.unbind(1))
     for _ in range(len(chosen), keep):
         gain = (similarity - covered[:, None]).clamp_(min=0).sum(2).scatter(1, torch.stack(chosen, 1), -torch.inf)
         chosen.append(gain.argmax(1))

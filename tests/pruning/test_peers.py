@@ -1,0 +1,188 @@
+"""The newer peers: hand-worked examples, and plain loops over their formulas on random tensors."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from codebook import Codebook
+from codebook.errors import CodebookError
+from codebook.pruning import (
+    METHODS,
+    AnchorPrune,
+    CDPruner,
+    DivPrune,
+    FarthestPoint,
+    SeededFarthestPoint,
+    VisualTokens,
+)
+from tests.pruning.made import tokens
+
+
+class Tower:
+    """A vision tower that attends as given."""
+
+    def __init__(self, received):
+        self._received = received
+
+    def received(self):
+        return self._received
+
+
+def drawn(n=40, d=6, seed=0, **given):
+    """An image of one row whose tokens share a direction, as projector outputs do, with attention and three words."""
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, d, generator=generator) + 1.5
+    text = torch.randn(3, d, generator=generator)
+    received = torch.rand(n, generator=generator) ** 4
+    return tokens(1, n, features, text=text, vision=Tower(received), **given)
+
+
+def pairs(x):
+    return cosine_similarity(x[:, None].double(), x[None].double(), dim=-1).tolist()
+
+
+def scaled(values):
+    low, high = min(values), max(values)
+    return [(value - low) / (high - low) for value in values]
+
+
+def grown(chosen, keep, n, score):
+    """The set with further tokens, one after the other: each has the highest score(token, chosen before)."""
+    for _ in range(keep - len(chosen)):
+        scores = [-math.inf if i in chosen else score(i, chosen) for i in range(n)]
+        chosen = [*chosen, scores.index(max(scores))]
+    return chosen
+
+
+def centred(x):
+    """Similarities less the mean, and the gates, one token after the other."""
+    plain, n = pairs(x), len(x)
+    gate = scaled([-sum(plain[i][j] for j in range(n) if j != i) / (n - 1) for i in range(n)])
+    return pairs(x.double() - x.double().mean(0)), gate
+
+
+def test_the_gate_by_hand():
+    # The mean is (4, 0); less it the tokens are the corners of a square. The first two are further off the mean's
+    # direction, so their gates are 1 and the others' 0. From corner 0 corner 3 is the furthest, and gated it is not.
+    four = tokens(2, 2, torch.tensor([[3.0, 1.0], [3.0, -1.0], [5.0, 1.0], [5.0, -1.0]]))
+    assert DivPrune(centred=True).select(four, 1).tolist() == [0]
+    assert DivPrune(centred=True).select(four, 2).tolist() == [0, 1]
+    assert DivPrune(centred=True).select(four, 4).tolist() == [0, 1, 2, 3]
+    assert METHODS["cen-divprune"]() == DivPrune(centred=True)
+    assert METHODS["cen-cdpruner"]() == CDPruner(centred=True)
+
+
+def test_nothing_is_kept_twice_where_all_is_alike():
+    for keep in 1, 9, 16:
+        for pruner in DivPrune(centred=True), FarthestPoint(centred=True):
+            assert pruner.select(tokens(4, 4, torch.ones(16, 3)), keep).tolist() == list(range(keep))
+
+
+def test_gated_divprune_is_the_loop():
+    image = drawn()
+    similarity, gate = centred(image.features)
+
+    def score(i, chosen):
+        others = chosen or [j for j in range(40) if j != i]
+        return gate[i] * min(1 - similarity[i][j] for j in others)
+
+    expected = sorted(grown([], 12, 40, score))
+    assert DivPrune(centred=True).select(image, 12).tolist() == expected
+    assert DivPrune().select(image, 12).tolist() != expected
+
+
+def test_gated_seeds_are_the_loop():
+    """Prototypes count as chosen, less the image's mean as tokens are; representatives see the same similarities."""
+    image, book = drawn(), Codebook(torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) + 1)
+    similarity, gate = centred(image.features)
+    mean = image.features.double().mean(0)
+    likeness = cosine_similarity((image.features - mean)[:, None], (book.prototypes - mean)[None], dim=-1)
+    prior = likeness.amax(1).tolist()
+
+    def far(i, chosen):
+        return gate[i] * (1 - max([prior[i], *(similarity[i][j] for j in chosen)]))
+
+    def gain(j, chosen):
+        covered = [max(similarity[i][k] for k in chosen) for i in range(40)]
+        return sum(max(0, similarity[i][j] - covered[i]) for i in range(40))
+
+    points = grown([], 10, 40, far)
+    assert SeededFarthestPoint(book, 0, centred=True).select(image, 10).tolist() == sorted(points)
+    expected = sorted(grown(points, 12, 40, gain))
+    assert SeededFarthestPoint(book, 2, centred=True).select(image, 12).tolist() == expected
+
+
+def test_gated_cdpruner_is_the_greedy_determinant():
+    image = drawn(n=30, d=40)
+    similarity, gate = centred(image.features)
+    words = image.sequence[image.question].double().mean(0)
+    relevance = scaled(cosine_similarity(image.features.double(), words[None]).tolist())
+    weight = torch.tensor(relevance).double() * torch.tensor(gate).double()
+    kernel = weight[:, None] * torch.tensor(similarity).double() * weight
+
+    def volume(i, chosen):
+        return torch.linalg.det(kernel[[*chosen, i]][:, [*chosen, i]]).item()
+
+    assert CDPruner(centred=True).select(image, 10).tolist() == sorted(grown([], 10, 30, volume))
+
+
+def at(*degrees):
+    angles = torch.deg2rad(torch.tensor(degrees))
+    return torch.stack([angles.cos(), angles.sin()], 1)
+
+
+def test_the_anchor_by_hand():
+    # The word points to 0 degrees, so the ranking is 0, 10, 20, 60, 70, 120, 180, 200. A cosine distance of 0.2 is 37
+    # degrees. Of 8 tokens 2 are in the anchor whatever they are; 20 is not novel, 60 is, 70 is not.
+    features = at(0.0, 10.0, 20.0, 60.0, 70.0, 120.0, 180.0, 200.0)
+    received = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.1, 3.0])
+    image = tokens(1, 8, features, text=at(0.0), vision=Tower(received))
+    pruner = AnchorPrune(least=0.5, most=1, novelties=1)
+    # Two in the anchor and 20; 60 ends it. Furthest times importance is then 200, and between 70 and 120 is 120:
+    # cosine distances to the anchor, or to 200, .36 and 1.17.
+    assert pruner.select(image, 4).tolist() == [0, 1, 2, 7]
+    assert pruner.select(image, 5).tolist() == [0, 1, 2, 5, 7]
+    # A second novel one may join: 60 does, and 70 after it, until 120.
+    assert replace(pruner, novelties=2).select(image, 6).tolist() == [0, 1, 2, 3, 4, 7]
+    # At most half: 0, 10 and 20 of six; then 200, 120, and 70, which is 50 from both sides.
+    assert replace(pruner, novelties=3, most=0.5, least=0.1).select(image, 6).tolist() == [0, 1, 2, 4, 5, 7]
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("keep", [1, 2, 3, 10, 25, 40])
+def test_anchorprune_is_the_loop(keep, seed):
+    image = drawn(seed=seed)
+    similarity, words = pairs(image.features), image.sequence[image.question].mean(0)
+    relevance = cosine_similarity(image.features, words[None]).tolist()
+    importance = image.vision.received().tolist()
+    ranked = sorted(range(40), key=lambda i: -relevance[i])
+    anchor, novel = ranked[: max(1, round(keep * 10 / 64))], 0
+    for i in ranked[len(anchor) : keep // 2]:
+        novel += min(1 - similarity[i][j] for j in anchor) > 0.2
+        if novel == 3:
+            break
+        anchor.append(i)
+
+    def score(i, chosen):
+        return importance[i] * min(1 - similarity[i][j] for j in chosen)
+
+    assert AnchorPrune().select(image, keep).tolist() == sorted(grown(anchor, keep, 40, score))
+
+
+@pytest.mark.parametrize("pruner", [AnchorPrune()], ids=repr)
+def test_projector_outputs_alone_are_not_enough(pruner):
+    with pytest.raises(CodebookError, match="in a schedule, on a model"):
+        pruner.select(VisualTokens.of(torch.randn(16, 4)), 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["anchorprune", "cen-cdpruner", "cen-divprune"])
+def test_half_precision_is_computed_in_float32(name, dtype):
+    image = drawn()
+    half = replace(image, features=image.features.to(dtype), hidden=image.hidden.to(dtype),
+                   sequence=image.sequence.to(dtype))  # fmt: skip
+    same = replace(half, features=half.features.float(), hidden=half.hidden.float(), sequence=half.sequence.float())
+    assert torch.equal(METHODS[name]().select(half, 11), METHODS[name]().select(same, 11))
