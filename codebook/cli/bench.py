@@ -34,8 +34,8 @@ def bench_command(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="`miniature` (default) or miniature:FAMILY, JSONL as for horizon, with answers, or NAME:FOLDER for "
-            "the public files of ai2d, easyvqa, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
+            help="`miniature` (default), miniature:FAMILY or miniature:turns, JSONL as for horizon, with answers, or "
+            "NAME:FOLDER for the public files of ai2d, easyvqa, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
         ),
     ] = None,
     keep: Annotated[

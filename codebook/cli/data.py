@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from codebook.errors import CodebookError
 from codebook.evaluation.datasets import load_tasks
 from codebook.evaluation.metrics import Task
 from codebook.inference.frames import frame_rule_of
 from codebook.inference.samples import Sample, read_samples
 from codebook.miniature import TASK_FAMILIES
-from codebook.miniature.samples import of_miniature
+from codebook.miniature.samples import of_miniature, of_turns
 
 MINIATURE = "miniature"
 """Name of the embedded model's own samples."""
+TURNS = "turns"
+"""Name, behind that, of its questions about a picture that another question has pruned."""
 
 
 def load_samples(model: str, name: str, split: str = "train", seed: int = 0, count: int = 50) -> list[Sample]:
@@ -21,11 +24,16 @@ def load_samples(model: str, name: str, split: str = "train", seed: int = 0, cou
 
     The frames of clips in a file are those that `model` is shown.
     """
-    return of_miniature(split, seed, count) if name == MINIATURE else read_samples(Path(name), frame_rule_of(model))
+    if name == MINIATURE:
+        return of_miniature(split, seed, count)
+    samples = read_samples(Path(name), frame_rule_of(model))
+    if any(sample.earlier for sample in samples):
+        raise CodebookError(f"{name} has earlier questions, which `codebook bench` alone asks: leave them out")
+    return samples
 
 
 def load_data(names: Sequence[str], count: int | None = None, seed: int = 0, model: str = MINIATURE) -> list[Task]:
-    """The tasks of `load_tasks`, and of `miniature`, its test split, or `miniature:family`, one of its families.
+    """The tasks of `load_tasks`, and of `miniature`, its test split, `miniature:family` or `miniature:turns`.
 
     The frames of clips are those that `model` is shown.
     """
@@ -33,4 +41,6 @@ def load_data(names: Sequence[str], count: int | None = None, seed: int = 0, mod
 
 
 def _held_out(family: str, count: int | None, seed: int) -> list[Sample]:
+    if family == TURNS:
+        return of_turns("test", seed, count or 100)
     return of_miniature("test", seed, count or 100, [family] if family else TASK_FAMILIES)

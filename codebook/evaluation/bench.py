@@ -6,7 +6,6 @@ import functools
 import hashlib
 import json
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,15 +18,15 @@ from typing_extensions import TypedDict
 
 from codebook import __version__, models
 from codebook.errors import CodebookError
+from codebook.evaluation.comparisons import Runs, add_comparisons, gather_runs
 from codebook.evaluation.latency import TimedPrompt
-from codebook.evaluation.metrics import Estimate, Task, estimate, mean_of
+from codebook.evaluation.metrics import Task
 from codebook.evaluation.timing import machine, quartiles
-from codebook.inference.ask import ask
+from codebook.inference.conversation import answer_sample
 from codebook.inference.prompts import prepare
 from codebook.inference.records import damaged, read_record
 from codebook.inference.respond import Policy, Response, Shard, batches, remembering, respond
 from codebook.inference.samples import Sample, samples_digest
-from codebook.inference.uncertainty import NORMAL_QUANTILE
 from codebook.models.base import Model, Processor
 from codebook.pruning import Downsample, Random, Schedule, Stage, Uniform
 from codebook.pruning.deep import deep_layer
@@ -253,15 +252,12 @@ def measure(
     if shard is not None:
         return {}
     costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
-    sums = {key: _sums(tasks, found) for key, found in responses.items()}
-    results = []
+    results, runs = [], []
     for row, cost in zip(rows, costs, strict=True):
-        keys = [schedule_key(schedule) for schedule in row.schedules]
-        averaged = [np.mean(own, axis=0) for own in zip(*(sums[key] for key in keys), strict=True)]
-        results.append(
-            _result(model, bench, row, tasks, averaged, [one for key in keys for one in responses[key]], cost)
-        )
-    _add_comparisons(results, tasks, rows, sums, settings.against)
+        answers = [responses[schedule_key(schedule)] for schedule in row.schedules]
+        runs.append(gather_runs(tasks, row.method, row.keep, answers))
+        results.append(_result(model, bench, row, tasks, runs[-1], [one for run in answers for one in run], cost))
+    add_comparisons(results, tasks, runs, settings.against)
     size = models.shape(model)
     return {
         "format": RESULTS_FORMAT,
@@ -273,7 +269,12 @@ def measure(
         "seed": settings.seed,
         "against": settings.against,
         "tasks": {
-            task.name: {"samples": len(task.samples), "groups": len(task.groups()), "metrics": list(task.metric.names)}
+            task.name: {
+                "samples": len(task.samples),
+                "groups": len(task.groups()),
+                "metrics": list(task.metric.names),
+                "detail": list(task.metric.detail),
+            }
             for task in tasks
         },
         "machine": machine(model.device.type) | {"device": model.device.type},
@@ -362,33 +363,23 @@ def _cost(rounds: Sequence[Mapping[str, Any]], name: str, reference: str) -> dic
     return found
 
 
-def _sums(tasks: Sequence[Task], responses: Sequence[Response]) -> list[np.ndarray]:
-    """For each task the sums (`Task.sums`) of one run."""
-    found, start = [], 0
-    for task in tasks:
-        stop = start + len(task.samples)
-        found.append(task.sums([one.text for one in responses[start:stop]]))
-        start = stop
-    return found
-
-
 def _result(
     model: Model,
     bench: TimedPrompt,
     row: Row,
     tasks: Sequence[Task],
-    sums: Sequence[np.ndarray],
+    runs: Runs,
     responses: Sequence[Response],
     cost: dict[str, Any],
 ) -> dict[str, Any]:
     schedule = row.schedules[0]
     per_layer, keep = _kept_per_layer(model, schedule, responses)
     scores = {}
-    for task, counted in zip(tasks, sums, strict=True):
-        own, values = estimate(task.metric, counted), task.metric.values(counted.mean(0))
+    for task, every in zip(tasks, runs.estimates(tasks), strict=True):
         scores[task.name] = {
-            "score": own.value, "interval": own.interval,
-            "metrics": dict(zip(task.metric.names, map(float, values), strict=True)),
+            "score": every[0].value, "interval": every[0].interval,
+            "metrics": {name: own.value for name, own in zip(task.metric.names, every, strict=True)},
+            "intervals": {name: own.interval for name, own in zip(task.metric.names, every, strict=True)},
         }  # fmt: skip
     return {
         "method": row.method, "keep": row.keep, "schedule": str(schedule or Schedule([])), "seeds": len(row.schedules),
@@ -423,43 +414,6 @@ def _flops(model: Model, bench: TimedPrompt, schedule: Schedule | None) -> int:
     return Schedule(stages).flops(
         n, layers=size.layers, attending=size.attending, hidden=size.hidden, intermediate=size.intermediate, text=text
     )
-
-
-def _add_comparisons(
-    results: list[dict[str, Any]],
-    tasks: Sequence[Task],
-    rows: Sequence[Row],
-    sums: Mapping[str, Sequence[np.ndarray]],
-    against: str | None,
-) -> None:
-    """Add to each row its mean over the tasks, and its differences from other rows on the same questions."""
-
-    def estimates(schedules: Sequence[Schedule | None]) -> list[Estimate]:
-        runs = zip(*(sums[schedule_key(schedule)] for schedule in schedules), strict=True)
-        return [estimate(task.metric, np.mean(own, axis=0)) for task, own in zip(tasks, runs, strict=True)]
-
-    def interval(value: float, error: float | None) -> list[float] | None:
-        return None if error is None else [value - NORMAL_QUANTILE * error, value + NORMAL_QUANTILE * error]
-
-    def around(value: float, error: float | None) -> dict[str, Any]:
-        return {"change": value, "change_interval": interval(value, error)}
-
-    found = [estimates(row.schedules) for row in rows]
-    rivals = {row.keep: own for row, own in zip(rows, found, strict=True) if row.method == against}
-    full = mean_of(found[0])[0]
-    for result, row, own in zip(results, rows, found, strict=True):
-        value, error = mean_of(own)
-        whole = interval(value, error)
-        bounded = None if whole is None else [max(0.0, whole[0]), min(1.0, whole[1])]
-        result["mean"] = {"score": value, "interval": bounded, "relative": value / full if full else None}
-        result["mean"] |= around(*mean_of([a - b for a, b in zip(own, found[0], strict=True)]))
-        if len(row.schedules) > 1:
-            means = [mean_of(estimates([schedule]))[0] for schedule in row.schedules]
-            result["mean"]["spread"] = statistics.stdev(means)
-        if row.keep in rivals and row.method != against:
-            apart = [a - b for a, b in zip(own, rivals[row.keep], strict=True)]
-            by_task = {task.name: around(*mean_of([one])) for task, one in zip(tasks, apart, strict=True)}
-            result["against"] = around(*mean_of(apart)) | {"tasks": by_task}
 
 
 def samples_to_show(tasks: Sequence[Task], count: int) -> list[Sample]:
@@ -502,8 +456,7 @@ def show_rows(
                     schedule = row.schedules[0]
                     name = f"{key} {schedule_key(schedule)}"
                     if name not in journal:
-                        asked = [pictures], [sample.question], schedule or Schedule([])
-                        [answer] = ask(model, processor, *asked, max_new_tokens)
+                        answer = answer_sample(model, processor, sample, schedule or Schedule([]), max_new_tokens)
                         seen = [image.view(kept) for image, kept in zip(answer.images, answer.kept, strict=True)]
                         journal.add(
                             name, {"text": answer.text, "kept": [s[0] for s in seen], "grids": [s[1] for s in seen]}

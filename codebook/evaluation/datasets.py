@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from codebook.errors import CodebookError
-from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, says_yes, yes_or_no
+from codebook.evaluation.metrics import ACCURACY, CHAIR, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.scorers import box_overlap, letter, named, same, vqa
+from codebook.inference.captions import CaptionScorer
 from codebook.inference.samples import Sample, read_samples
 from codebook.store.clips import FrameRule
 from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, read_json, read_lines, read_whole
@@ -88,7 +89,7 @@ def _tasks(
     name: str, count: int | None, seed: int, generators: Mapping[str, Generator], rule: FrameRule
 ) -> Iterator[Task]:
     kind, _, folder = name.partition(":")
-    metric = {"pope": POPE, "mme": MME}.get(kind, ACCURACY)
+    metric = {"pope": POPE, "mme": MME}.get(kind, ACCURACY)  # but captions have one of their own
     if kind in generators:
         samples = generators[kind](folder, count, seed)
         count = None
@@ -107,7 +108,8 @@ def _tasks(
             raise CodebookError(f"{name}: the question {sample.question!r} has no answer to score against: add one")
         named.setdefault(sample.task, []).append(sample)
     for task, own in named.items():
-        yield _draw_groups(Task(task, own, metric), count, seed)
+        captions = all(isinstance(sample.scorer, CaptionScorer) for sample in own)
+        yield _draw_groups(Task(task, own, CHAIR if captions else metric), count, seed)
 
 
 def _draw_groups(task: Task, count: int | None, seed: int) -> Task:

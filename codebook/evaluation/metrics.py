@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
+from PIL import Image as Picture
 
+from codebook.inference.captions import CaptionScorer
 from codebook.inference.samples import Sample
 from codebook.inference.uncertainty import error_over_tasks, wilson
 
@@ -24,16 +25,19 @@ class Metric:
     Attributes
     ----------
     names
-        Names of its values, which are all from 0 to 1; tables show the first.
+        Names of its values, which are all from 0 to 1; tables show the first, of which more is better.
     count
         Computes the sums of one group from its samples and the predictions.
     values
         Computes the values (..., names) from sums (..., sums).
+    detail
+        Those of its values that get a table of their own.
     """
 
     names: tuple[str, ...]
     count: Callable[[Sequence[Sample], Sequence[str]], list[float]]
     values: Callable[[np.ndarray], np.ndarray]
+    detail: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,9 @@ class Task:
         found: dict[Hashable, list[int]] = {}
         for row, sample in enumerate(self.samples):
             first = sample.images[0] if sample.images else None
-            found.setdefault(first if isinstance(first, Path) else row, []).append(row)
+            # A picture in memory is the same one where it is the same object, or the same bytes of a file.
+            key = row if first is None else id(first) if isinstance(first, Picture.Image) else first
+            found.setdefault(key, []).append(row)
         return list(found.values())
 
     def sums(self, texts: Sequence[str]) -> np.ndarray:
@@ -92,14 +98,16 @@ class Estimate:
 
 def estimate(metric: Metric, sums: np.ndarray) -> Estimate:
     """The metric's first value, from the sums (groups, sums) of its groups."""
+    return estimates(metric, sums)[0]
+
+
+def estimates(metric: Metric, sums: np.ndarray) -> list[Estimate]:
+    """All of the metric's values, from the sums (groups, sums) of its groups."""
     mean = sums.mean(0)
-
-    def first(at: np.ndarray) -> float:
-        return float(metric.values(at)[..., 0])
-
     step = 1e-6 * max(1.0, float(np.abs(mean).max()))
-    gradient = [(first(mean + step * e) - first(mean - step * e)) / (2 * step) for e in np.eye(len(mean))]
-    return Estimate(first(mean), (sums - mean) @ np.array(gradient))
+    slopes = [(metric.values(mean + step * e) - metric.values(mean - step * e)) / (2 * step) for e in np.eye(len(mean))]
+    influences = (sums - mean) @ np.array(slopes)  # (groups, names)
+    return [Estimate(float(value), own) for value, own in zip(metric.values(mean), influences.T, strict=True)]
 
 
 def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float | None]:
@@ -141,13 +149,36 @@ def _pope_values(sums: np.ndarray) -> np.ndarray:
             _ratio(hit + right, hit + missed + false + right),
             _ratio(hit, hit + false),
             _ratio(hit, hit + missed),
+            _ratio(hit + false, hit + missed + false + right),
         ],
         axis=-1,
     )
 
 
-POPE = Metric(("f1", "accuracy", "precision", "recall"), _confusion, _pope_values)
-"""F1 of the answer "yes" (arXiv 2305.10355)."""
+POPE_NAMES = ("f1", "accuracy", "precision", "recall", "yes_share")
+POPE = Metric(POPE_NAMES, _confusion, _pope_values, POPE_NAMES[1:])
+"""F1 of the answer "yes", and how often that is the answer (arXiv 2305.10355)."""
+
+
+def _mentions(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
+    sums = np.zeros(7)
+    for sample, text in zip(samples, texts, strict=True):
+        assert isinstance(sample.scorer, CaptionScorer)
+        own = sample.scorer.count(text, sample.answers or (sample.answer or "",))
+        sums += [sample.score(text), 1, own.false > 0, own.false, own.said, own.found, own.shown]
+    return sums.tolist()
+
+
+def _chair_values(sums: np.ndarray) -> np.ndarray:
+    score, captions, wrong, false, said, found, shown = np.moveaxis(sums, -1, 0)
+    parts = (score, captions), (wrong, captions), (false, said), (found, shown)
+    return np.stack([_ratio(*part) for part in parts], axis=-1)
+
+
+CHAIR = Metric(("accuracy", "chair_s", "chair_i", "recall"), _mentions, _chair_values, ("chair_s", "chair_i", "recall"))
+"""Mean of the captions' own scores; CHAIR_S, the share of captions that name an object which is not in the picture;
+CHAIR_I, the share of such mentions among all (arXiv 1809.02156: less is better); and the share of the pictures' objects
+that are named, without which an empty caption would look best."""
 
 
 def yes_or_no(prediction: str, answers: Sequence[str]) -> float:

@@ -16,13 +16,13 @@ from PIL import Image
 
 from codebook.evaluation.bench import BASELINES, UNPRUNED
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
+from codebook.evaluation.remarks import Results, half_width, ranked, remarks
 from codebook.inference.uncertainty import UNKNOWN, plus_minus
 from codebook.pruning.presets import expand
 
 THUMBNAIL = 336
 """Longest side of a picture in the report, in pixels."""
 HUES = 8
-Results = Mapping[str, Any]
 
 
 def html(
@@ -152,25 +152,31 @@ COSTS = (
 )  # fmt: skip
 
 
-def _ranked(rows: Sequence[Mapping[str, Any]], keep: float) -> list[Mapping[str, Any]]:
-    """The rows at a budget, the best first."""
-    own = [row for row in rows if row["keep"] == keep and row["method"] != UNPRUNED]
-    return sorted(own, key=lambda row: -row["mean"]["score"])
+def _costs_of(row: Mapping[str, Any]) -> list[str]:
+    """Names of the columns of costs."""
+    return [*COSTS, *(f"answers/s, batch {size}" for size in row["cost"].get("throughput", {}))]
 
 
 def _tables(results: Results) -> list[dict[str, Any]]:
-    rows, tasks, changes, tables = results["rows"], list(results["tasks"]), _changes(results), []
+    rows, tasks, tables = results["rows"], list(results["tasks"]), []
     for keep in results["keeps"]:
-        own = _ranked(rows, keep)
+        own, changes = ranked(rows, keep), _changes(results, keep)
         ranges = {task: _range([row["tasks"][task]["score"] for row in [rows[0], *own]]) for task in tasks}
         best = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
         quality = [_table_row(row, _quality(row, changes, ranges, best, row in own[:1])) for row in [rows[0], *own]]
-        cost = [_table_row(row, _spent(row)) for row in [rows[0], *own]]
         columns = [(name, "") for name in ("mean", *changes)]
         columns += [(name, str(task["samples"])) for name, task in results["tasks"].items()]
-        title, note = f"keep {keep:g}: accuracy, %; below each task the number of its questions", _ahead(results, own)
-        tables.append({"title": title, "columns": columns, "rows": quality, "note": note})
-        tables.append({"title": f"keep {keep:g}: cost", "columns": [(name, "") for name in COSTS], "rows": cost})
+        title = f"keep {keep:g}: accuracy, %; below each task the number of its questions"
+        tables.append({"title": title, "columns": columns, "rows": quality, "note": " ".join(remarks(results, keep))})
+        if detail := _detail(results):
+            title = f"keep {keep:g}: what else the tasks measure, %"
+            cells = [_table_row(row, [_cell(*one) for one in _detailed(row, detail)]) for row in [rows[0], *own]]
+            columns = [(f"{task}: {WORDS.get(name, name)}", "") for task, name in detail]
+            tables.append({"title": title, "columns": columns, "rows": cells})
+        cost = [_table_row(row, _spent(row)) for row in [rows[0], *own]]
+        tables.append(
+            {"title": f"keep {keep:g}: cost", "columns": [(name, "") for name in _costs_of(rows[0])], "rows": cost}
+        )
     return tables
 
 
@@ -194,42 +200,47 @@ def _quality(
     # Seeds that agree on too few questions for an interval do not show that they agree.
     apart = None if mean["interval"] is None else 100 * mean.get("spread", 0.0)
     spread = f" {row['seeds']} seeds {plus_minus(apart)}" if "spread" in mean else ""
-    cells = [_cell(f"{100 * mean['score']:.1f}", f"{_half(mean['interval'])}{spread}", best=best)]
+    cells = [_cell(f"{100 * mean['score']:.1f}", f"{half_width(mean['interval'])}{spread}", best=best)]
     cells += [_cell(*_change(row, key)) for key in changes.values()]
     for task, (low, high) in ranges.items():
         own = row["tasks"][task]
         is_top = row["method"] != UNPRUNED and own["score"] == top[task]
         shade = (own["score"] - low) / (high - low)
-        cells.append(_cell(f"{100 * own['score']:.1f}", _half(own["interval"]), best=is_top, shade=shade))
+        cells.append(_cell(f"{100 * own['score']:.1f}", half_width(own["interval"]), best=is_top, shade=shade))
     return cells
 
 
-def _changes(results: Results) -> dict[str, str]:
-    """The columns of differences: title, and the key that a row has them under."""
+def _changes(results: Results, keep: float) -> dict[str, str]:
+    """The columns beside the mean: title, and the key that a row has them under."""
     rival = results.get("against")
-    return {"against full": "mean"} | ({} if rival is None else {f"against {rival}": "against"})
+    columns = {"against full": "mean"} | ({} if rival is None else {f"against {rival}": "against"})
+    has_group = any("group_a" in row for row in ranked(results["rows"], keep))
+    return columns | ({"group A": "group_a"} if has_group else {})
 
 
 def _change(row: Mapping[str, Any], key: str) -> tuple[str, str]:
-    """A row's difference in percent and half of its interval; empty for the row that others are compared with."""
+    """A row's difference, or score on a group, in percent, and half of its interval; empty where it has none."""
     if row["method"] == UNPRUNED or key not in row:
         return "", ""
-    return f"{100 * row[key]['change']:+.1f}", _half(row[key]["change_interval"])
+    if key == "group_a":
+        score = row[key]["score"]
+        return ("-", "") if score is None else (f"{100 * score:.1f}", half_width(row[key]["interval"]))
+    return f"{100 * row[key]['change']:+.1f}", half_width(row[key]["change_interval"])
 
 
-def _ahead(results: Results, rows: Sequence[Mapping[str, Any]]) -> str:
-    """A sentence that names the rows above the one they are compared with, beyond the interval, and the tasks."""
-    rival, found = results.get("against"), []
-    for row in rows:
-        tasks = row["against"]["tasks"] if "against" in row else {}
-        better = [
-            f"{task} {100 * one['change']:+.1f}"
-            for task, one in tasks.items()
-            if one["change_interval"] and one["change_interval"][0] > 0
-        ]
-        found += [f"{row['method']} ({', '.join(better)})"] if better else []
-    text = f"Tasks in which others are above {rival} beyond the interval: {', '.join(found) or 'none'}."
-    return text if rival else ""
+WORDS = {"chair_s": "CHAIR_S", "chair_i": "CHAIR_I", "yes_share": "yes"}
+"""Names of metrics in tables, where they are not their own."""
+
+
+def _detail(results: Results) -> list[tuple[str, str]]:
+    """The columns of what tasks measure beside their score: task, and name of the metric."""
+    return [(task, name) for task, about in results["tasks"].items() for name in about.get("detail", ())]
+
+
+def _detailed(row: Mapping[str, Any], columns: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
+    """A row's values of these in percent, and half of their intervals."""
+    own = [(row["tasks"][task]["metrics"][name], row["tasks"][task]["intervals"][name]) for task, name in columns]
+    return [(f"{100 * value:.1f}", half_width(interval)) for value, interval in own]
 
 
 def _spent(row: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -245,6 +256,8 @@ def _spent(row: Mapping[str, Any]) -> list[dict[str, Any]]:
         ms("vision", False), ms("selector", False), ms("prefill", False), ms("decode"),
         _cell(f"{cost['peak_memory'] / 2**20:.1f}"), _cell(f"{cost['kv_cache'] / 2**10:.0f}"),
         _cell(f"{cost['flops'] / 1e9:.2f}"),
+        *(_cell(UNKNOWN) if one is None else _cell(f"{one['median']:.2f}", _quartiles(one, 2))
+          for one in cost.get("throughput", {}).values()),
     ]  # fmt: skip
 
 
@@ -307,20 +320,23 @@ def data_uri(picture: Image.Image) -> str:
 
 def markdown(results: Results) -> str:
     """The tables, one pair per budget: accuracy in percent with 95% intervals, the best row first; then the costs."""
-    rows, tasks, changes, lines = results["rows"], list(results["tasks"]), _changes(results), []
+    rows, tasks, lines = results["rows"], list(results["tasks"]), []
     for keep in results["keeps"]:
-        own = [rows[0], *_ranked(rows, keep)]
+        own, changes = [rows[0], *ranked(rows, keep)], _changes(results, keep)
         lines += [f"## keep {keep:g}", "", *_header([*tasks, "mean", *changes])]
         for row in own:
             mean = row["mean"]
             cells = [f"{100 * row['tasks'][task]['score']:.1f}" for task in tasks]
-            cells += [f"{100 * mean['score']:.1f} {_half(mean['interval'])}"]
+            cells += [f"{100 * mean['score']:.1f} {half_width(mean['interval'])}"]
             lines.append(
                 _markdown_row(row["method"], cells + [" ".join(_change(row, key)).strip() for key in changes.values()])
             )
-        if ahead := _ahead(results, own):
-            lines += ["", ahead]
-        lines += ["", *_header(COSTS)]
+        for text in remarks(results, keep):
+            lines += ["", text]
+        if detail := _detail(results):
+            lines += ["", *_header([f"{task}: {WORDS.get(name, name)}" for task, name in detail])]
+            lines += [_markdown_row(row["method"], [" ".join(one) for one in _detailed(row, detail)]) for row in own]
+        lines += ["", *_header(_costs_of(rows[0]))]
         lines += [
             _markdown_row(row["method"], [" ".join((c["text"], c["small"])).strip() for c in _spent(row)])
             for row in own
@@ -341,8 +357,3 @@ def _header(columns: Sequence[str]) -> list[str]:
 
 def _markdown_row(name: str, cells: Sequence[str]) -> str:
     return f"| {' | '.join([name, *cells])} |"
-
-
-def _half(interval: Sequence[float] | None) -> str:
-    """Half the interval's width, in percent, as text."""
-    return plus_minus(None if interval is None else 50 * (interval[1] - interval[0]))

@@ -135,13 +135,15 @@ def answer_prompts(
     """
     generated = generate(model, prompts, schedule, max_new_tokens=max_new_tokens, do_sample=False)
     texts = processor.batch_decode(generated.tokens, skip_special_tokens=True)
-    answers = []
-    for text, shown in zip(texts, generated.shown, strict=True):
-        kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in shown]
-        counts = [[image.count, *map(len, stages)] for image, stages in shown]
-        left = [[stage.tolist() for stage in stages] for _, stages in shown]
-        answers.append(Answer(text.strip(), kept, [image for image, _ in shown], counts, left))
-    return answers
+    return [answer_of(text.strip(), shown) for text, shown in zip(texts, generated.shown, strict=True)]
+
+
+def answer_of(text: str, shown: Sequence[tuple[Image, list[Tensor]]]) -> Answer:
+    """The answer of this text about these images, each with the tokens (int64) that survived each stage."""
+    kept = [stages[-1].tolist() if stages else list(range(image.count)) for image, stages in shown]
+    counts = [[image.count, *map(len, stages)] for image, stages in shown]
+    left = [[stage.tolist() for stage in stages] for _, stages in shown]
+    return Answer(text, kept, [image for image, _ in shown], counts, left)
 
 
 @dataclass(frozen=True)

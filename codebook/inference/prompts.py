@@ -65,7 +65,8 @@ def check_samples(model: Model, processor: Processor, samples: Sequence[Sample])
     """
     for row, sample in enumerate(samples):
         try:
-            check_question(model, processor, sample.question)
+            for question in (*sample.earlier, sample.question):
+                check_question(model, processor, question)
             check_text(processor, sample.answer or "", "answer")
         except CodebookError as error:
             shown = sample.question if len(sample.question) <= 60 else sample.question[:60] + "..."

@@ -11,7 +11,8 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from codebook import models
-from codebook.inference.ask import answer_prompts
+from codebook.inference.ask import Answer, answer_prompts
+from codebook.inference.conversation import answer_sample
 from codebook.inference.prompts import check_samples, prepare
 from codebook.inference.records import read_record
 from codebook.inference.samples import Sample, samples_digest
@@ -74,7 +75,7 @@ def respond(
     done
         Called with the number of answers so far, over all policies.
     blind
-        Leave the images out of the prompts, to see what the questions alone give away.
+        Leave the images out of the prompts, and earlier questions, to see what the questions alone give away.
     batch, max_new_tokens
         Samples per batch; most tokens per answer.
     shard
@@ -96,13 +97,10 @@ def respond(
             todo = {name: policy for name, policy in policies.items() if f"{name} #{key}" not in journal}
             done(answered := answered + len(group) * (len(policies) - len(todo)))
             if todo:
-                images = [() if blind else sample.pictures() for sample in group]
-                prompts = prepare(model, processor, images, [sample.question for sample in group])
+                answering = _answering(model, processor, group, max_new_tokens, blind)
                 with remembering(model):
                     for name, policy in todo.items():
-                        answers = answer_prompts(
-                            model, processor, prompts, policy(group) or Schedule([]), max_new_tokens
-                        )
+                        answers = answering(policy(group) or Schedule([]))
                         # A sample's counts are the sums over its images, stage by stage.
                         values = [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in answers]
                         journal.add(f"{name} #{key}", values)
@@ -115,6 +113,17 @@ def respond(
             answered_batch = read_record(journal, f"{name} #{key}", RESPONSES, len(rows))
             responses[name] |= {row: Response(*one) for row, one in zip(rows, answered_batch, strict=True)}
     return {name: [by_row[row] for row in range(len(samples))] for name, by_row in responses.items()}
+
+
+def _answering(
+    model: Model, processor: Processor, group: Sequence[Sample], max_new_tokens: int, blind: bool
+) -> Callable[[Schedule], list[Answer]]:
+    """A function that answers a batch under a schedule: at once, or, in conversations, one by one."""
+    if not blind and any(sample.earlier for sample in group):
+        return lambda schedule: [answer_sample(model, processor, own, schedule, max_new_tokens) for own in group]
+    images = [() if blind else sample.pictures() for sample in group]
+    prompts = prepare(model, processor, images, [sample.question for sample in group])
+    return lambda schedule: answer_prompts(model, processor, prompts, schedule, max_new_tokens)
 
 
 def _open_journal(file: Path | None, about: dict[str, Any], shard: Shard | None) -> Journal:

@@ -46,6 +46,12 @@ class Sample:
         All right answers where there are several; annotators may repeat each other.
     patches
         For each image the visual tokens that the answer needs, where they are known.
+    earlier
+        Questions about the same images that are asked before this one, in the same conversation: what pruning keeps
+        is chosen at the first of them. Their answers are the model's own.
+    fresh
+        Whether the question sees nothing of the earlier ones but what they left of the images, as where a server keeps
+        the KV cache of an image for further questions.
     """
 
     images: tuple[Picture.Image | Path, ...] = field(repr=False)
@@ -55,6 +61,8 @@ class Sample:
     scorer: Scorer = field(default=same_words, repr=False)
     answers: tuple[str, ...] = field(default=(), repr=False)
     patches: tuple[list[int], ...] = field(default=(), repr=False)
+    earlier: tuple[str, ...] = ()
+    fresh: bool = False
 
     def pictures(self) -> list[Picture.Image]:
         """The images as RGB and upright, read from disk where they are paths."""
@@ -93,7 +101,8 @@ def read_samples(source: Path, rule: FrameRule = even_frames) -> list[Sample]:
 
 SAMPLE_FORMAT = (
     'write lines of {"image": "file.png", "question": "...", "answer": "...", "task": "..."}, the last two optional; '
-    '"images" and "answers" are lists, "video" is an mp4 or webm file, a folder of frames or an animated picture'
+    '"images", "answers" and "earlier" are lists, "video" is an mp4 or webm file, a folder of frames or an animated '
+    "picture"
 )
 
 
@@ -107,6 +116,7 @@ class SampleRecord(TypedDict, total=False):
     question: Required[str]
     answer: str | None
     answers: list[str]
+    earlier: list[str]
     task: str | None
 
 
@@ -123,7 +133,8 @@ def _parse_record(source: Path, rule: FrameRule, number: int, record: SampleReco
     # The answer that most annotators gave stands for all where one is asked for.
     most = max(answers, key=answers.count) if answers else None
     task = record.get("task") or "all"
-    return Sample(images, record["question"], most, task, answers=tuple(answers) if len(answers) > 1 else ())
+    every, earlier = tuple(answers) if len(answers) > 1 else (), tuple(record.get("earlier", ()))
+    return Sample(images, record["question"], most, task, answers=every, earlier=earlier)
 
 
 def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
@@ -145,7 +156,8 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     """
     hashed = hashlib.sha256()
     for sample in samples:
-        texts = [sample.question, sample.answer, sample.task, sample.answers]
+        texts: list[object] = [sample.question, sample.answer, sample.task, sample.answers]
+        texts += [[sample.earlier, sample.fresh]] if sample.earlier else []  # journals of older samples stay valid
         hashed.update(json.dumps([*texts, [_picture_digest(image) for image in sample.images]]).encode())
     return hashed.hexdigest()[:16]
 

@@ -37,6 +37,40 @@ def chat_text(processor: Processor, question: str, images: int = 1, answer: str 
     return str(processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False))
 
 
+def next_turn(processor: Processor, question: str, images: int, following: str) -> list[int]:
+    """The tokens that the chat template writes between an answer and the next one: its end, and a further question.
+
+    Parameters
+    ----------
+    question, images
+        The conversation's first question, and how many images it is about.
+    following
+        The further question.
+
+    Raises
+    ------
+    CodebookError
+        If the template does not show the conversation so far.
+    """
+    check_text(processor, following)
+    said, tokenizer = "yes", processor.tokenizer  # it stands for any answer
+    shown = [{"type": "image"}] * images
+    turns = [
+        {"role": "user", "content": [*shown, {"type": "text", "text": question}]},
+        {"role": "assistant", "content": [{"type": "text", "text": said}]},
+        {"role": "user", "content": [{"type": "text", "text": following}]},
+    ]
+    answered = str(processor.apply_chat_template(turns[:2], add_generation_prompt=False, tokenize=False))
+    whole = str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
+    end = answered.rfind(said) + len(said)
+    if said not in answered or whole[:end] != answered[:end]:
+        raise CodebookError("the chat template does not show earlier answers: ask each question alone")
+    before, tokens = tokenizer(whole[:end])["input_ids"], tokenizer(whole)["input_ids"]
+    if tokens[: len(before)] == before:
+        return list(tokens[len(before) :])
+    return list(tokenizer(whole[end:], add_special_tokens=False)["input_ids"])
+
+
 def check_text(processor: Processor, text: str, name: str = "question") -> None:
     """Refuse a text with special tokens in it: it would become those tokens, such as an image, or the end of the turn.
 

@@ -341,7 +341,7 @@ def test_markdown_has_a_line_for_each_row(measured):
     text = report.markdown(measured[0])
     assert text.count("| unpruned |") == 4 and text.count("| codebook |") == 4 and text.count("| fastv |") == 2
     lines = [line.count("|") for line in text.splitlines() if line.startswith("|")]
-    assert set(lines) == {2 + 2 + 3, 2 + len(report.COSTS)}  # two tasks, their mean and its two changes
+    assert set(lines) == {2 + 2 + 4, 2 + len(report.COSTS)}  # two tasks, their mean, its two changes, group A
 
 
 def test_of_one_question_nothing_is_sure(loaded, tmp_path):

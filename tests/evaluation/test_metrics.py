@@ -3,9 +3,22 @@
 import numpy as np
 import pytest
 
-from codebook.evaluation.metrics import ACCURACY, MME, POPE, Task, estimate, mean_of, says_yes, yes_or_no
+from codebook.evaluation.metrics import (
+    ACCURACY,
+    CHAIR,
+    MME,
+    POPE,
+    Task,
+    estimate,
+    estimates,
+    mean_of,
+    says_yes,
+    yes_or_no,
+)
 from codebook.evaluation.scores import accuracy_table, mean_text, standard_error
+from codebook.inference.captions import CaptionScorer, Vocabulary
 from codebook.inference.samples import Sample
+from codebook.miniature.samples import SCORERS
 
 
 def samples(*answers, images=None):
@@ -38,8 +51,35 @@ def test_pope_reads_the_first_sentence(text, yes):
 def test_pope_by_hand():
     task = Task("t", samples("yes", "yes", "yes", "no", "no"), POPE)
     found = values(POPE, task, ["yes", "yes", "no", "yes", "no"])  # two hits, a miss, a false alarm, one rightly no
-    assert found == pytest.approx({"f1": 2 / 3, "accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3})
+    expected = {"f1": 2 / 3, "accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3, "yes_share": 3 / 5}
+    assert found == pytest.approx(expected)
     assert values(POPE, task, ["no"] * 5)["f1"] == 0
+
+
+def test_chair_by_hand():
+    """Three captions with 3, 2 and 0 mentions, of which 1, 0 and 0 are false; 2, 3 and 1 objects, of which 2, 1 and 0
+    are named."""
+    cap = CaptionScorer(Vocabulary({"cat": "cat", "kitten": "cat", "dog": "dog", "hot dog": "hot dog"}).count)
+    shown = [("cat", "hot dog"), ("dog", "cat", "hot dog"), ("dog",)]
+    task = Task("t", [Sample((), "q", own[0], "t", cap, own) for own in shown], CHAIR)
+    texts = ["A kitten eats hot dogs beside a dog.", "Dogs and a dog.", "Nothing."]
+    found = values(CHAIR, task, texts)
+    scores = [2 * (2 / 3) * 1 / (2 / 3 + 1), 2 * 1 * (1 / 3) / (1 + 1 / 3), 0]  # of precision and recall
+    expected = {"accuracy": sum(scores) / 3, "chair_s": 1 / 3, "chair_i": 1 / 5, "recall": 3 / 6}
+    assert found == pytest.approx(expected)
+    # an interval for each value: CHAIR_S is a mean of 1, 0, 0
+    every = estimates(CHAIR, task.sums(texts))
+    assert every[1].error == pytest.approx(np.std([1, 0, 0], ddof=1) / 3**0.5, rel=1e-5)
+    assert [one.value for one in every] == pytest.approx(list(expected.values()))
+
+
+def test_chair_of_the_miniature_by_hand():
+    """A circle is in a picture with a red circle, a blue one is not; the caption's own score is F1 over its phrases."""
+    answer = "red circle, green ring, number"
+    task = Task("cap", [Sample((), "describe.", answer, "cap", SCORERS["cap"])] * 2, CHAIR)
+    found = values(CHAIR, task, ["red circle, blue circle, number", "circle, green ring"])
+    expected = {"accuracy": (4 / 6 + 2 / 5) / 2, "chair_s": 1 / 2, "chair_i": 1 / 5, "recall": (2 + 2) / 6}
+    assert found == pytest.approx(expected)
 
 
 def test_mme_counts_questions_and_images(tmp_path):
