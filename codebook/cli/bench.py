@@ -35,7 +35,8 @@ def bench_command(
         list[str] | None,
         typer.Option(
             help="`miniature` (default), miniature:FAMILY or miniature:turns, JSONL as for horizon, with answers, or "
-            "NAME:FOLDER for the public files of ai2d, easyvqa, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; repeat for several."
+            "NAME:FOLDER for the public files of ai2d, easyvqa, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; "
+            "repeat for several."
         ),
     ] = None,
     keep: Annotated[

@@ -20,7 +20,7 @@ GATES = ("random", "downsample")
 DOWNSAMPLED = "downsample"
 """The row that tells group A."""
 
-RIGHT = 0.5
+RIGHT_FROM = 0.5
 """Score from which an answer counts as right."""
 
 
@@ -113,9 +113,9 @@ def group_a(full: Runs, downsampled: Runs) -> np.ndarray:
     """(samples,) bool: those that the unpruned model answers right and downsampling fails (arXiv 2510.07143).
 
     Questions that a smaller picture answers as well say nothing about which tokens to keep. Right is a score of at
-    least `RIGHT`.
+    least `RIGHT_FROM`.
     """
-    return (full.scores >= RIGHT) & (downsampled.scores < RIGHT)
+    return (full.scores >= RIGHT_FROM) & (downsampled.scores < RIGHT_FROM)
 
 
 def _on_group(tasks: Sequence[Task], scores: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
@@ -126,11 +126,11 @@ def _on_group(tasks: Sequence[Task], scores: np.ndarray, chosen: np.ndarray) -> 
         images = [[start + row for row in rows if chosen[start + row]] for rows in task.groups()]
         by_task[task.name] = [(float(scores[rows].sum()), len(rows)) for rows in images if rows]
         start += len(task.samples)
-    whole = _share([one for sums in by_task.values() for one in sums])
-    return whole | {"tasks": {name: _share(sums) for name, sums in by_task.items() if sums}}
+    whole = _mean_share([one for sums in by_task.values() for one in sums])
+    return whole | {"tasks": {name: _mean_share(sums) for name, sums in by_task.items() if sums}}
 
 
-def _share(sums: Sequence[tuple[float, int]]) -> dict[str, Any]:
+def _mean_share(sums: Sequence[tuple[float, int]]) -> dict[str, Any]:
     if not sums:
         return {"score": None, "interval": None, "samples": 0}
     found = estimate(ACCURACY, np.array(sums, dtype=float))

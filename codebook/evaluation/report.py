@@ -171,7 +171,7 @@ def _tables(results: Results) -> list[dict[str, Any]]:
         if detail := _detail(results):
             title = f"keep {keep:g}: what else the tasks measure, %"
             cells = [_table_row(row, [_cell(*one) for one in _detailed(row, detail)]) for row in [rows[0], *own]]
-            columns = [(f"{task}: {WORDS.get(name, name)}", "") for task, name in detail]
+            columns = [(f"{task}: {METRIC_WORDS.get(name, name)}", "") for task, name in detail]
             tables.append({"title": title, "columns": columns, "rows": cells})
         cost = [_table_row(row, _spent(row)) for row in [rows[0], *own]]
         tables.append(
@@ -228,7 +228,7 @@ def _change(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     return f"{100 * row[key]['change']:+.1f}", half_width(row[key]["change_interval"])
 
 
-WORDS = {"chair_s": "CHAIR_S", "chair_i": "CHAIR_I", "yes_share": "yes"}
+METRIC_WORDS = {"chair_s": "CHAIR_S", "chair_i": "CHAIR_I", "yes_share": "yes"}
 """Names of metrics in tables, where they are not their own."""
 
 
@@ -334,7 +334,7 @@ def markdown(results: Results) -> str:
         for text in remarks(results, keep):
             lines += ["", text]
         if detail := _detail(results):
-            lines += ["", *_header([f"{task}: {WORDS.get(name, name)}" for task, name in detail])]
+            lines += ["", *_header([f"{task}: {METRIC_WORDS.get(name, name)}" for task, name in detail])]
             lines += [_markdown_row(row["method"], [" ".join(one) for one in _detailed(row, detail)]) for row in own]
         lines += ["", *_header(_costs_of(rows[0]))]
         lines += [

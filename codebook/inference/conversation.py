@@ -97,7 +97,7 @@ def converse(
                 break
             if fresh:
                 ids = prompts[turn + 1]["input_ids"]
-                _shorten(out.past_key_values, _shared(model, given["input_ids"], ids))
+                _shorten(out.past_key_values, _common_start(model, given["input_ids"], ids))
             else:
                 spoken = _without_end(out.sequences, prompt, model.generation_config.eos_token_id)
                 added = next_turn(processor, questions[0], len(images), questions[turn + 1])
@@ -109,7 +109,7 @@ def converse(
     return [answer_of(text, shown) for text in texts]
 
 
-def _shared(model: Model, ids: Tensor, other: Tensor) -> int:
+def _common_start(model: Model, ids: Tensor, other: Tensor) -> int:
     """How many tokens two prompts about the same images have in common at their start; all of the images' are."""
     length = min(ids.shape[1], other.shape[1] - 1)  # something is left to read
     same = (ids[0, :length] == other[0, :length]).long().cumprod(0)
