@@ -168,7 +168,7 @@ def main() -> None:
             found[f"{method}, {otherwise} {keep}"] = fitted(text) if text else change(own, seen)
             pairs.append((method, otherwise, keep))
     plans: dict[str, Policy] = {name: partial(_always, schedule) for name, schedule in found.items()}
-    tasks = load_data("miniature", ["miniature"], options.count)
+    tasks = load_data(["miniature"], options.count)
     samples = [sample for task in tasks for sample in task.samples]
     with progress("answer", len(plans) * len(samples), "answers") as tick:
         said = respond(model, processor, samples, plans, options.out, tick)

@@ -52,7 +52,7 @@ def main() -> None:
     # Where no changed row meets a budget, nothing is compared there.
     used = {row.keep for row in rows if row.method in methods}
     rows = [row for row in rows if row.method == bench.UNPRUNED or row.keep in used]
-    tasks = load_data(old["name"], old["data"], options.count, seed)
+    tasks = load_data(old["data"], options.count, seed)
     settings = bench.BenchSettings(seed=seed, seconds=options.seconds, against=rival)
     options.out.mkdir(parents=True, exist_ok=True)
     with progress("answers", bench.count_answers(tasks, rows, settings), "answers") as tick:

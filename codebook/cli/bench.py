@@ -91,7 +91,7 @@ def bench_command(
     loading.check(model)
     curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
     named = data or ["miniature"]
-    tasks = load_data(named, count, seed, model)
+    tasks = load_data(named, count, seed, loading.frame_rule(model))
     loaded, processor = loading.load(model)
     rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
     out.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def calibrate_command(
     check_output_file(out)
     check_codebook(codebook, model, pull)
     loading.check(model)
-    samples = load_samples(model, data, "train", seed, count)
+    samples = load_samples(data, loading.frame_rule(model), "train", seed, count)
     calibration.check_sample_count(len(samples))
     loaded, processor = loading.load(model)
     methods = [plan.schedule for plan in plans]

@@ -49,7 +49,7 @@ def horizon_command(
     if out is not None:
         check_output_folder(out, ("horizon.json", "horizon.png"))
     loading.check(model)
-    samples = mixed(load_samples(model, data, split, seed, count), seed)
+    samples = mixed(load_samples(data, loading.frame_rule(model), split, seed, count), seed)
     if out is not None:
         plot.require_matplotlib()  # before the long work
     loaded, processor = loading.load(model)

@@ -16,6 +16,7 @@ from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
     from codebook.models.base import Model, Processor
+    from codebook.store.clips import FrameRule
 
 ModelOption = Annotated[str, typer.Argument(help="`miniature`, `eyes`, a folder, or a name on the Hugging Face Hub.")]
 NamedModelOption = Annotated[
@@ -103,6 +104,12 @@ class Loading:
         from codebook.models.loading import load
 
         return load(model, **self.arguments())
+
+    def frame_rule(self, model: str) -> FrameRule:
+        """The rule that chooses the frames of clips for a model, before it is loaded: that of the same revision."""
+        from codebook.inference.frames import frame_rule_of
+
+        return frame_rule_of(model, **self.arguments())
 
 
 @dataclass(frozen=True)

@@ -116,13 +116,12 @@ def prune_command(
     loading.check(model)
 
     from codebook.inference.ask import ask
-    from codebook.inference.frames import frame_rule_of
     from codebook.inference.overlay import overlay
     from codebook.store.pictures import read_image, read_video
 
     pictures = [read_image(path) for path in image or ()]
     for path in video or ():
-        frames = read_video(path, frame_rule_of(model))
+        frames = read_video(path, loading.frame_rule(model))
         pictures += [read_image(frame) if isinstance(frame, Path) else frame for frame in frames]
     shown = []
     if show is not None:

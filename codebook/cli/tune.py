@@ -79,7 +79,7 @@ def tune_command(
             raise CodebookError(f"{out} holds another recipe (another {', '.join(different)}): choose another --out")
     elif out.is_dir() and any(out.iterdir()):
         raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
-    samples = [] if data == MINIATURE else _samples(model, images, data, count, prompt, seed)
+    samples = [] if data == MINIATURE else _samples(model, images, data, count, prompt, seed, loading)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
 
@@ -124,11 +124,16 @@ def tune_command(
     note(f"use it: codebook prune {model} --recipe {out} --image FILE --ask TEXT")
 
 
-def _samples(model: str, images: Path, data: str | None, count: int, prompt: str | None, seed: int) -> Sequence[Sample]:
+def _samples(
+    model: str, images: Path, data: str | None, count: int, prompt: str | None, seed: int, loading: Loading
+) -> Sequence[Sample]:
     """The questions, those of `data` or the probes' own about some of the images."""
     from codebook.cli.data import load_samples
 
-    samples = _image_questions(model, images, count, prompt, seed) if data is None else load_samples(model, data)
+    if data is None:
+        samples = _image_questions(model, images, count, prompt, seed)
+    else:
+        samples = load_samples(data, loading.frame_rule(model))
     usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
     if usable < FEWEST_QUESTIONS:
         raise CodebookError(

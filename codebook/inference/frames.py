@@ -30,9 +30,15 @@ def frame_rule(family: Family, processor: Processor) -> FrameRule:
     return even_frames
 
 
-def frame_rule_of(name: str) -> FrameRule:
-    """The same for a model that is not loaded yet: its processor is, once the first clip asks."""
-    found = cache(lambda: frame_rule(*load_processor(name)))
+def frame_rule_of(name: str, **options: Any) -> FrameRule:
+    """The same for a model that is not loaded yet: its processor is, once the first clip asks.
+
+    Parameters
+    ----------
+    name, **options
+        As `codebook.load` takes them, for the very processor that it gives.
+    """
+    found = cache(lambda: frame_rule(*load_processor(name, **options)))
     return lambda clip: found()(clip)
 
 

@@ -87,8 +87,7 @@ def load(
     device = check_loading(name, device, dtype, **options)
     try:
         folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
-        files: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
-        files |= {key: options[key] for key in OF_FILES if key in options}
+        files = _of_files(folder, options)
         config = _check_config(name, folder, files)  # before gigabytes are read
         if options.get("quantization_config") or getattr(config, "quantization_config", None):
             options.setdefault("device_map", {"": device})  # packed weights do not move afterwards
@@ -149,22 +148,26 @@ def check_dtype(dtype: torch.dtype | str | None) -> None:
         raise CodebookError(f"no dtype {quoted(dtype)}: use {', '.join(DTYPES)}")
 
 
-def load_processor(name: str) -> tuple[Family, Processor]:
-    """The family and the processor of a model, without its weights; names and errors as in `load`."""
+def load_processor(name: str, **options: Any) -> tuple[Family, Processor]:
+    """The family and the processor of a model, without its weights; arguments and errors as in `load`."""
     from transformers import AutoProcessor
 
-    folder, config = read_config_of(name)
+    folder, config = read_config_of(name, **options)
     try:
-        options: dict[str, Any] = {"trust_remote_code": False, "local_files_only": folder.is_dir()}
-        return family_of_config(config), AutoProcessor.from_pretrained(str(folder), **options)
+        return family_of_config(config), AutoProcessor.from_pretrained(str(folder), **_of_files(folder, options))
     except CodebookError:
         raise
     except Exception as error:
-        raise CodebookError(_reason(name, error, {})) from None
+        raise CodebookError(_reason(name, error, options)) from None
 
 
-def read_config_of(name: str) -> tuple[Path, PreTrainedConfig]:
+def read_config_of(name: str, **options: Any) -> tuple[Path, PreTrainedConfig]:
     """The config of a model that `load` could load by this name, and the folder or name on the hub where it is.
+
+    Parameters
+    ----------
+    name, **options
+        As `load` takes them; only the options that say which files are meant count.
 
     Raises
     ------
@@ -173,11 +176,20 @@ def read_config_of(name: str) -> tuple[Path, PreTrainedConfig]:
     """
     try:
         folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
-        return folder, _check_config(name, folder, {"trust_remote_code": False, "local_files_only": folder.is_dir()})
+        return folder, _check_config(name, folder, _of_files(folder, options))
     except CodebookError:
         raise
     except Exception as error:
-        raise CodebookError(_reason(name, error, {})) from None
+        raise CodebookError(_reason(name, error, options)) from None
+
+
+def _of_files(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with which everything of one model is read: weights, config and processor."""
+    return {
+        "trust_remote_code": False,
+        "local_files_only": folder.is_dir(),
+        **{key: options[key] for key in OF_FILES if key in options},
+    }
 
 
 def check_device(device: str | None) -> str:

@@ -7,6 +7,7 @@ from PIL import Image
 from typer.main import get_command
 
 from codebook.cli import app
+from codebook.errors import CodebookError
 from codebook.miniature.scenes import scene
 
 OPTIONS = {"--device", "--dtype", "--device-map", "--attn", "--revision"}
@@ -57,6 +58,32 @@ def test_without_a_model_they_mean_nothing(refused):
         "prune", "--tokens", "t", "--codebook", "b", "--output", "o", "--dtype", "auto", words=["--dtype", "--tokens"]
     )
     refused("serve", "--codebook", "miniature", "--revision", "main", words=["--revision needs a MODEL"])
+
+
+CLIPS = {
+    "bench": ["--methods", "random", "--out", "out", "--data", "clips.jsonl"],
+    "calibrate": ["--data", "clips.jsonl", "--keep", "0.2", "--out", "out.json"],
+    "horizon": ["--data", "clips.jsonl"],
+    "prune": ["--video", "a.mp4", "--ask", "describe."],
+    "tune": ["--images", "images", "--data", "clips.jsonl", "--out", "out"],
+}
+"""Commands that show clips, and words with which they do."""
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_the_frames_of_clips_are_those_of_the_revision_that_is_loaded(refused, monkeypatch, tmp_path, name):
+    pytest.importorskip("av")
+    from tests.store.test_clips import clip
+
+    def load_processor(model, **options):
+        raise CodebookError(f"asked for {model} with {options}: end here")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("codebook.inference.frames.load_processor", load_processor)
+    clip(tmp_path / "a.mp4", count=2, size=(16, 16))
+    record = {"video": "a.mp4", "question": "describe.", "answer": "grey"}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(record) + "\n")
+    refused(name, "owner/name", *CLIPS[name], "--revision", "v1", words=["owner/name with {'revision': 'v1'}"])
 
 
 def test_an_answer_with_all_of_them(run, tmp_path):

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from codebook import CodebookError, Schedule, ask, models
 from codebook.miniature.scenes import scene
-from codebook.models.loading import SHIPPED_MODELS
+from codebook.models.loading import SHIPPED_MODELS, load_processor
 from tests.models.families import FAMILIES
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9737216\n"
@@ -289,6 +289,18 @@ def test_what_transformers_takes_is_passed_on(monkeypatch):
     }  # fmt: skip
     assert seen["model"].items() >= {**seen["config"], "low_cpu_mem_usage": True, "dtype": "float32"}.items()
     assert seen["model"]["quantization_config"] is packed and seen["model"]["device_map"] == {"": "cpu"}
+
+
+def test_a_processor_without_its_model_is_that_of_the_same_revision(monkeypatch):
+    seen, said = {}, {"revision": "v1", "token": "secret"}
+    config = FAMILIES["llava"].make().config
+    monkeypatch.setattr(
+        "codebook.models.loading._check_config", lambda name, folder, files: seen.update(config=files) or config
+    )
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name, **given: seen.update(processor=given) or name)
+    family, processor = load_processor("owner/name", **said, attn_implementation="eager")
+    assert (family.name, processor) == ("llava", "owner/name")
+    assert seen["config"] == seen["processor"] == {"trust_remote_code": False, "local_files_only": False, **said}
 
 
 @pytest.mark.parametrize(
