@@ -26,6 +26,7 @@ from codebook.errors import CodebookError
 from codebook.models import Model, Processor
 from codebook.store.codebook import Codebook
 from codebook.store.folder import PROBES, Count, TokenRecord
+from codebook.store.horizons import carried_horizon, put_horizon
 from codebook.store.journal import Journal, differences
 
 PILOT_PICTURE, STABILITY_PICTURE = "pilot.png", "stability.png"
@@ -159,11 +160,12 @@ def extend(
         )
     if Path(out).resolve() == Path(folder).resolve():
         raise CodebookError(f"{out} is the codebook to extend: choose another --out")
+    horizon = carried_horizon(Path(folder), book.config["fingerprint"])
     source, stamps = _free_names(open_images(images, limit), pool)
     settings, found = read_settings(book.config["settings"], folder), book.config.get("pilot")
     return _Build(
         model, processor, source, stamps, Path(out), book.config["model"], settings, Options(**options),
-        report={} if found is None else {"pilot": found}, base=pool, pad=book.config.get("pad"),
+        report={} if found is None else {"pilot": found}, base=pool, pad=book.config.get("pad"), horizon=horizon,
     ).run()  # fmt: skip
 
 
@@ -211,6 +213,7 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
             f"{first} and {second} were built with another {differences(*keys)}: they do not merge; build the images "
             f"of one with the settings of the other, or add them to it with `codebook extend`"
         )
+    carried = [carried_horizon(Path(folder), a.config["fingerprint"]) for folder in (first, second)]
     found = [book.config["pilot"] for book in (a, b) if "pilot" in book.config]
     report = {"pilot": found[0]} if found and found[0] == found[-1] else {}
     both, out, settings = pool.join(other), Path(out), read_settings(a.config["settings"], first)
@@ -223,6 +226,7 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
         if made is None:
             forget(out, [journal])
             raise CodebookError(f"no prototype left of {len(both.rows)} survivors: {REMEDY['recurrent']}")
+        put_horizon(out, carried[0] or carried[1])
         made[0].save(out, {**made[1], **_pictures(made[0].config)})
         forget(out, [journal])
     return made[0]
@@ -241,16 +245,19 @@ class _Build:
         What the build finds out about itself, for `config.json`.
     base, pad
         The survivors that are extended, and the token id that took a removed token's place there.
+    horizon
+        The horizon.json that goes along with the codebook that is extended.
     """
 
     def __init__(
         self, model: Model, processor: Processor, source: Source, stamps: dict[str, str], out: Path, model_id: str,
         settings: Settings, options: Options, pilot: pilots.Pilot | None = None, stability: Stability | None = None,
         report: dict[str, Any] | None = None, base: SurvivorPool | None = None, pad: int | None = None,
+        horizon: bytes | None = None,
     ) -> None:  # fmt: skip
         self.model, self.processor, self.source, self.stamps, self.out = model, processor, source, stamps, out
         self.settings, self.options, self.pilot, self.stability = settings, options, pilot, stability
-        self.report, self.base, self.pad = report or {}, base, pad
+        self.report, self.base, self.pad, self.horizon = report or {}, base, pad, horizon
         self.about: dict[str, Any] = {
             "model": model_id, "fingerprint": models.fingerprint(model), "dtype": str(model.dtype),
         }  # fmt: skip
@@ -427,6 +434,7 @@ class _Build:
         book, others = made
         if self.options.exhaustive:
             others[PROBES] = _probes(journal, todo)
+        put_horizon(self.out, self.horizon)
         book.save(self.out, {**others, **_pictures(book.config)})
         forget(self.out, self.journals)
         return book

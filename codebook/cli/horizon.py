@@ -42,7 +42,7 @@ def horizon_command(
     from codebook.inference.samples import mixed
     from codebook.models.fingerprint import whole_fingerprint
     from codebook.store.files import replacing
-    from codebook.store.horizons import HORIZON_FILE
+    from codebook.store.folder import HORIZON_FILE
 
     if metric not in get_args(horizon.SweepMetric):
         raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.SweepMetric))}")

@@ -34,7 +34,8 @@ def push_command(
     """Push a codebook to the Hugging Face Hub. Its README.md is its card, written anew if an option here adds to it."""
     from codebook.store.card import NO_LICENCE, SHEET, make_card
     from codebook.store.files import is_file, read_whole
-    from codebook.store.folder import CARD, OPTIONAL, parse_book, read_folder, sealed
+    from codebook.store.folder import CARD, HORIZON_FILE, OPTIONAL, parse_book, read_folder, sealed
+    from codebook.store.horizons import carried_horizon
     from codebook.store.hub import LARGEST_SHEET, push_files
     from codebook.store.known import find_named
 
@@ -42,6 +43,9 @@ def push_command(
     config, found = read_folder(path, OPTIONAL)
     files = {name: found[name] for name in config["sha256"] if name in found}  # in their order, for the same bytes
     parse_book(path, config, files)  # what cannot be read is not pushed
+    horizon = carried_horizon(path, config["fingerprint"])
+    if horizon is None and is_file(path / HORIZON_FILE):
+        note(f"{HORIZON_FILE} stays here: it is of another model, or does not say of which")
     picture = read_whole(path / SHEET, remedy, LARGEST_SHEET) if is_file(path / SHEET) else None
     if images:
         from codebook.cli.inspect import draw_sheet
@@ -63,7 +67,8 @@ def push_command(
         card = read_whole(path / CARD, remedy).decode(errors="replace")
     if f"license: {NO_LICENCE}\n" in card:
         note("the card names no licence: say it with --licence, as in --licence apache-2.0")
-    contents = sealed(config, files, card) | ({} if picture is None else {SHEET: picture})
+    beside = {SHEET: picture, HORIZON_FILE: horizon}
+    contents = sealed(config, files, card) | {name: data for name, data in beside.items() if data is not None}
     address = push_files(contents, repository, private=private, commit_message=message)
     if as_json:
         print(json.dumps({"repository": repository, "commit": address, "files": sorted(contents)}))

@@ -68,6 +68,7 @@ def tune_command(
         read_recipe,
     )
     from codebook.pruning.stage import check_keep
+    from codebook.store.horizons import carried_horizon, put_horizon
 
     check_keep(keep)
     check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))
@@ -104,6 +105,7 @@ def tune_command(
         note("tune 3/5: information horizon")
         if not (out / HORIZON_PART / "horizon.json").exists():
             horizon_command(model=model, data=files[0], out=out / HORIZON_PART, count=count, **common)
+        put_horizon(out / CODEBOOK_PART, carried_horizon(out / HORIZON_PART, None))
         note("tune 4/5: schedule")
         if not (out / SCHEDULE_PART).exists():
             calibrate_command(

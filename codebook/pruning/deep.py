@@ -31,7 +31,7 @@ def deep_layer(model: Model, text: str, fitted: bool, source: Codebook | Path | 
     Raises
     ------
     CodebookError
-        If a measurement says that the model reads its images to the last layer, or is another model's.
+        If a measurement says that the model reads its images to the last layer.
     """
     if not leaves_horizon(text, fitted):
         return None
@@ -39,9 +39,9 @@ def deep_layer(model: Model, text: str, fitted: bool, source: Codebook | Path | 
     guess = expand(text, layers)[0].stages[-1].layer
     found = find_horizon(model, source)
     if found is None:
-        _warn(text, layers, guess, "nothing was measured")
+        _warn(text, layers, guess, "nothing was measured on this model")
     elif found.safe is None:
-        _warn(text, layers, guess, f"{found.file} could not show a horizon")
+        _warn(text, layers, guess, f"{found.file} {found.unknown}")
     elif found.safe >= layers:
         raise CodebookError(
             f"{found.file}: this model reads its images to the last layer, so {quoted(text)} has no layer to begin its "

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 FORMAT_VERSION = 1
 CONFIG, PROTOTYPES, PROVENANCE, CARD = "config.json", "prototypes.safetensors", "provenance.jsonl", "README.md"
 IMAGE_RECORDS, SURVIVORS, PROBES = "images.jsonl", "survivors.safetensors", "probes.jsonl"
+HORIZON_FILE = "horizon.json"
+"""Name of a model's measured horizon, which a folder may hold; not one of the hashed files."""
 OPTIONAL = (IMAGE_RECORDS, SURVIVORS, PROBES)
 """Files that a codebook may have: what `extend` and `merge` need, and what `build --exhaustive` measured."""
 REBUILD = "restore the file, or rebuild with `codebook build`"

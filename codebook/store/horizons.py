@@ -9,16 +9,16 @@ from typing import Any
 
 from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationError
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, printable
 from codebook.models import Model, same_fingerprint, whole_fingerprint
 from codebook.store.codebook import Codebook
-from codebook.store.files import is_file, read_json
+from codebook.store.files import cannot_write, is_file, parse, read_whole, replacing
+from codebook.store.folder import HORIZON_FILE
 from codebook.store.known import find_named, known
 
-HORIZON_FILE = "horizon.json"
-"""Name of the file: `codebook horizon --out` writes it, and a codebook's folder may hold it."""
-
 MEASURE = "make one with `codebook horizon --out`"
+LONGEST_REASON = 100
+"""Most characters of a file's own words that a message repeats."""
 
 
 class HorizonCurve(BaseModel):
@@ -51,9 +51,9 @@ class MeasuredHorizon:
         Where it lies.
     safe : int or None
         The layer from which on all tasks together lose at most its `eps` without visual tokens, margin included; the
-        number of layers where that is nowhere. None if the samples could not show a horizon.
+        number of layers where that is nowhere. None if the file does not say.
     unknown : str or None
-        Why not.
+        Why not, as words that go on from the file's name.
     """
 
     file: Path
@@ -69,8 +69,12 @@ def read_horizon(path: Path) -> dict[str, Any]:
     CodebookError
         If the file is none.
     """
+    return _parse_horizon(path, read_whole(path, MEASURE))
+
+
+def _parse_horizon(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        found = HorizonFile.model_validate(read_json(path, MEASURE))
+        found = HorizonFile.model_validate(parse(path, data, MEASURE, Any))
     except ValidationError:
         raise CodebookError(f"{path} is no horizon.json: {MEASURE}") from None
     if any(len(curve.loss) != len(curve.error) for curve in found.horizons.values()):
@@ -81,7 +85,8 @@ def read_horizon(path: Path) -> dict[str, Any]:
 def find_horizon(model: Model, source: Codebook | Path | str | None = None) -> MeasuredHorizon | None:
     """The horizon that was measured on this very model, if it is on this machine.
 
-    Looked at are the folder of the codebook that is named, then those of all codebooks that ship or were fetched.
+    Looked at are the folder of the codebook that is named, then those of all codebooks that ship or were fetched. Where
+    none of them has it, but the first has that of another model, the answer names that file.
 
     Parameters
     ----------
@@ -91,23 +96,58 @@ def find_horizon(model: Model, source: Codebook | Path | str | None = None) -> M
     Raises
     ------
     CodebookError
-        If the folder that is named holds the horizon of another model, or none that can be read.
+        If the folder that is named holds a horizon that cannot be read.
     """
-    own = whole_fingerprint(model)
+    own, other = whole_fingerprint(model), None
     named = source.folder if isinstance(source, Codebook) else None if source is None else find_named(source)
     if named is not None and is_file(file := named / HORIZON_FILE):
         content = read_horizon(file)
-        if not _is_of(content, own):
-            raise CodebookError(
-                f"{file} was measured on another model, or by a version that did not say on which: measure this one's "
-                "with `codebook horizon`, or name the layer, as in codebook+random@20"
-            )
-        return _whole(file, content)
+        if _is_of(content, own):
+            return _whole(file, content)
+        other = MeasuredHorizon(file, None, "is of another model, or of a version that did not say of which")
     for book in known():
         with contextlib.suppress(CodebookError):
             if is_file(file := book.folder / HORIZON_FILE) and _is_of(content := read_horizon(file), own):
                 return _whole(file, content)
-    return None
+    return other
+
+
+def carried_horizon(folder: Path, fingerprint: str | None) -> bytes | None:
+    """The horizon.json of a codebook's folder, for where the codebook goes: pushed, or grown into another.
+
+    Parameters
+    ----------
+    fingerprint
+        Of the codebook. A horizon of another tower or projector, or that does not say of which model it is, is left
+        behind. None: not known, as of an imported codebook.
+
+    Returns
+    -------
+    The file's bytes, or None if there is none to carry.
+
+    Raises
+    ------
+    CodebookError
+        If the file is no horizon.json.
+    """
+    if not is_file(file := folder / HORIZON_FILE):
+        return None
+    data = read_whole(file, MEASURE)
+    whole = _parse_horizon(file, data)["fingerprint"]
+    if whole is None or (fingerprint is not None and not same_fingerprint(fingerprint, whole.rpartition(":")[0])):
+        return None
+    return data
+
+
+def put_horizon(folder: Path, data: bytes | None) -> None:
+    """Write the horizon.json of a codebook's folder; None, from `carried_horizon`, writes nothing."""
+    if data is None:
+        return
+    try:
+        with replacing(folder / HORIZON_FILE) as temporary:
+            temporary.write_bytes(data)
+    except OSError as error:
+        raise cannot_write(folder / HORIZON_FILE, error) from None
 
 
 def _is_of(content: dict[str, Any], own: str) -> bool:
@@ -118,4 +158,7 @@ def _whole(file: Path, content: dict[str, Any]) -> MeasuredHorizon:
     """What the file says of all tasks together: of their mean, or of the only one."""
     horizons = content["horizons"]
     curve = horizons.get("mean", next(iter(horizons.values())))
-    return MeasuredHorizon(file, curve["safe"], curve["unknown"])
+    if curve["safe"] is not None:
+        return MeasuredHorizon(file, curve["safe"])
+    reason = f": {printable(curve['unknown'], LONGEST_REASON)}" if curve["unknown"] else ""
+    return MeasuredHorizon(file, None, f"could not show a horizon{reason}")

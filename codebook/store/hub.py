@@ -13,12 +13,12 @@ from typing import Any
 from codebook.errors import CodebookError, quoted, remedy_for
 from codebook.store.card import HUB_NAME, SHEET
 from codebook.store.files import LARGEST_JSON, LARGEST_LINES, one_line
-from codebook.store.folder import CARD, CONFIG, OPTIONAL, PROTOTYPES, PROVENANCE, read_folder
+from codebook.store.folder import CARD, CONFIG, HORIZON_FILE, OPTIONAL, PROTOTYPES, PROVENANCE, read_folder
 from codebook.store.registry import LARGEST_DOWNLOAD
 
 REQUIRED = (CONFIG, PROTOTYPES, PROVENANCE)
 """Files without which a repository is no codebook."""
-SHARED = (*REQUIRED, CARD, SHEET, *OPTIONAL)
+SHARED = (*REQUIRED, CARD, SHEET, HORIZON_FILE, *OPTIONAL)
 """Files that are pulled and pushed; whatever else is in a repository or a folder stays there."""
 LARGEST_SHEET = 2**26
 """Bytes of the picture that a card shows."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from codebook import models
 from codebook.building import SurvivorPool, build, extend, merge, open_images
 from codebook.building.sheet import sheet
 from codebook.errors import CodebookError
@@ -75,6 +76,31 @@ def test_merged_equals_built_from_all(halves, tmp_path, whole):
     merge(*halves, tmp_path / "0")  # again: nothing to do
     both = merge(tmp_path / "0", halves[0], tmp_path / "more")  # its images are in there already
     assert contents(tmp_path / "more") == whole and both.config["images"]["used"] == 8
+
+
+def test_the_models_horizon_goes_along(tiny, halves, parts, tmp_path, whole):
+    """It is about the model and not about the images; that of another tower is left behind."""
+    first, second = (Path(shutil.copytree(half, tmp_path / half.name)) for half in halves)
+    curve = {"loss": [0.0], "error": [None], "layer": 0, "interval": [0, 0], "safe": 1}
+
+    def put(folder, fingerprint, eps):
+        content = {"eps": eps, "start": 0, "horizons": {"mean": curve}, "fingerprint": fingerprint}
+        (folder / "horizon.json").write_text(json.dumps(content))
+        return (folder / "horizon.json").read_bytes()
+
+    horizon = put(second, models.whole_fingerprint(tiny[0]), 0.01)
+    extend(*tiny, second, parts[0], tmp_path / "extended")
+    merge(first, second, tmp_path / "merged")
+    put(first, "llava:1-0000:1-0000:1-0000", 0.02)
+    extend(*tiny, first, parts[1], tmp_path / "without")
+    merge(first, second, tmp_path / "of-the-second")
+    for name in ("extended", "merged", "of-the-second"):
+        assert contents(tmp_path / name) == whole | {"horizon.json": horizon}
+    assert contents(tmp_path / "without") == whole
+    (first / "horizon.json").write_text("[]")
+    with pytest.raises(CodebookError, match=r"horizon\.json.*make one with `codebook horizon --out`"):
+        extend(*tiny, first, parts[1], tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_interrupted_extension_goes_on(tiny, halves, parts, tmp_path, whole):

@@ -53,9 +53,8 @@ def test_push_and_pull(run, refused, hub, book, tmp_path):
     code, out, _ = run("push", book, NAME, "--message", "First", "--json")
     said = json.loads(out)
     assert code == 0 and said["repository"] == NAME and said["commit"].startswith(constants.ENDPOINT)
-    # The horizon is of the whole model, language model included, and stays: docs/horizon.md.
-    files = {path.name: path.read_bytes() for path in book.iterdir() if path.name != "horizon.json"}
-    assert last(hub) == files | {".gitattributes": b""} and sorted(files) == said["files"]
+    files = {path.name: path.read_bytes() for path in book.iterdir()}
+    assert "horizon.json" in files and last(hub) == files | {".gitattributes": b""} and sorted(files) == said["files"]
     assert hub.repositories[NAME].messages[1:] == ["First"]
 
     code, out, _ = run("pull", NAME, "--json")
@@ -70,6 +69,26 @@ def test_push_and_pull(run, refused, hub, book, tmp_path):
     refused("pull", "other", words=["no codebook 'other'", "llava-1.5-7b", "OWNER/NAME"])
     refused("push", tmp_path / "images", NAME, words=["no codebook in"])
     refused("push", book, "other", words=["no name of a repository"])
+
+
+def test_a_horizon_goes_along_if_it_may_be_of_the_codebooks_models(run, refused, hub, book):
+    horizon = json.loads((book / "horizon.json").read_text())
+    family, tower, projector, decoder = horizon["fingerprint"].split(":")
+    size, weights = projector.split("-")
+
+    def push(fingerprint):
+        (book / "horizon.json").write_text(json.dumps(horizon | {"fingerprint": fingerprint}))
+        hub.repositories.clear()
+        code, _, err = run("push", book, NAME)
+        carried = "horizon.json" in last(hub)
+        assert code == 0 and carried != ("horizon.json stays here: it is of another model" in err)
+        return carried
+
+    assert push(":".join([family, tower, projector, "9-0000"]))  # another language model behind the same tower
+    assert not push(":".join([family, tower, f"{size}-{weights[:-4]}7f7f", decoder]))
+    assert not push(None)
+    (book / "horizon.json").write_text("{}")
+    refused("push", book, NAME, words=["horizon.json is no horizon.json", "codebook horizon --out"])
 
 
 def test_the_card(run, refused, hub, book, tmp_path):

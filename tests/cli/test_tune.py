@@ -44,7 +44,9 @@ def test_a_recipe_is_made_resumed_and_used(run, refused, scenes, questions, tmp_
     # a step that is missing is made again, the others are not
     stamps = {name: (out / name).stat().st_mtime_ns for name in ("codebook/config.json", "bench/results.json")}
     (out / "horizon" / "horizon.json").unlink()
-    assert run(*command)[0] == 0 and (out / "horizon" / "horizon.json").exists()
+    assert run(*command)[0] == 0
+    # the codebook's folder has it, so that it is found and pushed
+    assert (out / "codebook" / "horizon.json").read_bytes() == (out / "horizon" / "horizon.json").read_bytes()
     assert stamps == {name: (out / name).stat().st_mtime_ns for name in stamps}
     refused(*command, "--keep", "0.3", words=["another recipe (another keep)", "choose another --out"])
 

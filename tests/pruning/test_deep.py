@@ -69,7 +69,10 @@ def test_a_layer_that_is_named_stays(model, book, caplog):
 
 
 @pytest.mark.parametrize("text, guess", [("codebook+random", 8), ("divprune+drop", 8), ("vtw", 6)])
-@pytest.mark.parametrize("safe, why", [("no file", "nothing was measured"), (None, "could not show a horizon")])
+@pytest.mark.parametrize(
+    "safe, why",
+    [("no file", "nothing was measured on this model"), (None, "could not show a horizon: the unpruned model answers")],
+)
 def test_a_guess_is_called_one_once(model, book, caplog, text, guess, safe, why):
     """20, 21 and 16 of 32 layers are 7.5, 7.9 and 6 of 12."""
     if safe is None:
@@ -94,15 +97,25 @@ def test_a_model_that_reads_to_its_last_layer_has_no_deep_stage(model, book):
     Schedule.for_model(model, "vtw", 0.25)
 
 
-def test_a_horizon_of_another_model_is_refused_where_it_is_named_and_passed_over_elsewhere(model, book, caplog):
+def test_a_horizon_of_another_model_is_passed_over_and_named_where_its_codebook_is(model, book, caplog):
+    """A codebook serves every model with its tower, and may come with the horizon of one of them."""
     other = llava("sdpa")
     put(book, other, safe=2)
     for source in (book, str(book), prebuilt(model)):
-        with pytest.raises(CodebookError, match=r"horizon\.json was measured on another model.*name the layer"):
-            Schedule.for_model(model, "divprune+random", 0.25, source)
+        assert layer(Schedule.for_model(model, "divprune+random", 0.25, source)) == 8
+    [record] = guesses(caplog)
+    assert f"{book / 'horizon.json'} is of another model" in record.getMessage()
     assert layer(Schedule.for_model(model, "divprune+random", 0.25)) == 8
+    assert len(guesses(caplog)) == 2 and "nothing was measured on this model" in guesses(caplog)[1].getMessage()
     assert layer(Schedule.for_model(other, "divprune+random", 0.6)) == 2  # 3 of 4, scaled
-    assert len(guesses(caplog)) == 1
+    assert len(guesses(caplog)) == 2
+
+
+def test_what_a_file_says_of_itself_is_shortened(model, book, caplog):
+    put(book, model, safe=None, layer=None, interval=None, unknown="\n" + "x" * 9999)
+    Schedule.for_model(model, "divprune+random", 0.25)
+    [record] = guesses(caplog)
+    assert "\n" not in record.getMessage() and len(record.getMessage()) < 700
 
 
 def test_another_language_model_behind_the_same_tower_is_another_model(book):
