@@ -33,6 +33,7 @@ def main() -> None:
         row["method"] = with_layer(row["method"], row["schedule"])
     print(f"# Results of {results['name']}\n")
     print("Written by `make results`; the table's columns are explained in [bench.md](bench.md). Measured by\n")
+    print("<!-- not run: hours -->")
     print(f"```\n{command_of(results)}\n```\n")
     if "note" in results:  # benchmarks/publish/remeasure.py
         print(f"{results['note']}\n")

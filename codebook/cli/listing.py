@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 from typing import Any
 
 from codebook.cli.options import JsonOption
@@ -24,15 +26,23 @@ def list_command(as_json: JsonOption = False) -> None:
         return
     print("codebooks on this machine:")
     for book in books:
-        print(printable(f"  {book['name']}: {_book_words(book)}, in {book['folder']}", 2000))
+        _print_wrapped(printable(f"{book['name']}: {_book_words(book)}, in {book['folder']}", 2000))
     if fetchable:
         print("codebooks of the registry, fetched by `codebook pull NAME` or --pull:")
     for entry in fetchable:
-        print(f"  {entry['name']}: {_book_words(entry)}, {entry['bytes'] / 2**20:.1f} MiB")
-    print(f"methods, each also a preset, alone or as method+random, method+drop:\n  {', '.join(methods)}")
+        _print_wrapped(f"{entry['name']}: {_book_words(entry)}, {entry['bytes'] / 2**20:.1f} MiB")
+    print("methods, each also a preset, alone or as method+random, method+drop:")
+    _print_wrapped(", ".join(methods), hanging="")
     print("presets, for 32 layers:")
     for name, text in named.items():
-        print(f"  {name}: {text}")
+        _print_wrapped(f"{name}: {text}")
+
+
+def _print_wrapped(text: str, hanging: str = "    ") -> None:
+    """Print an entry in lines that fit the terminal, or 80 columns where there is none, if its words and paths do."""
+    width = shutil.get_terminal_size().columns
+    print(textwrap.fill(text, width, initial_indent="  ", subsequent_indent=f"  {hanging}",
+                        break_long_words=False, break_on_hyphens=False))  # fmt: skip
 
 
 def _books() -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ import torch
 
 from codebook import load, models
 from codebook.analysis import Sweep, horizon, horizons, plot, sweep
-from codebook.analysis.horizon import _runs, first_safe, guess_rates, horizon_table
+from codebook.analysis.horizon import Horizon, _runs, first_safe, guess_rates, horizon_table
 from codebook.errors import CodebookError
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample
@@ -176,6 +176,21 @@ def test_the_curve_is_drawn(tmp_path):
     full, pruned = np.ones(3), np.array([[0.0, 1.0], [0.0, 1.0], [0.0, 0.5]])
     plot.draw_horizons(horizons(Sweep(["a", "a", "b"], full, pruned)), 0, "probability", tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_the_legend_lies_within_the_picture_and_over_no_other_words(tmp_path, monkeypatch, count):
+    from matplotlib.figure import Figure
+
+    seen, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *given, **more: seen.append(figure) or save(figure, *given))
+    one = Horizon(9, 1.0, [0.1, 0.9], [0.9, 0.0], [0.1, 0.1], 1, (1, 2), 1, [], [])
+    plot.draw_horizons({f"task {i}": one for i in range(count)}, 0, "probability", tmp_path / "curve.png")
+    [figure] = seen
+    page, legend = figure.bbox, figure.legends[0].get_window_extent()
+    assert page.x0 <= legend.x0 and legend.x1 <= page.x1 and legend.y1 <= page.y1
+    words = [figure._supylabel.get_window_extent(), *(panel.get_tightbbox() for panel in figure.axes[:count])]
+    assert not any(legend.overlaps(box) for box in words)
 
 
 def test_answers_that_are_wrong_or_guessed_show_no_horizon(tmp_path):

@@ -148,7 +148,7 @@ def test_import(run, refused, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
-def test_list(run, hub):
+def test_list(run, hub, monkeypatch):
     hub.repositories[NAME] = Repository()
     make().save(folder := Path(constants.HF_HUB_CACHE) / "book")
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -156,6 +156,10 @@ def test_list(run, hub):
     code, out, _ = run("list", "--json")
     found = json.loads(out)
     assert code == 0 and [one["name"] for one in found["codebooks"]] == ["eyes", "miniature"]
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        lines = run("list")[1].splitlines()
+        assert max(len(line) for line in lines if len(line.split()) > 1) in range(columns - 20, columns + 1)
     by_name = {one["name"]: one for one in found["registry"]}
     assert by_name["llava-1.5-7b"]["prototypes"] == 454 and by_name["llava-onevision-7b"]["dimension"] == 3584
     run("pull", NAME)
