@@ -118,8 +118,8 @@ def carried_horizon(folder: Path, fingerprint: str | None) -> bytes | None:
     Parameters
     ----------
     fingerprint
-        Of the codebook. A horizon of another tower or projector, or that does not say of which model it is, is left
-        behind. None: not known, as of an imported codebook.
+        That of the codebook. A horizon of another tower or projector, or one that does not say of which model it is, is
+        left behind. None: not known, as for an imported codebook.
 
     Returns
     -------

@@ -9,6 +9,7 @@ from typer.main import get_command
 from codebook.cli import app
 from codebook.errors import CodebookError
 from codebook.miniature.scenes import scene
+from tests.store.films import clip
 
 OPTIONS = {"--device", "--dtype", "--device-map", "--attn", "--revision"}
 LOADING = {
@@ -73,7 +74,6 @@ CLIPS = {
 @pytest.mark.parametrize("name", CLIPS)
 def test_the_frames_of_clips_are_those_of_the_revision_that_is_loaded(refused, monkeypatch, tmp_path, name):
     pytest.importorskip("av")
-    from tests.store.test_clips import clip
 
     def load_processor(model, **options):
         raise CodebookError(f"asked for {model} with {options}: end here")

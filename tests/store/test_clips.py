@@ -2,7 +2,6 @@
 
 import json
 import types
-from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,24 +13,9 @@ from codebook.models.registry import FAMILIES
 from codebook.store import clips
 from codebook.store.clips import ClipInfo
 from codebook.store.pictures import even_frames, read_video
+from tests.store.films import KINDS, clip
 
 av = pytest.importorskip("av")
-KINDS = {"mp4": ("mpeg4", "mp4"), "webm": ("libvpx", "webm")}
-
-
-def clip(path, count=30, fps=10, size=(64, 48), gap=12, times=None):
-    """A clip whose frame i is grey of level 8 i; `times` are in frames."""
-    codec, form = KINDS[path.suffix[1:]]
-    with av.open(str(path), "w", format=form) as container:
-        stream = container.add_stream(codec, rate=fps, options={"g": str(gap)})
-        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
-        stream.time_base = stream.codec_context.time_base = Fraction(1, fps)
-        for i in range(count):
-            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), 8 * i % 256, np.uint8), format="rgb24")
-            frame.pts = i if times is None else times[i]
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 def numbers(pictures):
