@@ -308,7 +308,8 @@ def test_licences_are_words(hub):
 def test_limits_are_those_of_the_files():
     assert {name: sharing._limit(name) for name in sharing.SHARED} == {
         "config.json": 2**24, "prototypes.safetensors": 2**32, "provenance.jsonl": 2**30, "README.md": 2**24,
-        "sheet.png": 2**26, "horizon.json": 2**24, "images.jsonl": 2**30, "survivors.safetensors": 2**32, "probes.jsonl": 2**30,
+        "sheet.png": 2**26, "horizon.json": 2**24, "images.jsonl": 2**30, "survivors.safetensors": 2**32,
+        "probes.jsonl": 2**30,
     }  # fmt: skip
 
 
