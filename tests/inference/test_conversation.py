@@ -130,7 +130,7 @@ def test_a_file_with_earlier_questions(loaded, tmp_path):
     [sample] = read_samples(file)
     assert sample.earlier == ("read the number.",) and not sample.fresh
     with pytest.raises(CodebookError, match="earlier questions, which `codebook bench` alone asks"):
-        load_samples("miniature", str(file))
+        load_samples(str(file))
 
 
 def test_a_family_whose_images_see_the_question_keeps_none_for_another(loaded, monkeypatch):
