@@ -25,6 +25,8 @@ def check_schedule(stages: Sequence[Stage | StageText], positions: str, quotas: 
         raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {quoted(spread)}")
     if spread is not None and any(stage.adaptive for stage in stages):
         raise CodebookError("a stage decides how many tokens stay of each image: leave spread out")
+    if quotas == "shared" and any(stage.joint for stage in stages):
+        raise CodebookError("a stage's method divides the budget among frames itself: leave quotas=shared out")
     for before, after in pairwise(stages):
         earlier, later = before.layer or 0, after.layer or 0
         if later <= earlier:

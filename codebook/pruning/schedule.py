@@ -118,7 +118,7 @@ class Schedule:
     @property
     def varies(self) -> bool:
         """Whether images of one size keep different numbers of tokens: what one costs is known only after running."""
-        return self.adaptive or self.spread is not None
+        return self.adaptive or self.spread is not None or any(stage.joint for stage in self.stages)
 
     def counts(self, n: int, layers: int) -> list[int]:
         """Visual tokens of an image of `n`, of the usual spread, that each of the decoder's `layers` layers sees."""

@@ -61,6 +61,11 @@ class Stage:
         """Whether the pruner decides how many tokens stay."""
         return self.pruner.adaptive
 
+    @property
+    def joint(self) -> bool:
+        """Whether the pruner chooses among all frames of a film at once."""
+        return self.pruner.joint
+
     def count(self, total: int) -> int:
         """Tokens that stay of an image that had `total` unpruned."""
         if self.keep is None:

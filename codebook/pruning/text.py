@@ -79,6 +79,11 @@ class StageText:
         """Whether the method decides itself how many tokens stay."""
         return self.entry.adaptive
 
+    @property
+    def joint(self) -> bool:
+        """Whether the method chooses among all frames of a film at once."""
+        return self.entry.joint
+
     def fail(self, problem: str) -> NoReturn:
         raise CodebookError(f"{self.where}: {problem}")
 

@@ -9,6 +9,8 @@ from tests.tiny import SIDE, llava
 
 KEEP = 9
 ROWS = [["image", 7, 8, 9, 10], [5, 6, 11, "image", 12, "image", 13, 4]]
+SINGLE = [name for name, method in METHODS.items() if not method.joint]
+"""The methods that choose of each image for itself; tests/pruning/test_frames.py has the others."""
 TOWERS, ATTENTIONS = ("clip", "siglip"), ("sdpa", "eager")
 MODELS = {(tower, attention): llava(attention, tower=tower) for tower in TOWERS for attention in ATTENTIONS}
 BATCH = prompt(MODELS["clip", "sdpa"], ROWS)

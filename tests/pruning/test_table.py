@@ -11,7 +11,7 @@ from codebook.pruning.engine import selection
 from codebook.pruning.engine.forward import Forward
 from codebook.pruning.engine.views import Viewer
 from tests.prompts import prompt
-from tests.pruning.stages import ATTENTIONS, BATCH, KEEP, MODELS, ROWS, TOWERS, schedule
+from tests.pruning.stages import ATTENTIONS, BATCH, KEEP, MODELS, ROWS, SINGLE, TOWERS, schedule
 from tests.tiny import SIDE
 
 
@@ -24,7 +24,7 @@ def kept(tower, attention, plan, inputs):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SINGLE)
 def test_kept_tokens(name, tower):
     plan = schedule(name, tower)
     together = kept(tower, "sdpa", plan, BATCH)
@@ -48,7 +48,7 @@ def test_kept_tokens(name, tower):
     assert all(map(torch.equal, kept(tower, "eager", plan, BATCH), together))
 
 
-@pytest.mark.parametrize("name", sorted({*METHODS} - {"drop", "downsample"}))
+@pytest.mark.parametrize("name", sorted({*SINGLE} - {"drop", "downsample"}))
 def test_a_stage_on_what_a_stage_left(name):
     """The second stage sees 20 scattered survivors."""
     stage = schedule(name, "clip").stages[0]
@@ -76,7 +76,7 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("name", sorted(name for name, method in METHODS.items() if not method.adaptive))
+@pytest.mark.parametrize("name", sorted(name for name in SINGLE if not METHODS[name].adaptive))
 def test_no_method_waits_for_the_device(name, tower, monkeypatch):
     watch(monkeypatch, selection, "choose")
     kept(tower, "sdpa", schedule(name, tower), BATCH)

@@ -160,6 +160,7 @@ def _unit(image: int, number: int, grid: tuple[int, int], features: Tensor, keys
     ordinal = torch.arange(len(features), device=features.device)
     return Unit(
         image=image,
+        film=image,
         row=0,
         columns=ordinal,
         text=ordinal[:0],

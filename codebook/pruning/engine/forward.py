@@ -123,7 +123,8 @@ class Forward:
 
         chosen = self._chosen.get(stage.layer)
         if chosen is None:
-            counts = selection.targets(stage, self.prompt.images, self.units, self.prompt.portions)
+            films = any(own.joint for own in self.stages.values() if own.layer <= stage.layer)
+            counts = selection.targets(stage, self.prompt.images, self.units, self.prompt.portions, films=films)
             with contextlib.nullcontext() if self._tally is None else self._tally.timing(hidden.device):
                 chosen = self._chosen[stage.layer] = selection.choose(stage.pruner, self.units, counts, tokens)
 

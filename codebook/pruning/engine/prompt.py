@@ -30,6 +30,9 @@ class Unit:
     ----------
     image
         Number of its image among the forward's images.
+    film
+        Number of its film's first image: of a video its own, of the other images of a row the first such one. None
+        where the image is cut into crops.
     row
         Row of the batch.
     columns : (n,) int64
@@ -47,6 +50,7 @@ class Unit:
     """
 
     image: int
+    film: int | None
     row: int
     columns: Tensor
     text: Tensor
@@ -215,7 +219,7 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
             indices.append([next(sent) for _ in one.grids])
     # Few methods ask for keys, and they take more kernels than all else here: made when one is asked for.
     keys = cache(partial(_keys, found, features, sources, given.device))
-    units = []
+    films, units = _film_numbers(found), []
     for number, one in enumerate(found):
         source, pieces, offset = sources[one.image.kind], one.image.sources, 0
         encode = partial(source.encode, source.pixels[pieces[0]]) if source.pixels and pieces else None
@@ -224,6 +228,7 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
             units.append(
                 Unit(
                     image=number,
+                    film=films[number],
                     row=one.row,
                     columns=columns[number] if one.whole else columns[number][index],
                     text=texts[number],
@@ -239,6 +244,17 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
             )
             offset += len(index)
     return units
+
+
+def _film_numbers(found: list[_Found]) -> list[int | None]:
+    """For each image the number of its film's first image, as `Unit` says."""
+    films, first = list[int | None](), dict[int, int]()
+    for number, one in enumerate(found):
+        if one.image.kind == "video":
+            films.append(number)
+        else:
+            films.append(None if len(one.image.layout.grids) > 1 else first.setdefault(one.row, number))
+    return films
 
 
 def _key(keys: Callable[[], Sequence[Tensor]], image: int, grid: int) -> Tensor:

@@ -10,33 +10,66 @@ from torch import Tensor
 from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.pruning.engine.prompt import Unit
-from codebook.pruning.methods.base import FeaturePruner, Pruner, nearest_kept
+from codebook.pruning.methods.base import FeaturePruner, FramePruner, Pruner, nearest_kept
 from codebook.pruning.stage import Stage
 from codebook.pruning.tokens import VisualTokens
 
 
 def targets(
-    stage: Stage, images: Sequence[Image], units: Sequence[Unit], portions: Sequence[float]
+    stage: Stage, images: Sequence[Image], units: Sequence[Unit], portions: Sequence[float], *, films: bool = False
 ) -> list[int | None]:
     """How many tokens of each unit stay; None where the pruner decides.
 
     An image has one quota, from its unpruned count and its portion. Its units share it in proportion to what they still
-    have.
+    have. With `films` the images of one film share the sum of their quotas: a stage so far chose among all its frames.
+
+    Raises
+    ------
+    CodebookError
+        If more are to stay than are left, or if a film is to be made of what is none.
     """
     if stage.keep is None:
         return [None] * len(units)
-    out: list[int | None] = []
+    quotas = []
     for number, image in enumerate(images):
-        now = [unit.count for unit in units if unit.image == number]
         target = stage.count(image.count)
         if portions and target:
             target = min(image.count, max(1, round(target * portions[number])))
+        quotas.append(target)
+    out: list[int | None] = [None] * len(units)
+    for members in _film_members(units) if films else _grouped(units, [unit.image for unit in units]):
+        now = [units[i].count for i in members]
+        target = sum(quotas[number] for number in {units[i].image for i in members})
         if target > sum(now) and any(now):
             raise CodebookError(
                 f"the stage at layer {stage.layer} keeps {target} visual tokens, but only {sum(now)} are left"
             )
-        out += apportioned(min(target, sum(now)), now)
+        for i, count in zip(members, apportioned(min(target, sum(now)), now), strict=True):
+            out[i] = count
     return out
+
+
+def _grouped(units: Sequence[Unit], by: Sequence[int]) -> list[list[int]]:
+    """The numbers of the units that have the same number in `by`, group by group."""
+    groups: dict[int, list[int]] = {}
+    for i, key in zip(range(len(units)), by, strict=True):
+        groups.setdefault(key, []).append(i)
+    return list(groups.values())
+
+
+def _film_members(units: Sequence[Unit]) -> list[list[int]]:
+    """The numbers of the units of each film."""
+    found = _grouped(units, [-1 if unit.film is None else unit.film for unit in units])
+    for members in found:
+        if units[members[0]].film is None:
+            raise CodebookError(
+                "a method that compares frames was given an image that is cut into crops: load the processor with one "
+                "view per image, or use another method"
+            )
+        if len(grids := {units[i].grid for i in members}) > 1:
+            shapes = ", ".join(f"{rows} x {cols}" for rows, cols in sorted(grids)[:4])
+            raise CodebookError(f"frames of {shapes} tokens cannot be compared: give all images of a prompt one size")
+    return found
 
 
 def apportioned(total: int, among: list[int]) -> list[int]:
@@ -63,11 +96,33 @@ def choose(
     tokens
         What the pruner sees of a unit, by its number.
     """
+    if isinstance(pruner, FramePruner):
+        return _choose_films(pruner, units, counts, tokens)
     together = _choose_together(pruner, units, counts)
     return [
         together[number] if number in together else _choose_alone(pruner, unit, count, number, tokens)
         for number, (unit, count) in enumerate(zip(units, counts, strict=True))
     ]
+
+
+def _choose_films(
+    pruner: FramePruner, units: Sequence[Unit], counts: Sequence[int | None], tokens: Callable[[int], VisualTokens]
+) -> list[Tensor | None]:
+    """What stays of the frames of each film, whose counts say no more than their sum."""
+    chosen: list[Tensor | None] = [None] * len(units)
+    for members in _film_members(units):
+        keep = sum(counts[i] or 0 for i in members)
+        if keep == sum(units[i].count for i in members):
+            continue
+        found = pruner.select_frames([tokens(i) for i in members], keep)
+        if [len(found), sum(map(len, found))] != [len(members), keep]:
+            raise CodebookError(
+                f"{type(pruner).__name__} chose {sum(map(len, found))} tokens of {len(found)} frames where {keep} of "
+                f"{len(members)} were asked for"
+            )
+        for i, index in zip(members, found, strict=True):
+            chosen[i] = None if len(index) == units[i].count else index
+    return chosen
 
 
 def _choose_alone(

@@ -23,6 +23,7 @@ METHODS: dict[str, Method] = {
     "divprune": Method("divprune", "DivPrune"),
     "downsample": Method("downsample", "Downsample"),
     "drop": Method("drop", "Drop"),
+    "evs": Method("evs", "EVS"),
     "farthest": Method("farthest", "FarthestPoint"),
     "fastv": (FASTV := Method("fastv", "FastV")),
     "fastv-image": Method("fastv", "FastV", image_only=True),
@@ -36,11 +37,18 @@ METHODS: dict[str, Method] = {
     "random": Method("random", "Random"),
     "sparsevlm": Method("sparsevlm", "SparseVLM"),
     "uniform": Method("uniform", "Uniform"),
+    "vidcom2": Method("vidcom2", "VidCom2"),
     "visionzip": Method("visionzip", "VisionZip"),
 }
 """The methods by the names that schedules have for them."""
 
-_PARTS = {"FeaturePruner": "base", "Pruner": "base", "ScoringPruner": "base", "Weighted": "combine"}
+_PARTS = {
+    "FeaturePruner": "base",
+    "FramePruner": "base",
+    "Pruner": "base",
+    "ScoringPruner": "base",
+    "Weighted": "combine",
+}
 """Module of each public class that no name stands for."""
 _MODULES = {method.name: method.module for method in METHODS.values()} | _PARTS
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
 from codebook.errors import CodebookError, quoted
-from codebook.pruning.tokens import VisualTokens
+from codebook.pruning.tokens import VisualTokens, needed
 
 GRAM_ROWS = 288
 """Rows of a block of `gram`: measured on one core with AVX-512, n = 576 and 2880, d = 1024 and 4096."""
@@ -36,6 +36,9 @@ class Pruner(ABC):
 
     uses_text: ClassVar[bool] = False
     """Whether it needs what else is in the prompt: `tokens.question`, `tokens.sequence` or `tokens.last`."""
+
+    joint: ClassVar[bool] = False
+    """Whether it chooses among all frames of a film at once (`FramePruner`)."""
 
     adaptive: ClassVar[bool] = False
     """Whether the pruner itself decides how many tokens stay; its stage's `keep` is then None."""
@@ -90,6 +93,7 @@ def beyond_features(pruner: Pruner) -> str:
         "the vision tower's attention": pruner.uses_vision,
         "the text": pruner.uses_text,
         "to say how many tokens stay": pruner.adaptive,
+        "all frames of a video": pruner.joint,
         "to merge tokens": type(pruner).merge is not Pruner.merge,
     }
     return next((what for what, needed in needs.items() if needed), "")
@@ -127,6 +131,40 @@ class FeaturePruner(Pruner):
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         return self.select_each(tokens.features[None], keep)[0]
+
+
+class FramePruner(Pruner):
+    """Chooses among all frames of a film at once: one frame may keep more of its tokens than another.
+
+    A film is a video, or all images of one prompt, since many models are shown a video as several images. How many
+    tokens each frame keeps depends on what it shows, so the host waits for the device once per film.
+    """
+
+    joint: ClassVar[bool] = True
+
+    @abstractmethod
+    def select_frames(self, frames: Sequence[VisualTokens], keep: int) -> list[Tensor]:
+        """Indices of the tokens that stay of each frame.
+
+        Parameters
+        ----------
+        frames
+            In their order, all of one grid; what earlier stages left of each.
+        keep
+            How many stay of all frames together, from 1 to as many as they have.
+
+        Returns
+        -------
+        For each frame (k,) int64, ascending, without repeats, on the tokens' device; `keep` in all
+        """
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        return self.select_frames([tokens], keep)[0]
+
+
+def whole_frames(frames: Sequence[VisualTokens]) -> Tensor:
+    """(F, N, d) float32: what entered the LLM for all N tokens of each frame, before any stage."""
+    return torch.stack([needed(frame.whole, "the frames' tokens") for frame in frames]).float()
 
 
 def option(default: Any, least: float = -math.inf, most: float = math.inf, choices: Sequence[str] = ()) -> Any:

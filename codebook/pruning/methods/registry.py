@@ -75,6 +75,11 @@ class Method:
         return self.kind.adaptive
 
     @property
+    def joint(self) -> bool:
+        """Whether it chooses among all frames of a film at once."""
+        return self.kind.joint
+
+    @property
     def uses_attention(self) -> bool:
         """Whether it needs the attention of the layer before: itself, or a method that it is made of."""
         own = self.kind.uses_attention
