@@ -60,6 +60,10 @@ GROUPS = {
         OWN[1],
         *(f"{OWN[1]}+{own}@{at}:{s}+mass" for own in ("fastv", "sparsevlm") for at in (3, 6, 9) for s in SHARES),
     ),
+    "peers": (
+        *("random", "uniform", "divprune", "cdpruner", "cen-divprune", "cen-cdpruner", "anchorprune", "tops", "scope"),
+        *("score", "nuwa", "divprune-window", "coverpruner@1", OWN[1], "codebook-farthest(centred=True)+mass"),
+    ),
     "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
 }
 

@@ -134,6 +134,10 @@ class TowerAttention(ABC):
     def descriptors(self) -> Tensor:
         """(n, d) float32: their keys, averaged over heads."""
 
+    @abstractmethod
+    def lengths(self) -> Tensor:
+        """(n,) float32: the lengths of their keys, all heads in one vector."""
+
 
 @dataclass(frozen=True)
 class Vision(TowerAttention):
@@ -164,6 +168,9 @@ class Vision(TowerAttention):
     def descriptors(self) -> Tensor:
         return self.key[:, int(self.has_cls) :].float().mean(0)
 
+    def lengths(self) -> Tensor:
+        return self.key[:, int(self.has_cls) :].float().norm(dim=(0, 2))
+
 
 @dataclass(frozen=True)
 class Tower:
@@ -190,6 +197,11 @@ class Tower:
         """For each piece that was encoded, its tokens (n, d) float32."""
         return self.pack([part.descriptors() for part in self.parts])
 
+    @cached_property
+    def lengths(self) -> list[Tensor]:
+        """For each piece that was encoded, its tokens (n,) float32."""
+        return [x[:, 0] for x in self.pack([part.lengths()[:, None] for part in self.parts])]
+
 
 @dataclass(frozen=True)
 class PackedVision(TowerAttention):
@@ -204,6 +216,9 @@ class PackedVision(TowerAttention):
 
     def descriptors(self) -> Tensor:
         return torch.cat([self.tower.descriptors[i] for i in self.pieces])[self.index]
+
+    def lengths(self) -> Tensor:
+        return torch.cat([self.tower.lengths[i] for i in self.pieces])[self.index]
 
 
 def _products(query: Tensor, key: Tensor) -> Tensor:

@@ -17,9 +17,6 @@ KEEP = 0.2
 DEPTH = 32
 """Decoder layers of the models that the authors' layers belong to; other depths scale (`scaled`)."""
 
-ATTENTION_LAYER = 2
-"""Default layer (of 32) of a method that needs attention: K of FastV and DART (arXiv 2403.06764, 2502.11494)."""
-
 HORIZON, DROP_HORIZON = 20, 21
 """Layers of a hybrid's second stage in LLaVA-1.5-7B, where it is random and where it drops all (arXiv 2512.07580)."""
 
@@ -70,8 +67,9 @@ def expand(
     Parameters
     ----------
     text
-        A schedule's text; a preset of `SCHEDULE_PRESETS`; one method alone, before the LLM or at layer 2 of 32 if it
-        needs attention, unless it names its layer; or a hybrid `first+second`, two methods that may name their layers.
+        A schedule's text; a preset of `SCHEDULE_PRESETS`; one method alone, before the LLM or at its default layer of
+        32 if it needs attention, unless it names its layer; or a hybrid `first+second`, two methods that may name their
+        layers.
     layers
         Number of decoder layers. A preset's layers scale to it (`scaled`) and stay ascending.
     horizon
@@ -171,7 +169,7 @@ def _reserved(stages: tuple[StageText, ...], layers: int, budget: float) -> tupl
 
 
 def _first(stage: StageText, layers: int) -> StageText:
-    default = scaled(ATTENTION_LAYER, layers) if stage.entry.uses_attention else 0
+    default = scaled(stage.entry.kind.default_layer, layers) if stage.entry.uses_attention else 0
     return replace(stage, layer=default if stage.layer is None else stage.layer, keep=1.0)
 
 

@@ -11,13 +11,23 @@ from codebook import Codebook
 from codebook.errors import CodebookError
 from codebook.pruning import (
     METHODS,
+    SCOPE,
+    TOPS,
     AnchorPrune,
     CDPruner,
+    Cls,
+    CoverPruner,
     DivPrune,
     FarthestPoint,
+    Pool,
+    Pruner,
+    Schedule,
+    SCoRe,
     SeededFarthestPoint,
     VisualTokens,
+    Window,
 )
+from codebook.pruning.attention import Attention, Vision
 from tests.pruning.made import tokens
 
 
@@ -172,14 +182,160 @@ def test_anchorprune_is_the_loop(keep, seed):
     assert AnchorPrune().select(image, keep).tolist() == sorted(grown(anchor, keep, 40, score))
 
 
-@pytest.mark.parametrize("pruner", [AnchorPrune()], ids=repr)
+@pytest.mark.parametrize("coverage,diversity", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.0)])
+def test_tops_is_the_loop(coverage, diversity):
+    image = drawn()
+    similarity, relevance = pairs(image.features), scaled(image.vision.received().tolist())
+
+    def among(values, left):
+        low, high = min(values[i] for i in left), max(values[i] for i in left)
+        return {i: (values[i] - low) / (high - low) for i in left}
+
+    chosen = [relevance.index(max(relevance))]
+    while len(chosen) < 12:
+        left = [i for i in range(40) if i not in chosen]
+        gain = {i: sum(max(0, similarity[i][j] - max(similarity[j][k] for k in chosen)) for j in left) for i in left}
+        gain = among(gain, left)
+        unlike = among({i: 1 - max(similarity[i][j] for j in chosen) for i in left}, left)
+        score = [relevance[i] + coverage * gain[i] + diversity * unlike[i] for i in left]
+        chosen.append(left[score.index(max(score))])
+    assert TOPS(coverage, diversity).select(image, 12).tolist() == sorted(chosen)
+
+
+def test_tops_by_hand():
+    # 90 degrees is first. Cosines to it 0, .34, .64. Gains of 0 degrees 1 + .60 + .12 = 1.72, of 20 degrees .94 + .66 +
+    # .30 = 1.90, of 40 degrees .77 + .60 + .36 = 1.72; distances 1, .66, .36. Scaled: 0, 1, .01 and 1, .47, 0.
+    four = tokens(2, 2, at(90.0, 0.0, 20.0, 40.0), vision=Tower(torch.tensor([0.4, 0.1, 0.1, 0.1])))
+    assert TOPS().select(four, 1).tolist() == [0]
+    assert TOPS().select(four, 2).tolist() == [0, 2]
+    assert TOPS(coverage=0.5).select(four, 2).tolist() == [0, 1]  # 0.5 + .47 against 1
+    assert TOPS(diversity=0.0).select(four, 2).tolist() == [0, 2]
+    assert TOPS().select(four, 4).tolist() == [0, 1, 2, 3]
+
+
+class Asked:
+    """A decoder's layer in which the words attend as given, (words, n)."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def rows(self, query, **options):
+        assert query.tolist() == [40, 41, 42] and options == {"rotated": True, "image_only": False}
+        return self._rows
+
+
+def test_coverpruner_is_the_loop():
+    rows = torch.rand(3, 40, generator=torch.Generator().manual_seed(5)) ** 4
+    image = drawn(attention=Asked(rows))
+    similarity, demand = centred(image.features)[0], rows.double().sum(0).tolist()
+
+    def covers(j, chosen):
+        return sum(demand[i] * max(0, *(similarity[i][k] for k in [*chosen, j])) for i in range(40))
+
+    assert CoverPruner().select(image, 12).tolist() == sorted(grown([], 12, 40, covers))
+    assert str(Schedule.solve("coverpruner", keep=0.5, n=40, layers=32)).startswith("coverpruner@1:")
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_scope_is_the_loop(alpha):
+    image = drawn()
+    similarity, saliency = pairs(image.features), image.vision.received().tolist()
+
+    def gain(i, chosen):
+        now = [max([0, *(similarity[j][k] for k in chosen)]) for j in range(40)]
+        return sum(max(0, similarity[j][i] - now[j]) for j in range(40)) * saliency[i] ** alpha
+
+    assert SCOPE(alpha).select(image, 12).tolist() == sorted(grown([], 12, 40, gain))
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_score_is_the_loop(alpha):
+    image = drawn()
+    similarity, salience = pairs(image.features), image.vision.received().tolist()
+
+    def score(i, chosen):
+        return min(1 - similarity[i][j] for j in chosen) * salience[i] ** alpha if chosen else salience[i]
+
+    assert SCoRe(alpha).select(image, 12).tolist() == sorted(grown([], 12, 40, score))
+
+
+def test_what_the_tower_hears_counts_times_the_keys_length():
+    # Keys of two heads behind [CLS]: 3 and 4 make 5; 0 and 1; 6 and 8 make 10. Queries are zero: all get the same.
+    key = torch.tensor([[[9.0], [3.0], [0.0], [6.0]], [[9.0], [4.0], [1.0], [8.0]]])
+    vision = Vision(torch.zeros_like(key), key, 1.0, has_cls=True)
+    assert vision.lengths().tolist() == [5, 1, 10]
+    score = Cls(keyed=True).score(tokens(1, 3, vision=vision))
+    assert score.tolist() == pytest.approx([5 / 4, 1 / 4, 10 / 4])
+    assert METHODS["nuwa"]() == Window(Cls(keyed=True), (4, 4))
+
+
+def test_each_window_has_its_share_of_any_method():
+    # 4 x 4 in windows of 2 x 2. In each the first is unlike the other three, which are alike; of all tokens two of the
+    # firsts are the least alike, and then come two of the others.
+    odd = [0.0, 90.0, 90.0, 90.0]
+    corner = [0, 2, 8, 10]
+    features = torch.zeros(16, 3)
+    for number, start in enumerate(corner):
+        for angle, place in zip(odd, (start, start + 1, start + 4, start + 5), strict=True):
+            features[place] = torch.cat([at(angle)[0], torch.tensor([0.1 * number])])
+    image = tokens(4, 4, features)
+    assert DivPrune().select(image, 4).tolist() != corner
+    assert Window(DivPrune(), (2, 2)).select(image, 4).tolist() == corner
+    # Sixteen windows cannot have four tokens: they are made larger, until there are as many. An uneven number goes
+    # to windows at even distances.
+    assert Window(DivPrune(), (4, 4)).select(image, 4).tolist() == corner
+    six = Window(DivPrune(), (2, 2)).select(image, 6).tolist()
+    assert set(corner) <= set(six) and {place // 8 for place in set(six) - set(corner)} == {0, 1}
+    for keep in range(1, 17):
+        assert len(set(Window(DivPrune(), (3, 3)).select(image, keep).tolist())) == keep
+
+
+def test_windows_of_what_a_stage_left_are_as_full():
+    # Nine of 4 x 4 are left, in windows of 2 x 2: the upper five, the left three of them; then four, two and two.
+    left = torch.tensor([0, 1, 2, 5, 7, 8, 10, 12, 15])
+    image = replace(tokens(3, 3, torch.randn(9, 4)), ordinal=left, grid=(4, 4))
+    seen = []
+
+    class First(Pruner):
+        def select(self, tokens, keep):
+            seen.append(tokens.ordinal.tolist())
+            return torch.arange(keep)
+
+    assert Window(First(), (2, 2)).select(image, 4).tolist() == [0, 2, 5, 6]
+    assert seen == [[0, 1, 5], [2, 7], [8, 12], [10, 15]]
+
+
+def test_windows_take_a_method_that_merges_no_tokens():
+    with pytest.raises(CodebookError, match="Pool merges tokens: use it without windows"):
+        Window(Pool())
+
+
+def test_a_window_shows_its_part_of_the_text_and_the_attention():
+    key = torch.ones(1, 10, 2)
+    attention = Attention(key, key, torch.ones(10, 2), torch.zeros(10, 2), 1.0, slice(0, 8))
+    image = tokens(2, 4, torch.randn(8, 4), text=torch.zeros(2, 4), attention=attention)
+
+    class Looks(Pruner):
+        def select(self, tokens, keep):
+            assert torch.equal(tokens.sequence[tokens.span], tokens.hidden)
+            assert len(tokens.attention.row()) == len(tokens) == 4
+            return torch.arange(keep)
+
+    assert Window(Looks(), (1, 2)).select(image, 2).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "pruner", [AnchorPrune(), TOPS(), CoverPruner(), SCOPE(), SCoRe(), METHODS["nuwa"]()], ids=repr
+)
 def test_projector_outputs_alone_are_not_enough(pruner):
     with pytest.raises(CodebookError, match="in a schedule, on a model"):
         pruner.select(VisualTokens.of(torch.randn(16, 4)), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("name", ["anchorprune", "cen-cdpruner", "cen-divprune"])
+@pytest.mark.parametrize(
+    "name", ["anchorprune", "cen-cdpruner", "cen-divprune", "divprune-window", "scope", "score", "tops"]
+)
 def test_half_precision_is_computed_in_float32(name, dtype):
     image = drawn()
     half = replace(image, features=image.features.to(dtype), hidden=image.hidden.to(dtype),

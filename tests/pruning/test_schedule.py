@@ -264,7 +264,7 @@ def test_every_method_round_trips(factory):
         ("random(seed='x'):5", "must be like 0, not 'x'"),
         ("random(3):5", "cannot read the options"),
         ("random(seed=f()):5", "cannot read the options"),
-        ("cls(a=1):5", "no option 'a': it has none"),
+        ("pool(a=1):5", "no option 'a': it has none"),
         ("uniform:5; colour=red", r"'colour=red' \(character 11\)"),
         ("uniform:5; positions=shuffled", "shuffled"),
         ("pyramiddrop", "Schedule.solve"),

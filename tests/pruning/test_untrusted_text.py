@@ -82,7 +82,7 @@ def read(text):
         ("fastv-window(windows=(4,))@2:5", r"must be like \(4, 4\), not \(4,\)"),
         ("fastv-window(windows=('a', 'b'))@2:5", r"must be like \(4, 4\)"),
         ("fastv-window(windows=(0, 4))@2:5", "give 1 to"),
-        ("fastv-window(ranking=1)@2:5", "no option 'ranking': its options are windows"),
+        ("fastv-window(pruner=1)@2:5", "no option 'pruner': its options are windows"),
         ("dart(image_pivots=0)@2:5", "image_pivots is 0: give 1 or more"),
         ("phi-knn(neighbours=0):5", "neighbours is 0: give 1 or more"),
         (f"{'a' * 500}(b=1):5", "no method 'aaaa"),

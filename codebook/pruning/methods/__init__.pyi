@@ -9,6 +9,7 @@ from codebook.pruning.methods.cls import Cls as Cls
 from codebook.pruning.methods.combine import Union as Union
 from codebook.pruning.methods.combine import Weighted as Weighted
 from codebook.pruning.methods.combine import Window as Window
+from codebook.pruning.methods.coverpruner import CoverPruner as CoverPruner
 from codebook.pruning.methods.dart import Dart as Dart
 from codebook.pruning.methods.divprune import DivPrune as DivPrune
 from codebook.pruning.methods.downsample import Downsample as Downsample
@@ -23,7 +24,10 @@ from codebook.pruning.methods.random import Random as Random
 from codebook.pruning.methods.redundancy import RedundancyCodebook as RedundancyCodebook
 from codebook.pruning.methods.redundancy import RedundancyThreshold as RedundancyThreshold
 from codebook.pruning.methods.registry import Method as Method
+from codebook.pruning.methods.scope import SCOPE as SCOPE
+from codebook.pruning.methods.score import SCoRe as SCoRe
 from codebook.pruning.methods.sparsevlm import SparseVLM as SparseVLM
+from codebook.pruning.methods.tops import TOPS as TOPS
 from codebook.pruning.methods.uniform import Uniform as Uniform
 from codebook.pruning.methods.vidcom2 import VidCom2 as VidCom2
 from codebook.pruning.methods.visionzip import VisionZip as VisionZip

@@ -26,6 +26,9 @@ class Pruner(ABC):
     uses_attention: ClassVar[bool] = False
     """Whether it needs `tokens.attention`; such a pruner works at layer 1 or later."""
 
+    default_layer: ClassVar[int] = 2
+    """Where it stands alone and needs attention, its layer in a decoder of 32: K of FastV and DART."""
+
     @property
     def own_layer(self) -> bool:
         """Whether that attention is the stage's own layer's, as it would be if the stage dropped nothing."""

@@ -16,9 +16,17 @@ class Cls(ScoringPruner):
     """Keep the patches that [CLS] attends to most, averaged over heads, in the tower's layer that feeds the projector.
 
     In towers without [CLS], as SigLIP: the patches that all patches attend to most, on average.
+
+    Attributes
+    ----------
+    keyed
+        Times the length of the patch's key in that layer, over all heads (Nuwa, arXiv 2602.02951).
     """
 
+    keyed: bool = False
     uses_vision: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:
-        return needed(tokens.vision, "the vision tower's attention").received()[tokens.ordinal]
+        vision = needed(tokens.vision, "the vision tower's attention")
+        score = vision.received() * vision.lengths() if self.keyed else vision.received()
+        return score[tokens.ordinal]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods.base import Pruner, ScoringPruner, option, unit_range
+from codebook.pruning.methods.base import FeaturePruner, Pruner, ScoringPruner, option, unit_range
 from codebook.pruning.tokens import VisualTokens
 
 
@@ -106,32 +107,47 @@ class Union(Combination):
 
 @dataclass(frozen=True)
 class Window(Combination):
-    """A ranking applied inside each window of the grid, as in Window FastV (arXiv 2502.11501).
+    """A pruner applied inside each window of the grid, as in Window FastV (arXiv 2502.11501) and Nuwa (2602.02951).
 
-    Every window keeps the same number of tokens, or one more where the budget does not divide: then the windows whose
-    next token ranks highest. Needs all of the image's tokens.
+    By a ranking every window keeps the same number of tokens, or one more where the budget does not divide: then the
+    windows whose next token ranks highest. Any other pruner chooses in each window as if it were an image, and a
+    window keeps in proportion to its tokens; where fewer stay than there are windows, these are made larger. Where
+    earlier stages have left gaps, its windows are cut so that each has as many of the tokens that are left.
 
     Attributes
     ----------
-    ranking
-        Scores the tokens.
+    pruner
+        Scores the tokens, or chooses them; none that merges.
     windows
         Rows and columns of windows; the grid is cut as evenly as it goes.
     """
 
-    ranking: ScoringPruner
+    pruner: Pruner
     windows: tuple[int, int] = option((4, 4), 1, 2**15)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.pruner, ScoringPruner) and type(self.pruner).merge is not Pruner.merge:
+            raise CodebookError(f"{type(self.pruner).__name__} merges tokens: use it without windows")
 
     @property
     def parts(self) -> Sequence[Pruner]:
-        return (self.ranking,)
+        return (self.pruner,)
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        if isinstance(self.pruner, ScoringPruner):
+            return self._ranked(tokens, self.pruner.score(tokens), keep)
+        cells = list(self._cells(tokens, keep))
+        ends = list(accumulate(map(len, cells), initial=0))
+        kept = [(2 * end * keep + len(tokens)) // (2 * len(tokens)) for end in ends]  # so many up to there, rounded
+        counts = [after - before for before, after in pairwise(kept)]
+        return torch.cat(list(self._chosen(tokens, cells, counts))).sort().values
+
+    def _ranked(self, tokens: VisualTokens, score: Tensor, keep: int) -> Tensor:
         rows, cols = tokens.grid
         down, across = self.windows
         row, col = tokens.ordinal // cols, tokens.ordinal % cols
         window = (row * down // rows) * across + col * across // cols
-        score = self.ranking.score(tokens)
         # A token's rank within its window comes first, its score second.
         order = score.argsort(descending=True)
         by_window = window[order].argsort(stable=True)  # of the ordered tokens: window by window, best first
@@ -142,3 +158,49 @@ class Window(Combination):
         best = torch.empty_like(window)
         best[order] = place
         return (rank * len(order) + best).topk(keep, largest=False).indices.sort().values
+
+    def _cells(self, tokens: VisualTokens, keep: int) -> Iterator[Tensor]:
+        """For each window the places of its tokens, ascending; how many these are does not depend on what they hold."""
+        n, (rows, cols) = len(tokens), tokens.grid
+        down, across = min(self.windows[0], rows), min(self.windows[1], cols)
+        while down * across > keep:
+            down, across = (down - 1, across) if down >= across else (down, across - 1)
+        whole = n == rows * cols
+        col = tokens.ordinal % cols
+        for top, bottom in pairwise(_even_edges(rows, down, cols) if whole else _even_edges(n, down)):
+            band = top + col[top:bottom].argsort(stable=True)
+            columns = _even_edges(cols, across, (bottom - top) // cols) if whole else _even_edges(len(band), across)
+            for left, right in pairwise(columns):
+                yield band[left:right].sort().values
+
+    def _chosen(self, tokens: VisualTokens, cells: list[Tensor], counts: list[int]) -> Iterator[Tensor]:
+        """For each window the places of the tokens that stay of it."""
+        alike: dict[tuple[int, int], list[Tensor]] = {}
+        for cell, count in zip(cells, counts, strict=True):
+            if count:
+                alike.setdefault((len(cell), count), []).append(cell)
+        for (_, count), some in alike.items():
+            if isinstance(self.pruner, FeaturePruner):
+                places = torch.stack(some)
+                yield places.gather(1, self.pruner.select_each(tokens.features[places], count)).flatten()
+            else:
+                yield from (cell[self.pruner.select(_part(tokens, cell), count)] for cell in some)
+
+
+def _even_edges(length: int, parts: int, unit: int = 1) -> list[int]:
+    """Where `parts` equal parts of a length begin and end, in whole numbers, times a unit: parts + 1 numbers."""
+    return [-(-i * length // parts) * unit for i in range(parts + 1)]
+
+
+def _part(tokens: VisualTokens, places: Tensor) -> VisualTokens:
+    """Some of an image's tokens, (m,) int64."""
+    span = torch.arange(len(tokens.sequence), device=places.device)[tokens.span][places]
+    attention = None if tokens.attention is None else replace(tokens.attention, span=tokens.attention.places[places])
+    return replace(
+        tokens,
+        features=tokens.features[places],
+        hidden=tokens.hidden[places],
+        span=span,
+        ordinal=tokens.ordinal[places],
+        attention=attention,
+    )
