@@ -305,9 +305,11 @@ def test_windows_of_what_a_stage_left_are_as_full():
     assert seen == [[0, 1, 5], [2, 7], [8, 12], [10, 15]]
 
 
-def test_windows_take_a_method_that_merges_no_tokens():
+def test_windows_take_a_method_that_chooses_in_one_image_and_merges_nothing():
     with pytest.raises(CodebookError, match="Pool merges tokens: use it without windows"):
         Window(Pool())
+    with pytest.raises(CodebookError, match="EVS compares frames: use it without windows"):
+        Window(METHODS["evs"]())
 
 
 def test_a_window_shows_its_part_of_the_text_and_the_attention():

@@ -127,8 +127,11 @@ class Window(Combination):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self.pruner).__name__
+        if self.pruner.joint:
+            raise CodebookError(f"{name} compares frames: use it without windows")
         if not isinstance(self.pruner, ScoringPruner) and type(self.pruner).merge is not Pruner.merge:
-            raise CodebookError(f"{type(self.pruner).__name__} merges tokens: use it without windows")
+            raise CodebookError(f"{name} merges tokens: use it without windows")
 
     @property
     def parts(self) -> Sequence[Pruner]:
