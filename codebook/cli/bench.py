@@ -34,9 +34,10 @@ def bench_command(
     data: Annotated[
         list[str] | None,
         typer.Option(
-            help="`miniature` (default), miniature:FAMILY or miniature:turns, JSONL as for horizon, with answers, or "
-            "NAME:FOLDER for the public files of ai2d, easyvqa, gqa, mme, pope, refcoco, textvqa, vizwiz or vqav2; "
-            "repeat for several."
+            help="`miniature` (default), miniature:FAMILY or miniature:turns, JSONL as for horizon, with answers, "
+            "NAME:FOLDER for the public files of ai2d, chair, chartqa, docvqa, easyvqa, gqa, infovqa, mme, mvbench, "
+            "ocrbench, pope, refcoco, textvqa, videomme, vizwiz or vqav2, parquet:FILE or hub:OWNER/NAME; repeat for "
+            "several."
         ),
     ] = None,
     keep: Annotated[
@@ -58,6 +59,10 @@ def bench_command(
     seconds: Annotated[
         float, typer.Option(min=0, max=1e9, help="Seconds to spend on timing; at least three rounds are run.")
     ] = 120,
+    throughput: Annotated[
+        str | None,
+        typer.Option(help="Also measure answers per second in batches of these sizes, as in 1,8,32."),
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions per batch.")] = 32,
     max_new_tokens: NewTokensOption = 32,
     part: Annotated[
@@ -84,7 +89,8 @@ def bench_command(
     opponent = None if against is None else Plan(against).schedule
     if opponent not in (None, *chosen, *bench.BASELINES):
         raise CodebookError(f"--against {against} is none of the methods: add it to --methods")
-    settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent)
+    sizes = () if throughput is None else _parse_sizes(throughput)
+    settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent, sizes)
     share = None if part is None else _parse_part(part)
     check_output_folder(out, ("results.json", "report.html"))
     check_codebook(codebook, model, pull)
@@ -135,6 +141,13 @@ def _parse_budgets(text: str) -> list[float]:
     for keep in keeps:
         check_keep(keep)
     return sorted(set(keeps), reverse=True)
+
+
+def _parse_sizes(text: str) -> tuple[int, ...]:
+    """Sizes of batches, separated by commas, the smallest first."""
+    if not all(re.fullmatch(r"[1-9]\d{0,3}", size.strip()) for size in text.split(",")):
+        raise CodebookError(f"cannot read the batches {text!r}: write numbers from 1 to 9999, as in 1,8,32")
+    return tuple(sorted({int(size) for size in text.split(",")}))
 
 
 def _parse_part(text: str) -> tuple[int, int]:

@@ -197,7 +197,7 @@ def _paths(out: Path, number: int, sample: Sample) -> list[str]:
         path = picture if isinstance(picture, Path) else out / TUNE_PICTURES / f"{number:05d}-{i}.png"
         if not isinstance(picture, Path):
             path.parent.mkdir(exist_ok=True)
-            picture.save(path)
+            sample.pictures()[i].save(path)
         paths.append(str(path.absolute()))
     return paths
 

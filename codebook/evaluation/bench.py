@@ -23,7 +23,6 @@ from codebook.evaluation.latency import TimedPrompt
 from codebook.evaluation.metrics import Task
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.conversation import answer_sample
-from codebook.inference.prompts import prepare
 from codebook.inference.records import damaged, read_record
 from codebook.inference.respond import Policy, Response, Shard, batches, remembering, respond
 from codebook.inference.samples import Sample, samples_digest
@@ -77,8 +76,10 @@ class Look(TypedDict):
 
 
 ROUND_COUNT, ROUND = TypeAdapter(PositiveInt), TypeAdapter(dict[str, Seconds])
+RATES = TypeAdapter(dict[str, list[FiniteFloat | None]])
 MEMORY, LOOK = TypeAdapter(Bytes), TypeAdapter(Look)
-"""Forms of the journals' records: number of rounds, a round by row, memory of a row, a sample that is shown."""
+"""Forms of the journals' records: number of rounds, a round by row, its answers per second by row and size of batch,
+memory of a row, a sample that is shown."""
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,8 @@ class BenchSettings:
         Seconds to spend on timing; at least three rounds are run.
     against
         One of the rows' methods: at each budget all rows are compared with it, as they are with the unpruned model.
+    batches
+        Sizes of the batches whose answers per second are measured.
     """
 
     seed: int = 0
@@ -125,6 +128,7 @@ class BenchSettings:
     max_new_tokens: int = 32
     seconds: float = 120.0
     against: str | None = None
+    batches: tuple[int, ...] = ()
 
 
 def plan(
@@ -239,7 +243,7 @@ def measure(
     settings = settings or BenchSettings()
     samples = [sample for task in tasks for sample in task.samples]
     timed = _prompt(samples)
-    bench = TimedPrompt(model, prepare(model, processor, [timed.pictures()], [timed.question]).inputs)
+    bench = TimedPrompt.of(model, processor, timed.pictures(), timed.question)
     rows, refused = _possible(bench, rows)
     plans: dict[str, Policy] = {}
     for row in rows:
@@ -268,6 +272,7 @@ def measure(
         "dtype": str(model.dtype).removeprefix("torch."),
         "seed": settings.seed,
         "against": settings.against,
+        "batches": list(settings.batches),
         "tasks": {
             task.name: {
                 "samples": len(task.samples),
@@ -306,8 +311,8 @@ def schedule_key(schedule: Schedule | None) -> str:
 
 
 def _prompt(samples: Sequence[Sample]) -> Sample:
-    """The sample that is timed: the first of those with the fewest images."""
-    return min(samples, key=lambda sample: len(sample.images))
+    """The sample that is timed: the first of those with the fewest images; a clip if there is nothing else."""
+    return min(samples, key=lambda sample: (sample.clip is not None, len(sample.images)))
 
 
 def _possible(bench: TimedPrompt, rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
@@ -331,6 +336,8 @@ def _costs(
     device = bench.model.device.type
     about = {"model": models.identity(bench.model), "machine": machine(device), "rows": names, "seed": settings.seed}
     about["prompt"] = int(digest_rows(bench.inputs["input_ids"])[0])
+    about |= {"batches": list(settings.batches)} if settings.batches else {}
+    batches = [bench.repeated(size) for size in settings.batches]
     # Times of other rows, or of another machine, must not enter this comparison: each has a file of its own.
     code = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:8]
     with Journal(out / f"timing-{code}.sqlite", about) as journal:
@@ -345,15 +352,35 @@ def _costs(
                     order = list(range(len(rows)))
                     random.Random(f"{settings.seed} {number}").shuffle(order)
                     note(f"timing, round {number + 1}")
+                    if batches and f"rates {number}" not in journal:
+                        rates = {names[i]: [one.rate(rows[i].schedules[0]) for one in batches] for i in order}
+                        journal.add(f"rates {number}", rates)
                     measured = {names[i]: bench.seconds(rows[i].schedules[0]) for i in order}
                     journal.add(f"round {number}", measured)
                 if number + 1 >= ROUNDS[0] and time.monotonic() - start > settings.seconds:
                     break
             journal.add("seconds", number + 1)
-    rounds = [read_record(journal, f"round {i}", ROUND) for i in range(read_record(journal, "seconds", ROUND_COUNT))]
+    done = range(read_record(journal, "seconds", ROUND_COUNT))
+    rounds = [read_record(journal, f"round {i}", ROUND) for i in done]
+    speeds = [read_record(journal, f"rates {i}", RATES) for i in done] if batches else []
     if not all(set(names) <= measured.keys() for measured in rounds):
         raise damaged(journal)
-    return [_cost(rounds, name, names[0]) | read_record(journal, f"memory {name}", MEMORY) for name in names]
+    if any(len(own.get(name, ())) != len(batches) for own in speeds for name in names):
+        raise damaged(journal)
+    return [
+        _cost(rounds, name, names[0]) | read_record(journal, f"memory {name}", MEMORY)
+        | {"throughput": _throughput([own[name] for own in speeds], settings.batches)}
+        for name in names
+    ]  # fmt: skip
+
+
+def _throughput(rates: Sequence[Sequence[float | None]], sizes: Sequence[int]) -> dict[str, Any]:
+    """Answers per second by size of batch, from those of each round; None where a batch did not fit into memory."""
+    found: dict[str, Any] = {}
+    for size, own in zip(sizes, zip(*rates, strict=True), strict=bool(rates)):
+        measured = [rate for rate in own if rate is not None]
+        found[str(size)] = quartiles(measured) if len(measured) == len(own) else None
+    return found
 
 
 def _cost(rounds: Sequence[Mapping[str, Any]], name: str, reference: str) -> dict[str, Any]:

@@ -14,7 +14,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from codebook.errors import CodebookError
+from codebook.evaluation.clip_sets import check_clips, mvbench, videomme
+from codebook.evaluation.documents import CHOICE, SHORT, chair, chartqa, docvqa, infovqa, ocrbench
 from codebook.evaluation.metrics import ACCURACY, CHAIR, MME, POPE, Task, says_yes, yes_or_no
+from codebook.evaluation.parquet import Columns, fetched_files, load_parquet, parquet_files
 from codebook.evaluation.scorers import box_overlap, letter, named, same, vqa
 from codebook.inference.captions import CaptionScorer
 from codebook.inference.samples import Sample, read_samples
@@ -22,10 +25,8 @@ from codebook.store.clips import FrameRule
 from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, read_json, read_lines, read_whole
 from codebook.store.pictures import even_frames
 
-SHORT = "\nAnswer the question using a single word or phrase."
-"""LLaVA-1.5's prompts for short answers, choices and boxes (arXiv 2310.03744)."""
-CHOICE = "\nAnswer with the option's letter from the given choices directly."
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
+"""LLaVA-1.5's prompt for boxes (arXiv 2310.03744)."""
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
@@ -94,13 +95,26 @@ def _tasks(
         samples = generators[kind](folder, count, seed)
         count = None
     elif kind in LOADERS and folder:
-        samples = _read_dataset(kind, Path(folder))
-    elif kind in LOADERS:
+        samples = _read_dataset(kind, Path(folder), LOADERS[kind])
+    elif kind in CLIP_LOADERS and folder:
+        samples = _read_dataset(kind, Path(folder), lambda place: CLIP_LOADERS[kind](place, rule))
+    elif kind in TABLES and folder:
+        place, _, rest = folder.partition("?")
+        columns = Columns.parse(rest)
+        files = fetched_files(place, columns) if kind == "hub" else parquet_files(Path(place))
+        samples = load_parquet(files, columns, Path(place).stem, count, seed)
+        count = None
+    elif kind in TABLES:
+        raise CodebookError(f"say which: --data {kind}:{TABLES[kind]}")
+    elif kind in LOADERS or kind in CLIP_LOADERS:
         raise CodebookError(f"say where the files of {kind} are: --data {kind}:FOLDER")
     elif is_file(Path(name)):
         samples = read_samples(Path(name), rule)
     else:
-        known = ", ".join([*generators, "a JSONL file"]), ", ".join(f"{loader}:FOLDER" for loader in LOADERS)
+        known = (
+            ", ".join([*generators, "a JSONL file"]),
+            ", ".join(f"{loader}:FOLDER" for loader in sorted([*LOADERS, *CLIP_LOADERS, *TABLES])),
+        )
         raise CodebookError(f"no data {name!r}: give {known[0]}, or one of {known[1]}")
     named: dict[str, list[Sample]] = {}
     for sample in samples:
@@ -125,11 +139,11 @@ def _draw_groups(task: Task, count: int | None, seed: int) -> Task:
     return replace(task, samples=[task.samples[row] for row in sorted(rows)])
 
 
-def _read_dataset(kind: str, folder: Path) -> list[Sample]:
+def _read_dataset(kind: str, folder: Path, loader: Loader) -> list[Sample]:
     if not is_folder(folder):
         raise CodebookError(f"no folder {folder}: give the one with the files of {kind}")
     try:
-        samples = list(LOADERS[kind](folder))
+        samples = list(loader(folder))
         for sample in samples:
             TEXTS_OF_SAMPLE.validate_python((sample.question, sample.answer, sample.answers))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
@@ -140,6 +154,7 @@ def _read_dataset(kind: str, folder: Path) -> list[Sample]:
     for image in dict.fromkeys(image for sample in samples for image in sample.images if isinstance(image, Path)):
         if not is_file(image):
             raise CodebookError(f"an image of {kind} is missing: {image}")
+    check_clips(samples)
     return samples
 
 
@@ -256,11 +271,22 @@ def _easyvqa(folder: Path) -> Iterator[Sample]:
         yield Sample((folder / "test" / "images" / f"{number}.png",), question, answer, f"easyvqa {kind}", rules[kind])
 
 
+CLIP_LOADERS: dict[str, Callable[[Path, FrameRule], Iterator[Sample]]] = {"mvbench": mvbench, "videomme": videomme}
+"""Data sets of clips; the rule chooses the frames."""
+
+TABLES = {"parquet": "FILE_OR_FOLDER[?column=name&...]", "hub": "OWNER/NAME[@REVISION][?split=test&column=name&...]"}
+"""Data sets in Parquet's form: what stands behind the colon."""
+
 LOADERS: dict[str, Loader] = {
     "ai2d": _ai2d,
+    "chair": chair,
+    "chartqa": chartqa,
+    "docvqa": docvqa,
     "easyvqa": _easyvqa,
     "gqa": _gqa,
+    "infovqa": infovqa,
     "mme": _mme,
+    "ocrbench": ocrbench,
     "pope": _pope,
     "refcoco": _refcoco,
     "textvqa": _textvqa,

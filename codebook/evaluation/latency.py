@@ -6,19 +6,21 @@ import contextlib
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
+from PIL import Image as Picture
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.generation.streamers import BaseStreamer
 
 from codebook import models
-from codebook.models.base import Model
+from codebook.inference.prompts import prepare
+from codebook.models.base import Model, Processor
 from codebook.pruning import Pruner, Schedule, VisualTokens
 
 DECODED_TOKENS = 8
@@ -105,10 +107,29 @@ class _Timed(Pruner):
 
 @dataclass(frozen=True)
 class TimedPrompt:
-    """One prompt whose answers are timed, under any schedule."""
+    """One prompt whose answers are timed, under any schedule.
+
+    Attributes
+    ----------
+    prepare
+        Makes the inputs of a batch of so many copies of the prompt.
+    inputs
+        Those of `size` copies, 1 at first.
+    """
 
     model: Model
+    prepare: Callable[[int], Any]
     inputs: Any
+    size: int = 1
+
+    @classmethod
+    def of(cls, model: Model, processor: Processor, pictures: Sequence[Picture.Image], question: str) -> TimedPrompt:
+        """The prompt of a question about pictures."""
+
+        def make(size: int) -> Any:
+            return prepare(model, processor, [list(pictures)] * size, [question] * size).inputs
+
+        return cls(model, make, make(1))
 
     def generate(self, schedule: Schedule | None, tokens: int, **options: Any) -> Any:
         """Generate exactly `tokens` tokens, greedily; the output of `generate` and the pruning context."""
@@ -135,6 +156,23 @@ class TimedPrompt:
             "decode": (stamps.times[-1] - stamps.times[0]) / (len(stamps.times) - 1),
             **{phase: clock.seconds[phase] for phase in ("vision", "selector", "prefill")},
         }
+
+    def repeated(self, size: int) -> TimedPrompt:
+        """The same prompt, `size` times in one batch; its images are encoded as many times."""
+        return replace(self, inputs=self.prepare(size), size=size)
+
+    def rate(self, schedule: Schedule | None) -> float | None:
+        """Answers per second, of 1 + DECODED_TOKENS tokens each; None if they do not fit into the device's memory."""
+        device = self.model.device
+        synchronize(device)
+        start = time.perf_counter()
+        try:
+            self.generate(schedule, 1 + DECODED_TOKENS)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            return None
+        synchronize(device)
+        return self.size / (time.perf_counter() - start)
 
     def memory(self, schedule: Schedule | None) -> dict[str, int]:
         """Peak bytes beyond the weights up to the first token, and bytes of the KV cache after it."""

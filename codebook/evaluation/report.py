@@ -83,7 +83,9 @@ def command_of(results: Results) -> str:
     if len(counts := {task["samples"] for task in results["tasks"].values()}) == 1:
         options["count"] = counts.pop()
     options |= {"seeds": max(row["seeds"] for row in rows), "seed": results["seed"]}
-    options |= ({"against": results["against"]} if results.get("against") else {}) | {"out": "bench"}
+    options |= {"against": results["against"]} if results.get("against") else {}
+    options |= {"throughput": ",".join(map(str, results["batches"]))} if results.get("batches") else {}
+    options |= {"out": "bench"}
     data = [] if results["data"] == ["miniature"] else [("data", one) for one in results["data"]]
     words = "".join(f" --{name} {_shell_word(str(value))}" for name, value in [*data, *options.items()])
     return f"codebook bench {_shell_word(results['name'])}{words}"

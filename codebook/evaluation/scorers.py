@@ -89,3 +89,70 @@ def box_overlap(prediction: str, answers: Sequence[str]) -> float:
     shared = max(0.0, min(c, g) - max(a, e)) * max(0.0, min(d, h) - max(b, f))
     union = max(0.0, c - a) * max(0.0, d - b) + (g - e) * (h - f) - shared
     return float(union > 0 and shared / union >= 0.5)
+
+
+def edits(text: str, other: str) -> int:
+    """Levenshtein's distance: fewest letters to insert, delete or replace that make one text the other."""
+    row = list(range(len(other) + 1))
+    for i, letter_here in enumerate(text, 1):
+        above, row[0] = row[0], i
+        for j, letter_there in enumerate(other, 1):
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, above + (letter_here != letter_there))
+    return row[-1]
+
+
+LONGEST_SCORED = 1000
+"""Letters of an answer that `anls` reads; the distance takes their product in steps."""
+
+
+def anls(prediction: str, answers: Sequence[str]) -> float:
+    """Normalized Levenshtein similarity to the nearest answer, 0 below one half (arXiv 1905.13648, 2007.00398).
+
+    The distance is divided by the longer text's length; case and runs of spaces do not count. DocVQA's and InfoVQA's
+    rule; the mean over the questions is ANLS.
+    """
+    guess, best = _folded(prediction), 0.0
+    for answer in map(_folded, answers):
+        longer = max(len(guess), len(answer))
+        best = max(best, 1 - edits(guess, answer) / longer if longer else 1.0)
+    return best if best >= 0.5 else 0.0
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())[:LONGEST_SCORED]
+
+
+def relaxed(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is a number within 5% of the answer's, or where one of them is none the same text (ChartQA).
+
+    A percent sign divides by a hundred, as in the evaluation that models are compared by; commas between digits do not
+    count (arXiv 2203.10244).
+    """
+    return float(any(_is_near(prediction.strip(), answer.strip()) for answer in answers))
+
+
+def _is_near(prediction: str, answer: str) -> bool:
+    guess, right = _number(prediction), _number(answer)
+    if guess is None or right is None:
+        return prediction.lower().removesuffix(".") == answer.lower().removesuffix(".")
+    return abs(guess - right) <= 0.05 * abs(right)
+
+
+def _number(text: str) -> float | None:
+    found = re.fullmatch(r"([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)(%?)\.?", text)
+    if found is None or not found[2]:
+        return None
+    value = float(found[1] + found[2].replace(",", ""))
+    return value / 100 if found[3] else value
+
+
+def contains(prediction: str, answers: Sequence[str], formula: bool = False) -> float:
+    """1 if one of the answers stands in the prediction: OCRBench's rule (arXiv 2305.07895).
+
+    Case and line ends do not count; in a `formula` case does, and no white space at all.
+    """
+
+    def flat(text: str) -> str:
+        return "".join(text.split()) if formula else text.lower().strip().replace("\n", " ")
+
+    return float(any(flat(answer) and flat(answer) in flat(prediction) for answer in answers))

@@ -15,7 +15,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.clips import FrameRule
+from codebook.store.clips import FrameRule, within
 from codebook.store.files import is_file, read_lines, sha256
 from codebook.store.pictures import even_frames, read_image, read_video, upright_rgb
 
@@ -29,13 +29,22 @@ def same_words(prediction: str, answers: Sequence[str]) -> float:
 
 
 @dataclass(frozen=True)
+class ClipPart:
+    """The frames of a clip that are shown: those that a rule chooses of seconds `start` to `end` (None: to its end)."""
+
+    rule: FrameRule
+    start: float = 0.0
+    end: float | None = None
+
+
+@dataclass(frozen=True)
 class Sample:
     """One question about images.
 
     Attributes
     ----------
     images
-        The pictures, or the paths that they are read from when they are needed.
+        The pictures, the bytes of their files, or the paths that they are read from when they are needed.
     question, answer
         In plain words; an answer of None stands for the unpruned model's own.
     task
@@ -52,9 +61,11 @@ class Sample:
     fresh
         Whether the question sees nothing of the earlier ones but what they left of the images, as where a server keeps
         the KV cache of an image for further questions.
+    clip
+        The one image is the path of a clip, and these are its frames, which are decoded when they are needed.
     """
 
-    images: tuple[Picture.Image | Path, ...] = field(repr=False)
+    images: tuple[Picture.Image | Path | bytes, ...] = field(repr=False)
     question: str
     answer: str | None = None
     task: str = "all"
@@ -63,10 +74,16 @@ class Sample:
     patches: tuple[list[int], ...] = field(default=(), repr=False)
     earlier: tuple[str, ...] = ()
     fresh: bool = False
+    clip: ClipPart | None = field(default=None, repr=False)
 
     def pictures(self) -> list[Picture.Image]:
-        """The images as RGB and upright, read from disk where they are paths."""
-        return [read_image(image) if isinstance(image, Path) else upright_rgb(image) for image in self.images]
+        """The images as RGB and upright, read from disk where they are paths; of a clip its frames."""
+        images = self.images
+        if self.clip is not None:
+            [path] = images
+            assert isinstance(path, Path)
+            images = read_video(path, within(self.clip.rule, self.clip.start, self.clip.end))
+        return [upright_rgb(image) if isinstance(image, Picture.Image) else read_image(image) for image in images]
 
     def score(self, prediction: str) -> float:
         """Score of a generated answer, from 0 (wrong) to 1 (right)."""
@@ -157,12 +174,16 @@ def samples_digest(samples: Sequence[Sample]) -> str:
     hashed = hashlib.sha256()
     for sample in samples:
         texts: list[object] = [sample.question, sample.answer, sample.task, sample.answers]
-        texts += [[sample.earlier, sample.fresh]] if sample.earlier else []  # journals of older samples stay valid
+        # Only where they are said, so that journals of older samples stay valid.
+        texts += [[sample.earlier, sample.fresh]] if sample.earlier else []
+        texts += [[sample.clip.start, sample.clip.end]] if sample.clip else []
         hashed.update(json.dumps([*texts, [_picture_digest(image) for image in sample.images]]).encode())
     return hashed.hexdigest()[:16]
 
 
-def _picture_digest(image: Picture.Image | Path) -> str:
+def _picture_digest(image: Picture.Image | Path | bytes) -> str:
     if isinstance(image, Path):
         return sha256(image)
+    if isinstance(image, bytes):
+        return hashlib.sha256(image).hexdigest()
     return f"{image.mode} {image.size} {hashlib.sha256(image.tobytes()).hexdigest()}"

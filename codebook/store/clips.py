@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,17 @@ class ClipInfo:
 
 FrameRule = Callable[[ClipInfo], Sequence[int]]
 """Chooses which frames of a clip are shown: their numbers, ascending, from 0 to `frames - 1`."""
+
+
+def within(rule: FrameRule, start: float, end: float | None) -> FrameRule:
+    """A rule that chooses among the frames of a part of the clip, seconds `start` to `end` (None: the clip's end)."""
+
+    def choose(clip: ClipInfo) -> list[int]:
+        first = min(max(0, int(start * clip.fps)), clip.frames - 1)
+        last = clip.frames if end is None else min(clip.frames, max(first + 1, int(end * clip.fps) + 1))
+        return [first + number for number in rule(replace(clip, frames=last - first))]
+
+    return choose
 
 
 def container_of(head: bytes) -> str | None:

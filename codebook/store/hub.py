@@ -1,4 +1,4 @@
-"""Codebooks on the Hugging Face Hub: one repository each, whose files are those of a codebook's folder.
+"""Codebooks on the Hugging Face Hub: one repository each, whose files are those of a codebook's folder. Also data sets.
 
 The hub's own client does the work, with its cache, its token and its settings (`HF_HOME`, `HF_HUB_OFFLINE`,
 `HF_ENDPOINT`). Importing this module imports neither it nor torch.
@@ -6,7 +6,7 @@ The hub's own client does the work, with its cache, its token and its settings (
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ SHARED = (*REQUIRED, CARD, SHEET, HORIZON_FILE, *OPTIONAL)
 """Files that are pulled and pushed; whatever else is in a repository or a folder stays there."""
 LARGEST_SHEET = 2**26
 """Bytes of the picture that a card shows."""
+LARGEST_DATA_SET = 2**36
+"""Bytes of the files of a data set together."""
 LIBRARY = "codebook"
 """Name by which the hub counts downloads."""
 
@@ -73,6 +75,44 @@ def pull_repository(
         raise
     except Exception as error:  # the client raises types of its own and of the HTTP library below it
         raise _explained(f"pull {name}", name, revision, error) from None
+
+
+def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None = None) -> list[Path]:
+    """The files of a data set's repository whose names are wanted, in the hub's cache; fetched if they are not there.
+
+    Raises
+    ------
+    CodebookError
+        If there is no such repository or revision, or no such file in it, they are too large, or cannot be fetched.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+
+    if not HUB_NAME.fullmatch(name):
+        raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
+    given: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "library_name": LIBRARY}
+    try:
+        try:
+            found = HfApi(library_name=LIBRARY).dataset_info(name, revision=revision, files_metadata=True)
+        except Exception as error:
+            if not _is_unreachable(error):
+                raise
+            folder = Path(snapshot_download(name, local_files_only=True, **given))
+            names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+            sizes = {file: 0 for file in names if wanted(file)}
+        else:
+            sizes = {file.rfilename: file.size or 0 for file in found.siblings or () if wanted(file.rfilename)}
+            if (total := sum(sizes.values())) > LARGEST_DATA_SET:
+                raise CodebookError(
+                    f"{name} has {total:,} bytes of such files: at most {LARGEST_DATA_SET:,} are fetched"
+                )
+            folder = Path(snapshot_download(name, allow_patterns=list(sizes), **given)) if sizes else Path()
+        if not sizes:
+            raise CodebookError(f"{name} has no such files: look at their names on the hub, and say split and config")
+        return [folder / file for file in sorted(sizes)]
+    except CodebookError:
+        raise
+    except Exception as error:
+        raise _explained(f"fetch {name}", name, revision, error) from None
 
 
 def push_files(

@@ -74,7 +74,7 @@ def decode_image(data: bytes, most_pixels: int = MOST_PIXELS) -> Picture.Image:
 
 def even_frames(clip: ClipInfo) -> list[int]:
     """The rule of models whose processor has none: `VIDEO_FRAMES` frames, the middles of as many equal parts."""
-    return _spaced(clip.frames, VIDEO_FRAMES)
+    return spaced(clip.frames)
 
 
 def read_video(path: Path, rule: FrameRule = even_frames) -> tuple[Path | Picture.Image, ...]:
@@ -87,11 +87,11 @@ def read_video(path: Path, rule: FrameRule = even_frames) -> tuple[Path | Pictur
         files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
         if not files:
             raise CodebookError(f"{path} holds no frames: give a folder of pictures")
-        return tuple(files[i] for i in _spaced(len(files), VIDEO_FRAMES))
+        return tuple(files[i] for i in spaced(len(files)))
     if is_file(path) and container_of(_first_bytes(path)) is not None:
         return read_clip(path, rule, partial(_check_pixels, most=MOST_PIXELS))
     with _open_picture(path, None, "video", SHOWN_AS_VIDEO) as picture:
-        wanted = set(_spaced(getattr(picture, "n_frames", 1), VIDEO_FRAMES))
+        wanted = set(spaced(getattr(picture, "n_frames", 1)))
         return tuple(upright_rgb(frame) for i, frame in enumerate(ImageSequence.Iterator(picture)) if i in wanted)
 
 
@@ -104,12 +104,18 @@ def is_picture(head: bytes) -> bool:
     return any(accepts(head) for accepts in _accepted().values())
 
 
+def is_clip(path: Path) -> bool:
+    """Whether a path names a file that begins like an mp4 or webm clip."""
+    return is_file(path) and container_of(_first_bytes(path)) is not None
+
+
 def _first_bytes(path: Path) -> bytes:
     with os.fdopen(open_regular(path, LARGEST_CLIP), "rb") as file:
         return file.read(HEAD)
 
 
-def _spaced(found: int, frames: int) -> list[int]:
+def spaced(found: int, frames: int = VIDEO_FRAMES) -> list[int]:
+    """The middles of so many equal parts of a row of frames, or all of them if there are fewer."""
     count = min(frames, found)
     return [(2 * i + 1) * found // (2 * count) for i in range(count)]
 

@@ -16,7 +16,6 @@ from codebook.evaluation import bench, charts, latency, report
 from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
 from codebook.inference.ask import ask
-from codebook.inference.prompts import prepare
 from codebook.store.horizons import read_horizon
 from tests.journals import read_journal
 from tests.serving.browser import CHROMIUM, Browser
@@ -198,12 +197,43 @@ def test_peak_memory_counts_what_is_alive_at_once():
 def test_a_timed_schedule_answers_alike(loaded):
     model, processor, tasks, rows, _ = loaded
     sample = tasks[0].samples[0]
-    one = latency.TimedPrompt(model, prepare(model, processor, [sample.pictures()], [sample.question]).inputs)
+    one = latency.TimedPrompt.of(model, processor, sample.pictures(), sample.question)
     for row in rows[1:]:
         schedule = row.schedules[0]
         plain, pruning = one.generate(schedule, 4)
         timed, same = one.generate(latency.Clock(model.device).timed(schedule), 4)
         assert torch.equal(plain, timed) and torch.equal(pruning.kept[0][-1], same.kept[0][-1])
+
+
+def test_answers_per_second(loaded, tmp_path, monkeypatch):
+    """Batches of 1 and 3: as many prompts per forward, and a rate of size over seconds; or none, out of memory."""
+    model, processor, tasks, rows, _ = loaded
+    settings = bench.BenchSettings(seconds=0, batches=(1, 3))
+    alone, some = [replace(task, samples=task.samples[:1]) for task in tasks], [rows[0], rows[3]]
+    sizes = []
+
+    def timed(self, schedule, tokens, *, own=latency.TimedPrompt.generate, **options):
+        out = own(self, schedule, tokens, **options)
+        sizes.append(len(self.inputs["input_ids"]))
+        if len(self.inputs["input_ids"]) == 3 and schedule is None:
+            raise torch.OutOfMemoryError
+        return out
+
+    monkeypatch.setattr(latency.TimedPrompt, "generate", timed)
+    results = bench.measure(model, processor, alone, some, tmp_path, settings)
+    found = [row["cost"]["throughput"] for row in results["rows"]]
+    assert sizes.count(3) == 2 * bench.ROUNDS[0] and found[0]["3"] is None
+    assert found[1]["3"]["rounds"] == bench.ROUNDS[0] and found[1]["3"]["median"] > found[1]["1"]["median"] > 0
+    results |= {"name": "miniature", "data": ["miniature"], "keeps": KEEPS[:1], "samples": []}
+    text = report.markdown(json.loads(json.dumps(results)))
+    assert "| answers/s, batch 1 | answers/s, batch 3 |" in text and text.count("| unknown |") == 1
+    assert "--throughput 1,3" in report.command_of(results) and "answers/s, batch 3" in report.html(results)
+    now = iter([0.0, 2.0])
+    one = latency.TimedPrompt.of(model, processor, tasks[0].samples[0].pictures(), tasks[0].samples[0].question)
+    three = one.repeated(3)
+    monkeypatch.setattr(latency.TimedPrompt, "generate", lambda *_: None)
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: next(now))
+    assert three.rate(None) == 1.5
 
 
 class Page(HTMLParser):

@@ -56,6 +56,7 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
         (["--methods", "uniform", "--keep", "0.5,2"], ["keep must be"]),
         (["--methods", "uniform", "--data", "gqa"], ["gqa:FOLDER"]),
         (["--methods", "uniform", "--part", "3/2"], ["'3/2'", "1/4"]),
+        (["--methods", "uniform", "--throughput", "1,0"], ["'1,0'", "1,8,32"]),
         (["--methods", "uniform", "--against", "codebook"], ["--against codebook", "--methods"]),
     ],
 )

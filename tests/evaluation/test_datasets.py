@@ -7,7 +7,8 @@ from PIL import Image
 
 from codebook.cli.data import load_data
 from codebook.errors import CodebookError
-from codebook.evaluation.datasets import COGNITION, PERCEPTION, SHORT
+from codebook.evaluation.datasets import COGNITION, PERCEPTION
+from codebook.evaluation.documents import SHORT
 
 
 @pytest.fixture

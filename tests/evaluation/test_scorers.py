@@ -2,7 +2,18 @@
 
 import pytest
 
-from codebook.evaluation.scorers import box_overlap, letter, named, normalised, same, vqa
+from codebook.evaluation.scorers import (
+    anls,
+    box_overlap,
+    contains,
+    edits,
+    letter,
+    named,
+    normalised,
+    relaxed,
+    same,
+    vqa,
+)
 
 
 @pytest.mark.parametrize(
@@ -79,3 +90,50 @@ RIGHT = ["[0.100, 0.100, 0.500, 0.500]"]
 )
 def test_boxes_overlap_by_half_of_their_union(said, expected):
     assert box_overlap(said, RIGHT) == expected
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "steps"), [("kitten", "sitting", 3), ("", "abc", 3), ("abc", "abc", 0), ("ab", "ba", 2)]
+)
+def test_the_distance_in_letters(a, b, steps):
+    assert edits(a, b) == edits(b, a) == steps
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "expected"),
+    [
+        ("Coca Cola", ["coca cola"], 1),
+        ("coca  cola\n", ["Coca Cola", "x"], 1),
+        ("coco cola", ["coca cola"], 8 / 9),  # one letter of nine
+        ("cola", ["coca cola"], 0),  # five of nine: 4/9 is below one half
+        ("kitten", ["sitting", "mitten"], 5 / 6),  # the nearest of 4/7 and 5/6
+        ("ab", ["ac"], 0.5),  # exactly one half counts
+        ("", ["a"], 0),
+    ],
+)
+def test_anls_by_hand(said, answers, expected):
+    assert anls(said, answers) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("said", "answer", "expected"),
+    [
+        ("105", "100", 1), ("95", "100", 1), ("105.1", "100", 0), ("94", "100", 0),
+        ("-10.2", "-10", 1), ("10", "-10", 0), ("0", "0", 1), ("0.01", "0", 0),
+        ("1,050", "1000", 1), ("$20.", "20", 1), ("52%", "50%", 1), ("0.5", "50%", 1), ("50", "50%", 0),
+        ("Yes", "yes", 1), ("yes.", "Yes", 1), ("the yes", "yes", 0), ("", "x", 0), ("12 a", "12", 0),
+    ],
+)  # fmt: skip
+def test_relaxed_accuracy_by_hand(said, answer, expected):
+    assert relaxed(said, [answer]) == expected
+
+
+@pytest.mark.parametrize(
+    ("said", "answers", "formula", "expected"),
+    [
+        ("The sign says STOP\nnow", ["stop now"], False, 1), ("sto p", ["stop"], False, 0), ("B", ["A", "b"], False, 1),
+        ("x ^ { 2 }", ["x^{2}"], True, 1), ("X^{2}", ["x^{2}"], True, 0), ("a", [""], False, 0),
+    ],
+)  # fmt: skip
+def test_an_answer_stands_in_what_is_said(said, answers, formula, expected):
+    assert contains(said, answers, formula) == expected

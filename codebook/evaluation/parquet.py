@@ -1,0 +1,239 @@
+"""Questions in Parquet files, the form of data sets on the Hugging Face Hub: local ones, or fetched by its client."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qsl
+
+from pydantic import TypeAdapter, ValidationError
+
+from codebook.errors import CodebookError, install_command, quoted
+from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
+from codebook.evaluation.metrics import yes_or_no
+from codebook.evaluation.scorers import anls, contains, letter, relaxed, same, vqa
+from codebook.inference.samples import Sample, Scorer
+from codebook.store.files import fault_words, is_file, is_folder, one_line
+from codebook.store.hub import pull_data_set
+from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture
+
+RULES: dict[str, Scorer] = {
+    "same": same, "vqa": vqa, "anls": anls, "relaxed": relaxed, "contains": contains, "yesno": yes_or_no,
+}  # fmt: skip
+"""Scorers by the names that `rule=` gives them."""
+
+MOST_ROWS = 2**22
+"""Rows of all files of a data set together."""
+LARGEST_GROUP = 2**33
+"""Bytes of a row group, unpacked."""
+ROWS_AT_ONCE = 16
+"""Rows whose pictures are unpacked at once."""
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of a data set are what: the text behind `?`, as in `?question=query&answer=label&rule=relaxed`.
+
+    Attributes
+    ----------
+    image, question, answer
+        Their names. Pictures are the Hub's (bytes in a struct), bytes, or a list of either; an answer is a text or a
+        list of texts; with `options` it may be the letter, the number from 0, or the text of one.
+    options
+        Column of a list of texts, of which one is right; empty: none.
+    task
+        Column that the questions are grouped by; empty: all are one task.
+    rule
+        Name among RULES; with `options` it is always the letter's.
+    split, config
+        Which files of `hub:`, by their name's beginning and by their folder; files on disk are all read.
+    """
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "answer"
+    options: str = ""
+    task: str = ""
+    rule: str = "same"
+    split: str = "test"
+    config: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Columns:
+        """Columns from `key=name&...`.
+
+        Raises
+        ------
+        CodebookError
+            If a key or the rule is unknown.
+        """
+        given, known = dict(parse_qsl(text, keep_blank_values=True)), [one.name for one in fields(cls)]
+        for key in given:
+            if key not in known:
+                raise CodebookError(f"unknown key {quoted(key)} behind '?': use {', '.join(known)}")
+        found = cls(**given)
+        if found.rule not in RULES:
+            raise CodebookError(f"no rule {quoted(found.rule)}: use {', '.join(RULES)}")
+        return found
+
+
+PICTURE_LIST = list[Mapping[str, Any] | bytes]
+
+
+def fetched_files(name: str, columns: Columns) -> list[Path]:
+    """The Parquet files of a data set on the Hub, `OWNER/NAME` or `OWNER/NAME@REVISION`; fetched if they are not there.
+
+    Those whose name begins with the split, as in `test-00000-of-00001.parquet`, in any folder or in the config's.
+    """
+    repository, _, revision = name.partition("@")
+
+    def wanted(file: str) -> bool:
+        folder, _, last = file.rpartition("/")
+        in_split = re.fullmatch(rf"{re.escape(columns.split)}(?:[-.].*)?\.parquet", last)
+        return in_split is not None and columns.config in ("", folder.rpartition("/")[2])
+
+    return pull_data_set(repository, wanted, revision or None)
+
+
+def parquet_files(place: Path) -> list[Path]:
+    """The Parquet files of a folder and the folders in it, in order of their names; or the file itself."""
+    if is_file(place):
+        return [place]
+    if not is_folder(place):
+        raise CodebookError(f"no file or folder {place}: give one with .parquet files")
+    files = sorted(place.rglob("*.parquet"))
+    if not files:
+        raise CodebookError(f"{place} holds no .parquet files: give a file, or a folder with some")
+    return files
+
+
+def _open_table(file: Path) -> Any:
+    """A Parquet file, its row groups within the limits."""
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise CodebookError(f"{file} is a Parquet file, which needs pyarrow: {install_command('datasets')}") from None
+    try:
+        found = parquet.ParquetFile(file)
+        about = found.metadata
+        largest = max((about.row_group(i).total_byte_size for i in range(about.num_row_groups)), default=0)
+    except Exception as error:  # Arrow's errors are of a dozen types
+        raise _unreadable(file, error) from None
+    if about.num_rows > MOST_ROWS or largest > LARGEST_GROUP:
+        raise CodebookError(
+            f"{file} has {about.num_rows:,} rows and {largest:,} bytes in a group: at most {MOST_ROWS:,} and "
+            f"{LARGEST_GROUP:,} are read"
+        )
+    return found
+
+
+def _unreadable(file: Path, error: Exception) -> CodebookError:
+    return CodebookError(f"cannot read {file}: {one_line(error)}; give a whole Parquet file")
+
+
+def read_columns(file: Path, columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet file as dictionaries of these columns, each checked against its type.
+
+    Raises
+    ------
+    CodebookError
+        If the file cannot be read, lacks a column, or a value is of another type; the message names file and record.
+    """
+    opened, number = _open_table(file), 0
+    if missing := [name for name in columns if name not in opened.schema_arrow.names]:
+        there = ", ".join(opened.schema_arrow.names[:20])
+        raise CodebookError(f"{file} has no column {quoted(missing[0])}, but {quoted(there)}: name one of these")
+    checks = {name: TypeAdapter(kind) for name, kind in columns.items()}
+    try:
+        for batch in opened.iter_batches(ROWS_AT_ONCE, columns=list(columns)):
+            for row in batch.to_pylist():
+                number += 1
+                yield {name: check.validate_python(row[name], strict=True) for name, check in checks.items()}
+    except ValidationError as error:
+        raise CodebookError(f"cannot read {file}, record {number}, {fault_words(error)}") from None
+    except (CodebookError, GeneratorExit):
+        raise
+    except Exception as error:
+        raise _unreadable(file, error) from None
+
+
+def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int | None, seed: int) -> list[Sample]:
+    """The questions of Parquet files as samples.
+
+    All texts are read first; then `count` questions of each task are drawn, and only their pictures are read.
+
+    Parameters
+    ----------
+    files
+        As `parquet_files` or `fetched_files` finds them.
+    name
+        What the task is called where no column says it.
+
+    Raises
+    ------
+    CodebookError
+        As `read_columns`, or if a row's picture or answer is missing.
+    """
+    kinds: dict[str, Any] = {columns.question: str, columns.answer: str | int | list[str]}
+    kinds |= {columns.options: list[str]} if columns.options else {}
+    kinds |= {columns.task: str} if columns.task else {}
+    drawn: dict[str, list[tuple[Path, int, Sample]]] = {}
+    for file in files:
+        for number, row in enumerate(read_columns(file, kinds), 1):
+            sample = _question(f"{file}, record {number}", columns, row, name)
+            drawn.setdefault(sample.task, []).append((file, number, sample))
+    wanted: dict[Path, dict[int, Sample]] = {}
+    for every in drawn.values():
+        if count is not None and count < len(every):
+            every = [every[i] for i in sorted(random.Random(seed).sample(range(len(every)), count))]
+        for file, number, sample in every:
+            wanted.setdefault(file, {})[number] = sample
+    return [sample for file, own in wanted.items() for sample in _with_pictures(file, own, columns.image)]
+
+
+def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str) -> Sample:
+    """The sample of a row, without its pictures."""
+    question, answer = row[columns.question], row[columns.answer]
+    task = row[columns.task] if columns.task else name
+    if columns.options:
+        options = row[columns.options]
+        right = _option(answer, options)
+        if right is None or len(options) > len(LETTERS):
+            raise CodebookError(f"{where}: {quoted(str(answer))} is none of its options; name the right column")
+        listed = [f"{LETTERS[i]}. {text}" for i, text in enumerate(options)]
+        return Sample((), "\n".join([question, *listed]) + CHOICE, LETTERS[right], task, letter)
+    answers = answer if isinstance(answer, list) else [str(answer)]
+    if not answers:
+        raise CodebookError(f"{where}: it has no answer; name the right column")
+    most = max(answers, key=answers.count)
+    return Sample((), question + SHORT, most, task, RULES[columns.rule], tuple(answers))
+
+
+def _option(answer: object, options: Sequence[str]) -> int | None:
+    """Which option an answer names: by its text, its letter, or its number from 0."""
+    if isinstance(answer, str) and answer in options:
+        return options.index(answer)
+    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
+        answer = LETTERS.index(answer)
+    elif isinstance(answer, str) and answer.isascii() and answer.isdigit():
+        answer = int(answer)
+    return answer if isinstance(answer, int) and 0 <= answer < len(options) else None
+
+
+def _with_pictures(file: Path, wanted: Mapping[int, Sample], column: str) -> Iterator[Sample]:
+    kind = PICTURE_LIST | Mapping[str, Any] | bytes
+    for number, row in enumerate(read_columns(file, {column: kind}), 1):
+        if number not in wanted:
+            continue
+        cells = row[column] if isinstance(row[column], list) else [row[column]]
+        pictures = []
+        for cell in cells:
+            data = cell.get("bytes") if isinstance(cell, Mapping) else cell
+            if not isinstance(data, bytes) or len(data) > LARGEST_PICTURE or not is_picture(data[:HEAD]):
+                raise CodebookError(f"{file}, record {number}: column {quoted(column)} holds no picture that is read")
+            pictures.append(data)
+        yield replace(wanted[number], images=tuple(pictures))

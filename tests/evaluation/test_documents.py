@@ -1,0 +1,327 @@
+"""Loaders of documents, charts, captions, clips and Parquet files, on small files made in the public formats."""
+
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from codebook.cli.data import load_data
+from codebook.errors import CodebookError
+from codebook.evaluation.documents import DESCRIBE, SHORT
+from codebook.evaluation.metrics import CHAIR
+from codebook.inference.samples import samples_digest
+from codebook.store.clips import ClipInfo, within
+
+
+@pytest.fixture
+def put(tmp_path):
+    """Write a file below a folder: text, JSON, or a picture by its suffix."""
+
+    def write(name, content=None):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            Image.new("RGB", (8, 8)).save(path)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return path
+
+    return write
+
+
+def one(kind, folder):
+    [task] = load_data([f"{kind}:{folder}"])
+    [sample] = task.samples
+    return task, sample
+
+
+def test_docvqa(put, tmp_path):
+    put("spdocvqa_images/xnbl0037_1.png")
+    record = {"questionId": 1, "question": "What date?", "image": "documents/xnbl0037_1.png", "docId": 2,
+              "answers": ["1/8/93", "January 8, 1993"], "data_split": "val"}  # fmt: skip
+    put("val_v1.0_withQT.json", {"dataset_name": "SP-DocVQA", "data": [record]})
+    task, sample = one("docvqa", tmp_path)
+    assert (task.name, sample.question) == ("docvqa", "What date?" + SHORT)
+    assert [sample.score(text) for text in ("1/8/93", "1/8/94", "never")] == [1, pytest.approx(5 / 6), 0]
+
+
+def test_infovqa(put, tmp_path):
+    put("infographicsvqa_images/37313.jpeg")
+    record = {"questionId": 9, "question": "Which?", "image_local_name": "37313.jpeg", "answers": ["pink"]}
+    put("infographicsVQA_val_v1.0_withQT.json", {"data": [record]})
+    assert one("infovqa", tmp_path)[1].score("Pink") == 1
+
+
+def test_chartqa(put, tmp_path):
+    put("test/png/41699051005347.png")
+    record = {"imgname": "41699051005347.png", "query": "How many?", "label": "14"}
+    put("test/test_human.json", [record])
+    put("test/test_augmented.json", [record | {"label": "Yes"}])
+    tasks = load_data([f"chartqa:{tmp_path}"])
+    assert [task.name for task in tasks] == ["chartqa human", "chartqa augmented"]
+    assert [task.samples[0].score(text) for task, text in zip(tasks, ("14.6", "yes"), strict=True)] == [1, 1]
+
+
+def test_ocrbench(put, tmp_path):
+    put("OCRBench_Images/IIIT5K/1.png")
+    record = {"dataset_name": "IIIT5K", "image_path": "IIIT5K/1.png", "question": "what is written?", "id": 0,
+              "type": "Regular Text Recognition", "answers": ["CENTRE"]}  # fmt: skip
+    formula = record | {"dataset_name": "HME100k", "answers": "x ^ 2"}
+    put("OCRBench.json", [record, formula])
+    [task] = load_data([f"ocrbench:{tmp_path}"])
+    word, math = task.samples
+    assert word.question == "what is written?" and word.score("It says 'Centre'.") == 1 and word.score("cent") == 0
+    assert math.score("= x^2") == 1 and math.score("X^2") == 0
+
+
+COCO = {
+    "images": [{"id": 5, "file_name": "5.jpg", "height": 8, "width": 8}, {"id": 6, "file_name": "6.jpg"}],
+    "categories": [{"id": 1, "name": "person"}, {"id": 2, "name": "dining table"}],
+    "annotations": [{"image_id": 5, "category_id": 2, "bbox": [0, 0, 1, 1]}],
+}
+
+
+def test_chair(put, tmp_path):
+    """The table is among the instances, the woman in a caption; the other picture shows nothing that is known."""
+    put("val2014/5.jpg")
+    put("instances_val2014.json", COCO)
+    captions = [{"image_id": 5, "caption": "A woman eats."}, {"image_id": 7, "caption": "A dog."}]
+    put("captions_val2014.json", {"annotations": captions})
+    put("synonyms.txt", "person, woman, man\ndining table, table\ndog, puppy\n")
+    task, sample = one("chair", tmp_path)
+    assert task.metric is CHAIR and (sample.question, sample.answers) == (DESCRIBE, ("dining table", "person"))
+    # four mentions, one of them false, and both objects: precision 3/4, recall 1
+    said = "Two women at a dining table with puppies; the men sit."
+    assert sample.scorer.count(said, sample.answers) == (4, 1, 2, 2)
+    assert sample.score(said) == pytest.approx(2 * 0.75 / 1.75)
+    assert task.metric.values(task.sums([said]).mean(0)) == pytest.approx([2 * 0.75 / 1.75, 1, 1 / 4, 1])
+    put("synonyms.txt", "person, woman\n")
+    with pytest.raises(CodebookError, match=r"synonyms\.txt has no line for 'dining table'"):
+        load_data([f"chair:{tmp_path}"])
+    put("synonyms.txt", "person, woman\ndog, woman\n")
+    with pytest.raises(CodebookError, match=r"synonyms\.txt, line 2: 'woman' stands for 'dog' and for 'person'"):
+        load_data([f"chair:{tmp_path}"])
+
+
+def put_clip(path, frames=12, fps=4):
+    av = pytest.importorskip("av")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=fps)
+        stream.width = stream.height = 32
+        for i in range(frames):
+            picture = Image.new("RGB", (32, 32), (20 * i, 20 * i, 20 * i))
+            container.mux(stream.encode(av.VideoFrame.from_image(picture)))
+        container.mux(stream.encode())
+
+
+def test_mvbench(put, tmp_path):
+    record = {"video": "a.mp4", "question": "What?", "candidates": ["up", "down"], "answer": "down"}
+    put("json/action_antonym.json", [record])
+    put("json/action_sequence.json", [record | {"start": 1.0, "end": 1.5}])
+    put_clip(tmp_path / "video/ssv2_video/a.mp4")
+    put_clip(tmp_path / "video/star/Charades_v1_480/a.mp4")
+    part, whole = (task.samples[0] for task in load_data([f"mvbench:{tmp_path}"]))
+    assert (part.task, whole.task) == ("mvbench action_sequence", "mvbench action_antonym")
+    assert whole.question.startswith("What?\nA. up\nB. down\nAnswer") and whole.score("B") == 1
+    shades = [[round(frame.getpixel((9, 9))[0] / 20) for frame in own.pictures()] for own in (whole, part)]
+    assert shades == [[0, 2, 3, 5, 6, 8, 9, 11], [4, 5, 6]]  # 8 of 12 frames; seconds 1 to 1.5 at 4 per second
+    assert samples_digest([part]) != samples_digest([whole])
+    put("json/action_antonym.json", [record | {"answer": "left"}])
+    with pytest.raises(CodebookError, match=r"action_antonym\.json, record 1: the answer is none of the candidates"):
+        load_data([f"mvbench:{tmp_path}"])
+    put("json/action_antonym.json", [record])
+    put("video/ssv2_video/a.mp4", "RIFF....AVI ")
+    with pytest.raises(CodebookError, match=r"ssv2_video/a\.mp4 is no mp4 or webm file: convert it"):
+        load_data([f"mvbench:{tmp_path}"])
+
+
+def test_mvbench_frames_of_a_part(put, tmp_path):
+    """The one task of folders of frames, three per second: seconds 1 to 3 are frames 3 to 9."""
+    record = {"video": "clip", "question": "Who?", "candidates": ["a", "b"], "answer": "a", "start": 1, "end": 3}
+    put("json/episodic_reasoning.json", [record])
+    for i in range(30):
+        put(f"video/tvqa/frames_fps3_hq/clip/{i:05}.jpg")
+    _, sample = one("mvbench", tmp_path)
+    assert [int(path.stem) for path in sample.images] == [3, 4, 5, 6, 7, 8, 9]
+
+
+def test_a_part_of_a_clip():
+    every = within(lambda clip: range(clip.frames), 2.0, 3.0)
+    assert every(ClipInfo(100, 10.0, 8, 8)) == list(range(20, 31))
+    assert every(ClipInfo(5, 10.0, 8, 8)) == [4] and within(lambda clip: [0], 0.0, None)(ClipInfo(5, 1.0, 8, 8)) == [0]
+
+
+def picture(shade):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), (shade, 0, 0)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def table(tmp_path):
+    """Write a Parquet file of columns, pictures as the Hub has them."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+
+    def write(name, **columns):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        parquet.write_table(arrow.table(columns), path)
+        return path
+
+    return write
+
+
+HUBS = [{"bytes": picture(shade), "path": f"{shade}.png"} for shade in (1, 2, 3)]
+
+
+def test_parquet(table, tmp_path):
+    file = table("a.parquet", image=HUBS, query=["q1", "q2", "q3"], label=["10", "20", "x"], kind=["h", "h", "a"])
+    name = f"parquet:{file}?question=query&answer=label&task=kind&rule=relaxed"
+    tasks = load_data([name])
+    assert [(task.name, len(task.samples)) for task in tasks] == [("h", 2), ("a", 1)]
+    two = tasks[0].samples[1]
+    assert two.question == "q2" + SHORT and two.score("20.9") == 1 and two.score("22") == 0
+    assert two.pictures()[0].getpixel((0, 0)) == (2, 0, 0)
+    drawn = [load_data([name], count=1, seed=seed)[0].samples[0].question for seed in range(9)]
+    assert set(drawn) == {"q1" + SHORT, "q2" + SHORT} and drawn == [
+        load_data([name], count=1, seed=seed)[0].samples[0].question for seed in range(9)
+    ]
+    assert load_data([f"parquet:{tmp_path}?question=query&answer=label"])[0].name == tmp_path.stem
+
+
+@pytest.mark.parametrize("answer", ["B", "1", "leaf", 1])
+def test_parquet_with_options(table, answer):
+    pictures = [[HUBS[0], HUBS[1]]]
+    file = table("a.parquet", image=pictures, question=["which?"], answer=[answer], options=[["root", "leaf"]])
+    [task] = load_data([f"parquet:{file}?options=options"])
+    [sample] = task.samples
+    assert sample.question.startswith("which?\nA. root\nB. leaf\n") and sample.answer == "B"
+    assert [own.getpixel((0, 0))[0] for own in sample.pictures()] == [1, 2]
+
+
+def test_parquet_with_several_answers(table):
+    file = table("a.parquet", image=[HUBS[0]], question=["q"], answers=[["net", "mesh", "net"]])
+    sample = load_data([f"parquet:{file}?answer=answers&rule=anls"])[0].samples[0]
+    assert sample.answer == "net" and sample.score("mesh") == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "query", "words"),
+    [
+        ({}, "?colour=x", "unknown key 'colour' behind '\\?': use image, question"),
+        ({}, "?rule=bleu", "no rule 'bleu': use same, vqa"),
+        ({}, "?answer=label", "a.parquet has no column 'label', but 'image, question, answer'"),
+        ({"question": ["q", None]}, "", "a.parquet, record 2, .*string"),
+        ({"answer": [["x"], []]}, "", "a.parquet, record 2: it has no answer"),
+        (
+            {"image": [HUBS[0], {"bytes": b"no picture", "path": "x"}]},
+            "",
+            "a.parquet, record 2: column 'image' holds no",
+        ),
+        ({"image": [HUBS[0], {"bytes": None, "path": "x"}]}, "", "a.parquet, record 2: column 'image' holds no"),
+        ({"image": ["a.png", "b.png"]}, "", "a.parquet, record 1"),
+        ({"options": [["a"], ["b"]]}, "?options=options", "a.parquet, record 1: 'x' is none of its options"),
+    ],
+)
+def test_parquet_that_is_wrong(table, change, query, words):
+    file = table("a.parquet", **({"image": HUBS[:2], "question": ["q", "r"], "answer": ["x", "y"]} | change))
+    with pytest.raises(CodebookError, match=words) as error:
+        load_data([f"parquet:{file}{query}"])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_damaged_parquet(table, tmp_path):
+    whole = table("a.parquet", image=HUBS, question=["q"] * 3, answer=["x"] * 3).read_bytes()
+    for data in (
+        b"",
+        b"PAR1",
+        whole[:-20],
+        whole[:100] + bytes(60) + whole[160:],
+        whole[:-60] + bytes(40) + whole[-20:],
+    ):
+        (tmp_path / "a.parquet").write_bytes(data)
+        with pytest.raises(CodebookError, match=r"a\.parquet") as error:
+            load_data([f"parquet:{tmp_path / 'a.parquet'}"])
+        assert "\n" not in str(error.value)
+    with pytest.raises(CodebookError, match="no file or folder"):
+        load_data([f"parquet:{tmp_path / 'none'}"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CodebookError, match=r"holds no \.parquet files"):
+        load_data([f"parquet:{tmp_path / 'empty'}"])
+    with pytest.raises(CodebookError, match="--data parquet:FILE_OR_FOLDER"):
+        load_data(["parquet"])
+
+
+def test_videomme(table, tmp_path):
+    columns = {"videoID": ["v"], "question": ["Who?"], "options": [["A. he", "B. she"]], "answer": ["B"]}
+    table("videomme/test-00000-of-00001.parquet", **columns, duration=["short"])
+    put_clip(tmp_path / "data/v.mp4")
+    task, sample = one("videomme", tmp_path)
+    assert task.name == "videomme short" and sample.question.startswith("Who?\nA. he\nB. she\nAnswer")
+    assert sample.score("B. she") == 1 and len(sample.pictures()) == 8
+    (tmp_path / "data/v.mp4").unlink()
+    with pytest.raises(CodebookError, match=r"image of videomme is missing: .*v\.mp4"):
+        load_data([f"videomme:{tmp_path}"])
+
+
+def test_a_data_set_of_the_hub(table, tmp_path, monkeypatch):
+    """The files of the split, of one config, at a revision; what else is there is not fetched."""
+    import huggingface_hub
+    from huggingface_hub import hf_api
+
+    for name in ("plain/test-00000-of-00001", "plain/train-00000-of-00001", "other/test", "plain/testing-0"):
+        table(f"{name}.parquet", image=HUBS[:1], question=[name], answer=["x"])
+    asked = []
+
+    def info(self, name, revision=None, files_metadata=False):
+        files = [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.parquet")]
+        return type("Info", (), {"siblings": [hf_api.RepoSibling(rfilename=file, size=9) for file in files]})
+
+    def download(name, **options):
+        asked.append((name, options["repo_type"], options["revision"], options["allow_patterns"]))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    [task] = load_data(["hub:owner/set@abc?config=plain"])
+    assert task.samples[0].question.startswith("plain/test-0")
+    assert asked == [("owner/set", "dataset", "abc", ["plain/test-00000-of-00001.parquet"])]
+    for name, words in {
+        "hub:owner/set?split=val": "owner/set has no such files",
+        "hub:set": "write OWNER/NAME",
+        "hub": "--data hub:OWNER/NAME",
+    }.items():
+        with pytest.raises(CodebookError, match=words):
+            load_data([name])
+    monkeypatch.setattr("codebook.store.hub.LARGEST_DATA_SET", 8)
+    with pytest.raises(CodebookError, match="at most 8 are fetched"):
+        load_data(["hub:owner/set?config=plain"])
+
+
+@pytest.mark.parametrize("odd", [None, 3, [], {}, [[1]], {"a": 1}, "", float("nan")])
+def test_another_type_inside_is_one_error(put, tmp_path, odd):
+    """Each field of each new loader's records, and the records themselves, in turn: the file is named."""
+    put("images/1.png")
+    put("test/png/1.png")
+    put("test/test_augmented.json", [])
+    document = {"question": "q", "answers": ["a"], "image": "1.png", "image_local_name": "1.png"}
+    chart = {"imgname": "1.png", "query": "q", "label": "a"}
+    text = {"dataset_name": "x", "image_path": "../images/1.png", "question": "q", "answers": ["a"]}
+    cases = {
+        ("docvqa", "val_v1.0.json"): (document, lambda own: {"data": own}),
+        ("infovqa", "infographicsVQA_val_v1.0.json"): (document, lambda own: {"data": own}),
+        ("chartqa", "test/test_human.json"): (chart, lambda own: own),
+        ("ocrbench", "OCRBench.json"): (text, lambda own: own),
+    }
+    for (kind, file), (record, wrap) in cases.items():
+        for content in (odd, wrap(odd), wrap([odd]), *(wrap([record | {key: odd}]) for key in record)):
+            put(file, json.dumps(content))
+            try:
+                tasks = load_data([f"{kind}:{tmp_path}"])
+            except CodebookError as error:
+                assert "\n" not in str(error) and len(str(error)) < 600 and str(tmp_path) in str(error)
+            else:
+                texts = [(s.question, s.answer) for task in tasks for s in task.samples]
+                assert all(isinstance(text, str) for pair in texts for text in pair)
