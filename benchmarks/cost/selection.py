@@ -53,7 +53,7 @@ def image(n: int, width: int, device: str, dtype: torch.dtype = torch.float32) -
     return VisualTokens(
         sequence[span], sequence[span], sequence, span, torch.arange(n, length, device=device),
         torch.arange(n, device=device), (rows, n // rows), torch.tensor(7, device=device), attention, vision,
-        lambda r, c: sequence[: r * c],
+        encode=lambda r, c: sequence[: r * c],
     )  # fmt: skip
 
 
