@@ -23,8 +23,9 @@ from codebook.pruning.engine import prompt
 from codebook.pruning.engine.cache import PrunedLayer, pruned_layer
 from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Running
 from codebook.pruning.engine.forward import Chosen, Forward, unusable_mask
+from codebook.pruning.engine.key_bias import ADDED
 from codebook.pruning.engine.sequence import Given
-from codebook.pruning.engine.tap import LISTENING, tap
+from codebook.pruning.engine.tap import LISTENING, point, tap
 from codebook.pruning.engine.views import Cached, View
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class Attachment:
         if pruning.open or pruning.calls:
             return
         pruning.taps.close()
+        pruning.pointed.clear()
         self._pruning.remove(pruning)
         if not self._pruning:
             self._undo.close()
@@ -215,6 +217,7 @@ class Attachment:
             return
         RUNNING.set(None)
         FORWARD.set(None)
+        ADDED.set(None)
         ENCODED.set(tuple((output, call) for output, call in ENCODED.get() if not call.shown))
         if running.lone:
             self._finish(running.call)
@@ -353,8 +356,9 @@ class Attachment:
 
     def _on_layer(self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = FORWARD.get()
-        if forward is None or self._own_running() is None:
+        if forward is None or (running := self._own_running()) is None:
             return None
+        _check_added()
         hidden, before, cache = args[0], ENCODED.get(), kwargs.get("past_key_values")
         entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
         past = entry.index if isinstance(entry, PrunedLayer) else None
@@ -376,16 +380,30 @@ class Attachment:
         if forward.sequence is None and past is None:
             forward.asked = layer, kwargs["position_embeddings"]
             return None
-        (index, mask, rotary), pruned = view()
+        (index, mask, bias, rotary), pruned = view()
         if pruned is not None:
             pruned.index = index
         forward.asked = layer, rotary
+        if bias is not None:
+            self._point(running.call.pruning, i, layer.self_attn)
+            ADDED.set(bias)
         # Without position ids, or flash attention would take the gaps in them for packed sequences.
         changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         for name in self.family.per_token:
             if kwargs.get(name) is not None:
                 changed[name] = self._gather(kwargs[name])
         return (hidden, *args[1:]), kwargs | changed
+
+    @staticmethod
+    def _point(pruning: Pruning | None, layer: int, attention: Any) -> None:
+        """Have a layer's attention add numbers to its logits for as long as the context prunes: at its first need."""
+        assert pruning is not None
+        if layer in pruning.pointed:
+            return
+        with ATTACHING:
+            if layer not in pruning.pointed:
+                pruning.taps.callback(point(attention))
+                pruning.pointed.add(layer)
 
     def _gather(self, x: Tensor) -> Tensor:
         forward = FORWARD.get()
@@ -401,6 +419,8 @@ class Attachment:
     def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:
         forward, running = FORWARD.get(), self._own_running()
         FORWARD.set(None)
+        if forward is not None and output is not None:
+            _check_added()
         if running is not None and forward is not None and output is not None:
             self._count(running.call, forward)
         if running is not None and running.direct:
@@ -427,6 +447,14 @@ class Attachment:
 
     def _after_base(self, *_: Any) -> None:
         self.end()
+
+
+def _check_added() -> None:
+    """Raise a CodebookError if the layer before was to add numbers to its attention, and did not."""
+    if ADDED.get() is not None:
+        ADDED.set(None)
+        raise CodebookError("a layer's attention does not go through transformers' attention functions, so what it "
+                            "sees cannot be said: load the model with attn_implementation='eager'")  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Taps on attention modules: their queries and keys, handed over as they are computed."""
+"""Taps on attention modules: their queries and keys, handed over as they are computed, and numbers added to logits."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from codebook.pruning.engine.key_bias import ADDED, attend
 
 Receive = Callable[[Tensor, Tensor, float], None]
 
@@ -36,9 +38,12 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
             name = f"codebook|{stock._attn_implementation}"
             if name not in ALL_ATTENTION_FUNCTIONS:
                 AttentionInterface.register(name, _tapped(stock._attn_implementation))
-            # A config of its own: only this module's attention is looked up under the new name.
-            config = copy.copy(stock)
-            config._attn_implementation_internal = name
+            # Another config: only attention of tapped modules is looked up under the new name. They share one, since
+            # to copy it takes long.
+            config = next((other.config for other, (own, _) in _taps.items() if own is stock), None)
+            if config is None:
+                config = copy.copy(stock)
+                config._attn_implementation_internal = name
             module.config = config
             _taps[module] = stock, []
         _taps[module][1].append(receive)
@@ -52,6 +57,11 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
                 del _taps[module]
 
     return undo
+
+
+def point(module: Any) -> Callable[[], None]:
+    """Have an attention module add what `ADDED` holds; returns the function that undoes it."""
+    return tap(module, lambda *_: None)
 
 
 def overhear(module: Any, *args: Any, **kwargs: Any) -> None:
@@ -81,6 +91,9 @@ def _tapped(stock: str) -> Callable[..., Any]:
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
         own = sys.modules[type(module).__module__].eager_attention_forward
         function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
+        if (bias := ADDED.get()) is not None:
+            ADDED.set(None)
+            return attend(function, module, query, key, value, bias, **kwargs)
         return function(module, query, key, value, attention_mask, **kwargs)
 
     return forward

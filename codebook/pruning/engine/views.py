@@ -15,15 +15,29 @@ from torch import Tensor
 from codebook.models import Family
 from codebook.models.base import Model
 from codebook.pruning.engine.cache import PAD, KeptIndex, visible
+from codebook.pruning.engine.key_bias import KeyBias
 from codebook.pruning.engine.sequence import Given, Shortened
 from codebook.pruning.tokens import on_device
 
 
 class View(NamedTuple):
-    """What a layer is given: the index of its cache after this forward, its mask, its rotary embeddings (cos, sin)."""
+    """What a layer is given.
+
+    Attributes
+    ----------
+    kept
+        The index of its cache after this forward.
+    mask
+        Its mask; None where attention is causal.
+    bias
+        What causal attention has to add to its logits; None where there is a mask, or nothing to add.
+    rotary
+        Its rotary embeddings: cos and sin.
+    """
 
     kept: KeptIndex
     mask: Tensor | None
+    bias: KeyBias | None
     rotary: tuple[Tensor, Tensor]
 
 
@@ -61,9 +75,8 @@ class Viewer:
     def view(self, layer: Any, cached: Cached, sequence: Shortened | None, kwargs: dict[str, Any]) -> View:
         """The view of one layer, whose own arguments are `kwargs`."""
         index = self._index(cached, sequence)
-        return View(
-            index, self._mask(index, window(layer), sequence), self._rotary(layer, cached.kept, sequence, kwargs)
-        )
+        mask, bias = self._mask(index, window(layer), sequence)
+        return View(index, mask, bias, self._rotary(layer, cached.kept, sequence, kwargs))
 
     def _index(self, cached: Cached, sequence: Shortened | None) -> KeptIndex:
         """Which columns the layer stores once this forward is through: those of its cache, then the sequence's."""
@@ -100,8 +113,13 @@ class Viewer:
         dropped = torch.zeros(given.batch, dtype=torch.long, device=given.device)
         return KeptIndex(columns, cached.logical, dropped, padded)
 
-    def _mask(self, index: KeptIndex, window: int | None, sequence: Shortened | None) -> Tensor | None:
-        """(B, 1, Q, K), bool for sdpa where nothing is added to logits, else float; None where the kernel is causal."""
+    def _mask(
+        self, index: KeptIndex, window: int | None, sequence: Shortened | None
+    ) -> tuple[Tensor | None, KeyBias | None]:
+        """The mask (B, 1, Q, K), bool for sdpa where nothing is added to logits, else float; or what causal sdpa adds.
+
+        Neither where the kernel is causal and nothing is to be added.
+        """
         keys = index.columns
         blocks = self.blocks if window is not None or not self.family.window_blocks else None
         queries = keys[:, -(self.given.length if sequence is None else sequence.source.shape[1]) :]
@@ -109,9 +127,13 @@ class Viewer:
         sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"
         # Without a mask sdpa is causal by itself, but aligned to the upper left: only where nothing is cached.
         whole = keys.shape == queries.shape and sdpa
-        plain = not index.padded and window is None and blocks is None and index.bias is None
-        if plain and (queries.shape[1] == 1 or whole):
-            return None
+        causal, added = window is None and blocks is None, index.padded or index.bias is not None
+        if causal and not added and (queries.shape[1] == 1 or whole):
+            return None, None
+        if causal and whole and queries.shape[1] > 1:
+            # Columns ascend, so that what comes before a token and is no padding is what it sees.
+            bias = _or_zeros(index.bias, keys)
+            return None, KeyBias(bias.masked_fill(keys == PAD, torch.finfo(bias.dtype).min) if index.padded else bias)
         both = None
         if blocks is not None:
             mine = blocks if sequence is None else sequence.gather(blocks)
@@ -119,9 +141,9 @@ class Viewer:
             both = mine, torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
         seen = visible(queries, keys, window, both, self.family.window_last)[:, None]
         if sdpa and index.bias is None:
-            return seen
+            return seen, None
         bias = _or_zeros(index.bias, keys).to(self.given.embeds.dtype)[:, None, None]
-        return torch.where(seen, bias, torch.finfo(bias.dtype).min)
+        return torch.where(seen, bias, torch.finfo(bias.dtype).min), None
 
     def _rotary(
         self, layer: Any, past: KeptIndex | None, sequence: Shortened | None, kwargs: dict[str, Any]
