@@ -57,7 +57,7 @@ class Tiny:
     videos: bool = False
     axes: int = 1
     seed: int = 0
-    patches, crops, resizes, tolerance = 8, None, False, 1e-5
+    patches, crops, resizes, tolerance = 8, None, False, 2e-5
     never = (IMAGE, VIDEO)
 
     @property

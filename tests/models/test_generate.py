@@ -54,7 +54,7 @@ def repeated(given, times):
     return target, repeats, gone[:1].repeat_interleave(times, 0), weight
 
 
-def assert_close(ours, theirs, tolerance=1e-5):
+def assert_close(ours, theirs, tolerance=2e-5):
     assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 

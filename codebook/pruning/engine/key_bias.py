@@ -23,14 +23,14 @@ from torch import Tensor
 
 WIDER = 8
 """Entries that folding adds to each head."""
-PARTS = 3
+BIAS_PARTS = 3
 """How many of them hold a key's number."""
 FOLD_FROM = 1536
 """Tokens from which folding is used on CUDA: below, copying queries, keys and values takes longer than a mask."""
 FLASH_WIDTH = 256
 """Entries per head that flash kernels take at most."""
 
-Way = Literal["row", "fold", "mask"]
+Adding = Literal["row", "fold", "mask"]
 
 _row_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
@@ -63,7 +63,7 @@ class KeyBias:
             # Half of the least, so that no product of a padding key is more than there is.
             left = (self.row / scaling).clamp(min=torch.finfo(dtype).min / 2)
             out = self.row.new_zeros(*self.row.shape, WIDER, dtype=dtype)
-            for i in range(PARTS):
+            for i in range(BIAS_PARTS):
                 out[..., i] = left
                 left = left - out[..., i].float()
             self._folded[dtype, scaling] = out[:, None]
@@ -74,7 +74,7 @@ ADDED: ContextVar[KeyBias | None] = ContextVar("codebook_added", default=None)
 """What the attention that this thread or task runs next must add to its logits; whoever adds it sets it to None."""
 
 
-def best_way(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Way:
+def best_way(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Adding:
     """How to add numbers to the logits of these queries (B, heads, K, d), keys and values (B, key heads, K, d)."""
     width, alike = key.shape[-1], key.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
     if not alike or dropout:
@@ -113,7 +113,7 @@ def attend(
     if way == "mask":
         return stock(module, query, key, value, bias.mask(query.dtype), **kwargs)
     ones = query.new_zeros(WIDER)
-    ones[:PARTS].fill_(1)
+    ones[:BIAS_PARTS].fill_(1)
     wide = _wider(query, ones), _wider(key, bias.folded(scaling, key.dtype)), _wider(value, value.new_zeros(WIDER))
     out, maps = stock(module, *wide, None, **kwargs | {"is_causal": True})
     return out[..., : value.shape[-1]], maps
