@@ -3,16 +3,20 @@
 from codebook.analysis.calibration import Calibration, calibrate
 from codebook.analysis.horizon import Horizon, Sweep, horizons, sweep
 from codebook.analysis.information import Information, token_information
+from codebook.analysis.onset import Onset, agreements, onsets
 from codebook.analysis.prefill import Prefill
 
 __all__ = [
     "Calibration",
     "Horizon",
     "Information",
+    "Onset",
     "Prefill",
     "Sweep",
+    "agreements",
     "calibrate",
     "horizons",
+    "onsets",
     "sweep",
     "token_information",
 ]

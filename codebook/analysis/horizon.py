@@ -386,15 +386,38 @@ def continued(inputs: Any, ids: Sequence[int]) -> dict[str, Any]:
     }
 
 
+def telling_prefill(
+    model: Model, processor: Processor, sample: Sample, telling: Sequence[int]
+) -> tuple[Prefill, int, int, Cost]:
+    """The prefill whose logits are those of a sample's telling token.
+
+    Parameters
+    ----------
+    telling
+        As `telling_tokens` gives them; [] for the unpruned model's own answer.
+
+    Returns
+    -------
+    prefill
+    id of the telling token
+    number of the answer's tokens that stand behind the prompt
+    cost of a further prefill, if one was needed
+    """
+    inputs = prepare_samples(model, processor, [sample]).inputs
+    prefill = Prefill.of(model, continued(inputs, telling[:-1]))
+    if telling:
+        return prefill, telling[-1], len(telling) - 1, Cost()
+    target = int(prefill.logits.argmax())
+    if not is_blank(processor, target):
+        return prefill, target, 0, Cost()
+    spent, prefill = prefill.cost, Prefill.of(model, continued(inputs, [target]))  # one token further
+    return prefill, int(prefill.logits.argmax()), 1, spent
+
+
 def _one_token(
     model: Model, processor: Processor, sample: Sample, telling: Sequence[int]
 ) -> tuple[dict[str, Any], Cost]:
-    inputs = prepare_samples(model, processor, [sample]).inputs
-    prefill = Prefill.of(model, continued(inputs, telling[:-1]))
-    target, spent = telling[-1] if telling else int(prefill.logits.argmax()), Cost()
-    if not telling and is_blank(processor, target):  # the model's own answer, one token further
-        spent, prefill = prefill.cost, Prefill.of(model, continued(inputs, [target]))
-        target = int(prefill.logits.argmax())
+    prefill, target, _, spent = telling_prefill(model, processor, sample, telling)
     kept = torch.zeros(prefill.layers, len(prefill.visual), dtype=torch.bool, device=prefill.visual.device)
     logits = torch.cat([prefill.logits[None], prefill.answers(range(prefill.layers), kept)])
     check_logits(logits)

@@ -32,11 +32,15 @@ def horizon_command(
     ] = None,
     count: CountOption = 50,
     split: Annotated[str, typer.Option(help="Which of the miniature's scenes: train (default) or test.")] = "train",
+    onset: Annotated[
+        bool, typer.Option("--onset", help="Also find the first layer whose text attention knows the question.")
+    ] = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Find the layer beyond which visual tokens no longer change the answer, by task."""
     from codebook.analysis import horizon, plot
+    from codebook.analysis import onset as onset_of
     from codebook.cli.checks import check_output_folder
     from codebook.cli.data import load_samples
     from codebook.inference.samples import mixed
@@ -46,6 +50,8 @@ def horizon_command(
 
     if metric not in get_args(horizon.SweepMetric):
         raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.SweepMetric))}")
+    if onset and metric == "generated":
+        raise CodebookError("--onset measures the first telling token of answers: leave it out, or --metric generated")
     if out is not None:
         check_output_folder(out, ("horizon.json", "horizon.png"))
     loading.check(model)
@@ -53,6 +59,15 @@ def horizon_command(
     if out is not None:
         plot.require_matplotlib()  # before the long work
     loaded, processor = loading.load(model)
+    begins = None
+    if onset:
+        alone = [sample for sample in samples if len(sample.images) == 1]
+        if len(alone) < len(samples):
+            note(f"onset: without the {len(samples) - len(alone)} questions about several images")
+        journal = None if out is None else out / "onset.sqlite"
+        with progress("onset", len(alone), "samples") as tick:
+            agreed = onset_of.agreements(loaded, processor, alone, journal, tick)
+        begins = onset_of.onsets([sample.task for sample in alone], agreed, seed=seed)
     journal = None if out is None else out / ("generated.sqlite" if metric == "generated" else "first-token.sqlite")
     with progress("horizon", len(samples), "samples") as tick:
         sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
@@ -63,6 +78,8 @@ def horizon_command(
         "layers": sweep.layers, "start": sweep.start, "metric": metric, "eps": eps, "level": horizon.LEVEL,
         "horizons": {task: one.as_json() for task, one in found.items()}, "cost": asdict(cost),
     }  # fmt: skip
+    if begins is not None:
+        report["onsets"] = {task: one.as_json() for task, one in begins.items()}
     if out is not None:
         with replacing(out / "horizon.png") as temporary:
             plot.draw_horizons(found, sweep.start, metric, temporary)
@@ -72,6 +89,8 @@ def horizon_command(
         print(json.dumps(report))
         return
     print(horizon.horizon_table(found, sweep.layers))
+    if begins is not None:
+        print("\n" + onset_of.onset_table(begins))
     if cost.naive:
         note(f"cost: {cost.processed / cost.naive:.1%} of the tokens of a pruned forward for each layer")
     if out is not None:
