@@ -52,7 +52,7 @@ class Agreement(TypedDict):
     swapped: list[Correlation]
 
 
-AGREEMENT = TypeAdapter(Agreement)
+AGREEMENT_RECORD = TypeAdapter(Agreement)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def agreements(
                 other = next(question for question in later if question != sample.question)
                 journal.add(str(i), _agreement(model, processor, sample, telling[i], other))
             done(i + 1)
-        records = [read_record(journal, str(i), AGREEMENT) for i in range(len(samples))]
+        records = [read_record(journal, str(i), AGREEMENT_RECORD) for i in range(len(samples))]
         if any(len(own) != models.shape(model).layers for record in records for own in record.values()):  # type: ignore[arg-type]
             raise damaged(journal)
     return records
@@ -190,10 +190,10 @@ def _agreement(
     check_logits(logits)
     whole, *without = -logits.log_softmax(-1)[:, target]
     worth = torch.stack(without) - whole
-    own = _attention(prefill, heard, given) @ parts.T.float()
+    own = _text_attention(prefill, heard, given) @ parts.T.float()
     with _overheard(model) as heard:
         swapped = Prefill.of(model, prepare_samples(model, processor, [Sample(sample.images, other)]).inputs)
-    others = _attention(swapped, heard, 0) @ parts.T.float()
+    others = _text_attention(swapped, heard, 0) @ parts.T.float()
     return {
         name: [round(value, 7) for value in rank_correlation(attention, worth).tolist()]
         for name, attention in (("own", own), ("swapped", others))
@@ -215,7 +215,7 @@ def _overheard(model: Model) -> Any:
         yield heard
 
 
-def _attention(prefill: Prefill, heard: Mapping[int, tuple[Tensor, Tensor, float]], given: int) -> Tensor:
+def _text_attention(prefill: Prefill, heard: Mapping[int, tuple[Tensor, Tensor, float]], given: int) -> Tensor:
     """(layers, n) float32: what the image's tokens get from the text after them, less the last `given` tokens."""
     length, rows = prefill.hidden[0].shape[1] - given, []
     question = torch.arange(int(prefill.visual.max()) + 1, length, device=prefill.visual.device)

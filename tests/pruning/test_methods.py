@@ -1,6 +1,7 @@
 """What each method selects, by hand-worked examples."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from codebook.pruning import (
     Drop,
     FarthestPoint,
     FastV,
+    Merged,
     Pool,
     Pruner,
     Random,
@@ -35,6 +37,7 @@ from codebook.pruning import (
     Window,
 )
 from codebook.pruning.attention import Attention, Vision
+from codebook.pruning.engine import selection
 from codebook.pruning.methods import farthest
 from codebook.pruning.methods.base import FeaturePruner, nearest_kept
 from tests.prompts import ONE, RAGGED, prompt, size
@@ -366,6 +369,32 @@ def test_fastv_by_all_text_by_hand():
     assert FastV().score(two).tolist() == pytest.approx([1 / 32, 13 / 480])
     assert FastV(query="question").score(two).tolist() == pytest.approx([1 / 32 + 1 / 10, 13 / 480 + 1 / 5])
     assert FastV().select(two, 1).tolist() == [0] and FastV(query="question").select(two, 1).tolist() == [1]
+
+
+def test_merged_by_hand():
+    # Chosen are the first and the last. Most like the first are the second and the fourth, so that it moves to the
+    # middle of 0 1 3; of 2 4 5 that is 4.
+    features = torch.tensor([[1.0, 0.0], [2.0, 0.2], [0.1, 3.0], [3.0, 0.1], [0.0, 6.0], [0.0, 3.0]])
+    six, pruner = tokens(2, 3, features), Merged(Ranking(9, 2, 3, 4, 5, 8))
+    index = pruner.select(six, 2)
+    assert index.tolist() == [1, 4] and pruner.groups(six, index).tolist() == [0, 0, 1, 0, 1, 1]
+    assert torch.allclose(pruner.merge(six, index), torch.tensor([[2.0, 0.1], [0.1 / 3, 4.0]]))
+    # With `mass` they stand for their groups, as many as an earlier stage has left each member
+    stage, unit = Stage(0, 2, pruner, mass=True), SimpleNamespace(mass=None, ordinal=six.ordinal)
+    assert selection.mass(stage, unit, index, features, lambda: six).tolist() == [3, 3]
+    unit.mass = torch.tensor([1, 2, 1, 1, 1, 4])
+    assert selection.mass(stage, unit, index, features, lambda: six).tolist() == [4, 6]
+    # Groups 0 5 and 1 2 3 4: of an even number the former of the two in the middle
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 4.0], [1.0, 0.1]])
+    six, pruner = tokens(2, 3, features), Merged(Ranking(9, 0, 0, 0, 8, 0))
+    index = pruner.select(six, 2)
+    assert index.tolist() == [0, 2] and pruner.groups(six, index).tolist() == [0, 1, 1, 1, 1, 0]
+    # Groups 0 4 5 and 1 2 3: the first one's middle comes last
+    features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [2.0, 0.0], [3.0, 0.0]])
+    six, pruner = tokens(2, 3, features), Merged(Ranking(9, 8, 0, 0, 0, 0))
+    index = pruner.select(six, 2)
+    assert index.tolist() == [2, 4] and pruner.groups(six, index).tolist() == [1, 0, 0, 0, 1, 1]
+    assert pruner.merge(six, index).tolist() == [[0, 2], [2, 0]]
 
 
 def test_cls_by_hand():

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from itertools import pairwise
 from typing import Any
 
@@ -145,7 +145,7 @@ class Forward:
                     ordinal=unit.ordinal[index],
                     # Before the LLM a merged value is what enters it; later it is a hidden state, and no feature.
                     features=unit.features[index] if values is None or stage.layer else values,
-                    mass=selection.mass(stage, unit, index, hidden[unit.row, places]),
+                    mass=selection.mass(stage, unit, index, hidden[unit.row, places], partial(tokens, number)),
                 )
             merged.append(values)
         self.units = units

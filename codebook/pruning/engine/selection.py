@@ -160,9 +160,14 @@ def _checked(pruner: Pruner, index: Tensor, count: int | None) -> Tensor:
     return index
 
 
-def mass(stage: Stage, unit: Unit, index: Tensor, hidden: Tensor) -> Tensor | None:
-    """How many tokens each of a unit's kept tokens stands for, from the hidden states (n, d) of all of them."""
+def mass(stage: Stage, unit: Unit, index: Tensor, hidden: Tensor, tokens: Callable[[], VisualTokens]) -> Tensor | None:
+    """How many tokens each of a unit's kept tokens stands for, from the hidden states (n, d) of all of them.
+
+    `tokens` gives what the pruner saw of the unit, if it has groups of its own.
+    """
     if not stage.mass or not len(index):  # of a crop or frame that loses everything, none stays to stand for it
         return None if unit.mass is None else unit.mass[index]
     before = torch.ones_like(unit.ordinal) if unit.mass is None else unit.mass
-    return before.new_zeros(len(index)).index_add(0, nearest_kept(hidden, index), before)
+    own = type(stage.pruner).groups is not Pruner.groups
+    groups = stage.pruner.groups(tokens(), index) if own else None
+    return before.new_zeros(len(index)).index_add(0, nearest_kept(hidden, index) if groups is None else groups, before)

@@ -22,6 +22,7 @@ METHODS: dict[str, Method] = {
     "coverpruner": Method("coverpruner", "CoverPruner"),
     "dart": Method("dart", "Dart"),
     "divprune": (DIVPRUNE := Method("divprune", "DivPrune")),
+    "divprune-merged": Method("merged", "Merged", first=DIVPRUNE),
     "divprune-window": Method("combine", "Window", pruner=DIVPRUNE),
     "downsample": Method("downsample", "Downsample"),
     "drop": Method("drop", "Drop"),

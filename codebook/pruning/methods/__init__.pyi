@@ -18,6 +18,7 @@ from codebook.pruning.methods.evs import EVS as EVS
 from codebook.pruning.methods.farthest import FarthestPoint as FarthestPoint
 from codebook.pruning.methods.farthest import SeededFarthestPoint as SeededFarthestPoint
 from codebook.pruning.methods.fastv import FastV as FastV
+from codebook.pruning.methods.merged import Merged as Merged
 from codebook.pruning.methods.phi_knn import DensityPeaks as DensityPeaks
 from codebook.pruning.methods.pool import Pool as Pool
 from codebook.pruning.methods.random import Random as Random

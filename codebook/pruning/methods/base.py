@@ -85,6 +85,22 @@ class Pruner(ABC):
         """
         return None
 
+    def groups(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:
+        """Which of the tokens that stay each token belongs to, for stages with `mass`.
+
+        Parameters
+        ----------
+        tokens
+            The `n` tokens of one image.
+        index : (keep,) int64
+            What `select` or `choose` returned for them.
+
+        Returns
+        -------
+        (n,) int64, places in `index`; None: each belongs to the one most like it, by hidden states (`nearest_kept`)
+        """
+        return None
+
 
 def beyond_features(pruner: Pruner) -> str:
     """What a pruner needs beside projector outputs, a grid and a number of tokens to choose by, in words.
