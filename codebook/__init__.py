@@ -13,6 +13,7 @@ _HOME = {
     "CodebookError": "codebook.errors",
     "ask": "codebook.inference.ask",
     "build": "codebook.building",
+    "check_model": "codebook.models",
     "disable": "codebook.pruning",
     "enable": "codebook.pruning",
     "load": "codebook.models",

@@ -19,9 +19,8 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
-from codebook.models.base import Model
+from codebook.models.base import Model, window
 from codebook.pruning import Schedule
-from codebook.pruning.engine.views import window
 
 VARIANTS_PER_FORWARD = 64
 """Most variants per forward."""

@@ -17,6 +17,7 @@ from codebook import __version__
 from codebook.cli.bench import bench_command
 from codebook.cli.build import build_command
 from codebook.cli.calibrate import calibrate_command
+from codebook.cli.check import check_command
 from codebook.cli.demo import demo_command
 from codebook.cli.doctor import doctor_command
 from codebook.cli.explain import explain_command
@@ -61,6 +62,7 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "push": push_command,
     "import": import_command,
     "demo": demo_command,
+    "check": check_command,
     "doctor": doctor_command,
 }
 """Commands by name, in the order of `codebook --help`."""

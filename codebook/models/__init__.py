@@ -7,6 +7,7 @@ from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_erro
 from codebook.models.loading import SHIPPED_MODELS, check_device, load
 from codebook.models.registry import FAMILIES, family
 from codebook.models.shape import Shape, is_recurrent, shape
+from codebook.models.trial import Report, check_model
 from codebook.models.wrappers import unwrap
 
 __all__ = [
@@ -20,9 +21,11 @@ __all__ = [
     "Layout",
     "Model",
     "Processor",
+    "Report",
     "Shape",
     "adapter_words",
     "check_device",
+    "check_model",
     "family",
     "fingerprint",
     "identity",

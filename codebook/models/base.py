@@ -96,6 +96,9 @@ class Family:
         count = len(self.tower_layers(model)) + 1
         return layer if isinstance(layer, int) else max(layer, key=lambda index: index % count)
 
+    def check_attention(self) -> None:
+        """Raise a CodebookError if methods cannot ask how the decoder attends."""
+
     def last_norm(self, model: Model) -> nn.Module:
         """The normalisation behind the decoder's last layer."""
         return model.get_decoder().norm
@@ -340,6 +343,15 @@ class Family:
             If the family's tower has one size only.
         """
         raise CodebookError(f"models of type {self.name} cannot encode an image at another size: use another method")
+
+
+def window(layer: Any) -> int | None:
+    """How far back a decoder layer with attention looks, if not to the beginning."""
+    attention = layer.self_attn
+    if hasattr(attention, "sliding_window"):
+        return attention.sliding_window
+    # Where the attention does not know, all layers are alike.
+    return None if getattr(attention.config, "layer_types", None) else getattr(attention.config, "sliding_window", None)
 
 
 def _first_pieces(kind: str, encoded: int, per_row: list[int]) -> list[int]:

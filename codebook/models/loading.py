@@ -16,7 +16,9 @@ from codebook.errors import CodebookError, quoted
 from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
+from codebook.models.generic import Untested, image_token
 from codebook.models.registry import family_of_config
+from codebook.models.trial import check_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -80,8 +82,19 @@ def load(
     ------
     CodebookError
         If the device is not there, or an argument is not possible; if the model cannot be found or read, needs code of
-        its own, or is of a family that is not supported; if its weights do not fit its config, or are not numbers.
+        its own, or is of a family that is not supported, or that no file describes and the test refuses; if its weights
+        do not fit its config, or are not numbers.
     """
+    model, processor = load_untested(name, device, dtype, **options)
+    if isinstance(family_of_config(model.config), Untested) and (reason := check_model(model, processor).reason):
+        raise CodebookError(reason)
+    return model, processor
+
+
+def load_untested(
+    name: str, device: str | None = None, dtype: torch.dtype | str | None = None, **options: Any
+) -> tuple[Model, Processor]:
+    """As `load`, without the test of a model whose family no file describes."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = check_loading(name, device, dtype, **options)
@@ -309,7 +322,7 @@ def _is_surplus_layer(model: Model, key: str) -> bool:
 
 def _check_processor(name: str, model: Model, processor: Processor) -> None:
     """Refuse a processor that marks images by another token than the model looks for."""
-    theirs, own = getattr(processor, "image_token_id", None), model.config.image_token_id
+    theirs, own = getattr(processor, "image_token_id", None), image_token(model.config)
     if theirs is not None and theirs != own:
         raise CodebookError(
             f"the processor of {name} marks images by token {theirs} and its config.json by {own}: they do not belong "

@@ -15,6 +15,7 @@ from codebook.models.deepseek_vl import DeepseekVL
 from codebook.models.ernie4_5_vl_moe import Ernie45VLMoe
 from codebook.models.gemma3 import Gemma3
 from codebook.models.gemma4 import Gemma4
+from codebook.models.generic import Untested, may_be_generic
 from codebook.models.glm4v import Glm4v, Glm4vMoe, Glm46v
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
@@ -30,6 +31,7 @@ from codebook.models.paddleocr_vl import PaddleOCRVL
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
 from codebook.models.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
+from codebook.models.trial import learned
 from codebook.models.video_llava import VideoLlava
 from codebook.models.vipllava import VipLlava
 from codebook.models.wrappers import stock
@@ -96,11 +98,13 @@ def family(model: Model) -> Family:
     CodebookError
         If the family, or this variant of it, is not supported.
     """
-    return family_of_config(stock(model).config)
+    model = stock(model)
+    found = family_of_config(model.config)
+    return learned(model) if isinstance(found, Untested) else found
 
 
 def family_of_config(config: Any) -> Family:
-    """The family of a model with this transformers config; raises as `family` does."""
+    """The family of a model with this transformers config; raises as `family` does, but for what a test may tell."""
     name, text = config.model_type, config.get_text_config()
     if getattr(text, "cross_attention_layers", None):
         raise CodebookError(
@@ -115,6 +119,8 @@ def family_of_config(config: Any) -> Family:
             f"models of type {name} have a decoder with {kinds} layers, which nobody has checked; use a model with "
             "full attention, such as qwen3_vl"
         )
+    if name not in FAMILIES and may_be_generic(config):
+        return Untested(name)
     if name not in FAMILIES:
         near = difflib.get_close_matches(name, FAMILIES) or ["llava", "qwen2_5_vl", "qwen3_vl"]
         raise CodebookError(

@@ -91,6 +91,7 @@ class Attachment:
         try:
             for stage in pruning.schedule.stages:
                 if stage.pruner.uses_attention:
+                    self.family.check_attention()
                     module = self._asked(stage.layer, stage.pruner.own_layer)
                     pruning.taps.callback(tap(module, self._weak(self._on_attention, stage.layer)))
             if any(stage.pruner.uses_vision for stage in pruning.schedule.stages):

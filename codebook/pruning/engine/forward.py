@@ -18,7 +18,7 @@ from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.models import Family
-from codebook.models.base import Model
+from codebook.models.base import Model, window
 from codebook.pruning.attention import Attention
 from codebook.pruning.engine import selection
 from codebook.pruning.engine.cache import visible
@@ -26,7 +26,7 @@ from codebook.pruning.engine.prompt import Prompt, Unit
 from codebook.pruning.engine.sequence import Given, Shortened, shorten
 from codebook.pruning.engine.statistics import Tally
 from codebook.pruning.engine.tap import overhear
-from codebook.pruning.engine.views import Cached, View, Viewer, window
+from codebook.pruning.engine.views import Cached, View, Viewer
 from codebook.pruning.methods.base import FeaturePruner
 from codebook.pruning.stage import Stage
 from codebook.pruning.tokens import VisualTokens

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from codebook.models import Family
-from codebook.models.base import Model
+from codebook.models.base import Model, window
 from codebook.pruning.engine.cache import PAD, KeptIndex, visible
 from codebook.pruning.engine.key_bias import KeyBias
 from codebook.pruning.engine.sequence import Given, Shortened
@@ -161,15 +161,6 @@ class Viewer:
             rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
             positions = sequence.gather(positions) - (before - rank)
         return self.family.rotary(self.model, self.given.embeds, positions, layer)
-
-
-def window(layer: Any) -> int | None:
-    """How far back a decoder layer with attention looks, if not to the beginning."""
-    attention = layer.self_attn
-    if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
-    # Where the attention does not know, all layers are alike.
-    return None if getattr(attention.config, "layer_types", None) else getattr(attention.config, "sliding_window", None)
 
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
