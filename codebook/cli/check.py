@@ -22,12 +22,12 @@ def check_command(model: ModelOption, loading: Loading, as_json: JsonOption = Fa
     loaded, processor = load_untested(model, **loading.arguments())
     known = models.FAMILIES.get(loaded.config.model_type)
     report = models.check_model(loaded, processor, known)
-    print(json.dumps(_numbers(model, report)) if as_json else _screen(report))
+    print(json.dumps(_report_numbers(model, report)) if as_json else _report_lines(report))
     if report.reason is not None:
         raise CodebookError(report.reason)
 
 
-def _numbers(model: str, report: Report) -> dict[str, Any]:
+def _report_numbers(model: str, report: Report) -> dict[str, Any]:
     return {
         "model": model,
         "model_type": report.model_type,
@@ -40,7 +40,7 @@ def _numbers(model: str, report: Report) -> dict[str, Any]:
     }
 
 
-def _screen(report: Report) -> str:
+def _report_lines(report: Report) -> str:
     by = "a file of its own describes it" if report.known else "no file describes it; the generic family is tried"
     lines = [f"{report.model_type}: {by}", f"image token: {report.token}"]
     for shown in report.shown:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from codebook.models.base import Model, window
-from codebook.models.generic import rotary_of
+from codebook.models.generic import Unproven, rotary_of
 
 ODD_SETTINGS = {
     "attention_chunk_size": "attention in chunks",
@@ -18,15 +18,11 @@ ODD_SETTINGS = {
 }
 """Settings of a decoder's config that say what pruning cannot follow."""
 
-KERNELS = ("sdpa", "eager")
+VISIBLE_MASKS = ("sdpa", "eager")
 """Attention kernels that show what their masks are."""
 
 SHORTENED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "cache_position"}
 """Arguments of layers, per token, that pruning shortens or makes anew."""
-
-
-class OddDecoder(Exception):  # the caller makes an error of it
-    """What of a decoder pruning cannot follow."""
 
 
 def position_axes(model: Model, inputs: dict[str, Any]) -> int:
@@ -42,20 +38,20 @@ def position_axes(model: Model, inputs: dict[str, Any]) -> int:
 
     Raises
     ------
-    OddDecoder
+    Unproven
         If the decoder is not plain.
     """
     decoder, text = model.get_decoder(), model.config.get_text_config()
     for name, what in ODD_SETTINGS.items():
         if getattr(text, name, None):
-            raise OddDecoder(f"its decoder has {what}")
+            raise Unproven(f"its decoder has {what}")
     layers = getattr(decoder, "layers", None)
     if isinstance(layers, nn.ModuleList) and not all(hasattr(layer, "self_attn") for layer in layers):
-        raise OddDecoder("its decoder has layers without attention")
+        raise Unproven("its decoder has layers without attention")
     if not isinstance(layers, nn.ModuleList) or not hasattr(decoder, "norm"):
-        raise OddDecoder("its decoder is no list of layers with a normalisation behind it")
-    if (kernel := decoder.config._attn_implementation) not in KERNELS:
-        raise OddDecoder(f"attention {kernel!r} does not show its masks, load it with attn_implementation='sdpa'")
+        raise Unproven("its decoder is no list of layers with a normalisation behind it")
+    if (kernel := decoder.config._attn_implementation) not in VISIBLE_MASKS:
+        raise Unproven(f"attention {kernel!r} does not show its masks, load it with attn_implementation='sdpa'")
     watch = _Watch(model)
     with contextlib.ExitStack() as undo:
         for layer in decoder.layers:
@@ -63,7 +59,7 @@ def position_axes(model: Model, inputs: dict[str, Any]) -> int:
             undo.callback(layer.register_forward_hook(watch.after).remove)
         model(**inputs)
     if watch.layers != len(decoder.layers):
-        raise OddDecoder(f"{watch.layers} layers ran where its decoder has {len(decoder.layers)}")
+        raise Unproven(f"{watch.layers} layers ran where its decoder has {len(decoder.layers)}")
     return watch.axes
 
 
@@ -76,17 +72,17 @@ class _Watch:
 
     def before(self, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if len(args) != 1 or not isinstance(args[0], Tensor) or args[0].dim() != 3:
-            raise OddDecoder("its decoder's layers are given more than hidden states by position")
+            raise Unproven("its decoder's layers are given more than hidden states by position")
         [hidden] = args
         if self.last is not None and not torch.equal(hidden, self.last):
-            raise OddDecoder("something is added to hidden states between its decoder's layers")
+            raise Unproven("something is added to hidden states between its decoder's layers")
         length = hidden.shape[1]
         for name, value in kwargs.items():
             if name not in SHORTENED and any(length in part.shape for part in _tensors(value)):
-                raise OddDecoder(f"its decoder's layers are given {name} for each token")
+                raise Unproven(f"its decoder's layers are given {name} for each token")
         rotary = kwargs.get("position_embeddings")
         if not isinstance(rotary, tuple) or len(rotary) != 2 or any(part.shape[-2] != length for part in rotary):
-            raise OddDecoder("its decoder's layers are given no rotary embeddings")
+            raise Unproven("its decoder's layers are given no rotary embeddings")
         self._check_mask(layer, kwargs.get("attention_mask"), length)
         self._count_axes(layer, hidden, kwargs)
         self.layers += 1
@@ -107,9 +103,9 @@ class _Watch:
         elif isinstance(mask, Tensor) and mask.shape[-2:] == (length, length):
             seen = (mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2)[0, 0].cpu()
         else:
-            raise OddDecoder("its decoder's layers are given masks of another kind")
+            raise Unproven("its decoder's layers are given masks of another kind")
         if not torch.equal(seen, expected):
-            raise OddDecoder("tokens of its prompts do not see just those before them")
+            raise Unproven("tokens of its prompts do not see just those before them")
 
     def _count_axes(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         positions = kwargs.get("position_ids")

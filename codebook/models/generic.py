@@ -25,6 +25,10 @@ WHAT_WORKS = "pre-LLM pruning by projector outputs works, attention and tower me
 """What may be done with a model that has passed the test."""
 
 
+class Unproven(Exception):
+    """A belief that the test does not bear out; whoever asked for the test is told by a CodebookError."""
+
+
 class Around(NamedTuple):
     """How many structural tokens stand before a grid, after each of its rows, and behind it."""
 

@@ -1,44 +1,39 @@
 """The test of a model whose family no file describes: pictures with known patches, and where they come out.
 
-The picture of a grid of cells is shown in several variants. In each of them every cell has one of two colours, by a
-code of its own. A visual token that stands for a cell changes with its code, so that the code tells which cell it is:
-a grid that is transposed, features that are shuffled and tokens that show no place at all are told apart.
+A grid that is transposed, features that are shuffled, newlines that are misread and tokens that show no place at all
+are told apart.
 """
 
 from __future__ import annotations
 
 import contextlib
-import inspect
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 import torch
-from PIL import Image as Picture
 from torch import Tensor
 
 from codebook.errors import CodebookError, quoted
 from codebook.models.base import Family, Model, Processor
-from codebook.models.decoding import OddDecoder, position_axes
-from codebook.models.encoded import Encoded
-from codebook.models.generic import AROUND, Belief, Generic, image_token
+from codebook.models.coded import cell_scores, coded_pictures, plain_picture, still_tokens
+from codebook.models.decoding import position_axes
+from codebook.models.entering import Entered, enter_decoder, projector_path, prompt_inputs, show, tower_path
+from codebook.models.generic import AROUND, Belief, Generic, Unproven, image_token
 from codebook.models.layout import Grid, Layout
 
-SHAPES = ((6, 10), (9, 5))
+TEST_SHAPES = ((6, 10), (9, 5))
 """Rows and columns of tokens of the pictures that are shown, where the processor leaves pictures their size."""
 
 LARGE = 3
 """How many times larger, down and across, a picture is that many processors cut into crops."""
 
-ROUNDS = 3
+TRIES = 3
 """How often more variants are shown until each token is clear."""
-
-STRUCTURAL = 1e-6
-"""A token whose change is below this share of the median changes with no picture."""
 
 BATCH = 8
 """Pictures per forward."""
@@ -97,43 +92,6 @@ class Report:
     reason: str | None = None
 
 
-class _Refused(Exception):
-    """A belief that the test does not bear out."""
-
-
-class _Seen(Exception):  # no error: all that was to be seen has been seen
-    """The end of a forward whose decoder is not needed."""
-
-
-@dataclass(frozen=True)
-class _Prompts:
-    """Pictures as the model takes them.
-
-    Attributes
-    ----------
-    ids : list[list[int]]
-        Token ids of each prompt.
-    visual : (B, L) bool
-        Columns of image tokens.
-    embeds : (B, L, d) float
-        What enters the decoder.
-    call
-        The call that encoded the pictures, if the model made it.
-    ran
-        Paths, in the base model, of the modules that ran, in the order in which they ended.
-    """
-
-    ids: list[list[int]]
-    visual: Tensor
-    embeds: Tensor
-    call: Encoded | None
-    ran: list[str]
-
-    @property
-    def counts(self) -> list[int]:
-        return self.visual.sum(1).tolist()
-
-
 _REPORTS: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
 _TESTING = threading.RLock()
 
@@ -155,13 +113,13 @@ def check_model(model: Model, processor: Processor, known: Family | None = None)
         try:
             report.token = (known.token(model, "image")) if known is not None else image_token(model.config)
             report.family = _test(model, processor, known, report)
-        except _Refused as refused:
-            report.reason = _reason(model.config.model_type, known, str(refused))
+        except Unproven as refused:
+            report.reason = _refusal_of(model.config.model_type, known, str(refused))
         except CodebookError as error:
-            report.reason = _reason(model.config.model_type, known, str(error))
+            report.reason = _refusal_of(model.config.model_type, known, str(error))
         except Exception as error:  # whatever a model that nobody knows may raise
             text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            report.reason = _reason(model.config.model_type, known, f"the model did not take the pictures ({text})")
+            report.reason = _refusal_of(model.config.model_type, known, f"the model did not take the pictures ({text})")
         if known is None:
             _REPORTS[model] = report
         return report
@@ -195,7 +153,7 @@ def _processor_of(model: Model) -> Processor:
         ) from None
 
 
-def _reason(model_type: str, known: Family | None, why: str) -> str:
+def _refusal_of(model_type: str, known: Family | None, why: str) -> str:
     if known is not None:
         return f"the test of {model_type} failed: {why}; use the processor of this very checkpoint, or report it"
     return (
@@ -222,19 +180,16 @@ def _test(model: Model, processor: Processor, known: Family | None, report: Repo
     """The family that the test bears out."""
     axes = 1
     if known is None:
-        try:
-            axes = position_axes(model, _inputs(model, processor, [_plain(_sizes(model)[0])]))
-        except OddDecoder as odd:
-            raise _Refused(str(odd)) from None
-    shots = [_show(model, processor, [_plain(size)]) for size in _sizes(model)]
+        axes = position_axes(model, prompt_inputs(model, processor, [plain_picture(_sizes(model)[0])]))
+    shots = [show(model, processor, [plain_picture(size)]) for size in _sizes(model)]
     if known is not None:
         _test_order(model, processor, known, shots, report)
         return known
     if not any(_beliefs(shots)) and (size := _pixels(shots[0])) is not None:
-        shots = [_show(model, processor, [_plain(size)])]  # one that is not cut into crops
-    tower = _tower(model)
-    projector = _projector(shots[0], tower)
-    first: _Refused | None = None
+        shots = [show(model, processor, [plain_picture(size)])]  # one that is not cut into crops
+    tower = tower_path(model)
+    projector = projector_path(shots[0], tower)
+    first: Unproven | None = None
     for belief in _beliefs(shots):
         family = Generic(model.config.model_type, belief, tower, projector, axes)
         report.shown.clear()
@@ -242,19 +197,16 @@ def _test(model: Model, processor: Processor, known: Family | None, report: Repo
             _test_order(model, processor, family, shots, report)
             _test_large(model, processor, family)
             return family
-        except _Refused as refused:
+        except Unproven as refused:
             first = first or refused
     counts = " and ".join(str(shot.counts[0]) for shot in shots)
-    raise first or _Refused(f"{counts} image tokens are the rows and columns of no grid that its arguments tell")
-
-
-# Pictures
+    raise first or Unproven(f"{counts} image tokens are the rows and columns of no grid that its arguments tell")
 
 
 def _sizes(model: Model) -> list[tuple[int, int]]:
-    """Height and width in pixels of the first pictures: of `SHAPES`, where two by two patches make a token."""
+    """Height and width in pixels of the first pictures: of `TEST_SHAPES`, where two by two patches make a token."""
     side = 2 * _patch(model)
-    return [(rows * side, cols * side) for rows, cols in SHAPES]
+    return [(rows * side, cols * side) for rows, cols in TEST_SHAPES]
 
 
 def _patch(model: Model) -> int:
@@ -263,120 +215,10 @@ def _patch(model: Model) -> int:
     return int(patch if isinstance(patch, int) else patch[0])
 
 
-def _colours(rows: int, cols: int, seed: int) -> Tensor:
-    """(rows * cols, 3) uint8, far from middle grey, so that each colour differs from its complement."""
-    drawn = torch.randint(0, 120, (rows * cols, 3), generator=torch.Generator().manual_seed(seed))
-    return torch.where(drawn < 60, drawn, drawn + 136).to(torch.uint8)
-
-
-def _codes(cells: int, seed: int) -> Tensor:
-    """(cells, variants) bool: of each variant which cells show their second colour."""
-    variants = 2 * math.ceil(math.log2(max(cells, 2))) + 8
-    return torch.rand(cells, variants, generator=torch.Generator().manual_seed(seed)) < 0.5
-
-
-def _drawn(colours: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Picture.Image:
-    """The picture of this height and width whose cells have these colours."""
-    rows = torch.arange(size[0]) * grid[0] // size[0]
-    cols = torch.arange(size[1]) * grid[1] // size[1]
-    return Picture.fromarray(colours.view(*grid, 3)[rows][:, cols].contiguous().numpy())
-
-
-def _plain(size: tuple[int, int]) -> Picture.Image:
-    return _drawn(_colours(2, 2, 0), (2, 2), size)
-
-
-def _text(processor: Processor) -> str:
-    """A prompt of one picture."""
-    if getattr(processor, "chat_template", None):
-        turn = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "."}]}
-        return str(processor.apply_chat_template([turn], add_generation_prompt=True, tokenize=False))
-    if isinstance(token := getattr(processor, "image_token", None), str):
-        return f"{token} ."
-    raise _Refused("its processor has neither a chat template nor an image_token")
-
-
-# What the model makes of them
-
-
-def _inputs(model: Model, processor: Processor, pictures: Sequence[Picture.Image]) -> dict[str, Any]:
-    """The model's inputs of a batch of prompts with one picture each."""
-    made = processor(
-        images=[[picture] for picture in pictures],
-        text=[_text(processor)] * len(pictures),
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-    )
-    return dict(made.to(model.device, model.dtype))
-
-
-def _show(model: Model, processor: Processor, pictures: Sequence[Picture.Image]) -> _Prompts:
-    return _forward(model, _inputs(model, processor, pictures))
-
-
-def _forward(model: Model, inputs: dict[str, Any]) -> _Prompts:
-    """Run a model as far as its decoder."""
-    base, decoder, ran = model.base_model, model.get_decoder(), list[str]()
-    calls, entered = list[Encoded](), list[Tensor]()
-
-    def enter(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        entered.append(kwargs["inputs_embeds"])
-        raise _Seen
-
-    with contextlib.ExitStack() as undo:
-        undo.callback(decoder.register_forward_pre_hook(enter, with_kwargs=True).remove)
-        inside = {id(module) for module in decoder.modules()}
-        for name, module in base.named_modules():
-            if name and id(module) not in inside:
-                undo.callback(module.register_forward_hook(lambda *_, name=name: ran.append(name)).remove)
-        if hasattr(base, "get_image_features"):
-            undo.callback(_noted(base, calls))
-        with contextlib.suppress(_Seen):
-            model(**inputs)
-    if not entered:
-        raise _Refused("its decoder was not given embeddings")
-    ids = inputs["input_ids"]
-    visual = ids == image_token(model.config)
-    if entered[0].shape[:2] != ids.shape:
-        raise _Refused(f"a prompt of {ids.shape[1]} tokens enters the decoder with {entered[0].shape[1]}")
-    return _Prompts(ids.tolist(), visual.cpu(), entered[0].float().cpu(), calls[-1] if calls else None, ran)
-
-
-def _noted(base: Any, calls: list[Encoded]) -> Callable[[], None]:
-    """Note the calls that encode images; what is returned stops it."""
-    stock, own = base.get_image_features, vars(base).get("get_image_features")
-    signature = inspect.signature(stock)
-
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        calls.append(Encoded("image", dict(signature.bind_partial(*args, **kwargs).arguments)))
-        return stock(*args, **kwargs)
-
-    base.get_image_features = noted
-    return lambda: delattr(base, "get_image_features") if own is None else setattr(base, "get_image_features", own)
-
-
-def _tower(model: Model) -> str:
-    """The path of the vision tower: the part with the config of one."""
-    wanted = type(model.config.vision_config)
-    for name, module in model.base_model.named_modules():
-        if name and type(getattr(module, "config", None)) is wanted:
-            return name
-    raise _Refused("it has no part with the config of a vision tower")
-
-
-def _projector(shot: _Prompts, tower: str) -> str:
-    """The path of the projector: the last module to end before the decoder, besides those that hold the tower."""
-    around = [name for name in shot.ran if name != tower and not tower.startswith(f"{name}.")]
-    if not around:
-        raise _Refused("no module of it was seen to encode a picture")
-    return around[-1]
-
-
 # Beliefs
 
 
-def _beliefs(shots: Sequence[_Prompts]) -> Iterator[Belief]:
+def _beliefs(shots: Sequence[Entered]) -> Iterator[Belief]:
     """What the tokens of single pictures may be, as far as their numbers tell."""
     given = [{} if shot.call is None else shot.call.given for shot in shots]
     lengths = [shot.counts[0] for shot in shots]
@@ -408,21 +250,21 @@ def _beliefs(shots: Sequence[_Prompts]) -> Iterator[Belief]:
 # Tests
 
 
-def _test_order(model: Model, processor: Processor, family: Family, shots: Sequence[_Prompts], report: Report) -> None:
+def _test_order(model: Model, processor: Processor, family: Family, shots: Sequence[Entered], report: Report) -> None:
     """Test number, grid and order of the tokens of pictures of each shape that the first ones came to."""
     sizes = dict.fromkeys(_own_size(model, family, shot) for shot in shots)
     report.shown.extend(_placed(model, processor, family, size) for size in sizes)
 
 
-def _layout(model: Model, family: Family, shot: _Prompts) -> Layout:
+def _layout(model: Model, family: Family, shot: Entered) -> Layout:
     """The layout that a family believes the first picture to have."""
     try:
         rows = family.layouts(model, "image", shot.ids, shot.call)
     except CodebookError as error:  # its remedy is for prompts that users make
-        raise _Refused(str(error).partition(": ")[0]) from None
+        raise Unproven(str(error).partition(": ")[0]) from None
     for found, count in zip(rows, shot.counts, strict=True):
         if [layout.length for layout in found] != [count]:
-            raise _Refused(f"a picture of {count} image tokens was taken for {len(found)} others")
+            raise Unproven(f"a picture of {count} image tokens was taken for {len(found)} others")
     return rows[0][0]
 
 
@@ -430,11 +272,11 @@ def _view(layout: Layout) -> Grid:
     """The grid of the whole picture."""
     found = next((grid for grid in layout.grids if grid.kind == "view"), None)
     if found is None:
-        raise _Refused("no grid of it shows the whole picture")
+        raise Unproven("no grid of it shows the whole picture")
     return found
 
 
-def _own_size(model: Model, family: Family, shot: _Prompts) -> tuple[int, int]:
+def _own_size(model: Model, family: Family, shot: Entered) -> tuple[int, int]:
     """Height and width of a picture that the processor leaves its size, or nearly, so that cells are whole patches."""
     view, pixels = _view(_layout(model, family, shot)), _pixels(shot)
     if pixels is not None:
@@ -443,7 +285,7 @@ def _own_size(model: Model, family: Family, shot: _Prompts) -> tuple[int, int]:
     return view.rows * side, view.cols * side
 
 
-def _pixels(shot: _Prompts) -> tuple[int, int] | None:
+def _pixels(shot: Entered) -> tuple[int, int] | None:
     """Height and width of a picture's pixels, where they come as pictures."""
     pixels = shot.call.given.get("pixel_values") if shot.call is not None else None
     if not isinstance(pixels, Tensor) or pixels.dim() < 4 or pixels.shape[-3] != 3 or min(pixels.shape[-2:]) < 16:
@@ -453,70 +295,61 @@ def _pixels(shot: _Prompts) -> tuple[int, int] | None:
 
 def _placed(model: Model, processor: Processor, family: Family, size: tuple[int, int]) -> Shown:
     """Show variants of a picture of a grid of cells, and compare where its tokens come out with the belief."""
-    layout = _layout(model, family, _show(model, processor, [_plain(size)]))
+    layout = _layout(model, family, show(model, processor, [plain_picture(size)]))
     view = _view(layout)
     grid, cells = (view.rows, view.cols), view.count
     score: Tensor | float = 0.0
-    for number in range(ROUNDS):
-        codes, colours = _codes(cells, number), _colours(*grid, number)
-        pictures = [_drawn(torch.where(on[:, None], 255 - colours, colours), grid, size) for on in codes.T]
-        batches = [_show(model, processor, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
+    for seed in range(TRIES):
+        pictures, codes = coded_pictures(grid, size, seed)
+        batches = [show(model, processor, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
         if any(count != layout.length for batch in batches for count in batch.counts):
-            raise _Refused("pictures of one size have different numbers of tokens")
+            raise Unproven("pictures of one size have different numbers of tokens")
         tokens = torch.cat([batch.embeds[batch.visual].view(len(batch.ids), layout.length, -1) for batch in batches])
-        change = tokens - tokens.mean(0)
-        weight = change.square().sum((0, 2))
-        still = weight <= STRUCTURAL * weight.median()
-        believed = torch.ones(layout.length, dtype=torch.bool)
+        still, believed = still_tokens(tokens), torch.ones(layout.length, dtype=torch.bool)
         for one in layout.grids:
             believed[one.index] = False
         if not torch.equal(still, believed):
-            raise _Refused(
+            raise Unproven(
                 f"{int(still.sum())} of {layout.length} image tokens change with no picture, where "
                 f"{int(believed.sum())} were believed to, or others"
             )
-        change = change[:, view.index]
-        gram = torch.einsum("ktd,ltd->tkl", change, change)
-        signs = codes.float() - codes.float().mean(1, keepdim=True)
-        norms = signs.square().sum(1).clamp(min=1e-9)
-        patterns = (signs[:, :, None] * signs[:, None]).flatten(1) / norms[:, None]
-        score = score + gram.flatten(1) @ patterns.T / weight[view.index].clamp(min=1e-30)[:, None]
+        score = score + cell_scores(tokens[:, view.index], codes)
         right = int((score.argmax(1) == torch.arange(cells)).sum())
         if right == cells or right < cells / 2:
             break
     if right < cells:
-        raise _Refused(f"{cells - right} of {cells} visual tokens do not stand where their patches are in the picture")
+        raise Unproven(f"{cells - right} of {cells} visual tokens do not stand where their patches are in the picture")
     return Shown(size, grid, layout.length, int(believed.sum()), right)
 
 
 def _test_large(model: Model, processor: Processor, family: Generic) -> None:
     """Test the number of tokens of a large picture, and that crops come in the order of their pixels."""
     height, width = _sizes(model)[0]
-    inputs = _inputs(model, processor, [_plain((LARGE * height, LARGE * width))])
+    inputs = prompt_inputs(model, processor, [plain_picture((LARGE * height, LARGE * width))])
     count, belief = int((inputs["input_ids"] == image_token(model.config)).sum()), family.belief
     if belief.sizes is not None:
         if belief.sizes not in inputs:
-            raise _Refused(f"its processor does not make {quoted(belief.sizes)}")
+            raise Unproven(f"its processor does not make {quoted(belief.sizes)}")
         expected = sum(belief.layout(*size).length for size in belief.encoded_sizes(inputs))
     else:
         pieces, length = len(inputs["pixel_values"]), belief.layout(*belief.grid).length
         expected = pieces * length
         if inputs["pixel_values"].shape[1:] != belief.shape:
-            raise _Refused("large pictures are encoded at another size than small ones")
+            raise Unproven("large pictures are encoded at another size than small ones")
     if count != expected:
-        raise _Refused(f"a large picture has {count} image tokens, where {expected} were believed")
+        raise Unproven(f"a large picture has {count} image tokens, where {expected} were believed")
     if belief.sizes is None and pieces > 1:
         _test_crops(model, inputs, length)
 
 
 def _test_crops(model: Model, inputs: dict[str, Any], length: int) -> None:
     pixels = inputs["pixel_values"]
-    whole = _forward(model, inputs)
+    whole = enter_decoder(model, inputs)
     plain = whole.embeds[whole.visual].view(len(pixels), length, -1)
     for piece in sorted({0, 1, len(pixels) - 1}):
         changed = pixels.clone()
         changed[piece] = -changed[piece]
-        other = _forward(model, inputs | {"pixel_values": changed})
+        other = enter_decoder(model, inputs | {"pixel_values": changed})
         moved = (other.embeds[other.visual].view_as(plain) - plain).square().sum((1, 2))
         if (moved > 1e-3 * moved.max()).nonzero().flatten().tolist() != [piece]:
-            raise _Refused("the tokens of a picture's crops do not come in the order of their pixels")
+            raise Unproven("the tokens of a picture's crops do not come in the order of their pixels")

@@ -7,7 +7,7 @@ import pytest
 import transformers as hf
 from PIL import Image, ImageOps
 
-from codebook.models import SHIPPED_MODELS, trial
+from codebook.models import SHIPPED_MODELS, coded
 from codebook.models.generic import WHAT_WORKS
 
 
@@ -67,8 +67,8 @@ def test_a_model_that_nobody_knows(run, refused, new, tmp_path):
 
 
 def test_a_model_that_is_refused(run, new, monkeypatch):
-    drawn = trial._drawn
-    monkeypatch.setattr(trial, "_drawn", lambda *given: ImageOps.flip(drawn(*given)))
+    drawn = coded.drawn
+    monkeypatch.setattr(coded, "drawn", lambda *given: ImageOps.flip(drawn(*given)))
     code, out, err = run("check", new, "--json")
     report = json.loads(out)
     assert code == 2 and not report["passed"] and report["works"] is None

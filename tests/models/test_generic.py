@@ -36,7 +36,7 @@ FOUND = [name for name in FAMILIES if name not in REFUSED]
 def small():
     """Pictures that are large enough for these models."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trial, "SHAPES", ((3, 5), (4, 2)))
+        patch.setattr(trial, "TEST_SHAPES", ((3, 5), (4, 2)))
         yield
 
 
