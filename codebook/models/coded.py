@@ -59,7 +59,7 @@ def cell_scores(tokens: Tensor, codes: Tensor) -> Tensor:
     Parameters
     ----------
     tokens : (K, T, d) float
-        Of K variants.
+        K variants of T tokens.
     codes : (C, K) bool
 
     Returns

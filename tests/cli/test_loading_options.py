@@ -19,6 +19,7 @@ LOADING = {
     "explain": ["miniature", "--image", "a.png", "--patch", "1,1"],
     "extend": ["miniature", "--images", "images", "--out", "out"],
     "horizon": ["miniature", "--data", "miniature"],
+    "check": ["miniature"],
     "prune": ["miniature", "--image", "a.png", "--ask", "describe."],
     "serve": ["miniature"],
     "show": ["miniature", "--image", "a.png", "--ask", "describe.", "--methods", "random"],
