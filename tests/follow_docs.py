@@ -68,21 +68,23 @@ def blocks(page: Path) -> list[Block]:
 
 
 def in_process(argv: list[str]) -> tuple[int, str]:
-    """Run the command line; its exit code, and what it printed: results first, then notes."""
+    """Run the command line; its exit code, and what it printed: results and notes in the order of a terminal."""
     from codebook import cli
 
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+    printed, code = io.StringIO(), 0
+    with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:
             cli.main(argv)
         except SystemExit as ended:
             code = int(ended.code or 0)
-    return code, out.getvalue() + err.getvalue()
+    return code, printed.getvalue()
 
 
 def in_shell(line: str) -> tuple[int, str]:
-    done = subprocess.run(["bash", "-eo", "pipefail", "-c", line], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
+    done = subprocess.run(
+        ["bash", "-eo", "pipefail", "-c", line], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    return done.returncode, done.stdout
 
 
 def run_line(line: str) -> str:
