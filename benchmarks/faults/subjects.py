@@ -323,6 +323,21 @@ def make_datasets(folder: Path) -> None:
     put("ai2d/ai2d_test_ids.csv", "0\n")
     put("ai2d/questions/0.png.json",
         {"questions": {"C?": {"answerTexts": ["leaf", "root", "stem", "bud"], "correctAnswer": 1}}})  # fmt: skip
+    put("docvqa/documents/d.png")
+    put("docvqa/val_v1.0_withQT.json", {"data": [{"question": "q", "image": "documents/d.png", "answers": ["red"]}]})
+    put("chartqa/test/png/c.png")
+    for part in ("human", "augmented"):
+        put(f"chartqa/test/test_{part}.json", [{"imgname": "c.png", "query": "q", "label": "7"}])
+    put("ocrbench/OCRBench_Images/o.png")
+    put("ocrbench/OCRBench.json",
+        [{"dataset_name": "svt", "image_path": "o.png", "question": "q", "answers": ["red"]}])  # fmt: skip
+    put("chair/val2014/1.jpg")
+    put("chair/instances_val2014.json", {
+        "images": [{"id": 1, "file_name": "1.jpg"}], "categories": [{"id": 2, "name": "cat"}],
+        "annotations": [{"image_id": 1, "category_id": 2}],
+    })  # fmt: skip
+    put("chair/captions_val2014.json", {"annotations": [{"image_id": 1, "caption": "a cat"}]})
+    put("chair/synonyms.txt", "cat, kitten\n")
 
 
 def read_datasets(folder: Path) -> None:

@@ -172,7 +172,10 @@ def chair(folder: Path) -> Iterator[Sample]:
     if missing := sorted(set(categories.values()) - set(words.names.values())):
         raise CodebookError(f"{folder / 'synonyms.txt'} has no line for {missing[0]!r}: add one that begins with it")
     shown: dict[int, set[str]] = {image["id"]: set() for image in instances["images"]}
-    for own in instances["annotations"]:
+    for number, own in enumerate(instances["annotations"], 1):
+        if own["image_id"] not in shown or own["category_id"] not in categories:
+            file = folder / "instances_val2014.json"
+            raise CodebookError(f"{file}, annotation {number}: it has an unknown image or category; {DOWNLOAD_AGAIN}")
         shown[own["image_id"]].add(categories[own["category_id"]])
     for one in captions["annotations"]:
         if one["image_id"] in shown:

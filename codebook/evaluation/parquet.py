@@ -159,6 +159,8 @@ def read_columns(file: Path, columns: Mapping[str, Any]) -> Iterator[dict[str, A
         raise
     except Exception as error:
         raise _unreadable(file, error) from None
+    finally:
+        opened.close()
 
 
 def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int | None, seed: int) -> list[Sample]:

@@ -96,6 +96,10 @@ def test_chair(put, tmp_path):
     assert sample.scorer.count(said, sample.answers) == (4, 1, 2, 2)
     assert sample.score(said) == pytest.approx(2 * 0.75 / 1.75)
     assert task.metric.values(task.sums([said]).mean(0)) == pytest.approx([2 * 0.75 / 1.75, 1, 1 / 4, 1])
+    put("instances_val2014.json", COCO | {"annotations": [{"image_id": 8, "category_id": 2}]})
+    with pytest.raises(CodebookError, match=r"instances_val2014\.json, annotation 1: .*unknown image"):
+        load_data([f"chair:{tmp_path}"])
+    put("instances_val2014.json", COCO)
     put("synonyms.txt", "person, woman\n")
     with pytest.raises(CodebookError, match=r"synonyms\.txt has no line for 'dining table'"):
         load_data([f"chair:{tmp_path}"])
