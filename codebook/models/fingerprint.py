@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from codebook.errors import CodebookError
 from codebook.models.base import Model
+from codebook.models.finite import plain_tensors
 from codebook.models.registry import family
 from codebook.models.wrappers import class_names, stock
 
@@ -48,9 +49,10 @@ def fingerprint(model: Model) -> str:
     model = stock(model)
     for name, module in _parts(model).items():
         if _is_quantised(module):
+            whole = [*(_path(model, part) for part in _parts(model).values()), "lm_head"]
             raise CodebookError(
                 f"the {name} is quantised, and codebooks belong to the weights before that: load the model with its "
-                "language model alone quantised (bitsandbytes: llm_int8_skip_modules)"
+                f"language model alone quantised, in bitsandbytes by llm_int8_skip_modules={whole}"
             )
     return _stored(model)
 
@@ -112,9 +114,14 @@ def _spelled(module: nn.Module, middles: Sequence[Tensor]) -> str:
 
 def _sampled(model: Model, module: nn.Module) -> list[str]:
     """The names, in the model, of some of a part's matrices."""
-    prefix = next(name for name, other in model.named_modules() if other is module)
+    prefix = _path(model, module)
     weights = [f"{prefix}.{name}" for name, p in module.named_parameters() if p.dim() > 1]
     return weights[:: max(1, len(weights) // FINGERPRINT_SAMPLES)][:FINGERPRINT_SAMPLES]
+
+
+def _path(model: Model, module: nn.Module) -> str:
+    """The name of a part in the model."""
+    return next(name for name, other in model.named_modules() if other is module)
 
 
 def same_fingerprint(a: str, b: str) -> bool:
@@ -151,9 +158,7 @@ def _middle(module: nn.Module, name: str) -> Tensor:
     path, _, leaf = name.rpartition(".")
     owner = module.get_submodule(path)
     with _present(owner, name):
-        weight = getattr(owner, leaf).detach()
-        while hasattr(weight, "__tensor_flatten__"):  # a tensor made of others: quantised numbers and their scales
-            weight = getattr(weight, weight.__tensor_flatten__()[0][0])
+        weight = plain_tensors(getattr(owner, leaf).detach())[0]
         return weight.flatten()[weight.numel() // 2].float().cpu()
 
 

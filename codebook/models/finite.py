@@ -26,6 +26,7 @@ def check_logits(logits: Tensor) -> None:
 def check_weights(name: str, model: Model) -> None:
     """Raise a CodebookError if a weight of the model `name` is NaN or infinite, naming the tensors."""
     here = [(key, p.detach()) for key, p in model.named_parameters() if p.numel() and not p.is_meta]
+    here = [(key, part) for key, p in here for part in plain_tensors(p)]
     floats = [(key, p) for key, p in here if p.is_floating_point()]
     # Asked for on the device, for all of them before the first answer is waited for.
     good = [torch.stack(torch.aminmax(p.float() if p.dtype.itemsize < 2 else p)).isfinite().all() for _, p in floats]
@@ -34,6 +35,13 @@ def check_weights(name: str, model: Model) -> None:
             f"weights of {name} are not numbers (NaN or infinite): {some(bad)}; the file is damaged, or float16 is too "
             "narrow for them: fetch it again, or load it in bfloat16 or float32"
         )
+
+
+def plain_tensors(weight: Tensor) -> list[Tensor]:
+    """The tensors that a weight is made of: quantised numbers and their scales, as torchao has them, or it itself."""
+    if not hasattr(weight, "__tensor_flatten__"):
+        return [weight]
+    return [part for name in weight.__tensor_flatten__()[0] for part in plain_tensors(getattr(weight, name))]
 
 
 def some(names: list[str]) -> str:

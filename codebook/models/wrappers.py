@@ -101,9 +101,9 @@ def _article(given: Any) -> str:
 
 def _is_compiled(module: nn.Module) -> bool:
     """By `module.compile()`, or by torch.compile on its `forward`."""
-    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(
-        module.forward, "_torchdynamo_orig_callable"
-    )
+    forward = module.forward
+    by_forward = hasattr(forward, "_torchdynamo_orig_callable") and not hasattr(forward, "_torchdynamo_disable")
+    return getattr(module, "_compiled_call_impl", None) is not None or by_forward
 
 
 def _not_a_model(given: Any) -> str:

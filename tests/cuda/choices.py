@@ -10,6 +10,9 @@ from codebook import Codebook, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision
 
+NAMES = [name for name, method in METHODS.items() if name != "drop" and not method.joint]
+"""Methods that choose among the tokens of one image; the others compare frames, or keep nothing."""
+
 N, TEXT, WIDTH, HEADS, KEEP = 144, 9, 64, 4, 36
 
 
@@ -34,8 +37,13 @@ def tokens(device, dtype=torch.float32, rounded=torch.float32):
     return VisualTokens(
         sequence[span], sequence[span], sequence, span, torch.arange(N, N + TEXT, device=device),
         torch.arange(N, device=device), (side, side), torch.tensor(7, device=device), attention, vision,
-        lambda r, c: sequence[: r * c],
+        whole=sequence[span], words=sequence[N:], norm=_norm, encode=lambda r, c: sequence[: r * c],
     )  # fmt: skip
+
+
+def _norm(states):
+    """A decoder's last normalisation, which computes in float32 and rounds to the type of its input."""
+    return torch.nn.functional.rms_norm(states.float(), states.shape[-1:]).to(states.dtype)
 
 
 def pruner(name):

@@ -7,12 +7,11 @@ import pytest
 import torch
 
 from codebook.pruning import METHODS
-from tests.cuda.choices import N, choose, tokens
+from tests.cuda.choices import NAMES, N, choose, tokens
 from tests.cuda.device import CUDA, DEVICE, moved
 from tests.pruning import stages
 
 pytestmark = CUDA
-NAMES = [name for name in METHODS if name != "drop"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -20,7 +20,7 @@ from codebook.errors import CodebookError
 from codebook.models import Encoded
 from codebook.models.base import Model
 from codebook.pruning.engine import prompt
-from codebook.pruning.engine.cache import PrunedLayer, pruned_layer
+from codebook.pruning.engine.cache import PrunedLayer, check_cache, pruned_layer
 from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Running
 from codebook.pruning.engine.forward import Chosen, Forward, unusable_mask
 from codebook.pruning.engine.key_bias import ADDED
@@ -141,16 +141,18 @@ class Attachment:
         model, base = self.model, self.model.base_model
         with contextlib.ExitStack() as undo:
             for module, hook in (
-                (base, self._on_base),
-                (self.lm, self._on_decoder),
+                (base, torch.compiler.disable(self._on_base)),
+                (self.lm, torch.compiler.disable(self._on_decoder)),
                 *((layer, partial(self._on_layer, i)) for i, layer in enumerate(self.lm.layers)),
             ):
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
             for tower in self.family.towers(model):
                 undo.callback(tower.register_forward_pre_hook(self._on_tower).remove)
             # Called after an error too, so that no state is left for the next forward.
-            undo.callback(self.lm.register_forward_hook(self._after_decoder, always_call=True).remove)
-            undo.callback(base.register_forward_hook(self._after_base, always_call=True).remove)
+            for module, hook in ((self.lm, self._after_decoder), (base, self._after_base)):
+                undo.callback(module.register_forward_hook(torch.compiler.disable(hook), always_call=True).remove)
+            for module in dict.fromkeys((model, base, self.lm)):
+                undo.enter_context(_uncompiled(module))
             if hasattr(model, "generate"):  # a model without a head has none
                 undo.enter_context(_replaced(model, "generate", self._generate))
             for kind in models.KINDS:
@@ -200,6 +202,9 @@ class Attachment:
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._current() is not None:  # a part of the generation that is running
             return stock(*args, **kwargs)
+        if any(_has_images(kwargs, kind, pixels) for kind, pixels in models.KINDS.items()) and self.in_force():
+            given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
+            check_cache(kwargs, given, self.model.generation_config)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         call = self._begin(ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None)
         token, encoded = CALL.set(call), ENCODED.set(ENCODED.get())
@@ -243,7 +248,7 @@ class Attachment:
     def _call_of(self, kind: str, given: dict[str, Any]) -> Encoded | None:
         """The call that encoded a forward's images, if it was made in a context of this model."""
         output = (given.get("mm_encoder_outputs") or {}).get(kind)
-        found = [call for own, call in ENCODED.get() if call.kind == kind and (output is None or own is output)]
+        found = [call for own, call in ENCODED.get() if call.kind == kind and (output is None or _same(own, output))]
         if not found and output is not None and id(output) in self._outputs:
             reference, call = self._outputs[id(output)]
             found = [call] if reference() is output and call.kind == kind else []
@@ -459,6 +464,24 @@ def _check_added() -> None:
 
 
 @contextlib.contextmanager
+def _uncompiled(module: Any) -> Iterator[None]:
+    """A context in which code that torch.compile made of a call of this module runs the module itself, with its hooks.
+
+    Such code may be older than the hooks, does not look for new ones, and would run without them. It does look whether
+    the object has a `forward` of its own.
+    """
+    stock, own = module.forward, vars(module).get("forward")
+    module.forward = torch.compiler.disable(stock)
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+@contextlib.contextmanager
 def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
     """A context in which `owner.name(...)` is `function(stock, ...)`, for this object alone."""
     stock, own = getattr(owner, name), vars(owner).get(name)
@@ -472,6 +495,15 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
         yield
     finally:
         delattr(owner, name) if own is None else setattr(owner, name, own)
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two outputs are one, or other objects around the same features, as accelerate makes where it offloads."""
+    if one is other:
+        return True
+    features = [getattr(output, "pooler_output", None) for output in (one, other)]
+    first, second = (part[0] if isinstance(part, list | tuple) and part else part for part in features)
+    return first is not None and first is second
 
 
 def _has_images(given: dict[str, Any], kind: str, pixels: str) -> bool:

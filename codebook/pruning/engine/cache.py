@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 
 PAD = torch.iinfo(torch.int64).max
 """The column of a padding entry: later than any query, so that no query sees it."""
+
+
+NAME = "cache_implementation"
+"""The argument of `generate` that names a kind of cache."""
+
+PRUNABLE = (None, "dynamic", "hybrid")
+"""Kinds that hold pruned layers; "hybrid", which older checkpoints ask for, is the default one since."""
 
 
 @dataclass(frozen=True)
@@ -142,6 +150,24 @@ class PrunedLayer(DynamicLayer):
         self.index, self._unpruned = None, 0
 
 
+def check_cache(*said: Any) -> None:
+    """Refuse a kind of cache that cannot hold pruned layers, before any work.
+
+    Parameters
+    ----------
+    *said
+        Where `generate` looks for `cache_implementation`, the first one first: its keyword arguments, the
+        `generation_config` that it is given or None, the model's own.
+    """
+    found = (one.get(NAME) if isinstance(one, dict) else getattr(one, NAME, None) for one in said)
+    kind = next((name for name in found if name is not None), None)
+    if kind not in PRUNABLE:
+        raise CodebookError(
+            f"a {quoted(str(kind))} cache cannot hold pruned layers: use the default one, without `{NAME}` in the call "
+            f"and with `model.generation_config.{NAME} = None`"
+        )
+
+
 def pruned_layer(cache: object, layer: int) -> PrunedLayer:
     """The cache's layer as a `PrunedLayer`, put in its place if it is not one yet.
 
@@ -150,11 +176,9 @@ def pruned_layer(cache: object, layer: int) -> PrunedLayer:
     CodebookError
         For caches other than a plain `DynamicCache`.
     """
-    if not isinstance(cache, DynamicCache):
-        raise CodebookError(
-            f"a {type(cache).__name__} cannot hold pruned layers: use the default DynamicCache (leave "
-            "`cache_implementation` unset)"
-        )
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+        what = "cache that is offloaded" if isinstance(cache, DynamicCache) else type(cache).__name__
+        raise CodebookError(f"a {what} cannot hold pruned layers: use the default DynamicCache (leave `{NAME}` unset)")
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     entry = cache.layers[layer]
