@@ -248,7 +248,9 @@ class Attachment:
     def _call_of(self, kind: str, given: dict[str, Any]) -> Encoded | None:
         """The call that encoded a forward's images, if it was made in a context of this model."""
         output = (given.get("mm_encoder_outputs") or {}).get(kind)
-        found = [call for own, call in ENCODED.get() if call.kind == kind and (output is None or _same(own, output))]
+        found = [
+            call for own, call in ENCODED.get() if call.kind == kind and (output is None or _one_output(own, output))
+        ]
         if not found and output is not None and id(output) in self._outputs:
             reference, call = self._outputs[id(output)]
             found = [call] if reference() is output and call.kind == kind else []
@@ -497,7 +499,7 @@ def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[N
         delattr(owner, name) if own is None else setattr(owner, name, own)
 
 
-def _same(one: Any, other: Any) -> bool:
+def _one_output(one: Any, other: Any) -> bool:
     """Whether two outputs are one, or other objects around the same features, as accelerate makes where it offloads."""
     if one is other:
         return True

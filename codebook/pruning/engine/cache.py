@@ -15,7 +15,7 @@ PAD = torch.iinfo(torch.int64).max
 """The column of a padding entry: later than any query, so that no query sees it."""
 
 
-NAME = "cache_implementation"
+CACHE_OPTION = "cache_implementation"
 """The argument of `generate` that names a kind of cache."""
 
 PRUNABLE = (None, "dynamic", "hybrid")
@@ -159,12 +159,12 @@ def check_cache(*said: Any) -> None:
         Where `generate` looks for `cache_implementation`, the first one first: its keyword arguments, the
         `generation_config` that it is given or None, the model's own.
     """
-    found = (one.get(NAME) if isinstance(one, dict) else getattr(one, NAME, None) for one in said)
+    found = (one.get(CACHE_OPTION) if isinstance(one, dict) else getattr(one, CACHE_OPTION, None) for one in said)
     kind = next((name for name in found if name is not None), None)
     if kind not in PRUNABLE:
         raise CodebookError(
-            f"a {quoted(str(kind))} cache cannot hold pruned layers: use the default one, without `{NAME}` in the call "
-            f"and with `model.generation_config.{NAME} = None`"
+            f"a {quoted(str(kind))} cache cannot hold pruned layers: use the default one, without `{CACHE_OPTION}` in the call "
+            f"and with `model.generation_config.{CACHE_OPTION} = None`"
         )
 
 
@@ -178,7 +178,9 @@ def pruned_layer(cache: object, layer: int) -> PrunedLayer:
     """
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         what = "cache that is offloaded" if isinstance(cache, DynamicCache) else type(cache).__name__
-        raise CodebookError(f"a {what} cannot hold pruned layers: use the default DynamicCache (leave `{NAME}` unset)")
+        raise CodebookError(
+            f"a {what} cannot hold pruned layers: use the default DynamicCache (leave `{CACHE_OPTION}` unset)"
+        )
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     entry = cache.layers[layer]
