@@ -163,8 +163,8 @@ def check_cache(*said: Any) -> None:
     kind = next((name for name in found if name is not None), None)
     if kind not in PRUNABLE:
         raise CodebookError(
-            f"a {quoted(str(kind))} cache cannot hold pruned layers: use the default one, without `{CACHE_OPTION}` in the call "
-            f"and with `model.generation_config.{CACHE_OPTION} = None`"
+            f"a {quoted(str(kind))} cache cannot hold pruned layers: use the default, without `{CACHE_OPTION}` in the "
+            f"call and with `model.generation_config.{CACHE_OPTION} = None`"
         )
 
 
