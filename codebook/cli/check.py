@@ -20,8 +20,7 @@ def check_command(model: ModelOption, loading: Loading, as_json: JsonOption = Fa
 
     loading.check(model)
     loaded, processor = load_untested(model, **loading.arguments())
-    known = models.FAMILIES.get(loaded.config.model_type)
-    report = models.check_model(loaded, processor, known)
+    report = models.check_model(loaded, processor)
     print(json.dumps(_report_numbers(model, report)) if as_json else _report_lines(report))
     if report.reason is not None:
         raise CodebookError(report.reason)

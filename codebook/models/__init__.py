@@ -5,9 +5,9 @@ from codebook.models.encoded import Encoded
 from codebook.models.fingerprint import adapter_words, fingerprint, identity, same_fingerprint, whole_fingerprint
 from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_error
 from codebook.models.loading import SHIPPED_MODELS, check_device, load
-from codebook.models.registry import FAMILIES, family
+from codebook.models.registry import FAMILIES, check_model, family
 from codebook.models.shape import Shape, is_recurrent, shape
-from codebook.models.trial import Report, check_model
+from codebook.models.trial import Report
 from codebook.models.wrappers import unwrap
 
 __all__ = [

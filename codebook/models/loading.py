@@ -17,8 +17,7 @@ from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
 from codebook.models.generic import Untested, image_token
-from codebook.models.registry import family_of_config
-from codebook.models.trial import check_model
+from codebook.models.registry import check_model, family_of_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig

@@ -10,7 +10,7 @@ from packaging.version import Version
 
 from codebook.errors import CodebookError
 from codebook.models.aya_vision import AyaVision, Cohere2Vision
-from codebook.models.base import Family, Model
+from codebook.models.base import Family, Model, Processor
 from codebook.models.deepseek_vl import DeepseekVL
 from codebook.models.ernie4_5_vl_moe import Ernie45VLMoe
 from codebook.models.gemma3 import Gemma3
@@ -31,7 +31,7 @@ from codebook.models.paddleocr_vl import PaddleOCRVL
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
 from codebook.models.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
-from codebook.models.trial import learned
+from codebook.models.trial import Report, learned, try_model
 from codebook.models.video_llava import VideoLlava
 from codebook.models.vipllava import VipLlava
 from codebook.models.wrappers import stock
@@ -101,6 +101,31 @@ def family(model: Model) -> Family:
     model = stock(model)
     found = family_of_config(model.config)
     return learned(model) if isinstance(found, Untested) else found
+
+
+def check_model(model: Model, processor: Processor) -> Report:
+    """Test on a stock model whether its visual tokens are where they are believed to be: codebook/models/trial.py.
+
+    What a file of `codebook/models` says is tested if there is one. Otherwise a belief that holds is looked for, and
+    the result is kept as long as the model lives. Neither random numbers nor the training mode change.
+
+    Parameters
+    ----------
+    processor
+        The one that goes with the model: it makes the prompts and pixels of the test.
+
+    Returns
+    -------
+    A report; if the test refuses the model, its `reason` says why
+
+    Raises
+    ------
+    CodebookError
+        If the model can be known not to work without a test.
+    """
+    model = stock(model)
+    found = family_of_config(model.config)
+    return try_model(model, processor, None if isinstance(found, Untested) else found)
 
 
 def family_of_config(config: Any) -> Family:

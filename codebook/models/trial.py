@@ -96,7 +96,7 @@ _REPORTS: weakref.WeakKeyDictionary[Any, Report] = weakref.WeakKeyDictionary()
 _TESTING = threading.RLock()
 
 
-def check_model(model: Model, processor: Processor, known: Family | None = None) -> Report:
+def try_model(model: Model, processor: Processor, known: Family | None = None) -> Report:
     """Test what is believed of a stock model's images; the result is kept as long as the model lives.
 
     Neither the state of random numbers nor the training mode is changed.
@@ -111,7 +111,7 @@ def check_model(model: Model, processor: Processor, known: Family | None = None)
     with _TESTING, _undisturbed(model):
         report = Report(model.config.model_type, known is not None)
         try:
-            report.token = (known.token(model, "image")) if known is not None else image_token(model.config)
+            report.token = image_token(model.config)
             report.family = _test(model, processor, known, report)
         except Unproven as refused:
             report.reason = _refusal_of(model.config.model_type, known, str(refused))
@@ -134,7 +134,7 @@ def learned(model: Model) -> Family:
         If the test refuses it, or there is no such processor.
     """
     with _TESTING:
-        report = _REPORTS.get(model) or check_model(model, _processor_of(model))
+        report = _REPORTS.get(model) or try_model(model, _processor_of(model))
     if report.family is None:
         raise CodebookError(report.reason or "")
     return report.family

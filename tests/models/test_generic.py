@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers as hf
 
+import codebook
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import trial
@@ -15,6 +16,7 @@ from tests import reference
 from tests.models import cells
 from tests.models.cells import Cell, model
 from tests.models.families import FAMILIES
+from tests.models.newcomers import NEWCOMERS
 from tests.models.pictured import Pictured
 from tests.tiny import IMAGE, PAD, SIDE, llava
 
@@ -48,7 +50,7 @@ def forgotten(monkeypatch):
         target = model(name, "sdpa", "cpu")
         monkeypatch.delitem(models.FAMILIES, name)
         if target not in trial._REPORTS:
-            trial.check_model(target, Pictured(FAMILIES[name], target))
+            trial.try_model(target, Pictured(FAMILIES[name], target))
         return target
 
     return forget
@@ -100,7 +102,7 @@ def test_what_only_its_own_file_knows_is_refused(name, forgotten):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma4"])  # whose pictures are all large
 def test_its_own_file_passes_the_test(name):
     target = model(name, "sdpa", "cpu")
-    report = trial.check_model(target, Pictured(FAMILIES[name], target), models.FAMILIES[name])
+    report = trial.try_model(target, Pictured(FAMILIES[name], target), models.FAMILIES[name])
     assert report.reason is None and report.known
     assert all(shown.right == shown.grid[0] * shown.grid[1] for shown in report.shown)
 
@@ -119,6 +121,16 @@ def test_positions_are_renumbered_where_they_have_one_axis(name, forgotten):
     forgotten(name)
     found = cells.check(Cell(name, "features", "sdpa", "padded", "image", "compact"))
     assert found == ("refused" if name == "qwen2_vl" else "works")
+
+
+@pytest.mark.parametrize("name", NEWCOMERS)
+def test_stock_classes_that_no_file_describes(name, monkeypatch):
+    monkeypatch.setitem(FAMILIES, name, NEWCOMERS[name])
+    target = model(name, "sdpa", "cpu")
+    report = trial.try_model(target, Pictured(NEWCOMERS[name], target))
+    assert report.reason is None and not report.known
+    assert cells.check(Cell(name, "mass", "sdpa", "padded", "several", "keep")) == "works"
+    assert cells.check(Cell(name, "attention", "sdpa", "padded", "several", "keep")) == "refused"
 
 
 class UnseenConfig(hf.LlavaConfig):
@@ -150,7 +162,8 @@ def unseen(change=lambda features: features):
 
 
 def examined(target, known=None):
-    return trial.check_model(target, Pictured(FAMILIES["llava"], target), known)
+    processor = Pictured(FAMILIES["llava"], target)
+    return codebook.check_model(target, processor) if known is None else trial.try_model(target, processor, known)
 
 
 def with_newlines(before):
@@ -241,7 +254,7 @@ def test_a_grid_that_is_permuted_in_a_familys_file_is_refused():
             return [(frames, cols, rows) for frames, rows, cols in super().sizes(model, encoded)]
 
     target = model("qwen2_vl", "sdpa", "cpu")
-    report = trial.check_model(target, Pictured(FAMILIES["qwen2_vl"], target), Turned())
+    report = trial.try_model(target, Pictured(FAMILIES["qwen2_vl"], target), Turned())
     assert "visual tokens do not stand where their patches are" in report.reason
 
 
