@@ -28,13 +28,13 @@ TARGET = 0.9
 NO_IMAGE = "text alone"
 
 
-def llava() -> LlavaForConditionalGeneration:
+def llava(**decoder: int) -> LlavaForConditionalGeneration:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
             image_size=2 * SIDE, patch_size=2,
         ),
-        text_config=LlamaConfig(vocab_size=IMAGE + 1, **DECODER),
+        text_config=LlamaConfig(vocab_size=IMAGE + 1, **DECODER | decoder),
         image_token_id=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="default",
         image_seq_length=SIDE * SIDE,
     )  # fmt: skip
