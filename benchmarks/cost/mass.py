@@ -5,11 +5,11 @@
     python -m benchmarks.cost.mass --images 5 --keep 0.5 0.25
     python -m benchmarks.cost.mass --exactness
 
-The model and prompt of `benchmarks.cost.prefill`: 12 layers, 512 wide, 576 visual tokens per image and 32 of text, fp32.
+The model and prompt of `benchmarks.cost.prefill`: 12 layers, 512 wide, 576 visual tokens per image, 32 of text, fp32.
 `--width 4096` has heads and feed-forward layers of LLaVA-1.5-7B. Prefill holds hooks, selection, counting and cache;
 decoding is 8 further tokens, one by one, on a pruned cache. `+mass` is what the engine does, `mask` the same numbers in
-a mask of queries by keys, and `count` is how long counting what tokens stand for takes of it. Every way runs once a
-round, and ratios are taken round by round. On a CPU seconds are those of the process, so that what else the machine does
+a mask of queries by keys; `count` is how long it takes to count what tokens stand for. Every way runs once a
+round, and ratios are taken round by round. On a CPU seconds are those of the process: what else the machine does
 counts for less.
 
 `--exactness`: the largest errors of attention's outputs against float64, for each way and precision.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from importlib.metadata import version
+from functools import cache
+from importlib import metadata
 from typing import Any
 
 from packaging.version import Version
@@ -73,6 +74,9 @@ FAMILIES: dict[str, Family] = {
     )
 }
 """Supported families by the `model_type` of their config."""
+
+version = cache(metadata.version)
+"""Version of a package; to read it takes a millisecond, and every context asks for it."""
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 """Kinds of decoder layers that cache keys and values of single tokens."""

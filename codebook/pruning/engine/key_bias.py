@@ -112,11 +112,17 @@ def attend(
         return out.transpose(1, 2).contiguous(), None
     if way == "mask":
         return stock(module, query, key, value, bias.mask(query.dtype), **kwargs)
+    out, maps = stock(module, *folded_heads(query, key, value, bias, scaling), None, **kwargs | {"is_causal": True})
+    return out[..., : value.shape[-1]], maps
+
+
+def folded_heads(
+    query: Tensor, key: Tensor, value: Tensor, bias: KeyBias, scaling: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values of `WIDER` more entries, in whose products the numbers are."""
     ones = query.new_zeros(WIDER)
     ones[:BIAS_PARTS].fill_(1)
-    wide = _wider(query, ones), _wider(key, bias.folded(scaling, key.dtype)), _wider(value, value.new_zeros(WIDER))
-    out, maps = stock(module, *wide, None, **kwargs | {"is_causal": True})
-    return out[..., : value.shape[-1]], maps
+    return _wider(query, ones), _wider(key, bias.folded(scaling, key.dtype)), _wider(value, value.new_zeros(WIDER))
 
 
 def _wider(x: Tensor, more: Tensor) -> Tensor:

@@ -35,15 +35,9 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
     with _taps_lock:
         if module not in _taps:
             stock = module.config
-            name = f"codebook|{stock._attn_implementation}"
-            if name not in ALL_ATTENTION_FUNCTIONS:
-                AttentionInterface.register(name, _tapped(stock._attn_implementation))
             # Another config: only attention of tapped modules is looked up under the new name. They share one, since
-            # to copy it takes long.
-            config = next((other.config for other, (own, _) in _taps.items() if own is stock), None)
-            if config is None:
-                config = copy.copy(stock)
-                config._attn_implementation_internal = name
+            # to make it takes long.
+            config = next((other.config for other, (own, _) in _taps.items() if own is stock), None) or _named(stock)
             module.config = config
             _taps[module] = stock, []
         _taps[module][1].append(receive)
@@ -57,6 +51,16 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
                 del _taps[module]
 
     return undo
+
+
+def _named(stock: Any) -> Any:
+    """A copy of a config under which attention is ours."""
+    name = f"codebook|{stock._attn_implementation}"
+    if name not in ALL_ATTENTION_FUNCTIONS:
+        AttentionInterface.register(name, _tapped(stock._attn_implementation))
+    config = copy.copy(stock)
+    config._attn_implementation_internal = name
+    return config
 
 
 def point(module: Any) -> Callable[[], None]:
