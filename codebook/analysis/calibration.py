@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from codebook import models
 from codebook.analysis import likelihood
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.inference.ask import ask
 from codebook.inference.prompts import check_samples
 from codebook.inference.records import Share, read_record
@@ -31,6 +31,7 @@ from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
 from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.stage import Keep
+from codebook.pruning.text import read_text
 from codebook.pruning.tokens import digest_rows
 from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
@@ -123,6 +124,7 @@ def candidate_schedules(
     codebook: Codebook | None = None,
     *,
     drop: bool = True,
+    deep: Sequence[str] = (),
     at: Sequence[int] | None = None,
     seed: int = 0,
 ) -> tuple[Schedule, list[Schedule]]:
@@ -138,6 +140,9 @@ def candidate_schedules(
         Prototypes, for methods that need them.
     drop
         Also try to drop all tokens.
+    deep
+        Methods to try in the deep stage beside random tokens, in the text form without a keep: with a layer there
+        alone, as in `fastv(query='question')@11` behind a measured onset, else at each.
     at
         Layers to try for the deep stage; default: up to 12, evenly spaced behind the first stage.
     seed
@@ -150,7 +155,7 @@ def candidate_schedules(
     Raises
     ------
     CodebookError
-        If the method is more than one stage, or cannot meet the budget.
+        If the method is more than one stage, or cannot meet the budget, or if a deep method is none.
     """
     size = models.shape(model)
     n, layers = size.tokens, size.layers
@@ -171,15 +176,30 @@ def candidate_schedules(
         raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
     found: dict[str, Schedule] = {}
     name, semicolon, settings = method.partition(";")
-    for layer in at:
-        for deep in [*(f"random@{layer}:{share}" for share in SHARES), *([f"drop@{layer}"] if drop else [])]:
-            try:
-                schedule = solved(f"{name}+{deep}{semicolon}{settings}")
-            except CodebookError:  # the first stage cannot keep as many more tokens as this one saves
-                continue
-            if schedule.stages[0].keep != plain.stages[0].keep:
-                found[str(schedule)] = schedule
+    tried = [f"random@{layer}:{share}" for layer in at for share in SHARES]
+    tried += [f"drop@{layer}" for layer in at if drop]
+    tried += [f"{placed}:{share}" for text in deep for placed in _at_layers(text, at, first, layers) for share in SHARES]
+    for second in tried:
+        try:
+            schedule = solved(f"{name}+{second}{semicolon}{settings}")
+        except CodebookError:  # the first stage cannot keep as many more tokens as this one saves
+            continue
+        if schedule.stages[0].keep != plain.stages[0].keep:
+            found[str(schedule)] = schedule
     return plain, list(found.values())
+
+
+def _at_layers(text: str, at: Sequence[int], first: int, layers: int) -> list[str]:
+    """A method's text with its layer, or once for each of the layers if it names none."""
+    written = read_text(text)
+    if len(written.stages) != 1 or written.settings or written.stages[0].keep is not None:
+        raise CodebookError(f"a deep stage is one method, its layer if need be, and no more: not {quoted(text)}")
+    layer = written.stages[0].layer
+    if layer is None:
+        return [f"{text}@{layer}" for layer in at]
+    if not first < layer < layers:
+        raise CodebookError(f"the deep stage {quoted(text)} can be at layers {first + 1} to {layers - 1}")
+    return [text]
 
 
 def most_answers(candidates: int, samples: Sequence[Sample]) -> int:

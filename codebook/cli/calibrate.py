@@ -35,6 +35,13 @@ def calibrate_command(
     first: Annotated[
         list[str] | None, typer.Option(help="Another method to try as the first stage; repeat for several.")
     ] = None,
+    deep: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Another method to try in the deep stage, as in \"fastv(query='question')@11\"; without a layer, at "
+            "each. Repeat for several."
+        ),
+    ] = None,
     drop: Annotated[bool, typer.Option(help="Also try to drop all tokens.")] = True,
     codebook: CodebookOption = None,
     pull: PullOption = False,
@@ -52,6 +59,8 @@ def calibrate_command(
 
     # Each text is read as a plan of its own: an impossible one is refused before the model is loaded.
     plans = [Plan(text, keep, None, codebook, seed) for text in (method, *(first or ()))]
+    for text in deep or ():
+        Plan(f"{method.partition(';')[0]}+{text}", keep, None, codebook, seed)
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
     check_output_file(out)
@@ -63,7 +72,8 @@ def calibrate_command(
     methods = [plan.schedule for plan in plans]
     book = codebook_for(loaded, methods, codebook)
     (plain, found), *others = (
-        calibration.candidate_schedules(loaded, text, keep, book, drop=drop, seed=seed) for text in methods
+        calibration.candidate_schedules(loaded, text, keep, book, drop=drop, deep=deep or (), seed=seed)
+        for text in methods
     )
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
     journal = out.with_suffix(".journal.sqlite")

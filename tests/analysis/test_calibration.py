@@ -54,6 +54,21 @@ def test_candidates_behind_a_first_stage_in_the_decoder(model):
             candidate_schedules(model, method, 0.5)
 
 
+def test_other_methods_are_tried_in_the_deep_stage(model):
+    _, bare = candidate_schedules(model, "random", 0.25, at=[3, 5])
+    _, found = candidate_schedules(model, "random", 0.25, deep=["fastv(query='question')@4", "divprune"], at=[3, 5])
+    more = [str(schedule) for schedule in found if schedule not in bare]
+    guided = [text for text in more if "fastv(query='question')@4" in text]
+    assert len(guided) == 4 and "random:48, fastv(query='question')@4:12" in guided  # 36 * 6 = 4 * 48 + 2 * 12
+    assert {text.split("@")[1].split(":")[0] for text in more if "divprune" in text} == {"3", "5"}
+    assert len(found) == len(bare) + 4 + 8 and all(0.24 < s.budget(N, LAYERS) <= 0.25 for s in found)
+    with pytest.raises(CodebookError, match="can be at layers 1 to 5"):
+        candidate_schedules(model, "random", 0.25, deep=["fastv@6"])
+    for text in ("fastv@4:0.5", "fastv@4, drop@5", "fastv@4; positions=compact"):
+        with pytest.raises(CodebookError, match="a deep stage is one method"):
+            candidate_schedules(model, "random", 0.25, deep=[text])
+
+
 def test_candidates_have_the_settings_of_their_method(model):
     plain, found = candidate_schedules(model, "random; spread=0.2; positions=compact", 0.25, at=[3])
     bare, alike = candidate_schedules(model, "random", 0.25, at=[3])

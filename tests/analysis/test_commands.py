@@ -64,6 +64,8 @@ def test_calibrate_and_prune_with_what_it_wrote(run, file, tmp_path):
      ["one method"]),
     (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--first", "magic"],
      ["no method 'magic'"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--deep", "magic@3"],
+     ["no method 'magic'"]),
 ])  # fmt: skip
 def test_refusals_are_one_line(run, file, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
