@@ -178,7 +178,8 @@ def candidate_schedules(
     name, semicolon, settings = method.partition(";")
     tried = [f"random@{layer}:{share}" for layer in at for share in SHARES]
     tried += [f"drop@{layer}" for layer in at if drop]
-    tried += [f"{placed}:{share}" for text in deep for placed in _at_layers(text, at, first, layers) for share in SHARES]
+    guided = [placed for text in deep for placed in _at_layers(text, at, first, layers)]
+    tried += [f"{placed}:{share}" for placed in guided for share in SHARES]
     for second in tried:
         try:
             schedule = solved(f"{name}+{second}{semicolon}{settings}")
