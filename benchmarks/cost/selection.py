@@ -53,6 +53,7 @@ def image(n: int, width: int, device: str, dtype: torch.dtype = torch.float32) -
     return VisualTokens(
         sequence[span], sequence[span], sequence, span, torch.arange(n, length, device=device),
         torch.arange(n, device=device), (rows, n // rows), torch.tensor(7, device=device), attention, vision,
+        whole=sequence[span], words=sequence[n:], norm=lambda states: states,
         encode=lambda r, c: sequence[: r * c],
     )  # fmt: skip
 
@@ -76,7 +77,7 @@ def choices(book: Codebook, tokens: VisualTokens, counts: list[int]) -> dict[tup
     """Every method's choice of every count, and what `+mass` adds to any."""
     tasks: dict[tuple[str, int], Callable[[], object]] = {}
     for name, factory in METHODS.items():
-        if name != "drop":
+        if name != "drop" and not factory.joint:
             pruner = factory(book) if factory.needs_codebook else factory()
             tasks |= {(name, c): lambda pruner=pruner, c=c: choose(pruner, tokens, c) for c in counts}
     return tasks | {(MASS, c): lambda c=c: mass(tokens, tokens.ordinal[:c]) for c in counts}

@@ -90,7 +90,7 @@ class Codebook:
 
     # Similarity
 
-    def redundancy(self, tokens: Tensor, centre: Tensor | None = None) -> Tensor:
+    def redundancy(self, tokens: Tensor) -> Tensor:
         """The highest cosine similarity of each token to any prototype (section 3.3).
 
         For tokens on the CPU and codebooks of 20 000 prototypes or more, loaded from a folder, FAISS searches a part of
@@ -99,8 +99,6 @@ class Codebook:
         Parameters
         ----------
         tokens : (..., d) float of any precision, on any device
-        centre : (d,) float32, on the tokens' device
-            Taken from tokens and prototypes before they are compared; then the search is exact.
 
         Returns
         -------
@@ -108,7 +106,7 @@ class Codebook:
         """
         rows = tokens.reshape(-1, tokens.shape[-1])
         self._check_dimension(rows)
-        return self._search.highest(rows, centre).reshape(tokens.shape[:-1])
+        return self._search.highest(rows).reshape(tokens.shape[:-1])
 
     def similarity(self, tokens: Tensor) -> Tensor:
         """The cosine similarity of each token (n, d) to each prototype: (n, N) float32, on the tokens' device."""

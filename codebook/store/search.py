@@ -39,10 +39,9 @@ class PrototypeSearch:
         self.prototypes = prototypes
         self.place = place
         self._unit: dict[torch.device, Tensor] = {}
-        self._raw: dict[torch.device, Tensor] = {}
         self._on_gpu: Any = None
 
-    def highest(self, tokens: Tensor, centre: Tensor | None = None) -> Tensor:
+    def highest(self, tokens: Tensor) -> Tensor:
         """The highest cosine similarity of each token to any prototype.
 
         Exact, unless the tokens are on the CPU, the codebook is large and has a place on disk, and FAISS has no GPU:
@@ -51,15 +50,11 @@ class PrototypeSearch:
         Parameters
         ----------
         tokens : (n, d) float of any precision, on any device
-        centre : (d,) float32
-            Taken from tokens and prototypes first; then always exact.
 
         Returns
         -------
         (n,) float32, on the tokens' device
         """
-        if centre is not None:
-            return self._highest_centred(tokens, centre)
         index = self._inverted if self.place is not None and self._large(tokens) else None
         if index is None:
             return self.nearest(tokens, 1)[0][:, 0]
@@ -100,12 +95,6 @@ class PrototypeSearch:
         if backend == "faiss" or (backend == "auto" and self._large(tokens) and faiss_or_none() is not None):
             return self._by_faiss(tokens, k)
         return self._by_torch(tokens, k)
-
-    def _highest_centred(self, tokens: Tensor, centre: Tensor) -> Tensor:
-        prototypes = normalize(self._raw_on(tokens.device) - centre, dim=1)
-        directions = normalize(tokens.float() - centre, dim=1)
-        parts = directions.split(max(1, SIMILARITIES_HELD // len(prototypes)))
-        return torch.cat([(part @ prototypes.T).amax(1) for part in parts])
 
     def _by_torch(self, tokens: Tensor, k: int) -> tuple[Tensor, Tensor]:
         found = []
@@ -151,13 +140,6 @@ class PrototypeSearch:
             with torch.inference_mode(False), torch.no_grad():
                 self._unit[device] = normalize(self.prototypes.to(device), dim=1)
         return self._unit[device]
-
-    def _raw_on(self, device: torch.device) -> Tensor:
-        """The prototypes on a device, as they are."""
-        if device not in self._raw:
-            with torch.inference_mode(False), torch.no_grad():
-                self._raw[device] = self.prototypes.to(device)
-        return self._raw[device]
 
 
 def _query(tokens: Tensor) -> Any:

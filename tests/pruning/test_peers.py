@@ -105,12 +105,10 @@ def test_gated_divprune_is_the_loop():
 
 
 def test_gated_seeds_are_the_loop():
-    """Prototypes count as chosen, less the image's mean as tokens are; representatives see the same similarities."""
-    image, book = drawn(), Codebook(torch.randn(5, 6, generator=torch.Generator().manual_seed(1)) + 1)
+    """Prototypes count as chosen, and are compared as they are; representatives see the centred similarities."""
+    image, book = drawn(), Codebook(torch.randn(5, 6, generator=torch.Generator().manual_seed(1)))
     similarity, gate = centred(image.features)
-    mean = image.features.double().mean(0)
-    likeness = cosine_similarity((image.features - mean)[:, None], (book.prototypes - mean)[None], dim=-1)
-    prior = likeness.amax(1).tolist()
+    prior = cosine_similarity(image.features[:, None], book.prototypes[None], dim=-1).amax(1).tolist()
 
     def far(i, chosen):
         return gate[i] * (1 - max([prior[i], *(similarity[i][j] for j in chosen)]))

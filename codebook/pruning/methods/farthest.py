@@ -113,7 +113,8 @@ def _row_by_row(features: Tensor, keep: int) -> Tensor:
 class SeededFarthestPoint(Farthest):
     """Farthest-point sampling in which the codebook's prototypes count as chosen.
 
-    A token is kept for being far from everything redundant and from everything kept.
+    A token is kept for being far from everything redundant and from everything kept. Prototypes are compared as they
+    are, also where `centred` takes the image's mean from its tokens: less that mean most of them point one way.
 
     Attributes
     ----------
@@ -126,9 +127,7 @@ class SeededFarthestPoint(Farthest):
     centred: bool = False
 
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
-        if not self.centred:
-            return self.codebook.redundancy(features)
-        return self.codebook.redundancy(features, features.float().mean(0))
+        return self.codebook.redundancy(features)
 
 
 def beginning_at(first: Tensor, similarity: Tensor) -> Tensor:
