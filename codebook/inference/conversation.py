@@ -80,7 +80,7 @@ def converse(
     model, schedule = unwrap(model), schedule or Schedule([])
     if fresh and not family(model).reusable_prefix:
         raise CodebookError(
-            f"images of {family(model).name} see the question, so none can be kept for another one: ask in one "
+            f"{family(model).name} cannot keep what it has read of an image for another question: ask in one "
             "conversation, without `fresh`"
         )
     for question in questions:

@@ -5,12 +5,16 @@ import torch
 
 from codebook import CodebookError, Schedule, Stage, Uniform, load
 from codebook.cli.data import load_data, load_samples
+from codebook.inference.conversation import _common_start as common_start
+from codebook.inference.conversation import _shorten as shorten
 from codebook.inference.conversation import answer_sample, converse
 from codebook.inference.prompts import prepare
 from codebook.inference.samples import read_samples, samples_digest
 from codebook.models.chat import next_turn
 from codebook.pruning.methods import FastV
 from tests import reference
+from tests.models.cells import model as model_of
+from tests.models.families import FAMILIES
 
 NEW = 6
 
@@ -109,6 +113,25 @@ def test_a_conversation_is_the_stock_models_own(loaded):
         turns.append({"role": "assistant", "content": [{"type": "text", "text": said}]})
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava_next", "internvl", "idefics3"])
+def test_a_cache_taken_back_to_the_images_of_other_families(name):
+    """A second prompt on the first one's cache: the logits of the stock model that reads the second alone."""
+    tiny, target = FAMILIES[name], model_of(name, "sdpa")
+    first, second = tiny.inputs([[3, "image", 8, 9, 10]]), tiny.inputs([[3, "image", 12, 13]])
+    length = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with Schedule([])(target, "thread"):
+        cache = target.generate(**first, **length).past_key_values
+        ids = second["input_ids"]
+        shorten(cache, common_start(target, first["input_ids"], ids))
+        ours = target.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **length
+        ).logits
+    theirs = target.generate(**second, **length).logits
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
 def test_what_is_between_two_answers(loaded):
     _, processor, _, _ = loaded
     ids = next_turn(processor, "describe.", 1, "read the number.")
@@ -133,8 +156,8 @@ def test_a_file_with_earlier_questions(loaded, tmp_path):
         load_samples(str(file))
 
 
-def test_a_family_whose_images_see_the_question_keeps_none_for_another(loaded, monkeypatch):
+def test_a_family_without_a_reusable_prefix_is_refused(loaded, monkeypatch):
     model, processor, _, later = loaded
     monkeypatch.setattr("codebook.models.llava.Llava.reusable_prefix", False)
-    with pytest.raises(CodebookError, match="images of llava see the question"):
+    with pytest.raises(CodebookError, match="llava cannot keep what it has read of an image"):
         answer_sample(model, processor, later[0], None, NEW)
