@@ -7,8 +7,10 @@ import pytest
 import transformers as hf
 from PIL import Image, ImageOps
 
+from codebook import CodebookError, models
 from codebook.models import SHIPPED_MODELS, coded
 from codebook.models.generic import WHAT_WORKS
+from codebook.pruning import DivPrune, Schedule, Stage
 
 
 class NewConfig(hf.LlavaConfig):
@@ -64,6 +66,17 @@ def test_a_model_that_nobody_knows(run, refused, new, tmp_path):
     assert ours["answer"] == stock["answer"] and ours["kept"] == stock["kept"] and len(ours["kept"][0]) == 36
     for method in ("fastv", "cls"):
         refused("prune", new, *ask[:-3], "--method", method, words=["not known for models of type brand_new", "use"])
+
+
+def test_a_model_that_transformers_loaded_is_tested_at_first_use(new, monkeypatch):
+    """With the processor that lies beside its weights."""
+    model = New.from_pretrained(new)
+    with Schedule([Stage(0, 0.5, DivPrune())])(model) as pruning:
+        assert pruning.family.name == "brand_new" and pruning.family.grid(model) == (12, 12)
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", None)
+    assert models.family(model) is pruning.family
+    with pytest.raises(CodebookError, match=r"must be tested once: call codebook.check_model"):
+        models.family(New(model.config))
 
 
 def test_a_model_that_is_refused(run, new, monkeypatch):

@@ -237,6 +237,22 @@ def test_features_in_another_order_are_refused(wrong):
         Schedule([Stage(0, 0.5, DivPrune())])(target)
 
 
+def test_crops_in_another_order_are_refused():
+    tiny = FAMILIES["internvl"]
+    target = tiny.make()
+    encode, processor = target.model.get_image_features, Pictured(tiny, target)
+
+    def turned(pixel_values, **options):
+        out = encode(pixel_values=pixel_values, **options)
+        if options.get("return_dict") and len(pixel_values) % 2:  # crops of one picture, whose number is odd
+            out.pooler_output = out.pooler_output.flip(0)
+        return out
+
+    target.model.get_image_features = turned
+    report = trial.try_model(target, processor)
+    assert "crops do not come in the order of their pixels" in report.reason
+
+
 def test_newlines_that_are_misread_are_refused():
     target = unseen(with_newlines(False))
     for belief, why in (
