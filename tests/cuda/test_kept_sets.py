@@ -6,7 +6,6 @@ import functools
 import pytest
 import torch
 
-from codebook.pruning import METHODS
 from tests.cuda.choices import NAMES, N, choose, tokens
 from tests.cuda.device import CUDA, DEVICE, moved
 from tests.pruning import stages
@@ -41,7 +40,7 @@ def model(tower, attention):
 
 @torch.no_grad()
 @pytest.mark.parametrize("tower", stages.TOWERS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", stages.SINGLE)
 def test_models_keep_what_they_keep_on_the_cpu(name, tower):
     for attention in stages.ATTENTIONS:
         schedule = stages.schedule(name, tower)

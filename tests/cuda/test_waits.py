@@ -14,7 +14,7 @@ import torch
 import codebook
 from codebook.pruning import METHODS, FastV, Random, Schedule, SeededFarthestPoint, Stage
 from codebook.store.codebook import Codebook
-from tests.cuda.choices import choose, tokens
+from tests.cuda.choices import NAMES, choose, tokens
 from tests.cuda.device import CUDA, DEVICE, moved
 from tests.models.cells import ROWS, model
 from tests.models.families import FAMILIES
@@ -47,7 +47,7 @@ def mode(name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("drop", *ADAPTIVE)])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in ADAPTIVE])
 def test_no_selection_waits(name):
     given = tokens(DEVICE)
     choose(name, given)  # what is made once: prototypes on the device, kernels
