@@ -108,7 +108,8 @@ def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(
     for step in range(steps):
         valid = inputs["attention_mask"]
         positions = {}
-        if "mm_token_type_ids" not in inputs:  # as generate() makes them; Qwen's are made from the token types
+        # As generate() makes them; Qwen's are made from the token types, of omni models from the tokens.
+        if "mm_token_type_ids" not in inputs and "omni" not in model.config.model_type:
             first = 1 if model.config.model_type == "paligemma" else 0
             positions["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + first
         with _dropping(model, valid, gone_from, compact, edit, mass):

@@ -103,13 +103,16 @@ def load_untested(
         config = _check_config(name, folder, files)  # before gigabytes are read
         if options.get("quantization_config") or getattr(config, "quantization_config", None):
             options.setdefault("device_map", {"": device})  # packed weights do not move afterwards
+        # Without the config, the class of what also speaks is looked for.
+        own = {"config": config} if str(getattr(config, "model_type", "")).endswith("_thinker") else {}
         chosen: Any = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
         # Not as a decorator, behind which type checkers see no signature.
         with torch.inference_mode(False):  # whatever the caller's: weights made in inference mode cannot be trained
             with _silent(bars=name not in SHIPPED_MODELS):
                 loaded: Any = AutoModelForImageTextToText.from_pretrained(
-                    str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True, **options | files
-                )
+                    str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True,
+                    **options | files | own,
+                )  # fmt: skip
             model, found = loaded
             _check_fit(name, model, found)
             if options.get("device_map") is None:
@@ -243,6 +246,7 @@ def _check_config(name: str, folder: Path, options: dict[str, Any]) -> PreTraine
             "class transformers itself has"
         )
     config = AutoConfig.from_pretrained(str(folder), **options)
+    config = getattr(config, "thinker_config", None) or config  # of what also speaks, the part that sees
     family_of_config(config)
     _check_size(name, folder, config)
     return config

@@ -32,6 +32,7 @@ from codebook.models.paddleocr_vl import PaddleOCRVL
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
 from codebook.models.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
+from codebook.models.qwen_omni import Qwen3OmniMoeThinker, Qwen25OmniThinker
 from codebook.models.trial import Report, learned, try_model
 from codebook.models.video_llava import VideoLlava
 from codebook.models.vipllava import VipLlava
@@ -47,6 +48,8 @@ FAMILIES: dict[str, Family] = {
         Qwen25VL(),
         Qwen3VL(),
         Qwen3VLMoe(),
+        Qwen25OmniThinker(),
+        Qwen3OmniMoeThinker(),
         Qwen35(),
         Qwen35Moe(),
         Lfm2VL(),
@@ -89,6 +92,9 @@ REFUSED = {
     "gemma3n": "several copies of each hidden state, which its decoder hands from layer to layer",
     "granite4_vision": "image tokens that are empty: what they show is added to them in deeper layers only",
     "llama4": "attention in chunks, which are counted in the unpruned prompt",
+    "minicpmv4_6": "images that share one row of the tower, which is not taken apart here",
+    "minicpmv4_7": "images that share one row of the tower, which is not taken apart here",
+    "phi4_multimodal": "images that the decoder itself encodes, where no call shows them",
     "perception_lm": "a vision tower of timm, whose attention and patches are not known",
 }
 """What families have that cannot be pruned exactly, by their `model_type`."""
@@ -139,6 +145,11 @@ def family_of_config(config: Any) -> Family:
         raise CodebookError(
             f"models of type {name} cross-attend to their images: there are no visual tokens in the sequence to prune; "
             "use a model that puts them there, such as llava or qwen2_5_vl"
+        )
+    if getattr(config, "thinker_config", None) is not None:
+        raise CodebookError(
+            f"models of type {name} also speak, of which pruning knows nothing: pass their `thinker`, which sees and "
+            "answers in text; codebook.load loads it alone"
         )
     if name in REFUSED:
         raise CodebookError(f"models of type {name} are not supported, with {REFUSED[name]}; use qwen3_vl or internvl")

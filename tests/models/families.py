@@ -17,6 +17,8 @@ from codebook import models
 from tests.tiny import IMAGE, PAD, VOCAB, llava
 
 VIDEO, SEPARATOR, GLOBAL, NEWLINE = 98, 97, 96, 95
+AUDIO = (90, 88, 89)
+"""Tokens of audio: begin, content, end."""
 TOKENS = {"image": IMAGE, "video": VIDEO}
 SIGLIP = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 4,
@@ -212,6 +214,34 @@ class Qwen(Tiny):
 class Qwen3(Qwen):
     def joined(self, ids, frames):
         return [token for i in range(frames) for token in [SEPARATOR] * (i > 0) + ids]
+
+
+class Omni(Qwen):
+    """Images and videos between a begin and an end, by which positions are counted; audio between its own."""
+
+    never = (IMAGE, VIDEO, 94, 93, *AUDIO)
+
+    def joined(self, ids, frames):
+        return [94, *ids * frames, 93]
+
+    def video(self, draw):
+        ids, pieces, *rest = super().video(draw)
+        return ids, pieces | {"video_second_per_grid": torch.tensor([0.5])}, *rest
+
+    def audio(self, draw):
+        begin, token, end = AUDIO
+        pieces = {"input_features": draw(1, 8, 16), "feature_attention_mask": torch.ones(1, 16, dtype=torch.long)}
+        return [begin, *[token] * (4 if self.name == "qwen2_5_omni_thinker" else 2), end], pieces
+
+    def film(self, draw):
+        """A video with its sound, in the order of time: half a second a frame, so that none or one is after it."""
+        (_, *seen, _), pieces, *rest = self.video(draw)
+        (begin, *heard, end), sound = self.audio(draw)
+        after = 16 if self.name == "qwen2_5_omni_thinker" else 8  # the former counts in chunks of two seconds
+        return [94, begin, *seen[:after], *heard, *seen[after:], end, 93], pieces | sound, *rest
+
+    def types(self, ids):
+        return {}
 
 
 class Lfm2(Tiny):
@@ -464,9 +494,9 @@ def _onevision():
     )  # fmt: skip
 
 
-def _qwen(cls, text, vision):
+def _qwen(cls, text, vision, interleaved=False):
     rope = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}
-    extra = {"mrope_interleaved": True} if "Qwen3" in cls.__name__ else {}
+    extra = {"mrope_interleaved": True} if interleaved else {}
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 94, "vision_end_token_id": 93}
     more = {"head_dim": 16} if extra else {}
     text = {**TEXT, "rope_parameters": rope | extra, **more, **(text or {})}
@@ -503,6 +533,16 @@ def _lfm3():
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     text = TEXT | CONVOLUTIONS
     return hf.Lfm3VlConfig(vision_config=vision, text_config=text, projector_hidden_size=64, **ids)
+
+
+def _omni(config, text=None, **vision):
+    audio = {"num_mel_bins": 8, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 16, "d_model": 16}
+    audio |= {"initializer_range": 0.4}
+    audio |= {"output_dim": 64, "downsample_hidden_size": 4} if "3" in config.__name__ else {"output_dim": 64}
+    begin, token, end = AUDIO
+    more = {"audio_config": audio, "audio_start_token_id": begin, "audio_token_id": token, "audio_end_token_id": end}
+    vision = QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, **vision}
+    return _qwen(functools.partial(config, **more), text, vision, "Qwen3" in config.__name__)
 
 
 EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
@@ -655,13 +695,20 @@ FAMILIES = {
         Qwen3("qwen3_vl", functools.partial(
             _qwen, hf.Qwen3VLConfig, None,
             QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
-                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}, True
         ), "Qwen3VLForConditionalGeneration", True, 3),
         Qwen3("qwen3_vl_moe", functools.partial(
             _qwen, hf.Qwen3VLMoeConfig, EXPERTS | {"num_experts": 4},
             QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
-                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}
+                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}, True
         ), "Qwen3VLMoeForConditionalGeneration", True, 3),
+        Omni("qwen2_5_omni_thinker", functools.partial(
+            _omni, hf.Qwen2_5OmniThinkerConfig, window_size=16, fullatt_block_indexes=[2]
+        ), "Qwen2_5OmniThinkerForConditionalGeneration", True, 3),
+        Omni("qwen3_omni_moe_thinker", functools.partial(
+            _omni, hf.Qwen3OmniMoeThinkerConfig, EXPERTS | {"num_experts": 4}, num_position_embeddings=64,
+            deepstack_visual_indexes=[0, 1, 2]
+        ), "Qwen3OmniMoeThinkerForConditionalGeneration", True, 3),
         Qwen3("qwen3_5", functools.partial(_hybrid, hf.Qwen3_5Config), "Qwen3_5ForConditionalGeneration", True, 3),
         Mixture("qwen3_5_moe", functools.partial(
             _hybrid, hf.Qwen3_5MoeConfig, **MIXTURE

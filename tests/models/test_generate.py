@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers as hf
+from packaging.version import Version
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from codebook.pruning import DivPrune, FastV, Random, Schedule, Stage
@@ -30,7 +32,12 @@ def generate(tiny, rows=ROWS, **options):
     """
     target, inputs = model(tiny.name, "sdpa"), tiny.inputs(rows)
     with SCHEDULE(target) as pruning:
-        out = target.generate(**inputs, **PLAIN | options, return_dict_in_generate=True, output_logits=True)
+        out = target.generate(
+            **inputs,
+            **PLAIN | {"suppress_tokens": [*tiny.never]} | options,
+            return_dict_in_generate=True,
+            output_logits=True,
+        )
     columns = tiny.columns(rows)  # copies of a row keep the same
     given = columns, pruning.kept[: len(columns)], SCHEDULE.stages
     return (
@@ -62,13 +69,22 @@ def assert_close(ours, theirs, tolerance=2e-5):
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy(name):
     out, given, tokens = generate(FAMILIES[name], max_new_tokens=8)
-    expected, logits = masked(given, 8, suppress=[IMAGE, VIDEO])
+    expected, logits = masked(given, 8, suppress=FAMILIES[name].never)
     assert_close(torch.stack(out.logits, 1), logits, FAMILIES[name].tolerance)
     assert torch.equal(tokens, expected)
 
 
+OLD_HYBRID = "stock Qwen3.5 of transformers 5.18 mixes up the states of several sequences, pruned or not"
+
+
+def skip_what_stock_gets_wrong(tiny):
+    if tiny.name == "qwen3_5" and Version(hf.__version__) < Version("5.23"):
+        pytest.skip(OLD_HYBRID)
+
+
 @torch.no_grad()
 def test_sampling_several_sequences(tiny):
+    skip_what_stock_gets_wrong(tiny)
     torch.manual_seed(3)
     out, given, tokens = generate(
         tiny, ROWS[:1], max_new_tokens=4, do_sample=True, num_return_sequences=2, top_k=0, temperature=3.0
@@ -80,6 +96,7 @@ def test_sampling_several_sequences(tiny):
 
 @torch.no_grad()
 def test_beams(tiny):
+    skip_what_stock_gets_wrong(tiny)
     out, given, tokens = generate(
         tiny, ROWS[:1], max_new_tokens=4, num_beams=3, num_return_sequences=3, output_scores=True, length_penalty=0.0
     )

@@ -23,7 +23,10 @@ from tests.tiny import IMAGE, PAD, SIDE, llava
 REFUSED = {
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), "are the rows and columns of no grid"),
     **dict.fromkeys(("idefics3", "smolvlm"), "are the rows and columns of no grid"),
-    **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "something is added to hidden states between its decoder's layers"),
+    **dict.fromkeys(
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"),
+        "something is added to hidden states between its decoder's layers",
+    ),
     **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl"), "its decoder has layers without attention"),
     **dict.fromkeys(("gemma3", "paligemma"), "tokens of its prompts do not see just those before them"),
     "ernie4_5_vl_moe": "layers are given moe_mm_token_type_ids for each token",

@@ -20,7 +20,9 @@ UNLIKE = (
     "lfm2_vl",
     "lfm3_vl",
 )
-REFUSED = dict.fromkeys(UNLIKE, "--metric generated") | dict.fromkeys(("qwen3_vl", "qwen3_vl_moe"), "deepstack")
+REFUSED = dict.fromkeys(UNLIKE, "--metric generated") | dict.fromkeys(
+    ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), "deepstack"
+)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -31,6 +31,7 @@ def refused(match):
         (hf.DeepseekOcr2Config(), "deepseek_ocr2 are not supported, with visual tokens that are learned queries.*use"),
         (hf.Gemma3nConfig(), "gemma3n are not supported, with several copies of each hidden state.*use"),
         (hf.Granite4VisionConfig(), "granite4_vision are not supported, with image tokens that are empty.*use"),
+        (hf.Phi4MultimodalConfig(), "phi4_multimodal are not supported, with images that the decoder itself.*use"),
         (hf.Llama4Config(), "llama4 are not supported, with attention in chunks.*use"),
         (
             hf.PerceptionLMConfig(vision_config={"model_type": "timm_wrapper"}),
