@@ -11,6 +11,7 @@ from codebook.models.qwen2_vl import Qwen2VL
 
 class PaddleOCRVL(Qwen2VL):
     name = "paddleocr_vl"
+    since = "5.21"
     attention_of = Family.attention_of
     pooled = AnySize.pooled
 

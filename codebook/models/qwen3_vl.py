@@ -64,7 +64,9 @@ class Qwen3VLMoe(Qwen3VL):
 
 class Qwen35(Qwen2VL):
     name = "qwen3_5"
+    since = "5.21"
 
 
 class Qwen35Moe(Qwen2VL):
     name = "qwen3_5_moe"
+    since = "5.21"
