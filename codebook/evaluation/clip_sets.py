@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Required
+from typing import Annotated, Any, Required
 
+from pydantic import Field
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, install_command
 from codebook.evaluation.documents import CHOICE, LETTERS, read_checked
-from codebook.evaluation.parquet import parquet_files, read_columns
+from codebook.evaluation.parquet import TEXT_CELL, TEXTS_CELL, parquet_files, read_columns
 from codebook.evaluation.scorers import letter
 from codebook.inference.samples import ClipPart, Sample
 from codebook.store.clips import FrameRule
@@ -48,6 +48,9 @@ MVBENCH = {
 """MVBench's tasks: the folder of each one's clips below `video/`, and whether its questions are about parts of them."""
 
 
+Second = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+
+
 class ClipQuestion(TypedDict, total=False):
     """A record of MVBench."""
 
@@ -55,8 +58,8 @@ class ClipQuestion(TypedDict, total=False):
     question: Required[str]
     candidates: Required[list[str]]
     answer: Required[str]
-    start: float
-    end: float
+    start: Second
+    end: Second
 
 
 def mvbench(folder: Path, rule: FrameRule) -> Iterator[Sample]:
@@ -68,6 +71,8 @@ def mvbench(folder: Path, rule: FrameRule) -> Iterator[Sample]:
         for number, record in enumerate(read_checked([file], list[ClipQuestion]), 1):
             if record["answer"] not in record["candidates"]:
                 raise CodebookError(f"{file}, record {number}: the answer is none of the candidates; download it again")
+            if bounded and record["start"] > record["end"]:
+                raise CodebookError(f"{file}, record {number}: it ends before it starts; download it again")
             path = folder / "video" / videos / record["video"]
             part = (record["start"], record["end"]) if bounded else (0.0, None)
             options = [f"{LETTERS[i]}. {text}" for i, text in enumerate(record["candidates"])]
@@ -90,10 +95,10 @@ def clip_question(path: Path, question: str, options: Sequence[str], answer: str
 
 def videomme(folder: Path, rule: FrameRule) -> Iterator[Sample]:
     """Video-MME's questions without subtitles, a task per length of the clips (arXiv 2405.21075)."""
-    columns = {"videoID": str, "question": str, "options": list[str], "answer": str, "duration": str}
+    columns = dict.fromkeys(("videoID", "question", "answer", "duration"), TEXT_CELL) | {"options": TEXTS_CELL}
     for file in parquet_files(folder / "videomme" if is_folder(folder / "videomme") else folder):
         for number, row in enumerate(read_columns(file, columns), 1):
-            if re.fullmatch("[A-Z]", row["answer"]) is None:
+            if row["answer"] not in tuple(LETTERS[: len(row["options"])]):
                 raise CodebookError(f"{file}, record {number}: the answer is no option's letter; download it again")
             path = _clip_of(folder / "data", row["videoID"])
             task = f"videomme {row['duration']}"

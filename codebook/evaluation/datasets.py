@@ -13,14 +13,14 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.evaluation.clip_sets import check_clips, mvbench, videomme
 from codebook.evaluation.documents import CHOICE, SHORT, chair, chartqa, docvqa, infovqa, ocrbench
 from codebook.evaluation.metrics import ACCURACY, CHAIR, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.parquet import Columns, fetched_files, load_parquet, parquet_files
 from codebook.evaluation.scorers import box_overlap, letter, named, same, vqa
 from codebook.inference.captions import CaptionScorer
-from codebook.inference.samples import Sample, read_samples
+from codebook.inference.samples import Sample, check_images, read_samples
 from codebook.store.clips import FrameRule
 from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, read_json, read_lines, read_whole
 from codebook.store.pictures import even_frames
@@ -113,13 +113,19 @@ def _tasks(
     else:
         known = (
             ", ".join([*generators, "a JSONL file"]),
-            ", ".join(f"{loader}:FOLDER" for loader in sorted([*LOADERS, *CLIP_LOADERS, *TABLES])),
+            ", ".join(
+                [f"{loader}:FOLDER" for loader in sorted([*LOADERS, *CLIP_LOADERS])]
+                + [f"{table}:{rest.partition('[')[0]}" for table, rest in TABLES.items()]
+            ),
         )
         raise CodebookError(f"no data {name!r}: give {known[0]}, or one of {known[1]}")
     named: dict[str, list[Sample]] = {}
     for sample in samples:
-        if sample.answer is None:
-            raise CodebookError(f"{name}: the question {sample.question!r} has no answer to score against: add one")
+        if not any(answer.strip() for answer in sample.answers or (sample.answer or "",)):
+            raise CodebookError(
+                f"{name}: the question {quoted(sample.question)} has no answer to score against: add one, or use a "
+                "split that has answers"
+            )
         named.setdefault(sample.task, []).append(sample)
     for task, own in named.items():
         captions = all(isinstance(sample.scorer, CaptionScorer) for sample in own)
@@ -151,9 +157,7 @@ def _read_dataset(kind: str, folder: Path, loader: Loader) -> list[Sample]:
         raise CodebookError(f"the files in {folder} are not those of {kind}: {reason}; see docs/bench.md") from None
     if not samples:
         raise CodebookError(f"{folder} holds no questions of {kind}: see docs/bench.md for the files")
-    for image in dict.fromkeys(image for sample in samples for image in sample.images if isinstance(image, Path)):
-        if not is_file(image):
-            raise CodebookError(f"an image of {kind} is missing: {image}")
+    check_images(samples, kind, folder)
     check_clips(samples)
     return samples
 

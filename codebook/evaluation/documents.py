@@ -168,6 +168,9 @@ def chair(folder: Path) -> Iterator[Sample]:
     instances = read_checked([folder / "instances_val2014.json"], CocoInstances)
     captions = read_checked([folder / "captions_val2014.json"], CocoCaptions)
     words = read_synonyms(folder / "synonyms.txt")
+    for what in ("images", "categories"):
+        if len({one["id"] for one in instances[what]}) < len(instances[what]):
+            raise CodebookError(f"{folder / 'instances_val2014.json'}: two {what} have one id; {DOWNLOAD_AGAIN}")
     categories = {one["id"]: one["name"].lower() for one in instances["categories"]}
     if missing := sorted(set(categories.values()) - set(words.names.values())):
         raise CodebookError(f"{folder / 'synonyms.txt'} has no line for {missing[0]!r}: add one that begins with it")

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from pydantic import TypeAdapter, ValidationError
@@ -17,7 +17,7 @@ from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
 from codebook.evaluation.metrics import yes_or_no
 from codebook.evaluation.scorers import anls, contains, letter, relaxed, same, vqa
 from codebook.inference.samples import Sample, Scorer
-from codebook.store.files import fault_words, is_file, is_folder, one_line
+from codebook.store.files import is_file, is_folder, one_line
 from codebook.store.hub import pull_data_set
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture
 
@@ -27,7 +27,7 @@ RULES: dict[str, Scorer] = {
 """Scorers by the names that `rule=` gives them."""
 
 MOST_ROWS = 2**22
-"""Rows of all files of a data set together."""
+"""Rows of a file."""
 LARGEST_GROUP = 2**33
 """Bytes of a row group, unpacked."""
 ROWS_AT_ONCE = 16
@@ -69,19 +69,35 @@ class Columns:
         Raises
         ------
         CodebookError
-            If a key or the rule is unknown.
+            If a key or the rule is unknown, a key stands there twice, or a column is to be two things.
         """
-        given, known = dict(parse_qsl(text, keep_blank_values=True)), [one.name for one in fields(cls)]
+        pairs, known = parse_qsl(text, keep_blank_values=True), [one.name for one in fields(cls)]
+        given = dict(pairs)
+        if len(given) < len(pairs):
+            raise CodebookError(f"a key stands twice behind '?' in {quoted(text)}: leave one out")
         for key in given:
             if key not in known:
                 raise CodebookError(f"unknown key {quoted(key)} behind '?': use {', '.join(known)}")
         found = cls(**given)
         if found.rule not in RULES:
             raise CodebookError(f"no rule {quoted(found.rule)}: use {', '.join(RULES)}")
+        own = [name for name in (found.image, found.question, found.answer, found.options) if name]
+        if len(set(own)) < len(own):
+            raise CodebookError(f"behind '?' one column is to be two things in {quoted(text)}: name another one")
         return found
 
 
-PICTURE_LIST = list[Mapping[str, Any] | bytes]
+class Cell(NamedTuple):
+    """What a column holds: its type, and that in words."""
+
+    kind: Any
+    words: str
+
+
+TEXT_CELL = Cell(str, "a text")
+TEXTS_CELL = Cell(list[str], "a list of texts")
+ANSWER_CELL = Cell(str | int | list[str], "a text, a whole number or a list of texts")
+PICTURES_CELL = Cell(list[Mapping[str, Any] | bytes] | Mapping[str, Any] | bytes, "a picture's bytes or a list of them")
 
 
 def fetched_files(name: str, columns: Columns) -> list[Path]:
@@ -135,7 +151,7 @@ def _unreadable(file: Path, error: Exception) -> CodebookError:
     return CodebookError(f"cannot read {file}: {one_line(error)}; give a whole Parquet file")
 
 
-def read_columns(file: Path, columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def read_columns(file: Path, columns: Mapping[str, Cell]) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet file as dictionaries of these columns, each checked against its type.
 
     Raises
@@ -147,14 +163,20 @@ def read_columns(file: Path, columns: Mapping[str, Any]) -> Iterator[dict[str, A
     if missing := [name for name in columns if name not in opened.schema_arrow.names]:
         there = ", ".join(opened.schema_arrow.names[:20])
         raise CodebookError(f"{file} has no column {quoted(missing[0])}, but {quoted(there)}: name one of these")
-    checks = {name: TypeAdapter(kind) for name, kind in columns.items()}
+    checks = {name: TypeAdapter(cell.kind) for name, cell in columns.items()}
     try:
         for batch in opened.iter_batches(ROWS_AT_ONCE, columns=list(columns)):
             for row in batch.to_pylist():
                 number += 1
-                yield {name: check.validate_python(row[name], strict=True) for name, check in checks.items()}
-    except ValidationError as error:
-        raise CodebookError(f"cannot read {file}, record {number}, {fault_words(error)}") from None
+                for name, check in checks.items():
+                    try:
+                        check.validate_python(row[name], strict=True)
+                    except ValidationError:
+                        raise CodebookError(
+                            f"{file}, record {number}: column {quoted(name)} holds {quoted(row[name])}, where "
+                            f"{columns[name].words} is read; name another column, or correct the file"
+                        ) from None
+                yield row
     except (CodebookError, GeneratorExit):
         raise
     except Exception as error:
@@ -180,9 +202,9 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
     CodebookError
         As `read_columns`, or if a row's picture or answer is missing.
     """
-    kinds: dict[str, Any] = {columns.question: str, columns.answer: str | int | list[str]}
-    kinds |= {columns.options: list[str]} if columns.options else {}
-    kinds |= {columns.task: str} if columns.task else {}
+    kinds = {columns.task: TEXT_CELL} if columns.task else {}
+    kinds |= {columns.question: TEXT_CELL, columns.answer: ANSWER_CELL}
+    kinds |= {columns.options: TEXTS_CELL} if columns.options else {}
     drawn: dict[str, list[tuple[Path, int, Sample]]] = {}
     for file in files:
         for number, row in enumerate(read_columns(file, kinds), 1):
@@ -200,7 +222,7 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
 def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str) -> Sample:
     """The sample of a row, without its pictures."""
     question, answer = row[columns.question], row[columns.answer]
-    task = row[columns.task] if columns.task else name
+    task = (str(row[columns.task]) if columns.task else "") or name
     if columns.options:
         options = row[columns.options]
         right = _option(answer, options)
@@ -211,6 +233,10 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str) -
     answers = answer if isinstance(answer, list) else [str(answer)]
     if not answers:
         raise CodebookError(f"{where}: it has no answer; name the right column")
+    if columns.rule == "yesno":
+        answers = [text.strip().lower() for text in answers]
+        if not {"yes", "no"}.issuperset(answers):
+            raise CodebookError(f"{where}: {quoted(str(answer))} is neither yes nor no; give another rule")
     most = max(answers, key=answers.count)
     return Sample((), question + SHORT, most, task, RULES[columns.rule], tuple(answers))
 
@@ -227,15 +253,17 @@ def _option(answer: object, options: Sequence[str]) -> int | None:
 
 
 def _with_pictures(file: Path, wanted: Mapping[int, Sample], column: str) -> Iterator[Sample]:
-    kind = PICTURE_LIST | Mapping[str, Any] | bytes
-    for number, row in enumerate(read_columns(file, {column: kind}), 1):
+    last = max(wanted)
+    for number, row in enumerate(read_columns(file, {column: PICTURES_CELL}), 1):
         if number not in wanted:
             continue
         cells = row[column] if isinstance(row[column], list) else [row[column]]
         pictures = []
-        for cell in cells:
+        for cell in cells or [None]:
             data = cell.get("bytes") if isinstance(cell, Mapping) else cell
             if not isinstance(data, bytes) or len(data) > LARGEST_PICTURE or not is_picture(data[:HEAD]):
                 raise CodebookError(f"{file}, record {number}: column {quoted(column)} holds no picture that is read")
             pictures.append(data)
         yield replace(wanted[number], images=tuple(pictures))
+        if number == last:
+            return

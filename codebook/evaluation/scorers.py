@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from functools import lru_cache
@@ -139,10 +140,12 @@ def _is_near(prediction: str, answer: str) -> bool:
 
 
 def _number(text: str) -> float | None:
-    found = re.fullmatch(r"([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)(%?)\.?", text)
+    found = re.fullmatch(r"([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)\s*(%?)\.?", text)
     if found is None or not found[2]:
         return None
     value = float(found[1] + found[2].replace(",", ""))
+    if math.isinf(value):  # a row of digits that is no quantity: compared as a text
+        return None
     return value / 100 if found[3] else value
 
 

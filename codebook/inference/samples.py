@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from codebook.errors import CodebookError
 from codebook.store.clips import FrameRule, within
 from codebook.store.files import is_file, read_lines, sha256
-from codebook.store.pictures import even_frames, read_image, read_video, upright_rgb
+from codebook.store.pictures import USE_WHOLE, even_frames, is_picture_file, read_image, read_video, upright_rgb
 
 Scorer = Callable[[str, Sequence[str]], float]
 """Scores a prediction from 0 (wrong) to 1 (right), given all right answers."""
@@ -110,10 +110,33 @@ def read_samples(source: Path, rule: FrameRule = even_frames) -> list[Sample]:
     samples = [_parse_record(source, rule, *line) for line in read_lines(source, SAMPLE_FORMAT, SampleRecord)]
     if not samples:
         raise CodebookError(f"{source} holds no samples: {SAMPLE_FORMAT}")
-    for path in {image for sample in samples for image in sample.images if isinstance(image, Path)}:
-        if not is_file(path):
-            raise CodebookError(f"{source} names an image that is missing: {path}")
+    check_images(samples, str(source))
     return samples
+
+
+def check_images(samples: Sequence[Sample], source: str, folder: Path | None = None) -> None:
+    """Refuse images whose files are missing or begin like no picture, before work begins; of clips, missing ones.
+
+    Parameters
+    ----------
+    source
+        What names the images, for the error.
+    folder
+        Where they must lie, for data sets of others: what stands in their files does not choose what else is read.
+
+    Raises
+    ------
+    CodebookError
+        Naming the first.
+    """
+    clips = {path: s.clip is not None for s in samples for path in s.images if isinstance(path, Path)}
+    for path, is_of_clip in clips.items():
+        if folder is not None and (not path.is_relative_to(folder) or ".." in path.relative_to(folder).parts):
+            raise CodebookError(f"an image of {source} lies outside of {folder}: {path}; download its files again")
+        if not is_file(path):
+            raise CodebookError(f"an image of {source} is missing: {path}")
+        if not is_of_clip and not is_picture_file(path):
+            raise CodebookError(f"an image of {source} is no picture: {path}; {USE_WHOLE}")
 
 
 SAMPLE_FORMAT = (
@@ -138,6 +161,8 @@ class SampleRecord(TypedDict, total=False):
 
 
 def _parse_record(source: Path, rule: FrameRule, number: int, record: SampleRecord) -> Sample:
+    if len(record.keys() & {"image", "images", "video"}) > 1:
+        raise CodebookError(f"{source}, line {number}: of image, images and video there is more than one; leave one")
     shown = record["images"] if "images" in record else [record["image"]] if "image" in record else []
     if "video" in record:
         images = read_video(source.parent / record["video"], rule)

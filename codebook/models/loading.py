@@ -236,7 +236,7 @@ def _check_config(name: str, folder: Path, options: dict[str, Any]) -> PreTraine
 
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise CodebookError(f"{name} holds no config.json: name a transformers model folder")
+            raise CodebookError(f"{name or '.'} holds no config.json: name a transformers model folder")
         for file in sorted(folder.iterdir()):
             _check_file(file)
     written, _ = PreTrainedConfig.get_config_dict(str(folder), **options)

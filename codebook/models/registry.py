@@ -165,7 +165,7 @@ def family_of_config(config: Any) -> Family:
         near = difflib.get_close_matches(name, FAMILIES) or ["llava", "qwen2_5_vl", "qwen3_vl"]
         raise CodebookError(
             f"models of type {name} are not supported; use one of the {len(FAMILIES)} of docs/models.md, such as "
-            f"{', '.join(near)}"
+            f"{', '.join(near)}, or a model whose config has a vision_config and an image token"
         )
     found, installed = FAMILIES[name], version("transformers")
     if Version(installed) < Version(found.since):

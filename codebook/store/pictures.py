@@ -109,6 +109,11 @@ def is_clip(path: Path) -> bool:
     return is_file(path) and container_of(_first_bytes(path)) is not None
 
 
+def is_picture_file(path: Path) -> bool:
+    """Whether a path names a file that begins like a picture of a format that is read."""
+    return is_file(path) and is_picture(_first_bytes(path))
+
+
 def _first_bytes(path: Path) -> bytes:
     with os.fdopen(open_regular(path, LARGEST_CLIP), "rb") as file:
         return file.read(HEAD)

@@ -3,35 +3,12 @@
 import json
 
 import pytest
-from PIL import Image
 
 from codebook.cli.data import load_data
 from codebook.errors import CodebookError
 from codebook.evaluation.datasets import COGNITION, PERCEPTION
 from codebook.evaluation.documents import SHORT
-
-
-@pytest.fixture
-def put(tmp_path):
-    """Write a file below a folder: text, JSON, or a picture by its suffix."""
-
-    def write(name, content=None):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            Image.new("RGB", (8, 8)).save(path)
-        else:
-            path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return path
-
-    return write
-
-
-def one(kind, folder):
-    [task] = load_data([f"{kind}:{folder}"])
-    [sample] = task.samples
-    return task, sample
-
+from tests.evaluation.loaded import one
 
 TEN = ["net"] * 6 + ["mesh"] * 4
 

@@ -12,28 +12,7 @@ from codebook.evaluation.documents import DESCRIBE, SHORT
 from codebook.evaluation.metrics import CHAIR
 from codebook.inference.samples import samples_digest
 from codebook.store.clips import ClipInfo, within
-
-
-@pytest.fixture
-def put(tmp_path):
-    """Write a file below a folder: text, JSON, or a picture by its suffix."""
-
-    def write(name, content=None):
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if content is None:
-            Image.new("RGB", (8, 8)).save(path)
-        else:
-            path.write_text(content if isinstance(content, str) else json.dumps(content))
-        return path
-
-    return write
-
-
-def one(kind, folder):
-    [task] = load_data([f"{kind}:{folder}"])
-    [sample] = task.samples
-    return task, sample
+from tests.evaluation.loaded import one
 
 
 def test_docvqa(put, tmp_path):
@@ -99,6 +78,9 @@ def test_chair(put, tmp_path):
     put("instances_val2014.json", COCO | {"annotations": [{"image_id": 8, "category_id": 2}]})
     with pytest.raises(CodebookError, match=r"instances_val2014\.json, annotation 1: .*unknown image"):
         load_data([f"chair:{tmp_path}"])
+    put("instances_val2014.json", COCO | {"categories": [{"id": 2, "name": "dog"}, {"id": 2, "name": "person"}]})
+    with pytest.raises(CodebookError, match=r"instances_val2014\.json: two categories have one id"):
+        load_data([f"chair:{tmp_path}"])
     put("instances_val2014.json", COCO)
     put("synonyms.txt", "person, woman\n")
     with pytest.raises(CodebookError, match=r"synonyms\.txt has no line for 'dining table'"):
@@ -149,6 +131,44 @@ def test_mvbench_frames_of_a_part(put, tmp_path):
         put(f"video/tvqa/frames_fps3_hq/clip/{i:05}.jpg")
     _, sample = one("mvbench", tmp_path)
     assert [int(path.stem) for path in sample.images] == [3, 4, 5, 6, 7, 8, 9]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"),
+    [
+        ((3, 1), "record 1: it ends before it starts"),
+        ((-5, 1), "0.start: .*greater than or equal to 0"),
+        ((1, 1e308), "0.end: .*less than"),
+        ((float("nan"), 1), "0.start: .*"),
+    ],
+)
+def test_mvbench_parts_that_are_none(put, tmp_path, part, words):
+    record = {"video": "clip", "question": "Who?", "candidates": ["a", "b"], "answer": "a"}
+    put("json/episodic_reasoning.json", [record | {"start": part[0], "end": part[1]}])
+    put("video/tvqa/frames_fps3_hq/clip/00001.jpg")
+    with pytest.raises(CodebookError, match=rf"episodic_reasoning\.json.*{words}"):
+        load_data([f"mvbench:{tmp_path}"])
+
+
+@pytest.mark.parametrize("outside", ["../../secret.png", "/secret.png"])
+def test_a_data_set_names_no_picture_outside_of_its_folder(put, tmp_path, outside):
+    secret = put("secret.png")
+    name = str(secret) if outside.startswith("/") else outside
+    put("set/OCRBench_Images/1.png")
+    record = {"dataset_name": "x", "image_path": name, "question": "q", "answers": ["a"]}
+    put("set/OCRBench.json", [record])
+    with pytest.raises(CodebookError, match=r"image of ocrbench lies outside of .*secret\.png; download"):
+        load_data([f"ocrbench:{tmp_path / 'set'}"])
+
+
+@pytest.mark.parametrize("content", ["", "hello", "%!PS-Adobe-3.0 EPSF-3.0"])
+def test_a_file_that_is_no_picture_is_found_before_the_work(put, tmp_path, content):
+    put("spdocvqa_images/1.png", content)
+    put("val_v1.0.json", {"data": [{"question": "q", "answers": ["a"], "image": "1.png"}]})
+    put("own.jsonl", {"image": "spdocvqa_images/1.png", "question": "q", "answer": "a"})
+    for name in (f"docvqa:{tmp_path}", str(tmp_path / "own.jsonl")):
+        with pytest.raises(CodebookError, match=r"is no picture: .*1\.png; use a whole PNG"):
+            load_data([name])
 
 
 def test_a_part_of_a_clip():
@@ -217,7 +237,7 @@ def test_parquet_with_several_answers(table):
         ({}, "?colour=x", "unknown key 'colour' behind '\\?': use image, question"),
         ({}, "?rule=bleu", "no rule 'bleu': use same, vqa"),
         ({}, "?answer=label", "a.parquet has no column 'label', but 'image, question, answer'"),
-        ({"question": ["q", None]}, "", "a.parquet, record 2, .*string"),
+        ({"question": ["q", None]}, "", "a.parquet, record 2: column .question. holds None, where a text is read"),
         ({"answer": [["x"], []]}, "", "a.parquet, record 2: it has no answer"),
         (
             {"image": [HUBS[0], {"bytes": b"no picture", "path": "x"}]},
@@ -225,7 +245,13 @@ def test_parquet_with_several_answers(table):
             "a.parquet, record 2: column 'image' holds no",
         ),
         ({"image": [HUBS[0], {"bytes": None, "path": "x"}]}, "", "a.parquet, record 2: column 'image' holds no"),
-        ({"image": ["a.png", "b.png"]}, "", "a.parquet, record 1"),
+        ({"image": ["a.png", "b.png"]}, "", "a.parquet, record 1: .*'a.png', where a picture's bytes or a list"),
+        ({"image": [[HUBS[0]], []]}, "", "a.parquet, record 2: column 'image' holds no"),
+        ({"answer": [3.5, 4.5]}, "", "a.parquet, record 1: column 'answer' holds 3.5, where a text, a whole number"),
+        ({"answer": ["x", " "]}, "", "question 'r.*has no answer to score against"),  # as test splits have it
+        ({"answer": ["Yes", "maybe"]}, "?rule=yesno", "a.parquet, record 2: 'maybe' is neither yes nor no"),
+        ({}, "?rule=vqa&rule=anls", "a key stands twice behind '\\?'"),
+        ({}, "?question=answer", "one column is to be two things"),
         ({"options": [["a"], ["b"]]}, "?options=options", "a.parquet, record 1: 'x' is none of its options"),
     ],
 )
@@ -234,6 +260,13 @@ def test_parquet_that_is_wrong(table, change, query, words):
     with pytest.raises(CodebookError, match=words) as error:
         load_data([f"parquet:{file}{query}"])
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
+
+
+def test_parquet_of_yes_and_no(table):
+    """Capital letters, as the Hub's MME has them."""
+    file = table("a.parquet", image=HUBS[:2], question=["q", "r"], answer=["Yes", "No"])
+    yes, no = load_data([f"parquet:{file}?rule=yesno"])[0].samples
+    assert [yes.score("Yes, it is."), yes.score("no"), no.score("No.")] == [1, 0, 1]
 
 
 def test_damaged_parquet(table, tmp_path):
@@ -265,6 +298,10 @@ def test_videomme(table, tmp_path):
     task, sample = one("videomme", tmp_path)
     assert task.name == "videomme short" and sample.question.startswith("Who?\nA. he\nB. she\nAnswer")
     assert sample.score("B. she") == 1 and len(sample.pictures()) == 8
+    table("videomme/test-00000-of-00001.parquet", **columns | {"answer": ["C"]}, duration=["short"])
+    with pytest.raises(CodebookError, match=r"record 1: the answer is no option's letter"):
+        load_data([f"videomme:{tmp_path}"])
+    table("videomme/test-00000-of-00001.parquet", **columns, duration=["short"])
     (tmp_path / "data/v.mp4").unlink()
     with pytest.raises(CodebookError, match=r"image of videomme is missing: .*v\.mp4"):
         load_data([f"videomme:{tmp_path}"])
@@ -308,11 +345,12 @@ def test_a_data_set_of_the_hub(table, tmp_path, monkeypatch):
 def test_another_type_inside_is_one_error(put, tmp_path, odd):
     """Each field of each new loader's records, and the records themselves, in turn: the file is named."""
     put("images/1.png")
+    put("OCRBench_Images/1.png")
     put("test/png/1.png")
     put("test/test_augmented.json", [])
     document = {"question": "q", "answers": ["a"], "image": "1.png", "image_local_name": "1.png"}
     chart = {"imgname": "1.png", "query": "q", "label": "a"}
-    text = {"dataset_name": "x", "image_path": "../images/1.png", "question": "q", "answers": ["a"]}
+    text = {"dataset_name": "x", "image_path": "1.png", "question": "q", "answers": ["a"]}
     cases = {
         ("docvqa", "val_v1.0.json"): (document, lambda own: {"data": own}),
         ("infovqa", "infographicsVQA_val_v1.0.json"): (document, lambda own: {"data": own}),
