@@ -1,6 +1,7 @@
 """Methods that choose among all frames of a film: worked examples, and films in batches, in videos, behind stages."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -48,8 +49,40 @@ def test_evs_by_hand():
     # An earlier stage has left two tokens of each: places among these, compared with the whole frame before
     film = frames(first, second, third, left=[[0, 2], [0, 2], [0, 1]])
     assert chosen(EVS(), film, 4) == [[0, 1], [1], [0]]
-    with pytest.raises(CodebookError, match=r"the first frame whole, 2 tokens, but 1 of 6 .* keep 0.333 or more"):
+    with pytest.raises(CodebookError, match=r"the first frame whole, 2 tokens, but 1 of 6 .* keep 0.334 or more"):
         EVS().select_frames(film, 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("images", [2, 3, 5, 7])
+def test_evs_can_do_what_its_error_says(images):
+    """The least share that it names is enough, where the images' shares are rounded and where a video's is."""
+    target = llava()
+    inputs = prompt(target, [["image"] * images + [8]])
+    with Schedule([Stage(0, 0.03, EVS())])(target), pytest.raises(CodebookError) as error:
+        target(**inputs)
+    least = float(re.search(r"keep ([\d.]+) or more", str(error.value))[1])
+    with Schedule([Stage(0, least, EVS())])(target) as pruning:
+        target(**inputs)
+    assert len(pruning.kept[0][0]) == size(target) and least <= 1 / images + 1 / size(target)
+
+
+def test_vidcom2_of_features_that_are_no_numbers():
+    with pytest.raises(CodebookError, match="not numbers .* bfloat16"):
+        VidCom2().select_frames(frames([[math.nan, math.nan], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]), 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pruner", [EVS(), VidCom2()], ids=repr)
+def test_a_stage_that_keeps_nothing_drops_all(pruner):
+    target = llava()
+    inputs = prompt(target, FILMS)
+    out = []
+    for schedule in Schedule([Stage(0, 0.6, VidCom2()), Stage(2, 0, pruner)]), Schedule.parse("vidcom2:0.6, drop@2"):
+        with schedule(target) as pruning:
+            out.append(target(**inputs).logits[:, -1])
+        assert all(not len(stages[1]) for stages in pruning.kept)
+    assert torch.equal(*out)
 
 
 def test_vidcom2_by_hand():

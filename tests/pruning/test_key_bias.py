@@ -86,6 +86,34 @@ def test_folded_numbers_are_whole():
     assert low.isfinite().all() and low.double().sum() * scaling < -1000
 
 
+def apart(x):
+    """The same numbers, with those of a head not side by side."""
+    return x.transpose(-1, -2).contiguous().transpose(-1, -2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype,laid", [(torch.float64, torch.clone), (torch.float32, apart)])
+def test_what_the_cpu_kernel_would_misread(dtype, laid):
+    """A row in float32 beside queries in float64, and heads whose entries are apart."""
+    *heads, row = given(dtype, 16)
+    heads = [laid(x) for x in heads]
+    out, _ = attend(stock, SimpleNamespace(num_key_value_groups=2), *heads, KeyBias(row), scaling=0.25)
+    assert out.dtype == dtype and error(out, formula(*heads, row, 0.25), row) <= 3e-6
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_whether_the_kernel_shares_keys_is_found_by_trying(monkeypatch, shares):
+    def kernel(query, key, value, *_, scale):
+        """Each head has the value as many places behind the first as it has heads before it."""
+        groups = query.shape[1] // value.shape[1]
+        first = value.as_strided(query.shape, value.stride())
+        return (value.repeat_interleave(groups, 1) if shares else first), None
+
+    assert key_bias.shares_keys.__wrapped__()  # this torch
+    monkeypatch.setattr(key_bias, "_row_kernel", kernel)
+    assert key_bias.shares_keys.__wrapped__() == shares
+
+
 def test_a_mask_says_the_same():
     mask = KeyBias(torch.tensor([[LOW, math.log(3), 0.0]])).mask(torch.float16)
     low = torch.finfo(torch.float16).min
@@ -100,20 +128,26 @@ def test_a_mask_says_the_same():
         ("cpu", 2, 64, {"requires_grad": True}, "mask"),
         ("cpu", 2, 64, {"values": 32}, "mask"),
         ("cpu", 2, 64, {"dropout": 0.1}, "mask"),
+        ("cpu", 2, 64, {"dtype": torch.float64}, "mask"),
+        ("cpu", 2, 64, {"stride": 2}, "mask"),
+        ("cpu", 2, 64, {"shares": False}, "row"),
+        ("cpu", 2, 64, {"shares": False, "groups": 1}, "mask"),
+        ("cuda", FOLD_FROM, 64, {"dtype": torch.float64}, "mask"),
         ("cuda", FOLD_FROM, 128, {}, "fold"),
         ("cuda", FOLD_FROM - 1, 128, {}, "mask"),
         ("cuda", FOLD_FROM, 256, {}, "mask"),
         ("mps", FOLD_FROM, 64, {}, "mask"),
     ],
 )
-def test_the_way_goes_by_device_length_and_width(device, n, width, options, way):
-    def tensor(width):
-        return SimpleNamespace(shape=(1, 2, n, width), dtype=torch.float16, device=SimpleNamespace(type=device),
+def test_the_way_goes_by_device_length_and_width(monkeypatch, device, n, width, options, way):
+    def tensor(width, heads=2):
+        return SimpleNamespace(shape=(1, heads, n, width), dtype=options.get("dtype", torch.float16),
+                               device=SimpleNamespace(type=device), stride=lambda _: options.get("stride", 1),
                                requires_grad=options.get("requires_grad", False))  # fmt: skip
 
-    assert (
-        best_way(tensor(width), tensor(width), tensor(options.get("values", width)), options.get("dropout", 0)) == way
-    )
+    monkeypatch.setattr(key_bias, "shares_keys", lambda: options.get("shares", True))
+    key, value = tensor(width, options.get("groups", 2)), tensor(options.get("values", width), options.get("groups", 2))
+    assert best_way(tensor(width), key, value, options.get("dropout", 0)) == way
 
 
 @torch.no_grad()

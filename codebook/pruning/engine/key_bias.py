@@ -4,7 +4,9 @@ softmax over k of (scaling q . k + b_k): b is the logarithm of how many tokens a
 the least number there is. sdpa's public function takes b as a mask alone, which is as large as the attention map and
 keeps kernels from leaving out what comes after a query. Three ways say the same:
 
-- **row**: torch's CPU kernel takes a mask of one row, in float32, beside causality. Its public function does not.
+- **row**: torch's CPU kernel takes a mask of one row, in float32, beside causality. Its public function does not, and
+  also checks what the kernel takes for granted: that entries of a head lie side by side, and that a mask in float32 is
+  not for queries in float64.
 - **fold**: with more entries per head, queries [q, 1, 1, 1, 0 ..] and keys [k, x, y, z, 0 ..], where x + y + z is
   b / scaling, the product is scaling q . k + b, and no mask is left: flash kernels run. x is b / scaling in the keys'
   dtype, y and z are what that has rounded off: three bfloat16 hold the 24 bits of a float32. Eight entries are added,
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -29,10 +32,22 @@ FOLD_FROM = 1536
 """Tokens from which folding is used on CUDA: below, copying queries, keys and values takes longer than a mask."""
 FLASH_WIDTH = 256
 """Entries per head that flash kernels take at most."""
+NARROW = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes to whose products a float32 can be added."""
 
 Adding = Literal["row", "fold", "mask"]
 
 _row_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
+@cache
+def shares_keys() -> bool:
+    """Whether torch's CPU kernel knows heads that share keys: in torch 2.8 it reads beyond the keys, without a word."""
+    with torch.inference_mode(False), torch.no_grad():
+        # Two heads share the first of two keys; the second, next to it, is what such a kernel would read.
+        there = torch.tensor([0.0, 1.0]).view(1, 2, 1, 1)
+        out = _row_kernel(torch.ones_like(there), there[:, :1], there[:, :1], 0.0, True, scale=1.0)[0]
+    return not out.any()
 
 
 class KeyBias:
@@ -53,7 +68,7 @@ class KeyBias:
         """(B, 1, K, K) in `dtype`: the numbers, and the least there is where a query does not see the key."""
         if dtype not in self._masks:
             places, low = torch.arange(self.row.shape[1], device=self.row.device), torch.finfo(dtype).min
-            row = self.row.clamp(min=low).to(dtype)[:, None, None]
+            row = self.row.to(dtype).clamp(min=low)[:, None, None]
             self._masks[dtype] = torch.where(places <= places[:, None], row, low)
         return self._masks[dtype]
 
@@ -77,11 +92,13 @@ ADDED: ContextVar[KeyBias | None] = ContextVar("codebook_added", default=None)
 def best_way(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Adding:
     """How to add numbers to the logits of these queries (B, heads, K, d), keys and values (B, key heads, K, d)."""
     width, alike = key.shape[-1], key.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
-    if not alike or dropout:
+    if not alike or query.dtype not in NARROW or dropout:
         return "mask"
     if query.device.type == "cpu":
-        learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-        return "mask" if learning else "row"
+        heads = query, key, value
+        learning = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
+        known = query.shape[1] == key.shape[1] or shares_keys()
+        return "row" if known and not learning and all(x.stride(-1) == 1 for x in heads) else "mask"
     long = query.device.type == "cuda" and query.shape[2] >= FOLD_FROM
     return "fold" if long and width + WIDER <= FLASH_WIDTH else "mask"
 

@@ -114,6 +114,9 @@ def _choose_films(
         keep = sum(counts[i] or 0 for i in members)
         if keep == sum(units[i].count for i in members):
             continue
+        if not keep:
+            chosen = [units[i].ordinal[:0] if i in members else index for i, index in enumerate(chosen)]
+            continue
         found = pruner.select_frames([tokens(i) for i in members], keep)
         if [len(found), sum(map(len, found))] != [len(members), keep]:
             raise CodebookError(

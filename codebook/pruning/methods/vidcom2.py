@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from codebook.errors import CodebookError
 from codebook.pruning.methods.base import FramePruner, whole_frames
 from codebook.pruning.tokens import VisualTokens
 
@@ -37,6 +39,11 @@ class VidCom2(FramePruner):
         unusual = (-to_video.mean(1) / TEMPERATURE).softmax(0)
         counts = [len(frame) for frame in frames]
         scales = (1 + unusual - unusual.mean()).tolist()
+        if not all(map(math.isfinite, scales)):
+            raise CodebookError(
+                "a video's features are not numbers (NaN), so its frames cannot be compared: load the model in bfloat16 "
+                "or float32"
+            )
         wanted = divided(keep, [scale * count for scale, count in zip(scales, counts, strict=True)], counts)
         return [
             own[frame.ordinal].argsort(stable=True)[:count].sort().values
