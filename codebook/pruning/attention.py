@@ -7,6 +7,7 @@ written again.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from codebook.errors import CodebookError
 from codebook.models.base import Turned
 
 QUERIES = 128
-"""Rows of an attention map held at once where there is no [CLS] to give the only one."""
+"""Rows of an attention map held at once."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,13 @@ class Attention:
             If the rotary embedding is to be taken back where it is not known what it turned.
         """
         keys = self.span if image_only else slice(0, self.key.shape[1])
-        q, k = self.query[:, query], self.key[:, keys]
-        if not rotated:
-            q = self._unrotated(q, query)
-            k = self._unrotated(k, keys)
-        logits = (_products(q, k) * self.scaling).float().unflatten(1, (-1, len(query)))
+        k = self.key[:, keys] if rotated else self._unrotated(self.key[:, keys], keys)
+        # Of a long question all rows at once, heads by tokens by tokens, could fill the memory.
+        return torch.cat([self._rows(part, k, keys, rotated, image_only) for part in query.split(QUERIES)])
+
+    def _rows(self, query: Tensor, k: Tensor, keys: slice | Tensor, rotated: bool, image_only: bool) -> Tensor:
+        q = self.query[:, query] if rotated else self._unrotated(self.query[:, query], query)
+        logits = _logits(q, k, self.scaling).unflatten(1, (-1, len(query)))
         if self.bias is not None:
             logits = logits + self.bias[keys]
         if image_only:
@@ -161,8 +164,8 @@ class Vision(TowerAttention):
 
     def received(self) -> Tensor:
         queries = self.query[:, :1] if self.has_cls else self.query
-        logits = (_products(part, self.key) * self.scaling for part in queries.split(QUERIES, dim=1))
-        total = reduce(torch.add, (part.float().softmax(-1).sum((0, 1)) for part in logits))
+        logits = (_logits(part, self.key, self.scaling) for part in queries.split(QUERIES, dim=1))
+        total = reduce(torch.add, (part.softmax(-1).sum((0, 1)) for part in logits))
         return total[int(self.has_cls) :] / (queries.shape[0] * queries.shape[1])
 
     def descriptors(self) -> Tensor:
@@ -221,9 +224,12 @@ class PackedVision(TowerAttention):
         return torch.cat([self.tower.lengths[i] for i in self.pieces])[self.index]
 
 
-def _products(query: Tensor, key: Tensor) -> Tensor:
-    """Products of queries (heads, q, d) and keys (key heads, n, d): (key heads, heads per key head * q, n).
+def _logits(query: Tensor, key: Tensor, scaling: float) -> Tensor:
+    """Products of queries (heads, q, d) and keys (key heads, n, d), scaled: (key heads, heads per key head * q, n).
 
-    Heads that share keys stand side by side, so that no key is repeated.
+    Heads that share keys stand side by side, so that no key is repeated. float32: without their scaling, products of
+    large keys are more than float16 holds. Its power of two is the queries', which takes nothing from their digits.
     """
-    return query.unflatten(0, (len(key), -1)).flatten(1, 2) @ key.transpose(1, 2)
+    rest, power = math.frexp(scaling)
+    grouped = (query * 2.0**power).unflatten(0, (len(key), -1)).flatten(1, 2)
+    return (grouped @ key.transpose(1, 2)).float() * rest

@@ -6,6 +6,7 @@ import torch
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.pruning import Cls, FastV, Random, Schedule, Stage
+from codebook.pruning.attention import Attention, Vision
 from tests.prompts import RAGGED, prompt, size
 from tests.tiny import llava
 
@@ -123,7 +124,8 @@ def test_unrotated_rows_are_plain_projections():
 
 
 @torch.no_grad()
-def test_rows_of_several_queries_equal_output_attentions():
+def test_rows_of_several_queries_equal_output_attentions(monkeypatch):
+    monkeypatch.setattr("codebook.pruning.attention.QUERIES", 2)  # three and one at once
     class Question(Random):
         uses_attention = True
 
@@ -177,6 +179,21 @@ def test_the_tapped_layer_is_the_one_that_feeds_the_projector():
     model.config.vision_feature_layer = 0
     with pytest.raises(CodebookError, match="no attention before"):
         family.vision_attention(model)
+
+
+def test_products_that_float16_does_not_hold():
+    """Scaled they are less than 30,000, unscaled more than 200,000; heads share keys."""
+    generator = torch.Generator().manual_seed(0)
+    query, key = (20 * torch.randn(heads, 10, 64, generator=generator) for heads in (4, 2))
+    query[:, -1] *= 8
+    key[:, 3] *= 4
+    query, key = query.half(), key.half()
+    logits = query.double() @ key.double().repeat_interleave(2, 0).mT / 8
+    assert 2.5e4 < logits.abs().max() < 3e4
+    ours = Attention(query, key, torch.ones(10, 64), torch.zeros(10, 64), 64**-0.5, slice(0, 6)).row()
+    assert torch.allclose(ours.double(), logits[:, -1].softmax(-1)[:, :6].mean(0), atol=1e-3)
+    tower = Vision(query, key, 64**-0.5, has_cls=False).received()
+    assert torch.allclose(tower.double(), logits.softmax(-1).mean((0, 1)), atol=1e-3)
 
 
 def test_reverse_keeps_the_other_end():

@@ -68,7 +68,7 @@ def test_evs_can_do_what_its_error_says(images):
 
 
 def test_vidcom2_of_features_that_are_no_numbers():
-    with pytest.raises(CodebookError, match="not numbers .* bfloat16"):
+    with pytest.raises(CodebookError, match=r"not numbers .* bfloat16"):
         VidCom2().select_frames(frames([[math.nan, math.nan], [0.0, 1.0]], [[1.0, 0.0], [0.0, 1.0]]), 2)
 
 

@@ -19,16 +19,18 @@ from codebook.pruning import (
     CoverPruner,
     DivPrune,
     FarthestPoint,
+    Merged,
     Pool,
     Pruner,
     Schedule,
     SCoRe,
     SeededFarthestPoint,
+    Union,
     VisualTokens,
     Window,
 )
 from codebook.pruning.attention import Attention, Vision
-from tests.pruning.made import tokens
+from tests.pruning.made import Ranking, tokens
 
 
 class Tower:
@@ -306,8 +308,9 @@ def test_windows_of_what_a_stage_left_are_as_full():
 def test_windows_take_a_method_that_chooses_in_one_image_and_merges_nothing():
     with pytest.raises(CodebookError, match="Pool merges tokens: use it without windows"):
         Window(Pool())
-    with pytest.raises(CodebookError, match="EVS compares frames: use it without windows"):
-        Window(METHODS["evs"]())
+    for made in Window, Merged, lambda evs: Union(evs, Ranking(1)), lambda evs: Union(Ranking(1), evs):
+        with pytest.raises(CodebookError, match=r"EVS compares frames: use it alone, in no (Window|Merged|Union)"):
+            made(METHODS["evs"]())
 
 
 def test_a_window_shows_its_part_of_the_text_and_the_attention():

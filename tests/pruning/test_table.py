@@ -60,6 +60,19 @@ def test_a_stage_on_what_a_stage_left(name):
         assert 1 <= len(second) < 20 if stage.keep is None else len(second) == stage.keep
 
 
+@pytest.mark.parametrize("name", SINGLE)
+def test_with_gradients_the_same_tokens_stay(name):
+    """As for whoever calls the model without `torch.no_grad`, or trains it."""
+    plan, model = schedule(name, "clip"), MODELS["clip", "sdpa"]
+    expected = kept("clip", "sdpa", plan, BATCH)
+    positions = (BATCH["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    weight = model.model.multi_modal_projector.linear_2.weight
+    with plan(model) as pruning:
+        loss = model(**BATCH, position_ids=positions).logits[:, -1].sum()
+    assert all(map(torch.equal, expected, (stages[-1] for stages in pruning.kept)))
+    assert torch.autograd.grad(loss, weight)[0].isfinite().all()
+
+
 class NoSync(TorchDispatchMode):
     """Fails on what makes the host wait for an accelerator, as seen on one.
 

@@ -125,7 +125,8 @@ class Forward:
         if chosen is None:
             films = any(own.joint for own in self.stages.values() if own.layer <= stage.layer)
             counts = selection.targets(stage, self.prompt.images, self.units, self.prompt.portions, films=films)
-            with contextlib.nullcontext() if self._tally is None else self._tally.timing(hidden.device):
+            timing = contextlib.nullcontext() if self._tally is None else self._tally.timing(hidden.device)
+            with timing, torch.no_grad():  # a choice has no gradient
                 chosen = self._chosen[stage.layer] = selection.choose(stage.pruner, self.units, counts, tokens)
 
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)

@@ -163,6 +163,7 @@ def _checked(pruner: Pruner, index: Tensor, count: int | None) -> Tensor:
     return index
 
 
+@torch.no_grad()
 def mass(stage: Stage, unit: Unit, index: Tensor, hidden: Tensor, tokens: Callable[[], VisualTokens]) -> Tensor | None:
     """How many tokens each of a unit's kept tokens stands for, from the hidden states (n, d) of all of them.
 

@@ -16,7 +16,13 @@ from codebook.pruning.tokens import VisualTokens
 
 
 class Combination(Pruner):
-    """A pruner that needs what the pruners it is made of need."""
+    """A pruner that needs what the pruners it is made of need; none of them compares frames, since it sees one."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for part in self.parts:
+            if part.joint:
+                raise CodebookError(f"{type(part).__name__} compares frames: use it alone, in no {type(self).__name__}")
 
     @property
     @abstractmethod
@@ -59,6 +65,7 @@ class Weighted(Combination, ScoringPruner):
     weights: Sequence[float]
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.pruners) != len(self.weights) or not self.pruners:
             raise CodebookError(f"{len(self.weights)} weights for {len(self.pruners)} pruners: give one for each")
 
@@ -127,11 +134,8 @@ class Window(Combination):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name = type(self.pruner).__name__
-        if self.pruner.joint:
-            raise CodebookError(f"{name} compares frames: use it without windows")
         if not isinstance(self.pruner, ScoringPruner) and type(self.pruner).merge is not Pruner.merge:
-            raise CodebookError(f"{name} merges tokens: use it without windows")
+            raise CodebookError(f"{type(self.pruner).__name__} merges tokens: use it without windows")
 
     @property
     def parts(self) -> Sequence[Pruner]:

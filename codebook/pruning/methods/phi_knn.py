@@ -38,6 +38,7 @@ class DensityPeaks(ScoringPruner):
         return peakedness(tokens.features, self.neighbours, tie)
 
 
+@torch.no_grad()
 def peakedness(x: Tensor, neighbours: int, tie: Tensor) -> Tensor:
     """Density times distance to the nearest denser point, of points (n, d), as `DensityPeaks` says: (n,) float64.
 

@@ -41,8 +41,8 @@ class VidCom2(FramePruner):
         scales = (1 + unusual - unusual.mean()).tolist()
         if not all(map(math.isfinite, scales)):
             raise CodebookError(
-                "a video's features are not numbers (NaN), so its frames cannot be compared: load the model in bfloat16 "
-                "or float32"
+                "a video's features are not numbers (NaN), so its frames cannot be compared: load the model in "
+                "bfloat16 or float32"
             )
         wanted = divided(keep, [scale * count for scale, count in zip(scales, counts, strict=True)], counts)
         return [
