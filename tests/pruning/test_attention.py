@@ -126,6 +126,7 @@ def test_unrotated_rows_are_plain_projections():
 @torch.no_grad()
 def test_rows_of_several_queries_equal_output_attentions(monkeypatch):
     monkeypatch.setattr("codebook.pruning.attention.QUERIES", 2)  # three and one at once
+
     class Question(Random):
         uses_attention = True
 
