@@ -35,7 +35,7 @@ def answer_sample(
     pictures = sample.pictures()
     if not sample.earlier:
         return ask(model, processor, [pictures], [sample.question], schedule, max_new_tokens)[0]
-    # Of fresh questions the first alone leaves something: what it kept of the images.
+    # The first of fresh questions alone leaves something: what it kept of the images.
     questions = [*(sample.earlier[:1] if sample.fresh else sample.earlier), sample.question]
     return converse(model, processor, pictures, questions, schedule, max_new_tokens, fresh=sample.fresh)[-1]
 

@@ -91,7 +91,7 @@ class Attention:
         """
         keys = self.span if image_only else slice(0, self.key.shape[1])
         k = self.key[:, keys] if rotated else self._unrotated(self.key[:, keys], keys)
-        # Of a long question all rows at once, heads by tokens by tokens, could fill the memory.
+        # All rows of a long question at once, heads by tokens by tokens, could fill the memory.
         return torch.cat([self._rows(part, k, keys, rotated, image_only) for part in query.split(QUERIES)])
 
     def _rows(self, query: Tensor, k: Tensor, keys: slice | Tensor, rotated: bool, image_only: bool) -> Tensor:

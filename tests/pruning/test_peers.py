@@ -20,7 +20,6 @@ from codebook.pruning import (
     DivPrune,
     FarthestPoint,
     Merged,
-    Pool,
     Pruner,
     Schedule,
     SCoRe,
@@ -305,12 +304,11 @@ def test_windows_of_what_a_stage_left_are_as_full():
     assert seen == [[0, 1, 5], [2, 7], [8, 12], [10, 15]]
 
 
-def test_windows_take_a_method_that_chooses_in_one_image_and_merges_nothing():
-    with pytest.raises(CodebookError, match="Pool merges tokens: use it without windows"):
-        Window(Pool())
-    for made in Window, Merged, lambda evs: Union(evs, Ranking(1)), lambda evs: Union(Ranking(1), evs):
-        with pytest.raises(CodebookError, match=r"EVS compares frames: use it alone, in no (Window|Merged|Union)"):
-            made(METHODS["evs"]())
+@pytest.mark.parametrize("made", [Window, Merged, lambda part: Union(part, Ranking(1))])
+@pytest.mark.parametrize("part,does", [("evs", "EVS compares frames"), ("pool", "Pool merges tokens")])
+def test_combinations_are_of_methods_that_choose_in_one_image_and_merge_nothing(made, part, does):
+    with pytest.raises(CodebookError, match=rf"{does}: use it alone, in no (Window|Merged|Union)"):
+        made(METHODS[part]())
 
 
 def test_a_window_shows_its_part_of_the_text_and_the_attention():

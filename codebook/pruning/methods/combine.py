@@ -16,13 +16,19 @@ from codebook.pruning.tokens import VisualTokens
 
 
 class Combination(Pruner):
-    """A pruner that needs what the pruners it is made of need; none of them compares frames, since it sees one."""
+    """A pruner that needs what the pruners it is made of need.
+
+    These choose or rank in one image and do no more: none compares frames, and none merges, unless only its ranking is
+    asked for.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for part in self.parts:
-            if part.joint:
-                raise CodebookError(f"{type(part).__name__} compares frames: use it alone, in no {type(self).__name__}")
+            merges = type(part).merge is not Pruner.merge and not isinstance(part, ScoringPruner)
+            if part.joint or merges:
+                does = "compares frames" if part.joint else "merges tokens"
+                raise CodebookError(f"{type(part).__name__} {does}: use it alone, in no {type(self).__name__}")
 
     @property
     @abstractmethod
@@ -131,11 +137,6 @@ class Window(Combination):
 
     pruner: Pruner
     windows: tuple[int, int] = option((4, 4), 1, 2**15)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not isinstance(self.pruner, ScoringPruner) and type(self.pruner).merge is not Pruner.merge:
-            raise CodebookError(f"{type(self.pruner).__name__} merges tokens: use it without windows")
 
     @property
     def parts(self) -> Sequence[Pruner]:
