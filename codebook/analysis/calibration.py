@@ -175,18 +175,26 @@ def candidate_schedules(
     elif not all(first < layer < layers for layer in at):
         raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
     found: dict[str, Schedule] = {}
+    groups: list[tuple[str | None, list[str]]]
     name, semicolon, settings = method.partition(";")
     tried = [f"random@{layer}:{share}" for layer in at for share in SHARES]
     tried += [f"drop@{layer}" for layer in at if drop]
-    guided = [placed for text in deep for placed in _at_layers(text, at, first, layers)]
-    tried += [f"{placed}:{share}" for placed in guided for share in SHARES]
-    for second in tried:
-        try:
-            schedule = solved(f"{name}+{second}{semicolon}{settings}")
-        except CodebookError:  # the first stage cannot keep as many more tokens as this one saves
-            continue
-        if schedule.stages[0].keep != plain.stages[0].keep:
-            found[str(schedule)] = schedule
+    groups = [(None, tried)]
+    groups += [
+        (text, [f"{x}:{share}" for x in _at_layers(text, at, first, layers) for share in SHARES]) for text in deep
+    ]
+    for text, own in groups:
+        refused: list[CodebookError] = []
+        for second in own:
+            try:
+                schedule = solved(f"{name}+{second}{semicolon}{settings}")
+            except CodebookError as error:  # such as: the first stage cannot keep as many more as this one saves
+                refused.append(error)
+                continue
+            if schedule.stages[0].keep != plain.stages[0].keep:
+                found[str(schedule)] = schedule
+        if text is not None and len(refused) == len(own):
+            raise CodebookError(f"the deep stage {quoted(text)} can be tried nowhere: {refused[0]}")
     return plain, list(found.values())
 
 

@@ -14,7 +14,7 @@ from PIL import Image as Picture
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.store.clips import FrameRule, within
 from codebook.store.files import is_file, read_lines, sha256
 from codebook.store.pictures import USE_WHOLE, even_frames, is_picture_file, read_image, read_video, upright_rgb
@@ -83,7 +83,10 @@ class Sample:
             [path] = images
             assert isinstance(path, Path)
             images = read_video(path, within(self.clip.rule, self.clip.start, self.clip.end))
-        return [upright_rgb(image) if isinstance(image, Picture.Image) else read_image(image) for image in images]
+        return [upright_rgb(image) if isinstance(image, Picture.Image) else self._read(image) for image in images]
+
+    def _read(self, image: Path | bytes) -> Picture.Image:
+        return read_image(image, f"of the question {quoted(self.question)}" if isinstance(image, bytes) else None)
 
     def score(self, prediction: str) -> float:
         """Score of a generated answer, from 0 (wrong) to 1 (right)."""

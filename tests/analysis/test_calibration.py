@@ -67,6 +67,9 @@ def test_other_methods_are_tried_in_the_deep_stage(model):
     for text in ("fastv@4:0.5", "fastv@4, drop@5", "fastv@4; positions=compact"):
         with pytest.raises(CodebookError, match="a deep stage is one method"):
             candidate_schedules(model, "random", 0.25, deep=[text])
+    for text in ("drop", "random+mass"):  # read, but nowhere possible
+        with pytest.raises(CodebookError, match=r"the deep stage .* can be tried nowhere: schedule part 2"):
+            candidate_schedules(model, "random", 0.25, deep=[text])
 
 
 def test_candidates_have_the_settings_of_their_method(model):

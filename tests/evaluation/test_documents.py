@@ -262,6 +262,13 @@ def test_parquet_that_is_wrong(table, change, query, words):
     assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
+def test_a_picture_that_breaks_off_in_parquet(table):
+    file = table("a.parquet", image=[picture(1)[:45]], question=["how many?"], answer=["x"])
+    [sample] = load_data([f"parquet:{file}"])[0].samples
+    with pytest.raises(CodebookError, match=r"cannot read image of the question 'how many\?.*: .*; use a whole"):
+        sample.pictures()
+
+
 def test_parquet_of_yes_and_no(table):
     """Capital letters, as the Hub's MME has them."""
     file = table("a.parquet", image=HUBS[:2], question=["q", "r"], answer=["Yes", "No"])
