@@ -64,6 +64,19 @@ GROUPS = {
         *("random", "uniform", "divprune", "cdpruner", "cen-divprune", "cen-cdpruner", "anchorprune", "tops", "scope"),
         *("score", "nuwa", "divprune-window", "coverpruner@1", OWN[1], "codebook-farthest(centred=True)+mass"),
     ),
+    "text": (
+        OWN[1],
+        *(f"{OWN[1]}+fastv(query='question')@{at}:0.5+mass" for at in (5, 6, 7, 8)),
+        f"{OWN[1]}+fastv(query='question')@7:0.5",
+        f"{OWN[1]}+fastv(query='question')@7:0.25+mass",
+    ),
+    "gate": (
+        OWN[1],
+        *(f"{OWN[1]}, gate {power}" for power in (1.0, 2.0, 3.0)),
+        "codebook-farthest(representatives=2)+mass, gate 2.0",
+        f"{OWN[1]};spread=codebook",
+        "codebook-farthest(representatives=2)+mass;spread=codebook, gate 2.0",
+    ),
     "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
 }
 
@@ -88,6 +101,8 @@ def schedules(
         if kind == "not asked":
             return trials.Asked(shipped, float(number), model.get_input_embeddings().weight.detach()), keep
         assert isinstance(pruner, SeededFarthestPoint)
+        if kind == "gate":
+            return trials.Gated(shipped, pruner.representatives, power=float(number)), keep
         signal = kind.removeprefix("by ")
         return trials.by_image(model, processor, shipped, keep, signal, float(number)), None
 

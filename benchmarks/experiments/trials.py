@@ -70,6 +70,17 @@ class ByGain(Pruner):
 
 
 @dataclass(frozen=True)
+class Gated(SeededFarthestPoint):
+    """`SeededFarthestPoint` whose distances count times the distance from everything redundant, to the `power`."""
+
+    power: float = 1.0
+
+    def _view(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        similarity, redundancy, _ = super()._view(features)
+        return similarity, redundancy, (1 - redundancy).clamp(min=0) ** self.power
+
+
+@dataclass(frozen=True)
 class Asked(Pruner):
     """`SeededFarthestPoint` whose distances count times the tokens' relevance to the question, to the `power`.
 
