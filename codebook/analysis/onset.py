@@ -42,7 +42,7 @@ REGIONS = (2, 4)
 TEST = 0.05
 """Level of the one-sided test that a curve rises at all, over all layers together."""
 
-ONE_IMAGE = "the onset needs samples of one image each: leave out those of several, and videos"
+SINGLE_IMAGES = "the onset needs samples of one image each: leave out those of several, and videos"
 
 Correlation = Annotated[float, Field(ge=-1.0001, le=1.0001)]
 
@@ -165,7 +165,7 @@ def agreements(
     if len({sample.question for sample in samples}) < 2:
         raise CodebookError("the onset compares questions: give two different ones at least")
     if any(len(sample.images) != 1 for sample in samples):
-        raise CodebookError(ONE_IMAGE)
+        raise CodebookError(SINGLE_IMAGES)
     check_samples(model, processor, samples)
     about = {"model": models.identity(model), "data": samples_digest(samples), "kind": "onset"}
     with Journal(file, about) as journal:
@@ -188,7 +188,7 @@ def _agreement(
     with _overheard(model) as heard:
         prefill, target, given, _ = telling_prefill(model, processor, sample, telling)
     if len(prefill.images) != 1:
-        raise CodebookError(ONE_IMAGE)
+        raise CodebookError(SINGLE_IMAGES)
     parts = regions(prefill.images[0]).to(prefill.visual.device)
     logits = torch.cat([prefill.logits[None], prefill.answers([0] * len(parts), ~parts)])
     check_logits(logits)
