@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, normalize
+from torch.nn.functional import normalize
 
 from codebook.pruning.methods.base import FeaturePruner, gram, option
 from codebook.pruning.methods.centring import centred_gate
@@ -95,7 +95,8 @@ class FarthestPoint(Farthest):
 
 def _likeness_to_mean(features: Tensor) -> Tensor:
     features = features.float()
-    return cosine_similarity(features, features.mean(0, keepdim=True))
+    # `cosine_similarity` would go over all numbers several times more, half as long as all products of the tokens.
+    return normalize(features, dim=-1) @ normalize(features.mean(0), dim=0)
 
 
 def _row_by_row(features: Tensor, keep: int) -> Tensor:
