@@ -44,6 +44,40 @@ class Mass:
         return after
 
 
+class Far:
+    """What `Mass` says, with RESTORE's calibration: log(s (2 - D(distance))) for the prompt's queries, else log s.
+
+    `angles(layer)` (B, T, J) has the angle of each rotary frequency at each of the prompt's T columns, None where the
+    layer has no positions. In layer 0 all tokens of a unit have the same size. All stages are calibrated.
+    """
+
+    def __init__(self, mass, angles):
+        self.mass, self.angles = mass, angles
+
+    def __call__(self, layer, hidden):
+        """(B, L, L) for queries and keys."""
+        bias = self.mass(layer, hidden)
+        units = [(row, columns[list(sizes)], len(columns))
+                 for (row, columns, _), sizes in zip(self.mass.units, self.mass.mass, strict=True)]  # fmt: skip
+        first = self.mass.stages[0][0]
+        if layer == first == 0:
+            for row, keys, count in units:
+                bias[row, keys] = math.log(count / len(keys))
+        bias, angles = bias[:, None].repeat(1, hidden.shape[1], 1), self.angles(layer)
+        if angles is None or layer < first:
+            return bias
+        prompt = angles.shape[1]
+        for row, keys, _ in units:
+            decay = torch.cos(angles[row, :, None] - angles[row, keys]).mean(-1)
+            bias[row, :prompt, keys] += torch.log(2 - decay)
+        return bias
+
+
+def _by_query(bias):
+    """(B, 1, 1 or L, L) of what is added towards each column, (B, L) for all queries alike or (B, L, L)."""
+    return bias[:, None] if bias.dim() == 3 else bias[:, None, None]
+
+
 @contextlib.contextmanager
 def _dropping(model, valid, gone_from, compact, edit, mass):
     lm = model.get_decoder()
@@ -52,10 +86,10 @@ def _dropping(model, valid, gone_from, compact, edit, mass):
     def before(i, layer):
         def hook(_, args, kwargs):
             hidden, stays = args[0], valid.bool() & (gone_from > i)
-            bias = 0.0 if mass is None else mass(i, hidden)
+            bias = torch.zeros(1, 1) if mass is None else mass(i, hidden)
             if edit is not None:
                 hidden = edit(i, hidden)
-            mask = kwargs["attention_mask"] + torch.where(stays, bias, low)[:, None, None]
+            mask = kwargs["attention_mask"] + _by_query(bias).where(stays[:, None, None], low)
             changed = {"attention_mask": mask.clamp(min=low)}
             if compact:
                 positions = (stays.cumsum(1) - 1).clamp(min=0)
@@ -149,7 +183,7 @@ def logits(model, embeds, valid, gone_from, positions=None, edit=None, mass=None
     causal = torch.ones(length, length).tril().bool()
     hidden = embeds
     for i, layer in enumerate(lm.layers):
-        bias = 0.0 if mass is None else mass(i, hidden)[:, None, None]
+        bias = 0.0 if mass is None else _by_query(mass(i, hidden))
         hidden = hidden if edit is None else edit(i, hidden)
         seen = causal & (valid.bool() & (gone_from > i))[:, None]
         seen = seen | torch.eye(length).bool()  # rows without a visible column would be NaN; no one reads them

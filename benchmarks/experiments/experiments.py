@@ -77,6 +77,10 @@ GROUPS = {
         f"{OWN[1]};spread=codebook",
         "codebook-farthest(representatives=2)+mass;spread=codebook, gate 2.0",
     ),
+    "restore": (
+        *("divprune", "divprune+mass", "divprune+distance", "divprune-merged+mass", "restore", OWN[1]),
+        "codebook-farthest+distance",
+    ),
     "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
 }
 

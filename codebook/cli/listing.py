@@ -15,11 +15,11 @@ def list_command(as_json: JsonOption = False) -> None:
     """List the codebooks that ship, were fetched, or can be fetched by name; the methods; and the presets."""
     from codebook.pruning import METHODS
     from codebook.pruning.presets import SCHEDULE_PRESETS
-    from codebook.pruning.text import WITH_MASS
+    from codebook.pruning.text import WITH_MASS, spell_mass
 
     books, fetchable = _books(), _fetchable()
     methods = sorted(METHODS)
-    named = {name: f"{method}+mass" for name, method in WITH_MASS.items()} | SCHEDULE_PRESETS
+    named = {name: method + spell_mass(mass) for name, (method, mass) in WITH_MASS.items()} | SCHEDULE_PRESETS
     if as_json:
         lists = {"codebooks": books, "registry": fetchable, "methods": methods, "presets": named}
         print(json.dumps(lists, indent=1))

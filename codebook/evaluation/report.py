@@ -19,6 +19,7 @@ from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mar
 from codebook.evaluation.remarks import Results, half_width, ranked, remarks
 from codebook.inference.uncertainty import UNKNOWN, plus_minus
 from codebook.pruning.presets import expand
+from codebook.pruning.text import DISTANCE
 
 THUMBNAIL = 336
 """Longest side of a picture in the report, in pixels."""
@@ -106,6 +107,8 @@ def _sentence(method: str, layers: int) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in {**stage.entry.given, **stage.options}.items())
         where = f"From layer {stage.layer} on: " if stage.layer else ""
         mass = " A kept token also stands for the dropped ones most like it." if stage.mass else ""
+        if stage.mass == DISTANCE:
+            mass += " The prompt attends to it the more, the further away it is."
         found.append(where + text + (f" ({options})" if options else "") + mass)
     return " ".join(found)
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.models.base import Turned
+from codebook.pruning.distance import distance_bias
 
 QUERIES = 128
 """Rows of an attention map held at once."""
@@ -45,6 +46,8 @@ class Attention:
         Number added to the logits towards each of the P: tokens that stand for several get more attention.
     turned
         What the rotary embedding turned.
+    distant : (P,) bool or None
+        Those of the P towards which logits also rise with distance (`codebook.pruning.distance`).
     """
 
     query: Tensor
@@ -56,6 +59,7 @@ class Attention:
     visible: Callable[[Tensor], Tensor] | None = None
     bias: Tensor | None = None
     turned: Turned = "halves"
+    distant: Tensor | None = None
 
     @property
     def places(self) -> Tensor:
@@ -99,6 +103,9 @@ class Attention:
         logits = _logits(q, k, self.scaling).unflatten(1, (-1, len(query)))
         if self.bias is not None:
             logits = logits + self.bias[keys]
+        if self.distant is not None:
+            far = distance_bias((self.cos[query], self.sin[query]), (self.cos[keys], self.sin[keys]))
+            logits = logits + far.where(self.distant[keys], 0)
         if image_only:
             return logits.softmax(-1).mean((0, 1))
         if self.visible is None:

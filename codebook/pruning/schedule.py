@@ -219,7 +219,7 @@ class Schedule:
 
     @classmethod
     def parse(cls, text: str, codebook: Codebook | None = None, seed: int = 0) -> Schedule:
-        """Read the text form `method[(option=value)][@layer][:keep][+mass], ...`, as in `codebook:0.25, random@9:0.05`.
+        """Read the text form `method[(option=value)][@layer][:keep], ...`, as in `codebook:0.25, random@9:0.05+mass`.
 
         A keep with a decimal point is a fraction of the image's tokens, one without is a count.
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.pruning.methods import Method, Pruner
-from codebook.pruning.text import DROP, spell
+from codebook.pruning.text import DROP, MASSES, Mass, spell, spell_mass
 
 Keep = int | float
 """Number of visual tokens that stay: a count, or a fraction of the image's."""
@@ -39,19 +39,24 @@ class Stage:
         Chooses the tokens.
     mass
         Whether each kept token also stands for the dropped ones that are most like it: from this layer on, the
-        logarithm of how many tokens it stands for is added to every attention logit towards it.
+        logarithm of how many tokens it stands for is added to every attention logit towards it. "distance": with
+        RESTORE's calibration, which adds more the further the query is.
 
     Notes
     -----
     With `mass` attention is proportional to size, as in ToMe (arXiv 2210.09461), without merging. Most like is the
     highest cosine similarity of hidden states at the layer's input, before any merging, in the same image, crop or
     frame. A later stage passes on what its dropped tokens stood for, if it has `mass`, and forgets it otherwise.
+
+    RESTORE (arXiv 2606.01711) adds log(s (2 - D(t))) for a token that stands for s and is t positions away
+    (`codebook.pruning.distance`) while the prompt that shows the image is read, and log s from there on. In the
+    decoder's first layer s is the image's, crop's or frame's mean for all of its tokens.
     """
 
     layer: int
     keep: Keep | None
     pruner: Pruner
-    mass: bool = False
+    mass: Mass = False
 
     def __post_init__(self) -> None:
         check_stage(self.layer, self.keep, self.mass, self.pruner, type(self.pruner).__name__)
@@ -93,10 +98,10 @@ class Stage:
         if self.keep == 0:
             return DROP + at
         method = spell(self.pruner) or repr(self.pruner)
-        return method + at + ("" if self.keep is None else f":{self.keep}") + ("+mass" if self.mass else "")
+        return method + at + ("" if self.keep is None else f":{self.keep}") + spell_mass(self.mass)
 
 
-def check_stage(layer: int, keep: Keep | None, mass: bool, pruner: Pruner | Method, name: str) -> None:
+def check_stage(layer: int, keep: Keep | None, mass: Mass, pruner: Pruner | Method, name: str) -> None:
     """Raise a CodebookError unless these make a stage; `name` is the pruner's class in the message.
 
     A method stands for its pruner, so that a text is checked before there is a codebook to make the pruner with.
@@ -110,6 +115,8 @@ def check_stage(layer: int, keep: Keep | None, mass: bool, pruner: Pruner | Meth
     drops = layer and isinstance(keep, int) and not isinstance(keep, bool) and keep == 0
     if keep is not None and not drops:
         check_keep(keep)
+    if mass not in MASSES:
+        raise CodebookError(f"mass must be True, False or 'distance', not {quoted(mass)}")
     if mass and drops:
         raise CodebookError("a stage that drops all tokens leaves none to stand for them: leave mass out")
     if layer == 0 and pruner.uses_attention:

@@ -2,10 +2,11 @@
 
     schedule := (part {"," part} | "unpruned") {";" setting}
     setting  := "positions=" ("keep" | "compact") | "quotas=" ("each" | "shared") | "spread=" (number | "codebook")
-    part     := method ["(" option "=" value {"," option "=" value} ")"] ["@" layer] [":" keep] ["+mass"]
+    part     := method ["(" option "=" value {"," option "=" value} ")"] ["@" layer] [":" keep] ["+mass" | "+distance"]
 
 A keep with a decimal point is a fraction of the image's tokens, one without is a count. `drop@21` needs none, nor do
-methods that decide the number themselves. `+mass` is the stage's mass-preserving attention.
+methods that decide the number themselves. `+mass` is the stage's mass-preserving attention, `+distance` is that with
+RESTORE's distance calibration.
 
 Reading gives plain parts, checked as far as they can be without a model or a codebook. Pruners are made from them
 later (`Schedule`).
@@ -18,7 +19,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 from codebook.errors import QUOTED, CodebookError, quoted
 from codebook.pruning.methods import METHODS, Method
@@ -34,13 +35,22 @@ UNPRUNED = "unpruned"
 """Text of the schedule without stages."""
 SETTINGS: dict[str, Any] = {"positions": "keep", "quotas": "each", "spread": None}
 """Settings of a schedule and their defaults."""
-GRAMMAR = "method[(option=value)][@layer][:keep][+mass]"
+GRAMMAR = "method[(option=value)][@layer][:keep][+mass or +distance]"
 LONGEST_TEXT = 10_000
 """Most characters of a schedule's text. 80 stages, one per layer of the deepest models, have half as many."""
 MOST_DIGITS = 9
 """Most digits of a layer or a count."""
-WITH_MASS = {"seeded": "codebook-farthest"}
+DISTANCE: Literal["distance"] = "distance"
+"""Value of `Stage.mass` that means: with RESTORE's distance calibration."""
+Mass = bool | Literal["distance"]
+MASSES: tuple[Mass, ...] = (False, True, DISTANCE)
+"""Values of `Stage.mass`, each with all that those before it do."""
+WITH_MASS: dict[str, tuple[str, Mass]] = {
+    "restore": ("divprune-merged", DISTANCE),
+    "seeded": ("codebook-farthest", True),
+}
 """Names for methods with mass-preserving attention: `seeded` is `codebook-farthest+mass`, options, layer, keep and all.
+`restore` is RESTORE (arXiv 2606.01711) on DivPrune, from notes on the paper: docs/pruning.md has what differs.
 """
 
 
@@ -59,7 +69,7 @@ class StageText:
     layer, keep
         As in `Stage`; None where the text leaves them out.
     mass
-        Whether the stage has mass-preserving attention.
+        As in `Stage`.
     """
 
     where: str
@@ -67,7 +77,7 @@ class StageText:
     options: dict[str, Any] = field(default_factory=dict)
     layer: int | None = None
     keep: int | float | None = None
-    mass: bool = False
+    mass: Mass = False
 
     @property
     def entry(self) -> Method:
@@ -159,7 +169,10 @@ def spell(pruner: Pruner) -> str | None:
 
 
 def split(text: str, separator: str) -> list[tuple[int, str]]:
-    """Cut a text at separators outside parentheses; each piece with the place it begins at. `+mass` is not cut off."""
+    """Cut a text at separators outside parentheses; each piece with the place it begins at.
+
+    `+mass` and `+distance` are not cut off.
+    """
     pieces, start, depth = [], 0, 0
     for i, character in enumerate(text):
         depth += (character == "(") - (character == ")")
@@ -169,7 +182,12 @@ def split(text: str, separator: str) -> list[tuple[int, str]]:
     return [*pieces, (start, text[start:])]
 
 
-_MASS = re.compile(r"\+\s*mass(?![\w-])")
+def spell_mass(mass: Mass) -> str:
+    """What a stage's text says of its `mass`, at its end."""
+    return ("+distance" if mass == DISTANCE else "+mass") if mass else ""
+
+
+_MASS = re.compile(r"\+\s*(mass|distance)(?![\w-])")
 _WHOLE = re.compile(r"[0-9]+")
 
 
@@ -178,8 +196,8 @@ def _read_stage(number: int, start: int, text: str, others: Iterable[str]) -> St
     where = f"schedule part {number}, {quoted(text.strip())} (character {start + 1})"
     try:
         method, options, layer, keep, mass = _cut_stage(text.strip())
-        mass = mass or method in WITH_MASS
-        method = WITH_MASS.get(method, method)
+        method, own = WITH_MASS.get(method, (method, False))
+        mass = max(mass, own, key=MASSES.index)
         _check_known(method, others)
         values = _read_options(options) if options else {}
         METHODS[method].check(method, values)
@@ -195,15 +213,17 @@ def _read_stage(number: int, start: int, text: str, others: Iterable[str]) -> St
         raise CodebookError(f"{where}: {error}") from None
 
 
-def _cut_stage(text: str) -> tuple[str, str, str | None, str | None, bool]:
+def _cut_stage(text: str) -> tuple[str, str, str | None, str | None, Mass]:
     """Method, options with their parentheses, layer, keep and mass of a stage's text, each as written.
 
     Every step looks for one character or one end of what is left: a regular expression for the whole would try all ways
     to share blanks between its parts.
     """
-    mass = False
-    if text.endswith("mass") and (before := text[: -len("mass")].rstrip()).endswith("+"):
-        text, mass = before[:-1].rstrip(), True
+    mass: Mass = False
+    for word, said in (("mass", True), (DISTANCE, DISTANCE)):
+        if text.endswith(word) and (before := text[: -len(word)].rstrip()).endswith("+"):
+            text, mass = before[:-1].rstrip(), said
+            break
     end = next((i for i, character in enumerate(text) if character in "(@:"), len(text))
     method, rest = text[:end].strip(), text[end:]
     options = ""

@@ -10,7 +10,7 @@ from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
 from codebook.pruning import METHODS, Schedule
 from codebook.pruning.presets import DEFAULT, SCHEDULE_PRESETS, needs_codebook
-from codebook.pruning.text import UNPRUNED, WITH_MASS
+from codebook.pruning.text import DISTANCE, UNPRUNED, WITH_MASS
 from codebook.serving.errors import ServiceError
 from codebook.store.codebook import Codebook
 from codebook.store.shipped import find_codebook
@@ -80,5 +80,7 @@ def described() -> dict[str, str]:
         options = ", ".join(f"{key}={value}" for key, value in method.options.items() if key in method.given)
         found[name] = (method.kind.__doc__ or "").partition("\n")[0] + (f" Here: {options}." if options else "")
     found |= {name: f"A preset: {text}." for name, text in SCHEDULE_PRESETS.items()}
-    found |= {name: f"{found[method]} With mass-preserving attention." for name, method in WITH_MASS.items()}
+    for name, (base, mass) in WITH_MASS.items():
+        more = " and RESTORE's distance calibration" if mass == DISTANCE else ""
+        found[name] = f"{found[base]} With mass-preserving attention{more}."
     return {DEFAULT: found.pop(DEFAULT), **found}

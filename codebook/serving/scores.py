@@ -77,7 +77,7 @@ def score_features(book: Codebook, features: Tensor, keep: int | float, method: 
     """
     images = features if features.dim() == 3 else features[None]
     recorder = Recorder(book)
-    pruner = METHODS[WITH_MASS.get(method, method)](recorder)
+    pruner = METHODS[WITH_MASS.get(method, (method, False))[0]](recorder)
     count = Stage(0, keep, pruner).count(images.shape[1])
     with torch.inference_mode():
         kept = torch.stack([pruner.select(VisualTokens.of(image), count) for image in images])

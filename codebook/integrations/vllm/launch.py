@@ -59,7 +59,7 @@ class Launch:
             there = ", ".join(sorted(ARCHITECTURES))
             raise CodebookError(f"models of type {kind.name} are not pruned in vLLM; use one of: {there}")
         name = method.partition("(")[0].strip()
-        plain = WITH_MASS.get(name, name) + method.strip()[len(name) :]
+        plain = WITH_MASS.get(name, (name, False))[0] + method.strip()[len(name) :]
         given: dict[str, Any] = {"method": plain, "keep": keep}
         if codebook is not None:
             given["codebook"] = str(find_named(codebook).absolute())

@@ -29,6 +29,7 @@ from codebook.pruning.engine.tap import overhear
 from codebook.pruning.engine.views import Cached, View, Viewer
 from codebook.pruning.methods.base import FeaturePruner
 from codebook.pruning.stage import Stage
+from codebook.pruning.text import DISTANCE
 from codebook.pruning.tokens import VisualTokens
 
 Chosen = dict[int, list[Tensor | None]]
@@ -147,31 +148,42 @@ class Forward:
                     # Before the LLM a merged value is what enters it; later it is a hidden state, and no feature.
                     features=unit.features[index] if values is None or stage.layer else values,
                     mass=selection.mass(stage, unit, index, hidden[unit.row, places], partial(tokens, number)),
+                    distant=unit.distant or stage.mass == DISTANCE,
                 )
             merged.append(values)
         self.units = units
-        return self._shortened(kept, dropped, merged, hidden) if any(dropped) else hidden
+        return self._shortened(stage, kept, dropped, merged, hidden) if any(dropped) else hidden
 
-    def _shortened(self, kept: Tensor, dropped: list[int], merged: list[Tensor | None], hidden: Tensor) -> Tensor:
+    def _shortened(
+        self, stage: Stage, kept: Tensor, dropped: list[int], merged: list[Tensor | None], hidden: Tensor
+    ) -> Tensor:
         assert self.prompt is not None
         lengths = self.prompt.lengths if self.sequence is None else self.sequence.lengths
         self.sequence, hidden = shorten(self.given, self.sequence, lengths, kept, dropped, hidden)
         for unit, values in zip(self.units, merged, strict=True):
             if values is not None:
                 hidden[unit.row, self._places(unit.row, unit.columns)] = values
-        self.sequence = replace(self.sequence, bias=self._bias())
+        self._weigh(stage)
         return hidden
 
-    def _bias(self) -> Tensor | None:
-        """The sequence's attention bias: the logarithm of how many tokens each kept one stands for, 0 for text."""
+    def _weigh(self, stage: Stage) -> None:
+        """Have the sequence say what attention adds: for each kept token how many it stands for, 0 for text."""
         assert self.sequence is not None
-        bias = None
-        for unit in self.units:
-            if unit.mass is not None and unit.count:
-                if bias is None:
-                    bias = torch.zeros(self.sequence.source.shape, device=self.given.device)
-                bias[unit.row, self._places(unit.row, unit.columns)] = unit.mass.log()
-        return bias
+        counted = [unit for unit in self.units if unit.mass is not None and unit.count]
+        if not counted:
+            return
+        bias = torch.zeros(self.sequence.source.shape, device=self.given.device)
+        first = torch.zeros_like(bias) if stage.layer == 0 and stage.mass == DISTANCE else None
+        distant = torch.zeros_like(bias, dtype=torch.bool) if any(unit.distant for unit in counted) else None
+        for unit in counted:
+            assert unit.mass is not None
+            places = self._places(unit.row, unit.columns)
+            bias[unit.row, places] = unit.mass.log()
+            if first is not None:  # RESTORE's first layer takes all for equally large
+                first[unit.row, places] = unit.mass.float().mean().log().expand(unit.count)
+            if distant is not None and unit.distant:
+                distant[unit.row].index_fill_(0, places, True)
+        self.sequence = replace(self.sequence, bias=bias, first=first, distant=distant)
 
     @property
     def kept(self) -> list[Tensor]:
@@ -194,7 +206,8 @@ class Forward:
         """What a layer needs. Layers of one stage and one kind share it, so it is made once for all of them."""
         if self.given.mask is not None and (not isinstance(self.given.mask, Tensor) or self.given.mask.dim() != 2):
             raise unusable_mask()
-        same = (cached.kept, self.sequence, kwargs["position_embeddings"])  # the very objects, not equal ones
+        # the very objects, not equal ones
+        same = (cached.kept, self.sequence, kwargs["position_embeddings"], *self._viewer.weights(layer, self.sequence))
         sizes = (cached.logical, cached.stored, window(layer))
         for (objects, numbers), view in self._views:
             if numbers == sizes and all(a is b for a, b in zip(objects, same, strict=True)):
@@ -254,7 +267,8 @@ class Forward:
         cos, sin = (x.expand(self.given.batch, -1, -1)[unit.row, row] for x in rotary)
         own = self.blocks if window(layer) is not None or not self.family.window_blocks else None
         blocks = None if own is None else own[unit.row, columns]
-        bias = None if self.sequence is None or self.sequence.bias is None else self.sequence.bias[unit.row, row]
+        weights = self._viewer.weights(layer, self.sequence)
+        bias, distant = (None if weight is None else weight[unit.row, row] for weight in weights)
 
         def sees(places: Tensor) -> Tensor:
             both = None if blocks is None else (blocks[places], blocks)
@@ -262,7 +276,7 @@ class Forward:
 
         turned = self.family.turned(self.model, layer)
         heads = query[unit.row, :, row], key[unit.row, :, now][:, row]
-        return Attention(*heads, cos, sin, scaling, span, sees, bias, turned)
+        return Attention(*heads, cos, sin, scaling, span, sees, bias, turned, distant)
 
 
 def unusable_mask() -> CodebookError:

@@ -43,6 +43,8 @@ class Unit:
         Where its tokens begin among the image's visual tokens.
     mass : (n,) int64 or None
         How many tokens each stands for; None where each stands for itself.
+    distant
+        Whether attention to them also rises with distance.
     grid, ordinal, features, whole, vision, encode
         As in `VisualTokens`.
     key
@@ -63,6 +65,7 @@ class Unit:
     vision: PackedVision | None
     encode: Callable[[int, int], Tensor] | None
     mass: Tensor | None = None
+    distant: bool = False
 
     @property
     def count(self) -> int:

@@ -65,11 +65,17 @@ class Shortened:
         Tokens of each row, padding not counted; known on the host, so that no shape waits for the device.
     bias : (B, P) float32 or None
         What is added to every attention logit towards a token: the logarithm of how many tokens it stands for.
+    first : (B, P) float32 or None
+        The same in the decoder's first layer, if it is other there.
+    distant : (B, P) bool or None
+        Tokens towards which the prompt's logits also rise with distance; None if there are none.
     """
 
     source: Tensor
     lengths: list[int]
     bias: Tensor | None = None
+    first: Tensor | None = None
+    distant: Tensor | None = None
 
     @property
     def padded(self) -> bool:

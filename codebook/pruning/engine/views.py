@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from codebook.models import Family
 from codebook.models.base import Model, window
+from codebook.pruning.distance import distance_bias
 from codebook.pruning.engine.cache import PAD, KeptIndex, visible
 from codebook.pruning.engine.key_bias import KeyBias
 from codebook.pruning.engine.sequence import Given, Shortened
@@ -74,16 +76,36 @@ class Viewer:
 
     def view(self, layer: Any, cached: Cached, sequence: Shortened | None, kwargs: dict[str, Any]) -> View:
         """The view of one layer, whose own arguments are `kwargs`."""
-        index = self._index(cached, sequence)
-        mask, bias = self._mask(index, window(layer), sequence)
-        return View(index, mask, bias, self._rotary(layer, cached.kept, sequence, kwargs))
+        index, rotary = self._index(layer, cached, sequence), self._rotary(layer, cached.kept, sequence, kwargs)
+        far = self._far(layer, sequence, rotary)
+        mask, bias = self._mask(index, window(layer), sequence, far)
+        return View(index, mask, bias, rotary)
 
-    def _index(self, cached: Cached, sequence: Shortened | None) -> KeptIndex:
+    def weights(self, layer: Any, sequence: Shortened | None) -> tuple[Tensor | None, Tensor | None]:
+        """The `bias` (B, P) of a sequence in this layer, and its `distant` (B, P) where the layer has positions."""
+        if sequence is None:
+            return None, None
+        first = sequence.first is not None and layer is self.model.get_decoder().layers[0]
+        placed = sequence.distant is not None and self.family.turned(self.model, layer) != "nothing"
+        return sequence.first if first else sequence.bias, sequence.distant if placed else None
+
+    def _far(self, layer: Any, sequence: Shortened | None, rotary: tuple[Tensor, Tensor]) -> Tensor | None:
+        """(B, P, P) float32: what distance adds to the logits of a sequence's queries towards its keys.
+
+        Only the prompt's queries: neither those that come after it nor those of later forwards.
+        """
+        distant = self.weights(layer, sequence)[1]
+        if sequence is None or distant is None:
+            return None
+        asks = sequence.source < self.given.length - self.given.extra
+        return distance_bias(rotary, rotary).where(asks[:, :, None] & distant[:, None], 0)
+
+    def _index(self, layer: Any, cached: Cached, sequence: Shortened | None) -> KeptIndex:
         """Which columns the layer stores once this forward is through: those of its cache, then the sequence's."""
         past = self._unpruned(cached) if cached.kept is None else cached.kept
         places = torch.arange(self.given.length, device=self.given.device)
         if sequence is not None:
-            source, padded, bias = sequence.source, sequence.padded, sequence.bias
+            source, padded, bias = sequence.source, sequence.padded, self.weights(layer, sequence)[0]
             less = [a - b for a, b in zip(self.lengths, sequence.lengths, strict=True)]
             dropped = on_device(less, self.given.device)
         else:
@@ -114,7 +136,7 @@ class Viewer:
         return KeptIndex(columns, cached.logical, dropped, padded)
 
     def _mask(
-        self, index: KeptIndex, window: int | None, sequence: Shortened | None
+        self, index: KeptIndex, window: int | None, sequence: Shortened | None, far: Tensor | None
     ) -> tuple[Tensor | None, KeyBias | None]:
         """The mask (B, 1, Q, K), bool for sdpa where nothing is added to logits, else float; or what causal sdpa adds.
 
@@ -130,7 +152,7 @@ class Viewer:
         causal, added = window is None and blocks is None, index.padded or index.bias is not None
         if causal and not added and (queries.shape[1] == 1 or whole):
             return None, None
-        if causal and whole and queries.shape[1] > 1:
+        if causal and whole and queries.shape[1] > 1 and far is None:
             # Columns ascend, so that what comes before a token and is no padding is what it sees.
             bias = _or_zeros(index.bias, keys)
             return None, KeyBias(bias.masked_fill(keys == PAD, torch.finfo(bias.dtype).min) if index.padded else bias)
@@ -142,7 +164,10 @@ class Viewer:
         seen = visible(queries, keys, window, both, self.family.window_last)[:, None]
         if sdpa and index.bias is None:
             return seen, None
-        bias = _or_zeros(index.bias, keys).to(self.given.embeds.dtype)[:, None, None]
+        bias = _or_zeros(index.bias, keys)[:, None, None]
+        if far is not None:
+            bias = bias + pad(far, (keys.shape[1] - queries.shape[1], 0))[:, None]  # towards what is cached nothing
+        bias = bias.to(self.given.embeds.dtype)
         return torch.where(seen, bias, torch.finfo(bias.dtype).min), None
 
     def _rotary(
