@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.experiments import trials
-from codebook import Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
+from codebook import Merged, Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
 from codebook.cli.output import progress
 from codebook.errors import CodebookError
 from codebook.evaluation import Scores, accuracy_table, mean, scored
@@ -81,6 +81,7 @@ GROUPS = {
         *("divprune", "divprune+mass", "divprune+distance", "divprune-merged+mass", "restore", OWN[1]),
         "codebook-farthest+distance",
     ),
+    "median": ("divprune+mass", "divprune-merged+mass", "restore", OWN[1], f"{OWN[1]}, median"),
     "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
 }
 
@@ -98,6 +99,8 @@ def schedules(
         kind, _, number = trial.rpartition(" ")
         if trial == "merged":
             return trials.Merged(pruner), keep
+        if trial == "median":
+            return Merged(pruner), keep
         if kind == "gain":
             return trials.ByGain(shipped, float(number)), keep
         if kind == "asked":

@@ -33,6 +33,7 @@ def test_the_arguments_are_printed_for_copying(run):
 def test_what_vllm_would_refuse_is_refused_here(refused, tmp_path):
     refused("vllm-args", "miniature", "--method", "cls", words=["cls needs the vision tower's attention"])
     refused("vllm-args", "miniature", "--method", "farthest+mass", words=["use farthest"])
+    refused("vllm-args", "miniature", "--method", "restore", words=["divprune-merged needs to merge tokens"])
     refused("vllm-args", "miniature", "--keep", "1.5", words=["keep must be a fraction"])
     refused("vllm-args", "miniature", "--codebook", ROOT / "indexes/eyes", words=["dimension 576", "have 160"])
     refused("vllm-args", WEIGHTS, words=["no codebook is named for", "--codebook FOLDER"])

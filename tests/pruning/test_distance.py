@@ -9,7 +9,6 @@ from codebook import load
 from codebook.errors import CodebookError
 from codebook.pruning import DivPrune, FastV, Merged, Random, Schedule, Stage
 from codebook.pruning.distance import distance_bias
-from codebook.pruning.methods.base import Pruner
 from tests import reference
 from tests.models import cells
 from tests.models.families import FAMILIES
@@ -18,9 +17,11 @@ from tests.tiny import llava
 
 STEPS = 4
 SCHEDULES = {
-    "before the LLM, then at 2": Schedule([Stage(0, 0.3, Random(), "distance"), Stage(2, 3, FastV(), "distance")]),
+    # What the last stage keeps still stands for what it stood for, at a distance.
+    "before the LLM, then at 2": Schedule(
+        [Stage(0, 0.3, Random(), "distance"), Stage(2, 3, FastV(), "distance"), Stage(3, 2, Random())]
+    ),
     "from layer 1 on": Schedule([Stage(1, 0.3, Random(), "distance")]),
-    "renumbered": Schedule([Stage(0, 0.3, Random(), "distance")], positions="compact"),
 }
 GENERATE = {"max_new_tokens": STEPS, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
@@ -62,8 +63,7 @@ def far(model, inputs, pruning, schedule):
     """For the reference; compact positions are counted as the columns that are left."""
     text, valid = model.config.text_config, inputs["attention_mask"]
     gone = gone_from(inputs, pruning, schedule)
-    width = text.hidden_size // text.num_attention_heads
-    theta = frequencies(text.rope_parameters, width)
+    theta = frequencies(text.rope_parameters, text.hidden_size // text.num_attention_heads)
 
     def angles(layer):
         there = valid * (gone > layer) if schedule.positions == "compact" else valid
@@ -72,26 +72,122 @@ def far(model, inputs, pruning, schedule):
     return reference.Far(mass(inputs, pruning, schedule), angles)
 
 
+def run(model, inputs, schedule, **options):
+    """Prompt's and new tokens, each step's logits, and the context."""
+    with schedule(model) as pruning:
+        out = model.generate(**inputs, **GENERATE, **options)
+    return out.sequences, torch.stack(out.logits, 1), pruning
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("rows", [ONE, RAGGED], ids=["one", "ragged, several images"])
 @pytest.mark.parametrize("name", ["before the LLM, then at 2", "from layer 1 on"])
 def test_generate_equals_masked_reference(model, name, rows):
     inputs, schedule = prompt(model, rows), SCHEDULES[name]
-    with schedule(model) as pruning:
-        out = model.generate(**inputs, **GENERATE)
+    sequences, ours, pruning = run(model, inputs, schedule)
     gone, calibration = gone_from(inputs, pruning, schedule), far(model, inputs, pruning, schedule)
     given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, STEPS
     tokens, logits = reference.generate(*given, mass=calibration)
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
-    ours = torch.stack(out.logits, 1)
+    assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], tokens)
     assert_close(ours, logits)
     # It matters, and so do its parts: distance, and the sizes of layer 0.
     for less in (calibration.mass, reference.Far(calibration.mass, lambda layer: None)):
         assert (ours - reference.generate(*given, mass=less)[1]).abs().max() > 1e-4 * logits.abs().max()
+
+
+@torch.no_grad()
+def test_other_ways_to_generate_agree():
+    """Without a cache the prompt is read at every step, and guesses come beside it: neither's queries are the prompt's."""
+    model, schedule = llava(), SCHEDULES["before the LLM, then at 2"]
+    inputs = prompt(model, RAGGED)
+    sequences, logits, _ = run(model, inputs, schedule)
+    other, theirs, _ = run(model, inputs, schedule, use_cache=False)
+    assert torch.equal(other, sequences)
+    assert_close(theirs, logits)
+    inputs = prompt(model, ONE)
+    sequences, _, _ = run(model, inputs, schedule)
     with schedule(model):
-        plain = model.generate(**inputs, **GENERATE, use_cache=False)
-    assert torch.equal(plain.sequences, out.sequences)
-    assert_close(torch.stack(plain.logits, 1), logits)
+        guessed = model.generate(**inputs, max_new_tokens=STEPS, do_sample=False, prompt_lookup_num_tokens=3)
+    assert torch.equal(guessed, sequences)
+
+
+@torch.no_grad()
+def test_positions_that_are_renumbered():
+    """Distances are those of the positions that the model is given."""
+    model, schedule = llava(), Schedule([Stage(0, 0.3, Random(), "distance")], positions="compact")
+    inputs = prompt(model, RAGGED)
+    sequences, ours, pruning = run(model, inputs, schedule)
+    calibration = far(model, inputs, pruning, schedule)
+    tokens, logits = reference.masked(
+        model, inputs, gone_from(inputs, pruning, schedule), STEPS, compact=True, mass=calibration
+    )
+    assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert_close(ours, logits)
+
+
+@torch.no_grad()
+def test_a_later_turn_sees_sizes_alone():
+    """What was read with the image has the term of distance, what comes later has not."""
+    model, schedule = llava(), SCHEDULES["before the LLM, then at 2"]
+    inputs, more = prompt(model, ONE), torch.tensor([[31, 32, 33]])
+    with schedule(model) as pruning:
+        cache = model(**inputs, use_cache=True).past_key_values
+        ours = model(input_ids=more, past_key_values=cache).logits[:, -1]
+    calibration, gone = far(model, inputs, pruning, schedule), gone_from(inputs, pruning, schedule)
+    ids = torch.cat([inputs["input_ids"], more], 1)
+    gone = torch.cat([gone, torch.full_like(more, 10**6)], 1)
+    embeds = reference.merged(model, ids, inputs["pixel_values"])
+    assert_close(ours, reference.logits(model, embeds, torch.ones_like(ids), gone, mass=calibration))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("at", [1, 2])
+def test_methods_see_the_attention_that_the_model_has(at):
+    """Of layer 0 with its own sizes, and of a later one: rows equal the stock maps of the layer as it ran."""
+
+    class Spy(FastV):
+        def score(self, tokens):
+            seen.append((super().score(tokens), tokens.attention.rows(tokens.attention.places)))
+            return seen[-1][0]
+
+    model, seen = llava("eager"), []
+    inputs = prompt(model, ONE)
+    start, count = ONE[0].index("image"), 12
+    with Schedule([Stage(0, count, Random(), "distance"), Stage(at, 3, Spy())])(model):
+        maps = model(**inputs, output_attentions=True).attentions[at - 1][0].mean(0)
+    [(score, rows)], own = seen, slice(start, start + count)
+    assert torch.allclose(score, maps[-1, own], atol=1e-6)
+    assert torch.allclose(rows, maps[own, own], atol=1e-6)
+
+
+@torch.no_grad()
+def test_where_nothing_is_dropped_nothing_changes():
+    model = llava()
+    inputs = prompt(model, RAGGED)
+    plain = model(**inputs).logits
+    with Schedule([Stage(0, 1.0, Random(), "distance")])(model):
+        assert torch.equal(model(**inputs).logits, plain)
+
+
+def test_what_is_said_of_it(tmp_path):
+    """In texts, files and by name; `+distance` says more than `+mass`."""
+    schedule = Schedule([Stage(0, 0.25, Random(), "distance"), Stage(9, 4, Random(), True)])
+    assert str(schedule) == "random:0.25+distance, random@9:4+mass" and Schedule.parse(str(schedule)) == schedule
+    assert Schedule.parse("random:0.25 + distance, random@9:4+mass") == schedule
+    schedule.save(tmp_path / "schedule.json")
+    assert Schedule.load(tmp_path / "schedule.json") == schedule
+    assert Schedule.parse("restore:64") == Schedule([Stage(0, 64, Merged(DivPrune()), "distance")])
+    assert Schedule.parse("restore@2:64+mass") == Schedule([Stage(2, 64, Merged(DivPrune()), "distance")])
+    hybrid = Schedule.solve("divprune+distance+random", keep=0.11, n=576, layers=32)
+    assert str(hybrid) == "divprune:93+distance, random@20:13"
+    assert str(Schedule.parse("seeded:9+distance", "book")) == "codebook-farthest:9+distance"
+    for mass in ("far", None, 2):
+        with pytest.raises(CodebookError, match="mass must be True, False or 'distance', not"):
+            Stage(0, 0.25, Random(), mass)
+    with pytest.raises(CodebookError, match="leave mass out"):
+        Schedule.parse("drop@3+distance")
+    with pytest.raises(CodebookError, match="'4[+]mass' is not a number"):
+        Schedule.parse("random:4+mass+distance")
 
 
 def angles_of(name, target, inputs):
@@ -124,14 +220,38 @@ def test_families_with_frequencies_of_their_own(name, attention):
     rows = [["image", 5, 6, 7], [3, 4, "large", 9, 8, 11, 12]]
     inputs, columns = tiny.inputs(rows), tiny.columns(rows)
     schedule = Schedule([Stage(0, 0.4, Random(), "distance"), Stage(2, 0.2, Random(), "distance")])
-    with schedule(target) as pruning:
-        out = target.generate(**inputs, **GENERATE, suppress_tokens=list(tiny.never))
+    sequences, ours, pruning = run(target, inputs, schedule, suppress_tokens=list(tiny.never))
     counts = cells.mass(columns, pruning.kept, schedule.stages)
     calibration = reference.Far(counts, angles_of(name, target, inputs))
     given = target, inputs, cells.gone_from(inputs, columns, pruning.kept, schedule.stages), STEPS
     tokens, logits = reference.masked(*given, suppress=tiny.never, mass=calibration)
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
-    ours = torch.stack(out.logits, 1)
+    assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], tokens)
     assert_close(ours, logits, tiny.tolerance)
     less = reference.masked(*given, suppress=tiny.never, forced=tokens, mass=counts)[1]
     assert (ours - less).abs().max() > 100 * tiny.tolerance * logits.abs().max()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rotary_embeddings_are_cosines_and_sines_of_the_same_angles(name):
+    """In every family and layer: the similarity of two positions is the mean cosine of their angles' differences."""
+    target, seen = cells.model(name, "sdpa"), []
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["position_embeddings"]), with_kwargs=True
+        )
+        for layer in target.get_decoder().layers
+        if hasattr(layer, "self_attn")
+    ]
+    inputs = FAMILIES[name].inputs([["image", 5, 6, 7]])
+    target(**inputs)
+    for hook in hooks:
+        hook.remove()
+    assert seen
+    for cos, sin in seen:
+        assert cos.shape == sin.shape and cos.dim() == 3 and cos.shape[1] == inputs["input_ids"].shape[1]
+        assert torch.allclose(cos**2 + sin**2, torch.ones_like(cos), atol=1e-5)
+        angles = torch.atan2(sin, cos)
+        differences = angles[:, :, None] - angles[:, None]
+        expected = torch.log(2 - differences.cos().mean(-1))
+        assert torch.allclose(distance_bias((cos, sin), (cos, sin)), expected, atol=1e-5)

@@ -143,7 +143,21 @@ def test_the_longest_texts_are_read():
 
 
 SIGNS = ["(", ")", "()", "=", "@", ":", "+", ",", ";", " ", "\n", "'", "-", "{}", "**", "#", "\\", "[" * 300, " " * 500]
-WORDS = ["seeded", "unpruned", "mass", "keep", "compact", "shared", "codebook", "None", "True", "(4, 4)", "'visual'"]
+WORDS = [
+    "seeded",
+    "restore",
+    "unpruned",
+    "mass",
+    "distance",
+    "keep",
+    "compact",
+    "shared",
+    "codebook",
+    "None",
+    "True",
+    "(4, 4)",
+    "'visual'",
+]
 KEYS = ["positions", "quotas", "spread", "alpha", "seed", "windows", "query", "threshold", "representatives"]
 NUMBERS = ["0", "1", "2", "0.5", "1e-7", "1e-300", "1.0", "1e9", "1e999", "nan", "9" * 20, "9" * 5000]
 STRANGE = ["\0", "٣", "²", "\ud800", "\u2028", "\ufeff"]

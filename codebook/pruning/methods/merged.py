@@ -19,10 +19,8 @@ class Merged(Combination):
 
     Most like is the highest cosine similarity of hidden states at the stage's layer. A group's value is the mean of its
     members, and it takes the place of the member in the middle of them in raster order (of an even number, the former
-    of two). With the stage's `mass` it gets the attention of all of them, as RESTORE's size calibration has it.
-
-    The rest of RESTORE is missing: the factor 2 - D(distance) of the attention while the prompt is read, and sizes of
-    N / n for all tokens in the first layer. Written from notes on the paper.
+    of two). With the stage's `mass` it gets the attention of all of them; `mass="distance"` is all of RESTORE's
+    calibration. Written from notes on the paper.
 
     Attributes
     ----------

@@ -43,6 +43,8 @@ def config(width=WIDTH, **given):
         ({"method": "uniform@3", "keep": 0.2}, "at layer 3"),
         ({"method": "seeded", "keep": 0.2, "codebook": BOOK}, "use codebook-farthest"),
         ({"method": "farthest+mass", "keep": 0.2}, "use farthest, the same without"),
+        ({"method": "farthest+distance", "keep": 0.2}, "use farthest, the same without"),
+        ({"method": "divprune-merged", "keep": 0.2}, "divprune-merged needs to merge tokens"),
         ({"method": "fastv", "keep": 0.2}, "fastv needs attention, and vLLM prunes where images are encoded"),
         ({"method": "cls", "keep": 0.2}, "cls needs the vision tower's attention"),
         ({"method": "cdpruner", "keep": 0.2}, "cdpruner needs the text"),
