@@ -97,7 +97,7 @@ def test_generate_equals_masked_reference(model, name, rows):
 
 @torch.no_grad()
 def test_other_ways_to_generate_agree():
-    """Without a cache the prompt is read at every step, and guesses come beside it: neither's queries are the prompt's."""
+    """Without a cache each step reads the prompt again; guesses come beside it. Their queries are not the prompt's."""
     model, schedule = llava(), SCHEDULES["before the LLM, then at 2"]
     inputs = prompt(model, RAGGED)
     sequences, logits, _ = run(model, inputs, schedule)
@@ -181,12 +181,12 @@ def test_what_is_said_of_it(tmp_path):
     hybrid = Schedule.solve("divprune+distance+random", keep=0.11, n=576, layers=32)
     assert str(hybrid) == "divprune:93+distance, random@20:13"
     assert str(Schedule.parse("seeded:9+distance", "book")) == "codebook-farthest:9+distance"
-    for mass in ("far", None, 2):
+    for other in ("far", None, 2):
         with pytest.raises(CodebookError, match="mass must be True, False or 'distance', not"):
-            Stage(0, 0.25, Random(), mass)
+            Stage(0, 0.25, Random(), other)
     with pytest.raises(CodebookError, match="leave mass out"):
         Schedule.parse("drop@3+distance")
-    with pytest.raises(CodebookError, match="'4[+]mass' is not a number"):
+    with pytest.raises(CodebookError, match=r"'4[+]mass' is not a number"):
         Schedule.parse("random:4+mass+distance")
 
 

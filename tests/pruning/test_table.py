@@ -95,10 +95,12 @@ def test_no_method_waits_for_the_device(name, tower, monkeypatch):
     kept(tower, "sdpa", schedule(name, tower), BATCH)
 
 
-def test_mass_does_not_wait_for_the_device(monkeypatch):
+@pytest.mark.parametrize("mass", [True, "distance"])
+def test_mass_does_not_wait_for_the_device(mass, monkeypatch):
     watch(monkeypatch, Forward, "prune")
     watch(monkeypatch, Viewer, "_mask")
-    stages = [Stage(0, KEEP, METHODS["divprune"](), mass=True), Stage(2, 3, METHODS["random"](), mass=True)]
+    watch(monkeypatch, Viewer, "_far")
+    stages = [Stage(0, KEEP, METHODS["divprune"](), mass), Stage(2, 3, METHODS["random"](), mass)]
     kept("clip", "sdpa", Schedule(stages), BATCH)
 
 
