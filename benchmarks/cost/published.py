@@ -9,14 +9,16 @@ package takes it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d, normalize, one_hot
+from torch.nn.functional import adaptive_avg_pool2d, conv2d, normalize, one_hot, pad
 
 from codebook import Codebook, VisualTokens
 
-Rule = Callable[[Codebook, VisualTokens, int], object]
+Rule = Callable[[Codebook, Any, int], object]
+"""Its second argument is an image's tokens, or a list of those of a film's frames."""
 
 
 def cosines(a: Tensor, b: Tensor) -> Tensor:
@@ -146,12 +148,43 @@ def divprune(book, tokens, keep):
     return torch.tensor(sorted(chosen))
 
 
+def gate(tokens: VisualTokens) -> Tensor:
+    similarity = pairs(tokens.features)
+    return scaled(-(similarity.sum(1) - similarity.diagonal()) / (len(tokens) - 1))
+
+
+# Cen-Prune, from second-hand notes
+def cen_divprune(book, tokens, keep):
+    weight, distance = gate(tokens), 1 - pairs(tokens.features - tokens.features.mean(0))
+    chosen: list[int] = []
+    while len(chosen) < keep:
+        if chosen:
+            score = weight * distance[chosen].min(0).values
+            score[chosen] = -1
+        else:
+            score = weight * distance.topk(2, dim=0, largest=False).values[1]
+        chosen.append(int(score.argmax()))
+    return torch.tensor(sorted(chosen))
+
+
 # 2506.10967, with the greedy maximum of 1709.05135
 def cdpruner(book, tokens, keep):
+    return determinant(scaled(like_question(tokens)), pairs(tokens.features), keep)
+
+
+def cen_cdpruner(book, tokens, keep):
+    relevance = scaled(like_question(tokens)) * gate(tokens)
+    return determinant(relevance, pairs(tokens.features - tokens.features.mean(0)), keep)
+
+
+def like_question(tokens: VisualTokens) -> Tensor:
     question = tokens.sequence[tokens.question].float().mean(0, keepdim=True)
-    relevance = scaled(cosines(tokens.hidden, question)[:, 0])
-    kernel = relevance[:, None] * pairs(tokens.features) * relevance[None]
-    gain, factor, chosen = kernel.diagonal().clone(), torch.zeros(keep, len(tokens)), []
+    return cosines(tokens.hidden, question)[:, 0]
+
+
+def determinant(relevance: Tensor, similarity: Tensor, keep: int) -> Tensor:
+    kernel = relevance[:, None] * similarity * relevance[None]
+    gain, factor, chosen = kernel.diagonal().clone(), torch.zeros(keep, len(kernel)), []
     for i in range(keep):
         pick = int(gain.argmax())
         row = (kernel[pick] - factor[:i, pick] @ factor[:i]) / gain[pick].sqrt()
@@ -219,6 +252,144 @@ def visionzip(book, tokens, keep):
     return torch.cat([order[:dominant], others[targets]]).sort().values, merged
 
 
+# 2607.07033
+def anchorprune(book, tokens, keep):
+    ranked, distance = like_question(tokens).argsort(descending=True).tolist(), 1 - pairs(tokens.features)
+    chosen, novel = ranked[: max(1, round(keep * 10 / 64))], 0
+    for token in ranked[len(chosen) : keep // 2]:
+        novel += bool(distance[token, chosen].min() > 0.2)
+        if novel == 3:
+            break
+        chosen.append(token)
+    importance = cls_row(tokens)
+    while len(chosen) < keep:
+        score = importance * distance[chosen].min(0).values
+        score[chosen] = -1
+        chosen.append(int(score.argmax()))
+    return torch.tensor(sorted(chosen))
+
+
+# 2606.27161, section 4.1
+def tops(book, tokens, keep):
+    return optimal_set(cls_row(tokens), tokens.features, keep)
+
+
+def tops_text(book, tokens, keep):
+    return optimal_set(attention(tokens, tokens.question).mean(0), tokens.hidden, keep)
+
+
+def optimal_set(relevance: Tensor, states: Tensor, keep: int) -> Tensor:
+    relevance, similarity = scaled(relevance), pairs(states)
+    chosen = [int(relevance.argmax())]
+    while len(chosen) < keep:
+        covered = similarity[chosen].max(0).values
+        free = torch.ones_like(covered, dtype=torch.bool)
+        free[chosen] = False
+        gain = (similarity - covered).clamp(min=0).sum(1)[free]
+        score = relevance[free] + 0.5 * scaled(gain) + 0.5 * scaled(1 - covered[free])
+        chosen.append(int(free.nonzero()[score.argmax()]))
+    return torch.tensor(sorted(chosen))
+
+
+# 2609.03158, from second-hand notes
+def coverpruner(book, tokens, keep):
+    demand = attention(tokens, tokens.question).sum(0)
+    return covering(pairs(tokens.features - tokens.features.mean(0)), demand, torch.ones_like(demand), keep)
+
+
+# 2510.24214
+def scope(book, tokens, keep):
+    saliency = cls_row(tokens)
+    return covering(pairs(tokens.features), torch.ones_like(saliency), saliency, keep)
+
+
+def covering(similarity: Tensor, demand: Tensor, value: Tensor, keep: int) -> Tensor:
+    covered, chosen = torch.zeros_like(demand), list[int]()
+    while len(chosen) < keep:
+        score = (demand * (similarity - covered).clamp(min=0)).sum(1) * value
+        score[chosen] = -1
+        chosen.append(int(score.argmax()))
+        covered = torch.maximum(covered, similarity[chosen[-1]])
+    return torch.tensor(sorted(chosen))
+
+
+# CVPR 2026, from second-hand notes
+def score(book, tokens, keep):
+    salience, distance = cls_row(tokens), 1 - pairs(tokens.features)
+    chosen = [int(salience.argmax())]
+    while len(chosen) < keep:
+        far = salience * distance[chosen].min(0).values
+        far[chosen] = -1
+        chosen.append(int(far.argmax()))
+    return torch.tensor(sorted(chosen))
+
+
+# 2602.02951, equation 3, with the regions of its code
+def nuwa(book, tokens, keep):
+    rows, cols = tokens.grid
+    salience = cls_row(tokens) * tokens.vision.key[:, 1:].norm(dim=(0, 2))
+    places = torch.arange(rows * cols).view(rows // 2, 2, cols // 2, 2).transpose(1, 2).reshape(-1, 4)
+    best = salience[places].sort(1, descending=True).indices
+    ranked = places.gather(1, best).T  # the first of all regions, then the second, ...
+    full, rest = divmod(keep, len(places))
+    return torch.cat([ranked[:full].flatten(), ranked[full][top(salience[ranked[full]], rest)]]).sort().values
+
+
+# github.com/yuanyuanjia71-spec/S2Prune
+def s2prune(book, tokens, keep):
+    rows, cols = tokens.grid
+    grey = (tokens.pixels * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(0)
+    kernel = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
+    laplacian = conv2d(pad(grey[None, None], (1, 1, 1, 1), mode="replicate"), kernel[None, None])[0, 0]
+    parts, (high, wide) = int((keep / 2) ** 0.5), (grey.shape[0] // rows, grey.shape[1] // cols)
+    ends = [[round(i * side / parts) for i in range(parts + 1)] for side in (rows, cols)]
+    regions = [(a, b, c, d) for a, b in zip(ends[0], ends[0][1:]) for c, d in zip(ends[1], ends[1][1:])]
+    spread = [laplacian[a * high : b * high, c * wide : d * wide].var(correction=0) for a, b, c, d in regions]
+    share = scaled(torch.stack(spread).double())
+    quota = share / share.sum() * (keep - len(regions))
+    counts = 1 + quota.floor()
+    counts[(quota - quota.floor()).argsort(descending=True, stable=True)[: int(keep - counts.sum())]] += 1
+    moved, chosen = (tokens.hidden - tokens.features).norm(dim=-1), []
+    for region, count in zip(regions, counts.tolist()):
+        cells = [region]
+        while len(cells) < count:
+            i = max(range(len(cells)), key=lambda i: (cells[i][1] - cells[i][0]) * (cells[i][3] - cells[i][2]))
+            a, b, c, d = cells[i]
+            down, across = (a + b) // 2, (c + d) // 2
+            halves = [(a, down, c, d), (down, b, c, d)] if b - a >= d - c else [(a, b, c, across), (a, b, across, d)]
+            cells[i : i + 1] = halves
+        for a, b, c, d in cells:
+            own = (torch.arange(a, b)[:, None] * cols + torch.arange(c, d)).flatten()
+            chosen.append(int(own[moved[own].argmax()]))
+    return torch.tensor(sorted(chosen))
+
+
+# 2510.14624
+def evs(book, frames, keep):
+    x = normalize(torch.stack([frame.whole for frame in frames]), dim=-1)
+    change = torch.cat([torch.full_like(x[:1, :, 0], torch.inf), 1 - (x[1:] * x[:-1]).sum(-1)])
+    return top(change.flatten(), keep)
+
+
+# 2505.14454, from notes on paper and code
+def vidcom2(book, frames, keep):
+    x = torch.stack([frame.whole for frame in frames])
+    count, n, width = x.shape
+    x = normalize(x[..., x.flatten(0, 1).var(0).topk(width // 2, largest=False).indices], dim=-1)
+    to_video, to_frame = (
+        sum(torch.exp(-((x - centre) ** 2).sum(-1) / (2 * 2.0**power)) for power in range(-3, 2))
+        for centre in (x.mean((0, 1)), x.mean(1, keepdim=True))
+    )
+    unusual = (-to_video.mean(1) / 0.01).softmax(0)
+    scale = 1 + unusual - unusual.mean()
+    quota = (keep * scale / scale.sum()).tolist()
+    counts = [int(own) for own in quota]
+    for i in sorted(range(count), key=lambda i: counts[i] - quota[i])[: keep - sum(counts)]:
+        counts[i] += 1
+    kept = [top(-own, k) + i * n for i, (own, k) in enumerate(zip(to_video + to_frame, counts))]
+    return torch.cat(kept)
+
+
 # 2502.11501
 def pool(book, tokens, keep):
     rows, cols = tokens.grid
@@ -269,13 +440,18 @@ def mass(book, tokens, keep):
 
 PUBLISHED: dict[str, Rule] = {
     "alpha": alpha,
+    "anchorprune": anchorprune,
     "cdpruner": cdpruner,
+    "cen-cdpruner": cen_cdpruner,
+    "cen-divprune": cen_divprune,
     "cls": cls,
     "codebook": codebook,
     "codebook-farthest": codebook_farthest,
     "codebook-threshold": codebook_threshold,
+    "coverpruner": coverpruner,
     "dart": dart,
     "divprune": divprune,
+    "evs": evs,
     "farthest": farthest,
     "fastv": fastv,
     "fastv-image": fastv_image,
@@ -284,15 +460,23 @@ PUBLISHED: dict[str, Rule] = {
     "fastv-vis": fastv_vis,
     "fastv-window": fastv_window,
     "feather-ensemble": feather_ensemble,
+    "nuwa": nuwa,
     "phi-knn": phi_knn,
     "pool": pool,
     "random": random,
+    "s2prune": s2prune,
+    "scope": scope,
+    "score": score,
     "sparsevlm": sparsevlm,
+    "tops": tops,
+    "tops-text": tops_text,
     "uniform": uniform,
+    "vidcom2": vidcom2,
     "visionzip": visionzip,
     "+mass": mass,
 }
 """By the names of the methods; `downsample` encodes the image anew, and `drop` has nothing to choose."""
-SAME = ("cdpruner", "cls", "codebook", "codebook-farthest", "dart", "divprune", "farthest", "fastv", "fastv-image",
-        "fastv-norope", "fastv-reverse", "fastv-vis")  # fmt: skip
+SAME = ("anchorprune", "cdpruner", "cen-cdpruner", "cen-divprune", "cls", "codebook", "codebook-farthest",
+        "coverpruner", "dart", "divprune", "evs", "farthest", "fastv", "fastv-image", "fastv-norope", "fastv-reverse",
+        "fastv-vis", "nuwa", "s2prune", "scope", "score", "tops", "tops-text", "vidcom2")  # fmt: skip
 """Those that keep the very tokens that the method keeps; the others leave something open, or draw."""

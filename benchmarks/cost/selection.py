@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.cost.selection --widths 4096 --tokens 576 --methods divprune cdpruner --json
 
 The transcriptions stand in `benchmarks/cost/published.py`. Tokens are random, one image, fp32: how long a selection
-takes does not depend on what they hold. Method and transcription take turns, so that other load falls on both alike,
+takes does not depend on what they hold. Methods for films are given one whose frames are the image's rows. Method and transcription take turns, so that other load falls on both alike,
 and their processor time counts, not the clock's; what is short is repeated within a turn. A ratio is the time of the
 transcription over the method's, the median over rounds: below 1 the method is the slower. What `+mass` adds to any
 method, counting the dropped tokens to the kept ones, has a row of its own. Where transcription and method must keep the
@@ -17,6 +17,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from benchmarks.cost.timing import Report, clocked, device_seconds, machine, qua
 from codebook import Codebook, Pruner, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision
-from codebook.pruning.methods.base import nearest_kept
+from codebook.pruning.methods.base import FramePruner, nearest_kept
 
 TEXT = 32
 ROUNDS = 7
@@ -35,6 +37,8 @@ PROTOTYPES = 454
 """Those of LLaVA-1.5-7B's released codebook."""
 HEADS = {1024: 16, 4096: 32}
 """For each width the heads of a decoder."""
+PATCH = 14
+"""Side of a token's patch in pixels."""
 TURN = 0.01
 """Seconds that a turn takes at least: shorter selections are repeated."""
 
@@ -54,13 +58,24 @@ def image(n: int, width: int, device: str, dtype: torch.dtype = torch.float32) -
         sequence[span], sequence[span], sequence, span, torch.arange(n, length, device=device),
         torch.arange(n, device=device), (rows, n // rows), torch.tensor(7, device=device), attention, vision,
         whole=sequence[span], words=sequence[n:], norm=lambda states: states,
-        encode=lambda r, c: sequence[: r * c],
+        pixels=torch.rand(3, rows * PATCH, n // rows * PATCH, device=device), encode=lambda r, c: sequence[: r * c],
     )  # fmt: skip
 
 
 def choose(pruner: Pruner, tokens: VisualTokens, keep: int) -> None:
     index = pruner.choose(tokens) if pruner.adaptive else pruner.select(tokens, keep)
     pruner.merge(tokens, index)
+
+
+def film(tokens: VisualTokens) -> list[VisualTokens]:
+    """A film whose frames are an image's rows."""
+    return [replace(VisualTokens.of(row), whole=row) for row in tokens.features.view(*tokens.grid, -1)]
+
+
+def in_film(pruner: FramePruner, frames: list[VisualTokens], keep: int) -> torch.Tensor:
+    """The tokens that stay of a film, numbered through."""
+    kept = pruner.select_frames(frames, keep)
+    return torch.cat([index + i * len(frame) for i, (frame, index) in enumerate(zip(frames, kept, strict=True))])
 
 
 def mass(tokens: VisualTokens, kept: torch.Tensor) -> torch.Tensor:
@@ -74,7 +89,7 @@ def counts_of(n: int, keeps: list[float]) -> list[int]:
 
 
 def choices(book: Codebook, tokens: VisualTokens, counts: list[int]) -> dict[tuple[str, int], Callable[[], object]]:
-    """Every method's choice of every count, and what `+mass` adds to any."""
+    """Every method's choice of every count in one image, and what `+mass` adds to any."""
     tasks: dict[tuple[str, int], Callable[[], object]] = {}
     for name, factory in METHODS.items():
         if name != "drop" and not factory.joint:
@@ -131,12 +146,18 @@ def turn(task: Callable[[], object], times: int) -> float:
 def compare(width: int, n: int, counts: list[int], methods: list[str], rounds: int) -> Iterator[dict[str, Any]]:
     """For each method and count its times, those of its transcription, and their ratio, in quartiles."""
     book, tokens = Codebook(torch.randn(PROTOTYPES, width)), image(n, width, "cpu")
+    frames = film(tokens)
     tasks = choices(book, tokens, counts)
     for name, count in ((name, count) for name in methods for count in counts):
-        own, rule = tasks[name, count], lambda name=name, count=count: PUBLISHED[name](book, tokens, count)
+        if name in METHODS and METHODS[name].joint:
+            own = partial(in_film, METHODS[name](), frames, count)
+            rule = partial(PUBLISHED[name], book, frames, count)
+        else:
+            own, rule = tasks[name, count], partial(PUBLISHED[name], book, tokens, count)
         if name in SAME:
             pruner = METHODS[name](book) if METHODS[name].needs_codebook else METHODS[name]()
-            assert torch.equal(pruner.select(tokens, count), rule()), f"{name} keeps others than its transcription"
+            kept = own() if METHODS[name].joint else pruner.select(tokens, count)
+            assert torch.equal(kept, rule()), f"{name} keeps others than its transcription"
         pairs = []
         times = [max(1, math.ceil(TURN / turn(task, 1))) for task in (own, rule)]
         for _ in range(rounds):

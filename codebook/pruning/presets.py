@@ -30,9 +30,11 @@ RESERVE = 0.2
 SCHEDULE_PRESETS: dict[str, str] = {
     "deft": "cls:0.361112, fastv(query='question')@16:0.199653",
     "feather": "feather-ensemble(share=0.2941)@8:0.37723, fastv-norope@16:0.032922",
+    "nuwa-2": "nuwa:0.388889, fastv@16:0.055556",
     "pyramiddrop": "fastv(own_layer=True)@8:0.5, fastv(own_layer=True)@16:0.25, fastv(own_layer=True)@24:0.125"
     "; positions=compact",
     "sparsevlm": "sparsevlm@3:0.536459, sparsevlm@7:0.354167, sparsevlm@16:0.196181; positions=compact",
+    "tops-2": "tops:0.444445, tops-text@12:0.222223, tops-text@24:0.055556; positions=compact",
     "vtw": "drop@16",
 }
 """The presets that are more than one method: their text, for decoders of 32 layers, as the authors report them. Shares
@@ -41,9 +43,12 @@ are the authors' counts divided by their images' tokens, rounded up at the sixth
 DeFT with K = 115 of N = 576 tokens, and M = K + 0.2 (N - K) = 208 until half of the layers are through: arXiv
 2609.34861, from notes on the paper. Its budget is the final one, K, here 0.2 where the average over the layers is 0.28;
 fitted to an average, K is solved from it. FEATHER at R = 0.7: 275 and 24 of 729 tokens, 81 of the 275 its grid (arXiv
-2412.13180). PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200 and 110 of 576 tokens, and 9, 4 and 3 averages on
+2412.13180). Nuwa with 224 and 32 of 576 tokens, 128 on average (arXiv 2602.02951, table 10); its code ranks by the last
+token's attention where the paper has a similarity. PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200 and 110 of 576 tokens, and 9, 4 and 3 averages on
 top; its code prunes what layers 2, 6 and 15 give, which is what layers 3, 7 and 16 get: arXiv 2410.04417. The code of
-both renumbers positions. VTW at K = 16: arXiv 2405.05803.
+both renumbers positions. TOPS with 256, 128 and 32 of 576
+tokens, which its authors call 128 and which are 152 on average: arXiv 2606.27161, table 9; positions are renumbered.
+VTW at K = 16: arXiv 2405.05803.
 """
 
 
@@ -67,8 +72,8 @@ def expand(
     Parameters
     ----------
     text
-        A schedule's text; a preset of `SCHEDULE_PRESETS`; one method alone, before the LLM or at its default layer of
-        32 if it needs attention, unless it names its layer; or a hybrid `first+second`, two methods that may name their
+        A schedule's text; a preset of `SCHEDULE_PRESETS`; one method alone, before the LLM, or at its default layer
+        of 32 where it cannot stand there, unless it names its layer; or a hybrid `first+second`, two methods that may name their
         layers.
     layers
         Number of decoder layers. A preset's layers scale to it (`scaled`) and stay ascending.
@@ -169,7 +174,8 @@ def _reserved(stages: tuple[StageText, ...], layers: int, budget: float) -> tupl
 
 
 def _first(stage: StageText, layers: int) -> StageText:
-    default = scaled(stage.entry.kind.default_layer, layers) if stage.entry.uses_attention else 0
+    later = stage.entry.uses_attention or stage.entry.uses_change
+    default = scaled(stage.entry.kind.default_layer, layers) if later else 0
     return replace(stage, layer=default if stage.layer is None else stage.layer, keep=1.0)
 
 

@@ -121,6 +121,8 @@ def check_stage(layer: int, keep: Keep | None, mass: Mass, pruner: Pruner | Meth
         raise CodebookError("a stage that drops all tokens leaves none to stand for them: leave mass out")
     if layer == 0 and pruner.uses_attention:
         raise CodebookError(f"{name} needs the attention of the layer before: use it at layer 1 or later")
+    if layer == 0 and pruner.uses_change:
+        raise CodebookError(f"{name} needs what a layer has made of the tokens: use it at layer 1 or later")
 
 
 def check_keep(keep: Keep) -> None:

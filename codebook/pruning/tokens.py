@@ -55,6 +55,8 @@ class VisualTokens:
         What entered the LLM for the text after the image: word embeddings.
     norm : callable or None
         The decoder's last normalisation, (k, d) -> (k, d), which stock models apply to what the last layer gives.
+    pixels : (3, H, W) float or None
+        The image as the vision tower takes it, where it is one such picture.
     encode : callable or None
         `encode(r, c)` gives the projector outputs (r * c, d) of the image resized to r x c patches; only before the
         LLM. Raises a CodebookError where the family cannot.
@@ -73,6 +75,7 @@ class VisualTokens:
     whole: Tensor | None = None
     words: Tensor | None = None
     norm: Callable[[Tensor], Tensor] | None = None
+    pixels: Tensor | None = None
     encode: Callable[[int, int], Tensor] | None = None
 
     def __len__(self) -> int:

@@ -23,7 +23,7 @@ def features(tower, pixels):
 
 
 def schedule(name: str, tower: str) -> Schedule:
-    """One stage of a method: nine tokens, or as many as it likes, from layer 2 on where it needs attention."""
+    """One stage of a method: nine tokens, or as many as it likes, from layer 2 on where it cannot stand before."""
     settings = {}
     if METHODS[name].needs_codebook:
         pixels = torch.rand(2, 3, 4 * SIDE, 4 * SIDE, generator=torch.Generator().manual_seed(9))
@@ -32,5 +32,5 @@ def schedule(name: str, tower: str) -> Schedule:
         scores = settings["codebook"].redundancy(features(tower, BATCH["pixel_values"])).sort().values
         settings["threshold"] = float(scores[40:42].mean())
     pruner: Pruner = METHODS[name](**settings)
-    layer = 2 if pruner.uses_attention or name == "drop" else 0
+    layer = 2 if pruner.uses_attention or pruner.uses_change or name == "drop" else 0
     return Schedule([Stage(layer, None if pruner.adaptive else 0 if name == "drop" else KEEP, pruner)])

@@ -181,10 +181,17 @@ def test_anchorprune_is_the_loop(keep, seed):
     assert AnchorPrune().select(image, keep).tolist() == sorted(grown(anchor, keep, 40, score))
 
 
-@pytest.mark.parametrize("coverage,diversity", [(1.0, 1.0), (0.5, 1.0), (1.0, 0.0)])
-def test_tops_is_the_loop(coverage, diversity):
-    image = drawn()
-    similarity, relevance = pairs(image.features), scaled(image.vision.received().tolist())
+@pytest.mark.parametrize("coverage,diversity,asks", [(1.0, 1.0, 0), (0.5, 1.0, 0), (1.0, 0.0, 0), (0.5, 0.5, 1)])
+def test_tops_is_the_loop(coverage, diversity, asks):
+    """Before the LLM and in it: there the hidden states are compared, and the words' attention is the relevance."""
+    rows = torch.rand(3, 40, generator=torch.Generator().manual_seed(5)) ** 4
+    states = torch.randn(40, 6, generator=torch.Generator().manual_seed(6)) + 1
+    image = drawn(attention=Asked(rows))
+    if asks:
+        image, method = replace(image, hidden=states), "tops-text"
+        similarity, relevance = pairs(states), scaled(rows.double().mean(0).tolist())
+    else:
+        method, similarity, relevance = "tops", pairs(image.features), scaled(image.vision.received().tolist())
 
     def among(values, left):
         low, high = min(values[i] for i in left), max(values[i] for i in left)
@@ -198,7 +205,9 @@ def test_tops_is_the_loop(coverage, diversity):
         unlike = among({i: 1 - max(similarity[i][j] for j in chosen) for i in left}, left)
         score = [relevance[i] + coverage * gain[i] + diversity * unlike[i] for i in left]
         chosen.append(left[score.index(max(score))])
-    assert TOPS(coverage, diversity).select(image, 12).tolist() == sorted(chosen)
+    pruner = METHODS[method](coverage=coverage, diversity=diversity)
+    assert pruner.select(image, 12).tolist() == sorted(chosen)
+    assert (pruner.uses_attention, pruner.uses_vision) == (bool(asks), not asks)
 
 
 def test_tops_by_hand():
@@ -207,7 +216,7 @@ def test_tops_by_hand():
     four = tokens(2, 2, at(90.0, 0.0, 20.0, 40.0), vision=Tower(torch.tensor([0.4, 0.1, 0.1, 0.1])))
     assert TOPS().select(four, 1).tolist() == [0]
     assert TOPS().select(four, 2).tolist() == [0, 2]
-    assert TOPS(coverage=0.5).select(four, 2).tolist() == [0, 1]  # 0.5 + .47 against 1
+    assert TOPS(diversity=1.0).select(four, 2).tolist() == [0, 1]  # 0.5 + .47 against 1
     assert TOPS(diversity=0.0).select(four, 2).tolist() == [0, 2]
     assert TOPS().select(four, 4).tolist() == [0, 1, 2, 3]
 
@@ -265,7 +274,122 @@ def test_what_the_tower_hears_counts_times_the_keys_length():
     assert vision.lengths().tolist() == [5, 1, 10]
     score = Cls(keyed=True).score(tokens(1, 3, vision=vision))
     assert score.tolist() == pytest.approx([5 / 4, 1 / 4, 10 / 4])
-    assert METHODS["nuwa"]() == Window(Cls(keyed=True), (4, 4))
+
+
+def test_nuwa_keeps_of_each_region_of_two_by_two():
+    # Keys of length 1 and equal attention but for a few: of 4 x 4 the regions are the corners. Of the first the last
+    # two are heard most, and of the others the last.
+    received = torch.ones(16)
+    received[[4, 5, 7, 13, 15]] = torch.tensor([3.0, 4.0, 2.0, 2.0, 2.0])
+    vision = Tower(received)
+    vision.lengths = lambda: torch.ones(16)
+    image = tokens(4, 4, vision=vision)
+    assert METHODS["nuwa"]().select(image, 4).tolist() == [5, 7, 13, 15]
+    assert METHODS["nuwa"]().select(image, 5).tolist() == [4, 5, 7, 13, 15]
+    assert METHODS["nuwa"]().select(image, 3).tolist()[0] == 5  # fewer than regions: those that are heard most
+    # A key twice as long counts twice, and regions of four tokens a side are the whole image.
+    vision.lengths = lambda: torch.tensor([8.0] + [1.0] * 15)
+    assert METHODS["nuwa"]().select(image, 4).tolist() == [0, 7, 13, 15]
+    assert METHODS["nuwa"](region=4).select(image, 3).tolist() == [0, 4, 5]
+
+
+def laplacian(grey):
+    """Four neighbours less four times the pixel, those beyond the edge like it: one pixel after the other."""
+    high, wide = len(grey), len(grey[0])
+
+    def at(y, x):
+        return grey[min(max(y, 0), high - 1)][min(max(x, 0), wide - 1)]
+
+    return [
+        [at(y - 1, x) + at(y + 1, x) + at(y, x - 1) + at(y, x + 1) - 4 * grey[y][x] for x in range(wide)]
+        for y in range(high)
+    ]
+
+
+def pictured(rows, cols, pixels, moved):
+    """An image's tokens behind a layer that has moved each so far."""
+    image = tokens(rows, cols, torch.zeros(rows * cols, 2), pixels=pixels)
+    return replace(image, hidden=torch.stack([torch.tensor(moved), torch.zeros(rows * cols)], 1))
+
+
+def test_s2prune_by_hand():
+    # 4 x 4 tokens of 2 x 2 pixels in 2 x 2 regions: 8 tokens, since sqrt(8 / 2) = 2. Each region has one. A pixel of 1 in
+    # the middle of the second region, in an even grey, is the only structure: the other four are that region's, which
+    # has room for three; what is left over goes to the first region. It is cut in the middle from top to bottom.
+    grey = torch.zeros(8, 8)
+    grey[1, 6] = 1.0
+    moved = [1.0] * 16
+    moved[4], moved[9], moved[15] = 2.0, 2.0, 2.0
+    image = pictured(4, 4, grey.expand(3, 8, 8), moved)
+    # 0 to 1 and 4 to 5 are the first region: upper cell and lower one, where 4 has moved furthest. All of the second is
+    # kept: 2, 3, 6, 7. Of the third 9, of the fourth 15.
+    assert METHODS["s2prune"]().select(image, 8).tolist() == [0, 2, 3, 4, 6, 7, 9, 15]
+    # Two and three tokens: one region, cut into halves, and the lower half, as the first of equals is cut, stays whole.
+    assert METHODS["s2prune"]().select(image, 2).tolist() == [4, 9]
+    assert METHODS["s2prune"]().select(image, 3).tolist() == [2, 4, 9]
+    # A flat picture is divided evenly: 12 of sqrt(12 / 2) = 2 x 2 regions are three of each.
+    even = METHODS["s2prune"]().select(replace(image, pixels=torch.ones(3, 8, 8)), 12)
+    assert [((even // 8 == r) & (even % 4 // 2 == c)).sum().item() for r in (0, 1) for c in (0, 1)] == [3] * 4
+    assert METHODS["s2prune"]().select(image, 16).tolist() == list(range(16))
+
+
+@pytest.mark.parametrize("keep", [8, 13, 30, 45, 61])
+def test_s2prune_is_the_loop(keep):
+    draw = torch.Generator().manual_seed(keep)
+    pixels = torch.rand(3, 30, 36, generator=draw) * torch.rand(36, generator=draw) ** 2
+    moved = torch.rand(120, generator=draw).tolist()
+    grey = (0.299 * pixels[0] + 0.587 * pixels[1] + 0.114 * pixels[2]).tolist()
+    found, parts = laplacian(grey), math.floor(math.sqrt(keep / 2))
+    regions = [
+        [round(a * 10 / parts), round((a + 1) * 10 / parts), round(b * 12 / parts), round((b + 1) * 12 / parts)]
+        for a in range(parts)
+        for b in range(parts)
+    ]
+    variance = []
+    for top, bottom, left, right in regions:
+        values = [value for row in found[3 * top : 3 * bottom] for value in row[3 * left : 3 * right]]
+        mean = sum(values) / len(values)
+        variance.append(sum((value - mean) ** 2 for value in values) / len(values))
+    share, rest = scaled(variance) if parts > 1 else [1.0], keep - parts**2
+    quota = [value / sum(share) * rest for value in share]
+    counts = [1 + math.floor(value) for value in quota]
+    short = sorted(range(len(quota)), key=lambda i: math.floor(quota[i]) - quota[i])[: keep - sum(counts)]
+    counts = [count + (i in short) for i, count in enumerate(counts)]
+    room = [(bottom - top) * (right - left) for top, bottom, left, right in regions]
+    assert all(count <= most for count, most in zip(counts, room, strict=True))  # else this loop says nothing
+
+    def halves(top, bottom, left, right):
+        if bottom - top >= right - left:
+            return [[top, (top + bottom) // 2, left, right], [(top + bottom) // 2, bottom, left, right]]
+        return [[top, bottom, left, (left + right) // 2], [top, bottom, (left + right) // 2, right]]
+
+    expected = []
+    for region, count in zip(regions, counts, strict=True):
+        cells = [region]
+        while len(cells) < count:
+            size = [(b - a) * (d - c) for a, b, c, d in cells]
+            cells = [part for i, cell in enumerate(cells)
+                     for part in (halves(*cell) if i == size.index(max(size)) else [cell])]  # fmt: skip
+        for top, bottom, left, right in cells:
+            own = [row * 12 + col for row in range(top, bottom) for col in range(left, right)]
+            expected.append(max(own, key=lambda place: moved[place]))
+    assert METHODS["s2prune"]().select(pictured(10, 12, pixels, moved), keep).tolist() == sorted(expected)
+
+
+def test_s2prune_says_what_it_needs():
+    image = pictured(4, 4, torch.rand(3, 8, 8), [1.0] * 16)
+    pruner = METHODS["s2prune"]()
+    for pixels in None, torch.rand(3, 8, 12), torch.rand(3, 6, 6):
+        with pytest.raises(CodebookError, match="as one picture that the tokens' square patches cover"):
+            pruner.select(replace(image, pixels=pixels), 4)
+    with pytest.raises(CodebookError, match=r"not numbers \(NaN\)"):
+        pruner.select(replace(image, pixels=torch.full((3, 8, 8), torch.nan)), 8)
+    part = replace(image, features=image.features[:9], hidden=image.hidden[:9], ordinal=image.ordinal[:9])
+    with pytest.raises(CodebookError, match="needs the whole image"):
+        pruner.select(part, 4)
+    with pytest.raises(CodebookError, match="S2Prune needs what a layer has made of the tokens: use it at layer 1"):
+        Schedule.parse("s2prune:0.5")
+    assert str(Schedule.solve("s2prune", keep=0.5, n=16, layers=32)) == "s2prune@1:7"  # (16 + 31 * 7) / 32
 
 
 def test_each_window_has_its_share_of_any_method():

@@ -48,6 +48,10 @@ def solve(text, keep=None, n=576, layers=32, **options):
         # k = 0.01 / 0.9 and m = 0.208889: 121 and 7, one token too many for 0.11 * 18432 = 2027 = 16 * 126 + 11
         ("deft", 0.11, None, "cls:120, fastv(query='question')@16:6", 63.0),
         ("deft", 64, None, "cls:121, fastv(query='question')@16:7", 64.0),  # 7 + ceil(0.2 * 569)
+        # In proportion 8 : 4 : 1: (12 * 8 + 12 * 4 + 8) x = 18432 / 4 and x = 30.3: 242 : 121 : 30, 4596 of 4608
+        ("tops-2; positions=keep", 0.25, None, "tops:242, tops-text@12:121, tops-text@24:30", 143.625),
+        # 7 : 1 in halves: 16 * (110 + 16) = 2016 of 2027
+        ("nuwa-2", 0.11, None, "nuwa:110, fastv@16:16", 63.0),
         # In proportion 4 : 2 : 1, by halves up: 8 * 576 + 8 * (8 + 4 + 2) = 4720 <= 0.26 * 18432 = 4792 < 4608 + 8 * 23
         ("pyramiddrop", 0.26, None, f"{OWN}@8:13, {OWN}@16:7, {OWN}@24:3; positions=compact", 149.75),
         ("pyramiddrop; positions=keep", 0.26, None, f"{OWN}@8:13, {OWN}@16:7, {OWN}@24:3", 149.75),
@@ -67,6 +71,11 @@ def test_settings_of_the_authors():
     # 80% "pruned": K = round(0.2 * 576) and M = K + ceil(0.2 * 461), on average 0.28
     assert solve("deft").counts(576, 32) == [208] * 16 + [115] * 16
     assert solve("feather", n=729).counts(729, 32) == [729] * 8 + [275] * 8 + [24] * 16
+    # What TOPS calls 128 tokens are 12 * 256 + 12 * 128 + 8 * 32 = 4864 in 32 layers, 152 on average; Nuwa's are 128.
+    assert solve("tops-2").counts(576, 32) == [256] * 12 + [128] * 12 + [32] * 8
+    assert solve("tops-2").budget(576, 32) * 576 == 152 and solve("tops-2").positions == "compact"
+    assert solve("nuwa-2").counts(576, 32) == [224] * 16 + [32] * 16
+    assert solve("nuwa-2").budget(576, 32) * 576 == 128
 
 
 def test_what_the_user_says_goes_before_a_presets_setting():

@@ -91,6 +91,8 @@ class VllmSettings:
         part = _read_method(given["method"])
         if part.entry.uses_attention:  # before it is made at layer 0, whose refusal names later layers
             raise _beyond(part, "attention")
+        if part.entry.uses_change:
+            raise _beyond(part, "a layer's hidden states")
         try:
             check_keep(given["keep"])
         except CodebookError as error:

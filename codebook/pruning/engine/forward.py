@@ -237,6 +237,7 @@ class Forward:
             whole=unit.whole,
             words=self.given.embeds[unit.row, unit.text],
             norm=self._norm,
+            pixels=unit.pixels,
             encode=None if stage.layer else unit.encode,
         )
 

@@ -45,7 +45,7 @@ class Unit:
         How many tokens each stands for; None where each stands for itself.
     distant
         Whether attention to them also rises with distance.
-    grid, ordinal, features, whole, vision, encode
+    grid, ordinal, features, whole, vision, encode, pixels
         As in `VisualTokens`.
     key
         Function that gives theirs.
@@ -64,6 +64,7 @@ class Unit:
     whole: Tensor
     vision: PackedVision | None
     encode: Callable[[int, int], Tensor] | None
+    pixels: Tensor | None = None
     mass: Tensor | None = None
     distant: bool = False
 
@@ -225,7 +226,9 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
     films, units = _film_numbers(found), []
     for number, one in enumerate(found):
         source, pieces, offset = sources[one.image.kind], one.image.sources, 0
-        encode = partial(source.encode, source.pixels[pieces[0]]) if source.pixels and pieces else None
+        pixels = source.pixels[pieces[0]] if source.pixels and pieces else None
+        encode = None if pixels is None else partial(source.encode, pixels)
+        one_picture = pixels is not None and pixels.dim() == 3 and one.whole and len(pieces or ()) == 1
         for i, ((grid, _), index) in enumerate(zip(one.grids, indices[number], strict=True)):
             own = features[number] if one.whole else features[number][index]
             units.append(
@@ -243,6 +246,7 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
                     whole=own,
                     vision=None if source.tower is None else PackedVision(source.tower, pieces or (), index),
                     encode=encode,
+                    pixels=pixels if one_picture else None,
                 )
             )
             offset += len(index)

@@ -19,12 +19,14 @@ from codebook.pruning.methods.farthest import FarthestPoint as FarthestPoint
 from codebook.pruning.methods.farthest import SeededFarthestPoint as SeededFarthestPoint
 from codebook.pruning.methods.fastv import FastV as FastV
 from codebook.pruning.methods.merged import Merged as Merged
+from codebook.pruning.methods.nuwa import Nuwa as Nuwa
 from codebook.pruning.methods.phi_knn import DensityPeaks as DensityPeaks
 from codebook.pruning.methods.pool import Pool as Pool
 from codebook.pruning.methods.random import Random as Random
 from codebook.pruning.methods.redundancy import RedundancyCodebook as RedundancyCodebook
 from codebook.pruning.methods.redundancy import RedundancyThreshold as RedundancyThreshold
 from codebook.pruning.methods.registry import Method as Method
+from codebook.pruning.methods.s2prune import S2Prune as S2Prune
 from codebook.pruning.methods.scope import SCOPE as SCOPE
 from codebook.pruning.methods.score import SCoRe as SCoRe
 from codebook.pruning.methods.sparsevlm import SparseVLM as SparseVLM

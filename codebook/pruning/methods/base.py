@@ -27,7 +27,7 @@ class Pruner(ABC):
     """Whether it needs `tokens.attention`; such a pruner works at layer 1 or later."""
 
     default_layer: ClassVar[int] = 2
-    """Where it stands alone and needs attention, its layer in a decoder of 32: K of FastV and DART."""
+    """Where it stands alone and cannot stand before the LLM, its layer in a decoder of 32: K of FastV and DART."""
 
     @property
     def own_layer(self) -> bool:
@@ -39,6 +39,9 @@ class Pruner(ABC):
 
     uses_text: ClassVar[bool] = False
     """Whether it needs what else is in the prompt: `tokens.question`, `tokens.sequence` or `tokens.last`."""
+
+    uses_change: ClassVar[bool] = False
+    """Whether it compares `tokens.hidden` with `tokens.features`; such a pruner works at layer 1 or later."""
 
     joint: ClassVar[bool] = False
     """Whether it chooses among all frames of a film at once (`FramePruner`)."""
@@ -111,6 +114,7 @@ def beyond_features(pruner: Pruner) -> str:
         "attention": pruner.uses_attention,
         "the vision tower's attention": pruner.uses_vision,
         "the text": pruner.uses_text,
+        "a layer's hidden states": pruner.uses_change,
         "to say how many tokens stay": pruner.adaptive,
         "all frames of a video": pruner.joint,
         "to merge tokens": type(pruner).merge is not Pruner.merge,

@@ -8,6 +8,12 @@ from torch.nn.functional import normalize
 from codebook.pruning.methods.base import unit_range
 
 
+def centred(features: Tensor) -> Tensor:
+    """(n, d) float32, of length 1: directions of one image's tokens (n, d) less their mean."""
+    features = features.float()
+    return normalize(features - features.mean(0), dim=-1)
+
+
 def centred_gate(features: Tensor) -> tuple[Tensor, Tensor]:
     """Directions of the tokens less their mean, and the gate that each token's distances count times.
 
@@ -25,7 +31,6 @@ def centred_gate(features: Tensor) -> tuple[Tensor, Tensor]:
     directions : (n, d) float32, of length 1
     gate : (n,) float32
     """
-    features = features.float()
-    unit = normalize(features, dim=-1)
+    unit = normalize(features.float(), dim=-1)
     # A token's similarity to itself is 1 for all, and so is the number of others: scaling takes both away.
-    return normalize(features - features.mean(0), dim=-1), unit_range(-(unit @ unit.sum(0)))
+    return centred(features), unit_range(-(unit @ unit.sum(0)))

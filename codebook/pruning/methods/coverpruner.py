@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from codebook.pruning.methods.base import Pruner, gram
-from codebook.pruning.methods.centring import centred_gate
+from codebook.pruning.methods.centring import centred
 from codebook.pruning.methods.fastv import FastV
 from codebook.pruning.tokens import VisualTokens
 
@@ -29,7 +29,7 @@ class CoverPruner(Pruner):
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         demand = FastV(query="question").score(tokens)
-        return greedy_cover(gram(centred_gate(tokens.features)[0]), keep, demand, torch.ones_like(demand))
+        return greedy_cover(gram(centred(tokens.features)), keep, demand, torch.ones_like(demand))
 
 
 def greedy_cover(similarity: Tensor, keep: int, demand: Tensor, value: Tensor) -> Tensor:

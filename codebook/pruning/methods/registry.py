@@ -86,6 +86,11 @@ class Method:
         parts = (value for value in self.defaults.values() if _is_pruner(value))
         return own is True or any(part.uses_attention for part in parts)
 
+    @property
+    def uses_change(self) -> bool:
+        """Whether it compares what a layer has made of the tokens with what entered the LLM."""
+        return self.kind.uses_change
+
     def check(self, name: str, options: dict[str, Any]) -> None:
         """Raise a CodebookError unless these are options of the method, named `name`, with values that it takes."""
         known = self.options

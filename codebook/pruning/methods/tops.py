@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,37 +10,45 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.pruning.methods.base import Pruner, gram, option, unit_range
+from codebook.pruning.methods.base import Pruner, ScoringPruner, gram, option, unit_range
 from codebook.pruning.methods.cls import Cls
+from codebook.pruning.methods.combine import Combination
 from codebook.pruning.tokens import VisualTokens
 
 
 @dataclass(frozen=True)
-class TOPS(Pruner):
+class TOPS(Combination):
     """Again and again the token with the largest r + lambda c + alpha d; the one with the largest r first.
 
-    The relevance r is [CLS] attention (`Cls`), as in the authors' stage before the LLM. The coverage c of a token is
-    how much it adds to the sum, over all tokens, of the highest similarity to a kept one. The diversity d is its cosine
-    distance from the nearest kept one. Similarities are cosines of projector outputs. r is scaled to [0, 1] in the
-    image, c and d among the tokens that are not kept yet.
+    The coverage c of a token is how much it adds to the sum, over all tokens, of the highest similarity to a kept one.
+    The diversity d is its cosine distance from the nearest kept one. Similarities are cosines of hidden states at the
+    stage's layer: before the LLM, of projector outputs. The relevance r is scaled to [0, 1] in the image, c and d among
+    the tokens that are not kept yet.
 
     Attributes
     ----------
     coverage, diversity
-        The weights lambda and alpha; the authors' are 0.5 to 1.
+        The weights lambda and alpha. The authors' alpha is 0.5, their lambda 0.5 before the LLM and 0.4 to 1 in it.
+    relevance
+        Scores the tokens. Before the LLM the authors take [CLS] attention, in it the mean attention of text tokens.
 
     Notes
     -----
     Each step costs n * n, without a host sync.
     """
 
-    coverage: float = option(1.0, 0, 10)
-    diversity: float = option(1.0, 0, 10)
-    uses_vision: ClassVar[bool] = True
+    coverage: float = option(0.5, 0, 10)
+    diversity: float = option(0.5, 0, 10)
+    relevance: ScoringPruner = Cls()
+    default_layer: ClassVar[int] = 12
+
+    @property
+    def parts(self) -> Sequence[Pruner]:
+        return (self.relevance,)
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        relevance = unit_range(Cls().score(tokens))
-        similarity = gram(normalize(tokens.features.float(), dim=-1))
+        relevance = unit_range(self.relevance.score(tokens).float())
+        similarity = gram(normalize(tokens.hidden.float(), dim=-1))
         pick = relevance.argmax(keepdim=True)
         chosen, covered = [pick], similarity.index_select(0, pick)[0]
         taken = torch.zeros_like(covered, dtype=torch.bool).index_fill(0, pick, True)
