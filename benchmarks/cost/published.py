@@ -9,6 +9,7 @@ package takes it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -343,14 +344,14 @@ def s2prune(book, tokens, keep):
     laplacian = conv2d(pad(grey[None, None], (1, 1, 1, 1), mode="replicate"), kernel[None, None])[0, 0]
     parts, (high, wide) = int((keep / 2) ** 0.5), (grey.shape[0] // rows, grey.shape[1] // cols)
     ends = [[round(i * side / parts) for i in range(parts + 1)] for side in (rows, cols)]
-    regions = [(a, b, c, d) for a, b in zip(ends[0], ends[0][1:]) for c, d in zip(ends[1], ends[1][1:])]
+    regions = [(a, b, c, d) for a, b in pairwise(ends[0]) for c, d in pairwise(ends[1])]
     spread = [laplacian[a * high : b * high, c * wide : d * wide].var(correction=0) for a, b, c, d in regions]
     share = scaled(torch.stack(spread).double())
     quota = share / share.sum() * (keep - len(regions))
     counts = 1 + quota.floor()
     counts[(quota - quota.floor()).argsort(descending=True, stable=True)[: int(keep - counts.sum())]] += 1
     moved, chosen = (tokens.hidden - tokens.features).norm(dim=-1), []
-    for region, count in zip(regions, counts.tolist()):
+    for region, count in zip(regions, counts.tolist(), strict=True):
         cells = [region]
         while len(cells) < count:
             i = max(range(len(cells)), key=lambda i: (cells[i][1] - cells[i][0]) * (cells[i][3] - cells[i][2]))
@@ -386,7 +387,7 @@ def vidcom2(book, frames, keep):
     counts = [int(own) for own in quota]
     for i in sorted(range(count), key=lambda i: counts[i] - quota[i])[: keep - sum(counts)]:
         counts[i] += 1
-    kept = [top(-own, k) + i * n for i, (own, k) in enumerate(zip(to_video + to_frame, counts))]
+    kept = [top(-own, k) + i * n for i, (own, k) in enumerate(zip(to_video + to_frame, counts, strict=True))]
     return torch.cat(kept)
 
 

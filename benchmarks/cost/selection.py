@@ -4,11 +4,12 @@
     OMP_NUM_THREADS=1 python -m benchmarks.cost.selection --widths 4096 --tokens 576 --methods divprune cdpruner --json
 
 The transcriptions stand in `benchmarks/cost/published.py`. Tokens are random, one image, fp32: how long a selection
-takes does not depend on what they hold. Methods for films are given one whose frames are the image's rows. Method and transcription take turns, so that other load falls on both alike,
-and their processor time counts, not the clock's; what is short is repeated within a turn. A ratio is the time of the
-transcription over the method's, the median over rounds: below 1 the method is the slower. What `+mass` adds to any
-method, counting the dropped tokens to the kept ones, has a row of its own. Where transcription and method must keep the
-same tokens (`SAME`) this is asserted. Not timed: `downsample`, which encodes the image anew.
+takes does not depend on what they hold. Methods for films are given one whose frames are the image's rows. Method and
+transcription take turns, so that other load falls on both alike, and their processor time counts, not the clock's; what
+is short is repeated within a turn. A ratio is the time of the transcription over the method's, the median over rounds:
+below 1 the method is the slower. What `+mass` adds to any method, counting the dropped tokens to the kept ones, has a
+row of its own. Where transcription and method must keep the same tokens (`SAME`) this is asserted. Not timed:
+`downsample`, which encodes the image anew.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from benchmarks.cost.timing import Report, clocked, device_seconds, machine, qua
 from codebook import Codebook, Pruner, VisualTokens
 from codebook.pruning import METHODS
 from codebook.pruning.attention import Attention, Vision
-from codebook.pruning.methods.base import FramePruner, nearest_kept
+from codebook.pruning.methods.base import nearest_kept
 
 TEXT = 32
 ROUNDS = 7
@@ -72,9 +73,8 @@ def film(tokens: VisualTokens) -> list[VisualTokens]:
     return [replace(VisualTokens.of(row), whole=row) for row in tokens.features.view(*tokens.grid, -1)]
 
 
-def in_film(pruner: FramePruner, frames: list[VisualTokens], keep: int) -> torch.Tensor:
-    """The tokens that stay of a film, numbered through."""
-    kept = pruner.select_frames(frames, keep)
+def numbered(kept: list[torch.Tensor], frames: list[VisualTokens]) -> torch.Tensor:
+    """The tokens that stay of a film's frames, numbered through."""
     return torch.cat([index + i * len(frame) for i, (frame, index) in enumerate(zip(frames, kept, strict=True))])
 
 
@@ -150,13 +150,13 @@ def compare(width: int, n: int, counts: list[int], methods: list[str], rounds: i
     tasks = choices(book, tokens, counts)
     for name, count in ((name, count) for name in methods for count in counts):
         if name in METHODS and METHODS[name].joint:
-            own = partial(in_film, METHODS[name](), frames, count)
+            own = partial(METHODS[name]().select_frames, frames, count)
             rule = partial(PUBLISHED[name], book, frames, count)
         else:
             own, rule = tasks[name, count], partial(PUBLISHED[name], book, tokens, count)
         if name in SAME:
             pruner = METHODS[name](book) if METHODS[name].needs_codebook else METHODS[name]()
-            kept = own() if METHODS[name].joint else pruner.select(tokens, count)
+            kept = numbered(own(), frames) if METHODS[name].joint else pruner.select(tokens, count)
             assert torch.equal(kept, rule()), f"{name} keeps others than its transcription"
         pairs = []
         times = [max(1, math.ceil(TURN / turn(task, 1))) for task in (own, rule)]

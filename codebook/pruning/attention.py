@@ -179,7 +179,8 @@ class Vision(TowerAttention):
         return self.key[:, int(self.has_cls) :].float().mean(0)
 
     def lengths(self) -> Tensor:
-        return self.key[:, int(self.has_cls) :].float().norm(dim=(0, 2))
+        # One dimension after the other: several times as fast as both at once on a CPU.
+        return self.key[:, int(self.has_cls) :].float().norm(dim=2).norm(dim=0)
 
 
 @dataclass(frozen=True)

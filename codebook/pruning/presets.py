@@ -43,12 +43,12 @@ are the authors' counts divided by their images' tokens, rounded up at the sixth
 DeFT with K = 115 of N = 576 tokens, and M = K + 0.2 (N - K) = 208 until half of the layers are through: arXiv
 2609.34861, from notes on the paper. Its budget is the final one, K, here 0.2 where the average over the layers is 0.28;
 fitted to an average, K is solved from it. FEATHER at R = 0.7: 275 and 24 of 729 tokens, 81 of the 275 its grid (arXiv
-2412.13180). Nuwa with 224 and 32 of 576 tokens, 128 on average (arXiv 2602.02951, table 10); its code ranks by the last
-token's attention where the paper has a similarity. PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200 and 110 of 576 tokens, and 9, 4 and 3 averages on
-top; its code prunes what layers 2, 6 and 15 give, which is what layers 3, 7 and 16 get: arXiv 2410.04417. The code of
-both renumbers positions. TOPS with 256, 128 and 32 of 576
-tokens, which its authors call 128 and which are 152 on average: arXiv 2606.27161, table 9; positions are renumbered.
-VTW at K = 16: arXiv 2405.05803.
+2412.13180). Nuwa with 224 and 32 of 576 tokens, 128 on average (arXiv 2602.02951, table 10); its second stage is that
+of its code, the last token's attention. PyramidDrop: arXiv 2410.17247. SparseVLM with 300, 200 and 110 of 576 tokens,
+and 9, 4 and 3 averages on top; its code prunes what layers 2, 6 and 15 give, which is what layers 3, 7 and 16 get:
+arXiv 2410.04417. TOPS with 256, 128 and 32 of 576 tokens: its authors call this 128, and the average is 152 (arXiv
+2606.27161, table 9). The code of PyramidDrop and SparseVLM, and TOPS' algorithm, renumber positions. VTW at K = 16:
+arXiv 2405.05803.
 """
 
 
@@ -72,9 +72,9 @@ def expand(
     Parameters
     ----------
     text
-        A schedule's text; a preset of `SCHEDULE_PRESETS`; one method alone, before the LLM, or at its default layer
-        of 32 where it cannot stand there, unless it names its layer; or a hybrid `first+second`, two methods that may name their
-        layers.
+        A schedule's text; a preset of `SCHEDULE_PRESETS`; one method alone, before the LLM, or at its default layer of
+        32 where it cannot stand there, unless it names its layer; or a hybrid `first+second`, two methods that may name
+        their layers.
     layers
         Number of decoder layers. A preset's layers scale to it (`scaled`) and stay ascending.
     horizon

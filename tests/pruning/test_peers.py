@@ -313,9 +313,9 @@ def pictured(rows, cols, pixels, moved):
 
 
 def test_s2prune_by_hand():
-    # 4 x 4 tokens of 2 x 2 pixels in 2 x 2 regions: 8 tokens, since sqrt(8 / 2) = 2. Each region has one. A pixel of 1 in
-    # the middle of the second region, in an even grey, is the only structure: the other four are that region's, which
-    # has room for three; what is left over goes to the first region. It is cut in the middle from top to bottom.
+    # 4 x 4 tokens of 2 x 2 pixels in 2 x 2 regions for 8 tokens, since sqrt(8 / 2) = 2. Each region has one. A pixel of
+    # 1 within the second region, in an even grey, is the only structure: the other four are that region's, which has
+    # room for three; what is left over goes to the first region. It is cut in the middle from top to bottom.
     grey = torch.zeros(8, 8)
     grey[1, 6] = 1.0
     moved = [1.0] * 16

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError
 from codebook.pruning.methods.base import FramePruner, whole_frames
 from codebook.pruning.tokens import VisualTokens, on_device
+
+LEAST_LENGTH = 1e-12
+"""Length that a token is taken to have at least, so that one of zeros is like nothing."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,16 @@ class EVS(FramePruner):
                 f"evs keeps the first frame whole, {counts[0]} tokens, but {keep} of {sum(counts)} are to stay: keep "
                 f"{least} or more, show more frames, or use vidcom2"
             )
-        unit = normalize(whole, dim=-1)
-        change = 1 - (unit[1:] * unit[:-1]).sum(-1)
-        scores = [torch.full_like(unit[0, :, 0], torch.inf), *change]
-        score = torch.cat([own[frame.ordinal] for own, frame in zip(scores, frames, strict=True)])
-        kept = score.argsort(descending=True, stable=True)[:keep].sort().values
+        length, device = whole.norm(dim=-1).clamp(min=LEAST_LENGTH), whole.device
+        # Divided by their lengths afterwards: to scale all tokens first would take half of the time.
+        change = 1 - (whole[1:] * whole[:-1]).sum(-1) / (length[1:] * length[:-1])
+        score = torch.cat([torch.full_like(length[:1], torch.inf), change])
+        # All frames at once: one after the other, they would take several kernels each.
+        frame = torch.arange(len(frames), device=device)
+        frame = frame.repeat_interleave(on_device(counts, device), output_size=sum(counts))
+        own = score[frame, torch.cat([one.ordinal for one in frames])]
+        kept = own.argsort(descending=True, stable=True)[:keep].sort().values
         # How many of the ascending indices lie before each frame, and so where it begins among them.
-        begins = list(accumulate(counts, initial=0))
-        edges = torch.searchsorted(kept, on_device(begins, kept.device)).tolist()
-        return [kept[a:b] - start for a, b, start in zip(edges, edges[1:], begins, strict=False)]
+        begins = on_device(list(accumulate(counts, initial=0)), device)
+        edges = torch.searchsorted(kept, begins).tolist()
+        return list((kept - begins[frame[kept]]).split([after - before for before, after in pairwise(edges)]))

@@ -110,7 +110,7 @@ def structure(grey: Tensor, regions: list[Cell], grid: tuple[int, int]) -> list[
 
 
 def cut(cell: Cell, count: int) -> list[Cell]:
-    """A cell cut into so many: again and again the largest, the first one if equal, in the middle of its longer side."""
+    """A cell cut into so many: again and again the largest, or the first such, in the middle of its longer side."""
     cells = [cell]
     while len(cells) < count:
         areas = [(bottom - top) * (right - left) for top, bottom, left, right in cells]

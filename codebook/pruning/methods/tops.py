@@ -15,6 +15,8 @@ from codebook.pruning.methods.cls import Cls
 from codebook.pruning.methods.combine import Combination
 from codebook.pruning.tokens import VisualTokens
 
+CLS = Cls()
+
 
 @dataclass(frozen=True)
 class TOPS(Combination):
@@ -39,7 +41,7 @@ class TOPS(Combination):
 
     coverage: float = option(0.5, 0, 10)
     diversity: float = option(0.5, 0, 10)
-    relevance: ScoringPruner = Cls()
+    relevance: ScoringPruner = CLS
     default_layer: ClassVar[int] = 12
 
     @property
