@@ -1,6 +1,7 @@
 """What cannot work is refused, by one sentence that says why and what to use instead."""
 
 import re
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import transformers as hf
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.pruning import Downsample, Random, Schedule, Stage, remember
+from codebook.pruning import METHODS, Downsample, Random, Schedule, Stage, remember
 from tests.models.cells import model
 from tests.models.families import FAMILIES, VIDEO
 from tests.tiny import IMAGE
@@ -108,6 +109,23 @@ def test_downsampling_and_remembering(name):
     if not models.family(target).tower_rows:
         with refused("encode them once with get_image_features"), remember(target):
             pass
+
+
+WHOLE = {"deepseek_vl", "gemma3", "llava", "mistral3", "paligemma", "video_llava", "vipllava"}
+CUT = {"aya_vision", "cohere2_vision", "idefics3", "internvl", "ovis2", "smolvlm"}
+"""Families whose tower takes an image as one picture: always, or unless it is cut into crops."""
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_structure_of_what_is_no_picture(name):
+    target, plan = model(name, "sdpa"), Schedule([Stage(1, 4, METHODS["s2prune"]())])
+    for word in "image", "large":
+        inputs = FAMILIES[name].inputs([["image", 5, word, 6]])
+        works = name in WHOLE or (name in CUT and word == "image")
+        with plan(target) as pruning, nullcontext() if works else refused("use nuwa"):
+            target(**inputs)
+            assert [len(stages[-1]) for stages in pruning.kept] == [4, 4]
 
 
 @torch.no_grad()

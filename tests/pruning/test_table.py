@@ -89,7 +89,7 @@ class NoSync(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("tower", TOWERS)
-@pytest.mark.parametrize("name", sorted(name for name in SINGLE if not METHODS[name].adaptive))
+@pytest.mark.parametrize("name", sorted(name for name in SINGLE if not METHODS[name].adaptive and name != "s2prune"))
 def test_no_method_waits_for_the_device(name, tower, monkeypatch):
     watch(monkeypatch, selection, "choose")
     kept(tower, "sdpa", schedule(name, tower), BATCH)
