@@ -25,7 +25,7 @@ GREY = (0.299, 0.587, 0.114)
 LEAST = 1e-9
 """What is added to the shares of the regions, which are up to 1, so that a flat picture is divided evenly."""
 
-Cell = tuple[int, int, int, int]
+Rectangle = tuple[int, int, int, int]
 """Rows and columns of the grid: top, bottom, left, right."""
 
 
@@ -94,13 +94,13 @@ def edges(side: int, parts: int) -> list[int]:
     return [round(i * side / parts) for i in range(parts + 1)]
 
 
-def structure(grey: Tensor, regions: list[Cell], grid: tuple[int, int]) -> list[float]:
+def structure(grey: Tensor, regions: list[Rectangle], grid: tuple[int, int]) -> list[float]:
     """Variance of a picture's Laplacian (H, W) in each region of the grid, scaled to [0, 1] over the regions."""
     wide = pad(grey[None], (1, 1, 1, 1), mode="replicate")[0]
     laplacian = wide[:-2, 1:-1] + wide[2:, 1:-1] + wide[1:-1, :-2] + wide[1:-1, 2:] - 4 * grey
-    high, wide_by = grey.shape[0] // grid[0], grey.shape[1] // grid[1]
+    high, across = grey.shape[0] // grid[0], grey.shape[1] // grid[1]
     cells = [
-        laplacian[top * high : bottom * high, left * wide_by : right * wide_by] for top, bottom, left, right in regions
+        laplacian[top * high : bottom * high, left * across : right * across] for top, bottom, left, right in regions
     ]
     found = torch.stack([cell.var(correction=0) for cell in cells]).tolist()
     if not all(map(math.isfinite, found)):
@@ -109,7 +109,7 @@ def structure(grey: Tensor, regions: list[Cell], grid: tuple[int, int]) -> list[
     return [(value - min(found)) / spread if spread else 0.0 for value in found]
 
 
-def cut(cell: Cell, count: int) -> list[Cell]:
+def cut(cell: Rectangle, count: int) -> list[Rectangle]:
     """A cell cut into so many: again and again the largest, or the first such, in the middle of its longer side."""
     cells = [cell]
     while len(cells) < count:
