@@ -3,14 +3,16 @@
     python -m benchmarks.cost.mass
     python -m benchmarks.cost.mass --width 4096 --layers 1 --keep 0.25
     python -m benchmarks.cost.mass --images 5 --keep 0.5 0.25
+    python -m benchmarks.cost.mass --miniature --schedules uniform
     python -m benchmarks.cost.mass --exactness
 
 The model and prompt of `benchmarks.cost.prefill`: 12 layers, 512 wide, 576 visual tokens per image, 32 of text, fp32.
-`--width 4096` has heads and feed-forward layers of LLaVA-1.5-7B. Prefill holds hooks, selection, counting and cache;
+`--width 4096` has heads and feed-forward layers of LLaVA-1.5-7B; `--miniature` is the model that ships, with 144 visual
+tokens per image: what does not grow with a model weighs most in it. Prefill holds hooks, selection, counting and cache;
 decoding is 8 further tokens, one by one, on a pruned cache. `+mass` is what the engine does, `mask` the same numbers in
-a mask of queries by keys; `count` is how long it takes to count what tokens stand for. Every way runs once a
-round, and ratios are taken round by round. On a CPU seconds are those of the process: what else the machine does
-counts for less.
+a mask of queries by keys; `count` is how long it takes to count what tokens stand for. Every way runs once a round,
+every other round in reverse order, and ratios are taken round by round. On a CPU seconds are those of the process: what
+else the machine does counts for less.
 
 `--exactness`: the largest errors of attention's outputs against float64, for each way and precision.
 """
@@ -30,16 +32,16 @@ import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from benchmarks.cost.prefill import IMAGE, KEEPS, SIDE, TEXT, llava
+from benchmarks.cost.prefill import IMAGE, KEEPS, TEXT, llava
 from benchmarks.cost.timing import machine, quartiles, synchronize
-from codebook import Codebook, Schedule
+from codebook import Codebook, Schedule, load
 from codebook.pruning.engine import key_bias
 from codebook.pruning.methods.base import nearest_kept
 
 SHAPES = {512: {}, 4096: {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}}
 WAYS = ("", "mask", "+mass")
 STEPS = 8
-ROUNDS = 3, 25
+ROUNDS = 3, 250
 """The fewest, whatever the time, and the most."""
 TARGET = 1.01
 BATCH, HEADS, GROUPS, WIDTH, LENGTH = 2, 8, 4, 128, 400
@@ -63,11 +65,16 @@ def seconds_of(task: Callable[[], Any], device: str) -> float:
 
 
 def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
-    device, n, width = options.device, SIDE * SIDE, options.width
-    model = llava(**SHAPES[width], num_hidden_layers=options.layers).to(device)
-    ids = torch.randint(1, IMAGE, (1, options.images * (n + 1) + TEXT), device=device)
+    device = options.device
+    if options.miniature:
+        model = load("miniature", device)[0]
+    else:
+        model = llava(**SHAPES[options.width], num_hidden_layers=options.layers).to(device)
+    image, n, config = model.config.image_token_id, model.config.image_seq_length, model.config.text_config
+    width, layers = config.hidden_size, config.num_hidden_layers
+    ids = torch.randint(1, min(IMAGE, image), (1, options.images * (n + 1) + TEXT), device=device)
     for i in range(options.images):
-        ids[0, 4 + i * (n + 1) : 4 + i * (n + 1) + n] = IMAGE
+        ids[0, 4 + i * (n + 1) : 4 + i * (n + 1) + n] = image
     features = [torch.randn(n, width, device=device) for _ in range(options.images)]
     book = Codebook(torch.randn(454, width))
 
@@ -90,18 +97,18 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
     tasks: dict[tuple[Any, ...], Callable[[], Any]] = {}
     for keep, row in rows:
         for way in WAYS:
-            plan = Schedule.solve(row + ("+mass" if way else ""), book, keep=keep, n=n, layers=options.layers)
+            plan = Schedule.solve(row + ("+mass" if way else ""), book, keep=keep, n=n, layers=layers)
             tasks["prefill", row, keep, way] = partial(prefill, plan, way if way == "mask" else None)
             if way != "mask":
                 tasks["decode", row, keep, way] = partial(decode, plan, prefill(plan, None))
-            tasks["count", row, keep, way] = partial(count, plan.counts(n, options.layers)[0])
+            tasks["count", row, keep, way] = partial(count, plan.counts(n, layers)[0])
     times: dict[tuple[Any, ...], list[float]] = {name: [] for name in tasks}
     begun = time.monotonic()
     for done in range(ROUNDS[1] + 1):  # the first is no round: it warms up
         if done > ROUNDS[0] and time.monotonic() - begun > options.seconds:
             break
-        for name, task in tasks.items():
-            times[name].append(seconds_of(task, device))
+        for name in tasks if done % 2 else reversed(tasks):
+            times[name].append(seconds_of(tasks[name], device))
     report = []
     for what, (keep, row) in itertools.product(("prefill", "decode"), rows):
         without = times[what, row, keep, ""][1:]
@@ -142,10 +149,11 @@ def exactness(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=60, help="of rounds; at least 3 are made and at most 25")
+    parser.add_argument("--seconds", type=float, default=60, help="of rounds; at least 3 are made and at most 250")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--width", type=int, default=512, choices=SHAPES)
     parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--miniature", action="store_true", help="instead of a random model of that width and depth")
     parser.add_argument("--images", type=int, default=1)
     parser.add_argument("--keep", type=float, nargs="+", default=KEEPS)
     parser.add_argument("--schedules", nargs="+", default=["uniform", "codebook-farthest"])

@@ -441,6 +441,27 @@ def test_a_second_image_in_a_second_turn(model, name):
 
 
 @torch.no_grad()
+def test_layers_of_one_stage_share_an_index_whatever_is_done_to_the_cache(model, ragged):
+    """Whoever shares an index shares a mask: layers are told one by one to take other rows, or fewer columns."""
+    with Schedule([Stage(0, 0.3, Random(), mass=True)])(model):
+        cache = model(**ragged).past_key_values
+        columns, bias = cache.layers[0].index.columns, cache.layers[0].index.bias
+        rows = torch.tensor([2, 0, 1])
+        for _ in range(2):  # the second time another index is to be made by the same tensor and number
+            cache.reorder_cache(rows)
+            cache.batch_repeat_interleave(2)
+            cache.crop(-2)
+            cache.batch_select_indices(torch.tensor([1, 2, 4]))
+            columns, bias = columns[rows][:, :-2], bias[rows][:, :-2]
+            assert len({id(layer.index) for layer in cache.layers}) == 1
+            index = cache.layers[-1].index
+            assert torch.equal(index.columns, columns) and torch.equal(index.bias, bias)
+        one, other = index.rows(rows), index.rows(torch.tensor([1, 1, 0]))
+        assert torch.equal(one.columns, columns[rows]) and torch.equal(other.columns, columns[[1, 1, 0]])
+        assert index.cropped(2).columns.shape[1] == index.cropped(1).columns.shape[1] - 1
+
+
+@torch.no_grad()
 def test_beams_and_repeats_agree_with_the_plain_answer(model, ragged):
     schedule = SCHEDULES["pre+1+2"]
     with schedule(model) as pruning:

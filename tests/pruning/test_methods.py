@@ -381,9 +381,9 @@ def test_merged_by_hand():
     assert torch.allclose(pruner.merge(six, index), torch.tensor([[2.0, 0.1], [0.1 / 3, 4.0]]))
     # With `mass` they stand for their groups, as many as an earlier stage has left each member
     stage, unit = Stage(0, 2, pruner, mass=True), SimpleNamespace(mass=None, ordinal=six.ordinal)
-    assert selection.mass(stage, unit, index, features, lambda: six).tolist() == [3, 3]
+    assert selection.mass(stage, unit, index, features, six.ordinal, lambda: six).tolist() == [3, 3]
     unit.mass = torch.tensor([1, 2, 1, 1, 1, 4])
-    assert selection.mass(stage, unit, index, features, lambda: six).tolist() == [4, 6]
+    assert selection.mass(stage, unit, index, features, six.ordinal, lambda: six).tolist() == [4, 6]
     # Groups 0 5 and 1 2 3 4: of an even number the former of the two in the middle
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 4.0], [1.0, 0.1]])
     six, pruner = tokens(2, 3, features), Merged(Ranking(9, 0, 0, 0, 8, 0))

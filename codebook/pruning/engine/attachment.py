@@ -131,7 +131,7 @@ class Attachment:
         if pruning.open or pruning.calls:
             return
         pruning.taps.close()
-        pruning.pointed.clear()
+        pruning.pointed = False
         self._pruning.remove(pruning)
         if not self._pruning:
             self._undo.close()
@@ -393,7 +393,7 @@ class Attachment:
             pruned.index = index
         forward.asked = layer, rotary
         if bias is not None:
-            self._point(running.call.pruning, i, layer.self_attn)
+            self._point(running.call.pruning)
             ADDED.set(bias)
         # Without position ids, or flash attention would take the gaps in them for packed sequences.
         changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
@@ -402,16 +402,16 @@ class Attachment:
                 changed[name] = self._gather(kwargs[name])
         return (hidden, *args[1:]), kwargs | changed
 
-    @staticmethod
-    def _point(pruning: Pruning | None, layer: int, attention: Any) -> None:
-        """Have a layer's attention add numbers to its logits for as long as the context prunes: at its first need."""
+    def _point(self, pruning: Pruning | None) -> None:
+        """Have the layers' attention add numbers to its logits for as long as the context prunes: at the first need."""
         assert pruning is not None
-        if layer in pruning.pointed:
+        if pruning.pointed:
             return
         with ATTACHING:
-            if layer not in pruning.pointed:
-                pruning.taps.callback(point(attention))
-                pruning.pointed.add(layer)
+            if not pruning.pointed:
+                layers = zip(self.lm.layers, self._recurrent, strict=True)
+                pruning.taps.callback(point([layer.self_attn for layer, recurrent in layers if not recurrent]))
+                pruning.pointed = True
 
     def _gather(self, x: Tensor) -> Tensor:
         forward = FORWARD.get()

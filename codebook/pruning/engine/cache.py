@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,15 +47,41 @@ class KeptIndex:
     dropped: Tensor
     padded: bool
     bias: Tensor | None = None
+    _latest: list[tuple[str, int | Tensor, KeptIndex]] = field(default_factory=list, init=False, repr=False)
 
     def rows(self, index: Tensor) -> KeptIndex:
-        index = index.to(self.columns.device)
+        """These of its rows, (B',) int64."""
+        return self._once("rows", index, lambda: self._rows(index.to(self.columns.device)))
+
+    def repeated(self, times: int) -> KeptIndex:
+        """Each of its rows so many times."""
+        places = torch.arange(len(self.columns), device=self.columns.device)
+        return self._once("repeated", times, lambda: self._rows(places.repeat_interleave(times)))
+
+    def cropped(self, count: int) -> KeptIndex:
+        """Without its last `count` columns."""
+        bias = None if self.bias is None else self.bias[:, :-count]
+        return self._once(
+            "cropped",
+            count,
+            lambda: KeptIndex(self.columns[:, :-count], self.logical - count, self.dropped, self.padded, bias),
+        )
+
+    def _rows(self, index: Tensor) -> KeptIndex:
         bias = None if self.bias is None else self.bias[index]
         return KeptIndex(self.columns[index], self.logical, self.dropped[index], self.padded, bias)
 
-    def cropped(self, count: int) -> KeptIndex:
-        bias = None if self.bias is None else self.bias[:, :-count]
-        return KeptIndex(self.columns[:, :-count], self.logical - count, self.dropped, self.padded, bias)
+    def _once(self, how: str, by: int | Tensor, make: Callable[[], KeptIndex]) -> KeptIndex:
+        """What the layers that share this index make of it one after the other: one object, so that they go on sharing.
+
+        A cache tells its layers one by one to take other rows, or fewer columns. Were each to have an index of its own,
+        every layer of every later forward would get a mask of its own.
+        """
+        for known, value, made in self._latest:
+            if known == how and (value is by or (isinstance(by, int) and value == by)):
+                return made
+        self._latest[:] = [(how, by, make())]
+        return self._latest[0][2]
 
 
 def visible(
@@ -131,9 +158,7 @@ class PrunedLayer(DynamicLayer):
     def batch_repeat_interleave(self, repeats: int) -> None:
         super().batch_repeat_interleave(repeats)
         if self.index is not None:
-            self.index = self.index.rows(
-                torch.arange(len(self.index.columns), device=self.index.columns.device).repeat_interleave(repeats)
-            )
+            self.index = self.index.repeated(repeats)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)

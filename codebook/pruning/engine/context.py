@@ -82,7 +82,7 @@ class Pruning:
         self.seen_images = self.seen_prompt = False
         self.calls = 0  # in flight
         self.taps = contextlib.ExitStack()
-        self.pointed: set[int] = set()  # layers whose attention adds numbers to its logits: among the taps
+        self.pointed = False  # whether the layers' attention adds what there is to its logits: among the taps
         self.attachment: Attachment | None = None
         self.owner: Any = None  # the thread and task that opened it
         self._latest = _Shown([], [])

@@ -147,7 +147,7 @@ class Forward:
                     ordinal=unit.ordinal[index],
                     # Before the LLM a merged value is what enters it; later it is a hidden state, and no feature.
                     features=unit.features[index] if values is None or stage.layer else values,
-                    mass=selection.mass(stage, unit, index, hidden[unit.row, places], partial(tokens, number)),
+                    mass=selection.mass(stage, unit, index, hidden[unit.row], places, partial(tokens, number)),
                     distant=unit.distant or stage.mass == DISTANCE,
                 )
             merged.append(values)
@@ -178,7 +178,7 @@ class Forward:
         for unit in counted:
             assert unit.mass is not None
             places = self._places(unit.row, unit.columns)
-            bias[unit.row, places] = unit.mass.log()
+            bias[unit.row].index_copy_(0, places, unit.mass.log())
             if first is not None:  # RESTORE's first layer takes all for equally large
                 first[unit.row, places] = unit.mass.float().mean().log().expand(unit.count)
             if distant is not None and unit.distant:

@@ -37,7 +37,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 
 Adding = Literal["row", "fold", "mask"]
 
-_row_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_row_kernel = torch._scaled_dot_product_flash_attention_for_cpu
 
 
 @cache
@@ -57,10 +57,13 @@ class KeyBias:
     ----------
     row : (B, K) float32
         What is added to the logits of every query towards each of the K keys.
+    line : (B, 1, 1, K) float32
+        The same, as a mask of one row.
     """
 
     def __init__(self, row: Tensor) -> None:
         self.row = row
+        self.line = row[:, None, None]
         self._masks: dict[torch.dtype, Tensor] = {}
         self._folded: dict[tuple[torch.dtype, float], Tensor] = {}
 
@@ -68,7 +71,7 @@ class KeyBias:
         """(B, 1, K, K) in `dtype`: the numbers, and the least there is where a query does not see the key."""
         if dtype not in self._masks:
             places, low = torch.arange(self.row.shape[1], device=self.row.device), torch.finfo(dtype).min
-            row = self.row.to(dtype).clamp(min=low)[:, None, None]
+            row = self.line.to(dtype).clamp(min=low)
             self._masks[dtype] = torch.where(places <= places[:, None], row, low)
         return self._masks[dtype]
 
@@ -91,15 +94,15 @@ ADDED: ContextVar[KeyBias | None] = ContextVar("codebook_added", default=None)
 
 def best_way(query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0) -> Adding:
     """How to add numbers to the logits of these queries (B, heads, K, d), keys and values (B, key heads, K, d)."""
-    width, alike = key.shape[-1], key.shape[-1] == value.shape[-1] and query.dtype == key.dtype == value.dtype
-    if not alike or query.dtype not in NARROW or dropout:
+    width, dtype, device = key.shape[-1], query.dtype, query.device.type
+    if dropout or dtype not in NARROW or not dtype == key.dtype == value.dtype or width != value.shape[-1]:
         return "mask"
-    if query.device.type == "cpu":
-        heads = query, key, value
-        learning = torch.is_grad_enabled() and any(x.requires_grad for x in heads)
+    if device == "cpu":  # asked at every layer: written out, it takes half as long
+        learning = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
         known = query.shape[1] == key.shape[1] or shares_keys()
-        return "row" if known and not learning and all(x.stride(-1) == 1 for x in heads) else "mask"
-    long = query.device.type == "cuda" and query.shape[2] >= FOLD_FROM
+        laid = query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
+        return "row" if known and laid and not learning else "mask"
+    long = device == "cuda" and query.shape[2] >= FOLD_FROM
     return "fold" if long and width + WIDER <= FLASH_WIDTH else "mask"
 
 
@@ -125,7 +128,7 @@ def attend(
     """
     way, scaling = best_way(query, key, value, kwargs.get("dropout") or 0.0), kwargs["scaling"]
     if way == "row":
-        out = _row_kernel(query, key, value, 0.0, True, attn_mask=bias.row[:, None, None], scale=scaling)[0]
+        out = _row_kernel(query, key, value, 0.0, True, attn_mask=bias.line, scale=scaling)[0]
         return out.transpose(1, 2).contiguous(), None
     if way == "mask":
         return stock(module, query, key, value, bias.mask(query.dtype), **kwargs)

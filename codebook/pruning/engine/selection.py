@@ -164,14 +164,25 @@ def _checked(pruner: Pruner, index: Tensor, count: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def mass(stage: Stage, unit: Unit, index: Tensor, hidden: Tensor, tokens: Callable[[], VisualTokens]) -> Tensor | None:
-    """How many tokens each of a unit's kept tokens stands for, from the hidden states (n, d) of all of them.
+def mass(
+    stage: Stage, unit: Unit, index: Tensor, row: Tensor, places: Tensor, tokens: Callable[[], VisualTokens]
+) -> Tensor | None:
+    """How many tokens each of a unit's kept tokens stands for.
 
-    `tokens` gives what the pruner saw of the unit, if it has groups of its own.
+    Parameters
+    ----------
+    row : (P, d) float
+        Hidden states of the unit's row.
+    places : (n,) int64
+        Where its tokens are in them.
+    tokens
+        Gives what the pruner saw of the unit, if it has groups of its own.
     """
     if not stage.mass or not len(index):  # of a crop or frame that loses everything, none stays to stand for it
         return None if unit.mass is None else unit.mass[index]
     before = torch.ones_like(unit.ordinal) if unit.mass is None else unit.mass
     own = type(stage.pruner).groups is not Pruner.groups
     groups = stage.pruner.groups(tokens(), index) if own else None
-    return before.new_zeros(len(index)).index_add(0, nearest_kept(hidden, index) if groups is None else groups, before)
+    if groups is None:
+        groups = nearest_kept(row.index_select(0, places), index)
+    return before.new_zeros(len(index)).index_add_(0, groups, before)

@@ -6,8 +6,9 @@ import copy
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -18,9 +19,19 @@ from codebook.pruning.engine.key_bias import ADDED, attend
 
 Receive = Callable[[Tensor, Tensor, float], None]
 
-_taps: weakref.WeakKeyDictionary[Any, tuple[Any, list[Receive]]] = weakref.WeakKeyDictionary()
-"""The config of each tapped module, as it was, and its receivers."""
-_taps_lock = threading.Lock()
+
+@dataclass
+class _Pointed:
+    """A module's config as it was, how many have it use our function, and who hears what it attends with."""
+
+    stock: Any
+    users: int = 0
+    receivers: list[Receive] = field(default_factory=list)
+
+
+_pointed: weakref.WeakKeyDictionary[Any, _Pointed] = weakref.WeakKeyDictionary()
+"""What is known of each module whose attention is ours."""
+_lock = threading.Lock()
 LISTENING: ContextVar[bool] = ContextVar("listening", default=False)
 """Whether this thread runs an attention module for its queries and keys alone."""
 
@@ -32,25 +43,48 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
     Answers are the same with and without taps, so other threads may run the module meanwhile. Returns the function that
     undoes it.
     """
-    with _taps_lock:
-        if module not in _taps:
-            stock = module.config
-            # Another config: only attention of tapped modules is looked up under the new name. They share one, since
-            # to make it takes long.
-            config = next((other.config for other, (own, _) in _taps.items() if own is stock), None) or _named(stock)
-            module.config = config
-            _taps[module] = stock, []
-        _taps[module][1].append(receive)
+    unpoint = point([module])
+    with _lock:
+        _pointed[module].receivers.append(receive)
 
     def undo() -> None:
-        with _taps_lock:
-            stock, receivers = _taps[module]
-            receivers.remove(receive)
-            if not receivers:
-                module.config = stock
-                del _taps[module]
+        with _lock:
+            _pointed[module].receivers.remove(receive)
+        unpoint()
 
     return undo
+
+
+def point(modules: Sequence[Any]) -> Callable[[], None]:
+    """Have attention modules use our function, which adds what `ADDED` holds; returns the function that undoes it."""
+    with _lock:
+        # Another config: only attention of these modules is looked up under the new name. They share one, since to make
+        # it takes long.
+        configs = {id(own.stock): module.config for module, own in _pointed.items()}
+        for module in modules:
+            own = _pointed.get(module)
+            if own is None:
+                own = _pointed[module] = _Pointed(module.config)
+                if id(own.stock) not in configs:
+                    configs[id(own.stock)] = _named(own.stock)
+                _configure(module, configs[id(own.stock)])
+            own.users += 1
+
+    def undo() -> None:
+        with _lock:
+            for module in modules:
+                own = _pointed[module]
+                own.users -= 1
+                if not own.users:
+                    _configure(module, own.stock)
+                    del _pointed[module]
+
+    return undo
+
+
+def _configure(module: Any, config: Any) -> None:
+    # Past `Module.__setattr__`, which asks a config at length whether it is a parameter.
+    vars(module)["config"] = config
 
 
 def _named(stock: Any) -> Any:
@@ -61,11 +95,6 @@ def _named(stock: Any) -> Any:
     config = copy.copy(stock)
     config._attn_implementation_internal = name
     return config
-
-
-def point(module: Any) -> Callable[[], None]:
-    """Have an attention module add what `ADDED` holds; returns the function that undoes it."""
-    return tap(module, lambda *_: None)
 
 
 def overhear(module: Any, *args: Any, **kwargs: Any) -> None:
@@ -79,8 +108,9 @@ def overhear(module: Any, *args: Any, **kwargs: Any) -> None:
 
 def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
     """Hand to whoever taps the module what it attended with, now or in an earlier forward."""
-    with _taps_lock:
-        receivers = dict.fromkeys(_taps[module][1]) if module in _taps else {}
+    with _lock:
+        own = _pointed.get(module)
+        receivers = {} if own is None else dict.fromkeys(own.receivers)
     for receive in receivers:
         receive(query, key, scaling)
 
@@ -93,8 +123,8 @@ def _tapped(stock: str) -> Callable[..., Any]:
         if LISTENING.get():
             # Of the shape that the module expects: values may have other heads than queries, and another width.
             return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
-        own = sys.modules[type(module).__module__].eager_attention_forward
-        function = own if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
+        own = sys.modules[type(module).__module__]
+        function = own.eager_attention_forward if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
         if (bias := ADDED.get()) is not None:
             ADDED.set(None)
             return attend(function, module, query, key, value, bias, **kwargs)

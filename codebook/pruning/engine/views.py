@@ -156,6 +156,8 @@ class Viewer:
             # Columns ascend, so that what comes before a token and is no padding is what it sees.
             bias = _or_zeros(index.bias, keys)
             return None, KeyBias(bias.masked_fill(keys == PAD, torch.finfo(bias.dtype).min) if index.padded else bias)
+        if causal and queries.shape[1] == 1 and index.bias is not None and not index.padded and far is None:
+            return index.bias.to(self.given.embeds.dtype)[:, None, None], None  # the last token sees all keys
         both = None
         if blocks is not None:
             mine = blocks if sequence is None else sequence.gather(blocks)

@@ -273,7 +273,7 @@ def nearest_kept(values: Tensor, index: Tensor) -> Tensor:
     -------
     (n,) int64, places in `index`
     """
-    unit = normalize(values.float(), dim=-1)
-    nearest = (unit @ unit[index].T).argmax(1)
-    nearest[index] = torch.arange(len(index), device=index.device)
-    return nearest
+    values = values.float()
+    # A token's own length does not change which kept one is nearest.
+    nearest = (values @ normalize(values.index_select(0, index), dim=-1).T).argmax(1)
+    return nearest.index_copy_(0, index, torch.arange(len(index), device=index.device))
