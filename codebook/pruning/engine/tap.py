@@ -31,7 +31,7 @@ class _Pointed:
 
 _pointed: weakref.WeakKeyDictionary[Any, _Pointed] = weakref.WeakKeyDictionary()
 """What is known of each module whose attention is ours."""
-_lock = threading.Lock()
+_pointed_lock = threading.Lock()
 LISTENING: ContextVar[bool] = ContextVar("listening", default=False)
 """Whether this thread runs an attention module for its queries and keys alone."""
 
@@ -44,11 +44,11 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
     undoes it.
     """
     unpoint = point([module])
-    with _lock:
+    with _pointed_lock:
         _pointed[module].receivers.append(receive)
 
     def undo() -> None:
-        with _lock:
+        with _pointed_lock:
             _pointed[module].receivers.remove(receive)
         unpoint()
 
@@ -57,7 +57,7 @@ def tap(module: Any, receive: Receive) -> Callable[[], None]:
 
 def point(modules: Sequence[Any]) -> Callable[[], None]:
     """Have attention modules use our function, which adds what `ADDED` holds; returns the function that undoes it."""
-    with _lock:
+    with _pointed_lock:
         # Another config: only attention of these modules is looked up under the new name. They share one, since to make
         # it takes long.
         configs = {id(own.stock): module.config for module, own in _pointed.items()}
@@ -71,7 +71,7 @@ def point(modules: Sequence[Any]) -> Callable[[], None]:
             own.users += 1
 
     def undo() -> None:
-        with _lock:
+        with _pointed_lock:
             for module in modules:
                 own = _pointed[module]
                 own.users -= 1
@@ -108,7 +108,7 @@ def overhear(module: Any, *args: Any, **kwargs: Any) -> None:
 
 def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
     """Hand to whoever taps the module what it attended with, now or in an earlier forward."""
-    with _lock:
+    with _pointed_lock:
         own = _pointed.get(module)
         receivers = {} if own is None else dict.fromkeys(own.receivers)
     for receive in receivers:
