@@ -270,27 +270,34 @@ def calibrate(
         return _halve(_Search(model, processor, mixed(samples, seed), journal, done), plain, candidates)
 
 
-def check_sample_count(count: int) -> None:
-    """Refuse fewer samples than the rounds of a search need.
+def check_sample_count(samples: Sequence[Sample]) -> None:
+    """Refuse fewer samples than the rounds of a search and the test of its winner need.
+
+    Parameters
+    ----------
+    samples
+        In the order of the search, that of `mixed`.
 
     Raises
     ------
     CodebookError
+        If there are too few samples, in all or for one task.
     """
-    if count // SEARCH < 2 * len(RUNGS):
+    count, search = len(samples), len(samples) // SEARCH
+    if search < 2 * len(RUNGS):
         raise CodebookError(f"{count} samples are too few to calibrate with: give {2 * len(RUNGS) * SEARCH} at least")
+    task, fewest = min(Counter(sample.task for sample in samples[search:]).items(), key=lambda item: item[1])
+    if fewest < FRESH:
+        enough = math.ceil(FRESH * SEARCH / (SEARCH - 1))
+        raise CodebookError(f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task")
 
 
 def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Calibration:
     """The rounds of the search, and the test of their winner."""
     skipped = run.fill_answers()
-    check_sample_count(len(run.samples))
+    check_sample_count(run.samples)
     search = len(run.samples) // SEARCH
     fresh = range(search, len(run.samples))
-    task, fewest = min(Counter(run.samples[row].task for row in fresh).items(), key=lambda item: item[1])
-    if fewest < FRESH:
-        enough = math.ceil(FRESH * SEARCH / (SEARCH - 1))
-        raise CodebookError(f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task")
     left, rounds, seen = list(candidates), [], 0
     for i, upto in enumerate(_rungs(search)):
         run.score([plain, *left], range(seen, upto))

@@ -28,9 +28,9 @@ from codebook.errors import CodebookError
 def calibrate_command(
     model: ModelOption,
     loading: Loading,
-    data: DataOption,
     keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")],
     out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
+    data: DataOption = "miniature",
     method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = "codebook",
     first: Annotated[
         list[str] | None, typer.Option(help="Another method to try as the first stage; repeat for several.")
@@ -54,6 +54,7 @@ def calibrate_command(
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.data import load_samples
     from codebook.cli.methods import codebook_for
+    from codebook.inference.samples import mixed
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 
@@ -67,7 +68,7 @@ def calibrate_command(
     check_codebook(codebook, model, pull)
     loading.check(model)
     samples = load_samples(data, loading.frame_rule(model), "train", seed, count)
-    calibration.check_sample_count(len(samples))
+    calibration.check_sample_count(mixed(samples, seed))
     loaded, processor = loading.load(model)
     methods = [plan.schedule for plan in plans]
     book = codebook_for(loaded, methods, codebook)

@@ -19,7 +19,7 @@ from codebook.errors import CodebookError
 def horizon_command(
     model: ModelOption,
     loading: Loading,
-    data: DataOption,
+    data: DataOption = "miniature",
     out: Annotated[
         Path | None, typer.Option(help="Folder for horizon.json, horizon.png and the journal; run again to resume.")
     ] = None,

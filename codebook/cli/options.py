@@ -42,9 +42,12 @@ MethodsOption = Annotated[
 
 DataOption = Annotated[
     str,
-    typer.Option(help="`miniature`, or JSONL of {image | images, question, answer, task}; the last two are optional."),
+    typer.Option(
+        help="`miniature`, miniature:FAMILY, or JSONL of {image | images, question, answer, task}; the last two are "
+        "optional."
+    ),
 ]
-CountOption = Annotated[int, typer.Option(min=1, help="Samples per task family, with --data miniature.")]
+CountOption = Annotated[int, typer.Option(min=1, help="Samples per task family of the miniature's.")]
 
 ImagesOption = Annotated[
     Path, typer.Option(help="Folder of images, JSONL list, .tar shard or folder of them, or saved data set.")

@@ -36,8 +36,8 @@ def tune_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="`miniature`, or JSONL of {image | images, question, answer, task}; the last two are optional. "
-            "Default: what each of some images shows, as the model itself says."
+            help="`miniature`, miniature:FAMILY, or JSONL of {image | images, question, answer, task}; the last two "
+            "are optional. Default: what each of some images shows, as the model itself says."
         ),
     ] = None,
     keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.2,
@@ -52,11 +52,12 @@ def tune_command(
     as_json: JsonOption = False,
 ) -> None:
     """Make a recipe for a model: a codebook, a schedule that spends the budget well, and a report of both."""
+    from codebook.analysis.calibration import check_sample_count
     from codebook.cli.bench import bench_command
     from codebook.cli.build import build_command
     from codebook.cli.calibrate import calibrate_command
     from codebook.cli.checks import check_output_folder
-    from codebook.cli.data import MINIATURE
+    from codebook.cli.data import is_miniature, load_samples
     from codebook.cli.horizon import horizon_command
     from codebook.cli.recipe import (
         BENCH_PART,
@@ -67,6 +68,7 @@ def tune_command(
         SCHEDULE_PART,
         read_recipe,
     )
+    from codebook.inference.samples import mixed
     from codebook.pruning.stage import check_keep
     from codebook.store.horizons import carried_horizon, put_horizon
 
@@ -80,7 +82,12 @@ def tune_command(
             raise CodebookError(f"{out} holds another recipe (another {', '.join(different)}): choose another --out")
     elif out.is_dir() and any(out.iterdir()):
         raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
-    samples = [] if data == MINIATURE else _samples(model, images, data, count, prompt, seed, loading)
+    made = data is not None and is_miniature(data)
+    if made:
+        samples: Sequence[Sample] = []
+        check_sample_count(mixed(load_samples(str(data), seed=seed, count=count), seed))
+    else:
+        samples = _samples(model, images, data, count, prompt, seed, loading, probing.strict)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
 
@@ -98,8 +105,8 @@ def tune_command(
             **vars(loading),
         )
         note("tune 2/5: questions and their answers")
-        if data == MINIATURE:
-            labels, files = "given", [MINIATURE, MINIATURE]
+        if made:
+            labels, files = "given", [str(data)] * 2
         else:
             labels, files = _labelled(model, samples, out, count, loading)
         note("tune 3/5: information horizon")
@@ -127,13 +134,22 @@ def tune_command(
 
 
 def _samples(
-    model: str, images: Path, data: str | None, count: int, prompt: str | None, seed: int, loading: Loading
+    model: str,
+    images: Path,
+    data: str | None,
+    count: int,
+    prompt: str | None,
+    seed: int,
+    loading: Loading,
+    strict: bool,
 ) -> Sequence[Sample]:
     """The questions, those of `data` or the probes' own about some of the images."""
+    from codebook.analysis.calibration import check_sample_count
     from codebook.cli.data import load_samples
+    from codebook.inference.samples import mixed
 
     if data is None:
-        samples = _image_questions(model, images, count, prompt, seed)
+        samples = _image_questions(model, images, count, prompt, seed, strict)
     else:
         samples = load_samples(data, loading.frame_rule(model))
     usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
@@ -142,6 +158,7 @@ def _samples(
             f"{usable} questions are too few to tune with: give {FEWEST_QUESTIONS} images, or more --data, and a "
             f"--count of {FEWEST_QUESTIONS // 2} at least"
         )
+    check_sample_count(mixed([samples[row] for row in _halves(samples, count)[0]], seed))
     return samples
 
 
@@ -162,32 +179,53 @@ def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, load
                 loaded, processor, open_ones, {"unpruned": lambda group: None}, out / TUNE_ANSWERS, tick
             ).values()
         texts = {id(sample): one.text for sample, one in zip(open_ones, found, strict=True)}
-    halves: tuple[list[str], list[str]] = [], []
-    seen = Counter[str]()
-    for i, sample in enumerate(samples):
-        text = texts.get(id(sample), sample.answer)
-        if text and text.strip():
+    answered = [
+        (i, sample, text)
+        for i, sample in enumerate(samples)
+        if (text := texts.get(id(sample), sample.answer)) and text.strip()
+    ]
+    for file, half in zip(files, _halves([sample for _, sample, _ in answered], count), strict=True):
+        lines = []
+        for i, sample, text in (answered[row] for row in half):
             answers = list(sample.answers) or [text]
             record = {"images": _paths(out, i, sample), "question": sample.question, "answers": answers}
-            half = halves[seen[sample.task] % 2]
-            if seen[sample.task] < 2 * count:
-                half.append(json.dumps({**record, "task": sample.task}) + "\n")
-            seen[sample.task] += 1
-    for file, lines in zip(files, halves, strict=True):
+            lines.append(json.dumps({**record, "task": sample.task}) + "\n")
         _write(file, "".join(lines))
     return labels, [str(file) for file in files]
 
 
-def _image_questions(model: str, images: Path, count: int, prompt: str | None, seed: int) -> Sequence[Sample]:
-    """The question of a build's probes, about a random sample of the images."""
+def _halves(samples: Sequence[Sample], count: int) -> tuple[list[int], list[int]]:
+    """Rows of the samples to calibrate and to measure with: of each task in turns, and at most `count` for each."""
+    halves: tuple[list[int], list[int]] = [], []
+    seen = Counter[str]()
+    for row, sample in enumerate(samples):
+        if seen[sample.task] < 2 * count:
+            halves[seen[sample.task] % 2].append(row)
+        seen[sample.task] += 1
+    return halves
+
+
+def _image_questions(
+    model: str, images: Path, count: int, prompt: str | None, seed: int, strict: bool
+) -> Sequence[Sample]:
+    """The question of a build's probes, about a random sample of the images; of those that can be read, as a build."""
     from codebook import building
     from codebook.building.pilot import shuffled
     from codebook.inference.samples import Sample
 
     source = building.open_images(images)
     question = prompt or (building.published(model) or building.Settings()).prompt
-    names = shuffled(source.names, seed)[: 2 * count]
-    return [Sample((source.read(name),), question) for name in names]
+    found: list[Sample] = []
+    for name in shuffled(source.names, seed):
+        if len(found) == 2 * count:
+            break
+        try:
+            found.append(Sample((source.read(name),), question))
+        except (CodebookError, OSError):
+            if strict:
+                raise
+            note(f"skipped unreadable image: {name}")
+    return found
 
 
 def _paths(out: Path, number: int, sample: Sample) -> list[str]:

@@ -83,9 +83,10 @@ class Sample:
             [path] = images
             assert isinstance(path, Path)
             images = read_video(path, within(self.clip.rule, self.clip.start, self.clip.end))
-        return [upright_rgb(image) if isinstance(image, Picture.Image) else self._read(image) for image in images]
+        return [upright_rgb(image) if isinstance(image, Picture.Image) else self.read(image) for image in images]
 
-    def _read(self, image: Path | bytes) -> Picture.Image:
+    def read(self, image: Path | bytes) -> Picture.Image:
+        """One of the images, from its file or the bytes of it, as `read_image` gives it."""
         return read_image(image, f"of the question {quoted(self.question)}" if isinstance(image, bytes) else None)
 
     def score(self, prediction: str) -> float:

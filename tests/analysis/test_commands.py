@@ -53,9 +53,31 @@ def test_calibrate_and_prune_with_what_it_wrote(run, file, tmp_path):
     assert code == 0 and json.loads(answer)["schedule"] == report["schedule"]
 
 
+def test_data_as_for_bench(run, refused, tmp_path, monkeypatch):
+    """The miniature's own questions are the default, and one family of them has a name."""
+    code, shown, err = run("horizon", "miniature", "--data", "miniature:ocr", "--count", 2, "--json")
+    assert code == 0, err
+    report = json.loads(shown)
+    assert (report["data"], report["samples"], list(report["horizons"])) == ("miniature:ocr", 2, ["ocr"])
+    monkeypatch.setattr("codebook.models.loading.load", pytest.fail)
+    asked = []
+    monkeypatch.setattr("codebook.analysis.calibration.check_sample_count", lambda samples: asked.extend(samples))
+    for data, families in (([], 11), (["--data", "miniature:exist"], 1)):
+        asked.clear()
+        with pytest.raises(pytest.fail.Exception):
+            run("calibrate", "miniature", "--keep", "0.1", "--count", 2, "--out", tmp_path / "s.json", *data)
+        assert len({sample.task for sample in asked}) == families and len(asked) == 2 * families
+
+
 @pytest.mark.parametrize(("argv", "words"), [
     (["horizon", "miniature", "--data", "DATA", "--metric", "bleu"], ["no metric 'bleu'", "probability"]),
-    (["horizon", "miniature", "--data", "nowhere.jsonl"], ["cannot read nowhere.jsonl"]),
+    (["horizon", "miniature", "--data", "nowhere.jsonl"], ["no data 'nowhere.jsonl'", "miniature:FAMILY, or a JSONL"]),
+    (["horizon", "miniature", "--data", "miniature:smell"], ["unknown", "'smell'", "exist"]),
+    (["calibrate", "miniature", "--data", "miniature:turns", "--keep", "0.1", "--out", "s.json"],
+     ["miniature:turns has earlier questions", "leave them out"]),
+    (["calibrate", "miniature", "--data", "miniature:ocr", "--count", "17", "--keep", "0.1", "--out", "s.json"],
+     ["17 samples are too few", "18 at least"]),
+    (["calibrate", "miniature", "--count", "5", "--keep", "0.1", "--out", "s.json"], ["too few samples to confirm"]),
     (["horizon", "miniature", "--data", "miniature", "--split", "all"], ["all"]),
     (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "schedule"], ["name a .json file"]),
     (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "no/where.json"], ["no folder no"]),
