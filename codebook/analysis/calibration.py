@@ -9,6 +9,7 @@ and task. So the deep stage is searched for on a calibration set, by successive 
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,8 +31,9 @@ from codebook.inference.uncertainty import ONE_SIDED_QUANTILE
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule, remember
 from codebook.pruning.ownership import codebooks_of
-from codebook.pruning.stage import Keep
-from codebook.pruning.text import read_text
+from codebook.pruning.presets import SCHEDULE_PRESETS, expand
+from codebook.pruning.stage import Keep, check_stage
+from codebook.pruning.text import DROP, StageText, read_text
 from codebook.pruning.tokens import digest_rows
 from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
@@ -155,8 +157,11 @@ def candidate_schedules(
     Raises
     ------
     CodebookError
-        If the method is more than one stage, or cannot meet the budget, or if a deep method is none.
+        If the method is more than one stage, or cannot meet the budget, or if a deep one can be at no layer.
     """
+    check_method(method)
+    for one in deep:
+        check_deep(one)
     size = models.shape(model)
     n, layers = size.tokens, size.layers
 
@@ -164,10 +169,6 @@ def candidate_schedules(
         return Schedule.solve(text, codebook, keep=keep, n=n, layers=layers, seed=seed)
 
     plain = solved(method)
-    if len(plain.stages) != 1 or not plain.stages[0].keep:
-        raise CodebookError(
-            f"calibration puts a deep stage behind one method alone, not behind {method!r}: name a method"
-        )
     first = plain.stages[0].layer
     if at is None:
         deeper = layers - 1 - first
@@ -180,9 +181,7 @@ def candidate_schedules(
     tried = [f"random@{layer}:{share}" for layer in at for share in SHARES]
     tried += [f"drop@{layer}" for layer in at if drop]
     groups = [(None, tried)]
-    groups += [
-        (text, [f"{x}:{share}" for x in _at_layers(text, at, first, layers) for share in SHARES]) for text in deep
-    ]
+    groups += [(text, _deep_stages(text, at, first, layers)) for text in deep]
     for text, own in groups:
         refused: list[CodebookError] = []
         for second in own:
@@ -198,17 +197,52 @@ def candidate_schedules(
     return plain, list(found.values())
 
 
-def _at_layers(text: str, at: Sequence[int], first: int, layers: int) -> list[str]:
-    """A method's text with its layer, or once for each of the layers if it names none."""
-    written = read_text(text)
+def check_method(text: str) -> None:
+    """Refuse what is not one method, before a model is loaded.
+
+    Raises
+    ------
+    CodebookError
+    """
+    stages = expand(text, layers=1)[0].stages
+    if len(stages) != 1 or stages[0].method == DROP or stages[0].adaptive:
+        raise CodebookError(
+            f"calibration puts a deep stage behind one method alone, not behind {quoted(text)}: name a method"
+        )
+
+
+def check_deep(text: str) -> StageText:
+    """The stage that the text of a deep one says; refuses what can be at no layer of any model.
+
+    Raises
+    ------
+    CodebookError
+    """
+    written = read_text(text, others=SCHEDULE_PRESETS)
     if len(written.stages) != 1 or written.settings or written.stages[0].keep is not None:
         raise CodebookError(f"a deep stage is one method, its layer if need be, and no more: not {quoted(text)}")
-    layer = written.stages[0].layer
-    if layer is None:
-        return [f"{text}@{layer}" for layer in at]
-    if not first < layer < layers:
+    [part] = written.stages
+    if part.method == DROP:
+        raise CodebookError(f"a deep stage that drops all tokens is tried as it is: leave {quoted(text)} out")
+    if part.adaptive:
+        raise CodebookError(f"a deep stage gives up a share of the tokens, and {part.method} decides itself how many")
+    if part.layer == 0:
+        raise CodebookError(
+            f"the deep stage {quoted(text)} is before the LLM: name a layer behind the first stage, or none"
+        )
+    check_stage(part.layer or 1, 1.0, part.mass, part.entry, part.method)
+    return part
+
+
+def _deep_stages(text: str, at: Sequence[int], first: int, layers: int) -> list[str]:
+    """A deep stage's text with each share to try: at its layer, or at each of the layers if it names none."""
+    layer = check_deep(text).layer
+    if layer is not None and not first < layer < layers:
         raise CodebookError(f"the deep stage {quoted(text)} can be at layers {first + 1} to {layers - 1}")
-    return [text]
+    method = re.sub(r"\+\s*mass\s*$", "", text)
+    mass = "" if method == text else "+mass"
+    places = [method] if layer is not None else [f"{method}@{layer}" for layer in at]
+    return [f"{place}:{share}{mass}" for place in places for share in SHARES]
 
 
 def most_answers(candidates: int, samples: Sequence[Sample]) -> int:

@@ -58,10 +58,12 @@ def calibrate_command(
     from codebook.pruning.plan import Plan
     from codebook.store.files import replacing
 
-    # Each text is read as a plan of its own: an impossible one is refused before the model is loaded.
+    # What is impossible with any model is refused before one is loaded.
     plans = [Plan(text, keep, None, codebook, seed) for text in (method, *(first or ()))]
+    for plan in plans:
+        calibration.check_method(plan.schedule)
     for text in deep or ():
-        Plan(f"{method.partition(';')[0]}+{text}", keep, None, codebook, seed)
+        calibration.check_deep(text)
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
     check_output_file(out)

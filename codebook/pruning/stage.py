@@ -123,6 +123,10 @@ def check_stage(layer: int, keep: Keep | None, mass: Mass, pruner: Pruner | Meth
         raise CodebookError(f"{name} needs the attention of the layer before: use it at layer 1 or later")
     if layer == 0 and pruner.uses_change:
         raise CodebookError(f"{name} needs what a layer has made of the tokens: use it at layer 1 or later")
+    if layer and pruner.before_llm:
+        raise CodebookError(
+            f"{name} encodes the image anew, and works before the LLM only: it cannot be at layer {layer}"
+        )
 
 
 def check_keep(keep: Keep) -> None:

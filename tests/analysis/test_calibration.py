@@ -67,9 +67,26 @@ def test_other_methods_are_tried_in_the_deep_stage(model):
     for text in ("fastv@4:0.5", "fastv@4, drop@5", "fastv@4; positions=compact"):
         with pytest.raises(CodebookError, match="a deep stage is one method"):
             candidate_schedules(model, "random", 0.25, deep=[text])
-    for text in ("drop", "random+mass"):  # read, but nowhere possible
-        with pytest.raises(CodebookError, match=r"the deep stage .* can be tried nowhere: schedule part 2"):
-            candidate_schedules(model, "random", 0.25, deep=[text])
+    _, found = candidate_schedules(model, "random", 0.25, deep=["divprune@5 +mass"], at=[5], drop=False)
+    assert [str(s.stages[1]) for s in found if s.stages[1].mass] == [f"divprune@5:{n}+mass" for n in (28, 20, 10, 5)]
+    # share * first, where 36 * 6 = (5 + share) * first: 28.2, 19.6, 10.3, 5.3
+    with pytest.raises(
+        CodebookError, match=r"the deep stage 'vidcom2' can be tried nowhere: .*leave quotas=shared out"
+    ):
+        candidate_schedules(model, "random; quotas=shared", 0.25, deep=["vidcom2"])
+
+
+@pytest.mark.parametrize(("text", "words"), [
+    ("drop", "tried as it is: leave 'drop' out"),
+    ("random@0", "before the LLM: name a layer"),
+    ("downsample", "downsample encodes the image anew, and works before the LLM only"),
+    ("downsample@5", "cannot be at layer 5"),
+    ("codebook-threshold", "decides itself how many"),
+    ("vtw", "vtw is a preset and stands alone"),
+])  # fmt: skip
+def test_what_no_deep_stage_can_be(model, text, words):
+    with pytest.raises(CodebookError, match=words):
+        candidate_schedules(model, "random", 0.25, deep=[text])
 
 
 def test_candidates_have_the_settings_of_their_method(model):

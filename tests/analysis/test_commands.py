@@ -88,9 +88,15 @@ def test_data_as_for_bench(run, refused, tmp_path, monkeypatch):
      ["no method 'magic'"]),
     (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--deep", "magic@3"],
      ["no method 'magic'"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--deep", "downsample"],
+     ["downsample", "before the LLM only"]),
+    (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "s.json", "--first", "codebook+random"],
+     ["one method alone", "'codebook+random'"]),
+    (["bench", "miniature", "--methods", "uniform+downsample", "--out", "out"], ["downsample", "before the LLM only"]),
 ])  # fmt: skip
 def test_refusals_are_one_line(run, file, tmp_path, monkeypatch, argv, words):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("codebook.models.loading.load", pytest.fail)
     code, out, err = run(*[file if a == "DATA" else a for a in argv])
     assert code == 2 and not out and not list(tmp_path.iterdir())
     last = err.strip().splitlines()[-1]

@@ -231,7 +231,8 @@ def test_every_method_round_trips(factory):
     adaptive = getattr(factory, "adaptive", False)
     name = next(name for name, value in METHODS.items() if value is factory)
 
-    text = name + "@3" if adaptive or name == "drop" else f"{name}@3:0.5"
+    at = "" if factory.before_llm else "@3"
+    text = name + at if adaptive or name == "drop" else f"{name}{at}:0.5"
     assert str(Schedule.parse(text, "book")) == text
     if name != "drop":
         assert str(Schedule.parse(text + "+mass", "book")) == text + "+mass"

@@ -43,6 +43,9 @@ class Pruner(ABC):
     uses_change: ClassVar[bool] = False
     """Whether it compares `tokens.hidden` with `tokens.features`; such a pruner works at layer 1 or later."""
 
+    before_llm: ClassVar[bool] = False
+    """Whether it works before the LLM only, at layer 0."""
+
     joint: ClassVar[bool] = False
     """Whether it chooses among all frames of a film at once (`FramePruner`)."""
 

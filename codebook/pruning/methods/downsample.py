@@ -25,6 +25,8 @@ class Downsample(Pruner):
         If the count is no product of rows and columns that fit in the image's grid; it names the nearest that are.
     """
 
+    before_llm = True
+
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         rows, cols = tokens.grid
         if len(tokens) < rows * cols:

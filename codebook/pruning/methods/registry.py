@@ -75,6 +75,11 @@ class Method:
         return self.kind.adaptive
 
     @property
+    def before_llm(self) -> bool:
+        """Whether it works before the LLM only."""
+        return self.kind.before_llm
+
+    @property
     def joint(self) -> bool:
         """Whether it chooses among all frames of a film at once."""
         return self.kind.joint
