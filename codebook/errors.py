@@ -77,6 +77,13 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(message in str(error) for message in messages)
 
 
+def is_unreachable(error: BaseException) -> bool:
+    """Whether the hub's client met no server, or may ask none. The HTTP library differs between versions of the client,
+    and so do its errors, but not their names."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return bool(names & {"OfflineModeIsEnabled", "TransportError"})
+
+
 def quoted(value: object) -> str:
     """The repr of a value that a user gave, for an error message; of a long one the beginning."""
     shown = repr(value)

@@ -118,9 +118,12 @@ class Handler(BaseHTTPRequestHandler):
         found = self.hub.repositories.get(name)
         if found is None:
             return self.answer({"error": "no repository"}, 404, {"X-Error-Code": "RepoNotFound"})
+        revision, _, folder = revision.partition("/")
         sha = found.refs.get(revision, revision)
         if sha not in found.commits:
             return self.answer({"error": "no revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
+        if folder:  # no repository has one
+            return self.answer({"error": "no folder"}, 404, {"X-Error-Code": "EntryNotFound"})
         sizes = {path: self.hub.announced.get(path, len(data)) for path, data in found.commits[sha].items()}
         oids = {path: hashlib.sha1(data).hexdigest() for path, data in found.commits[sha].items()}
         if what == "tree":
@@ -129,7 +132,11 @@ class Handler(BaseHTTPRequestHandler):
         return self.answer({"id": name, "sha": sha, "private": found.private, "siblings": files, "tags": []})
 
     def send_file(self, name, sha, path):
-        data = self.hub.repositories[name].commits[sha].get(path)
+        found = self.hub.repositories.get(name)
+        if found is None:
+            return self.answer({"error": "no repository"}, 404, {"X-Error-Code": "RepoNotFound"})
+        sha = found.refs.get(sha, sha)
+        data = found.commits[sha].get(path)
         if data is None:
             return self.answer({"error": "no file"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": sha, "Accept-Ranges": "bytes"}

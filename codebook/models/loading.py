@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, is_unreachable, quoted
 from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
@@ -98,9 +98,7 @@ def load_untested(
 
     device = check_loading(name, device, dtype, **options)
     try:
-        folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
-        files = _of_files(folder, options)
-        config = _check_config(name, folder, files)  # before gigabytes are read
+        folder, files, config = _located(name, options)  # before gigabytes are read
         if options.get("quantization_config") or getattr(config, "quantization_config", None):
             options.setdefault("device_map", {"": device})  # packed weights do not move afterwards
         # Without the config, the class of what also speaks is looked for.
@@ -167,9 +165,9 @@ def load_processor(name: str, **options: Any) -> tuple[Family, Processor]:
     """The family and the processor of a model, without its weights; arguments and errors as in `load`."""
     from transformers import AutoProcessor
 
-    folder, config = read_config_of(name, **options)
     try:
-        return family_of_config(config), AutoProcessor.from_pretrained(str(folder), **_of_files(folder, options))
+        folder, files, config = _located(name, options)
+        return family_of_config(config), AutoProcessor.from_pretrained(str(folder), **files)
     except CodebookError:
         raise
     except Exception as error:
@@ -190,21 +188,47 @@ def read_config_of(name: str, **options: Any) -> tuple[Path, PreTrainedConfig]:
         As `load` does, as far as that shows without the weights.
     """
     try:
-        folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
-        return folder, _check_config(name, folder, _of_files(folder, options))
+        folder, _, config = _located(name, options)
+        return folder, config
     except CodebookError:
         raise
     except Exception as error:
         raise CodebookError(_reason(name, error, options)) from None
 
 
-def _of_files(folder: Path, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments with which everything of one model is read: weights, config and processor."""
-    return {
-        "trust_remote_code": False,
-        "local_files_only": folder.is_dir(),
-        **{key: options[key] for key in OF_FILES if key in options},
-    }
+def _located(name: str, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any], PreTrainedConfig]:
+    """A model's folder or name on the hub, the arguments with which all its files are read, and its config."""
+    folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
+    files = {"trust_remote_code": False, **{key: options[key] for key in OF_FILES if key in options}}
+    if "local_files_only" not in files:
+        files["local_files_only"] = folder.is_dir() or not _hub_answers(name, files)
+    return folder, files, _check_config(name, folder, files)
+
+
+def _hub_answers(name: str, files: Mapping[str, Any]) -> bool:
+    """Whether the hub is reached, asked once. For each file that is not in the cache its client would ask six times.
+
+    Raises
+    ------
+    CodebookError
+        If it cannot be a name on the hub.
+    """
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HFValidationError
+
+    if Path(name).is_file():
+        raise CodebookError(f"cannot load {name}: it is a file; name the folder of the model's files")
+    try:
+        url = hf_hub_url(name, "config.json", revision=files.get("revision"))
+        get_hf_file_metadata(url, token=files.get("token"))
+    except HFValidationError:
+        raise CodebookError(
+            f"cannot load {name}: it is no folder and no name on the Hugging Face Hub; name `miniature`, a folder or "
+            "OWNER/NAME"
+        ) from None
+    except Exception as error:  # what else is wrong shows when the files are read
+        return not is_unreachable(error)
+    return True
 
 
 def check_device(device: str | None) -> str:
@@ -334,9 +358,16 @@ def _check_processor(name: str, model: Model, processor: Processor) -> None:
 
 
 def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:
+    from huggingface_hub import constants
+    from huggingface_hub.errors import LocalEntryNotFoundError
     from safetensors import SafetensorError
 
     text = _line(error, 200)
+    if any(isinstance(one, LocalEntryNotFoundError) for one in (error, error.__cause__, error.__context__)):
+        why = f"{constants.ENDPOINT} is not reached: check the name and the connection"
+        if constants.HF_HUB_OFFLINE or options.get("local_files_only"):
+            why = "nothing may be fetched (HF_HUB_OFFLINE, local_files_only)"
+        return f"cannot load {name}: it is no folder and not whole in the hub's cache, and {why}"
     if isinstance(error, ImportError) and "torchvision" in text.lower():
         return (
             f"the processor of {name} needs torchvision, which is not installed: install the torchvision that goes "

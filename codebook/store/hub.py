@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from codebook.errors import CodebookError, quoted, remedy_for
+from codebook.errors import CodebookError, is_unreachable, quoted, remedy_for
 from codebook.store.card import HUB_NAME, SHEET
 from codebook.store.files import LARGEST_JSON, LARGEST_LINES, one_line
 from codebook.store.folder import CARD, CONFIG, HORIZON_FILE, OPTIONAL, PROTOTYPES, PROVENANCE, read_folder
@@ -94,7 +94,7 @@ def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None
         try:
             found = HfApi(library_name=LIBRARY).dataset_info(name, revision=revision, files_metadata=True)
         except Exception as error:
-            if not _is_unreachable(error):
+            if not is_unreachable(error):
                 raise
             folder = Path(snapshot_download(name, local_files_only=True, **given))
             names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
@@ -178,7 +178,7 @@ def _check_repository(name: str, revision: str | None, token: str | bool | None)
             raise
         return False
     except Exception as error:
-        if _is_unreachable(error):
+        if is_unreachable(error):
             return False
         raise
     sizes = {file.rfilename: file.size or 0 for file in found.siblings or () if file.rfilename in SHARED}
@@ -212,23 +212,17 @@ def _download(name: str, revision: str | None, token: str | bool | None, **optio
     )
 
 
-def _is_unreachable(error: BaseException) -> bool:
-    """Whether a connection failed, or none is allowed. The HTTP library differs between versions of the hub's client,
-    and so do its errors, but not their names."""
-    names = {kind.__name__ for kind in type(error).__mro__}
-    return bool(names & {"OfflineModeIsEnabled", "TransportError"})
-
-
 def _explained(what: str, name: str, revision: str | None, error: Exception) -> CodebookError:
     """The error for what the hub's client raised."""
     from huggingface_hub import constants, errors
 
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) or _is_unreachable(error):
+    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) or is_unreachable(error):
+        missing = "" if what.startswith("push") else "it is not whole in the cache, and "
         if constants.HF_HUB_OFFLINE:
-            return CodebookError(f"cannot {what}: it is not in the cache, and HF_HUB_OFFLINE is set: unset it")
+            return CodebookError(f"cannot {what}: {missing}HF_HUB_OFFLINE is set: unset it")
         return CodebookError(
-            f"cannot {what}: it is not whole in the cache, and {constants.ENDPOINT} is not reached: check the "
-            "connection, and run the same command again"
+            f"cannot {what}: {missing}{constants.ENDPOINT} is not reached: check the connection, and run the same "
+            "command again"
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return CodebookError(f"cannot {what}: it has no revision {quoted(revision)}; name a branch, a tag or a commit")

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from codebook import CodebookError, Schedule, ask, models
 from codebook.miniature.scenes import scene
-from codebook.models.loading import SHIPPED_MODELS, load_processor
+from codebook.models.loading import SHIPPED_MODELS, load_processor, read_config_of
+from tests.hub import Hub, Repository, serving
 from tests.models.families import FAMILIES
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9737216\n"
@@ -268,9 +269,42 @@ def test_on_the_device_that_accelerate_chooses():
     assert answers[0].kept == answers[1].kept == answers[2].kept
 
 
+def test_a_model_of_the_hub_is_there_without_a_connection(monkeypatch):
+    files = {file.name: file.read_bytes() for file in SHIPPED_MODELS["miniature"].iterdir()}
+    hub = Hub({"owner/cached": Repository()})
+    hub.repositories["owner/cached"].commit(files)
+    with serving(hub):
+        fetched, _ = models.load("owner/cached", "cpu")
+        with pytest.raises(CodebookError, match="cannot load owner/none: owner/none is not a"):
+            models.load("owner/none", "cpu")
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the hub was asked again"))
+    again, processor = models.load("owner/cached", "cpu")
+    assert torch.equal(again.lm_head.weight, fetched.lm_head.weight) and processor.tokenizer.vocab_size > 100
+
+
+@pytest.mark.parametrize("read", [models.load, load_processor, read_config_of])
+def test_a_name_without_a_connection_is_one_quick_error(monkeypatch, capfd, read):
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("the hub was asked again"))
+    words = "cannot load owner/away: it is no folder and not whole in the hub's cache, and http.* is not reached"
+    with pytest.raises(CodebookError, match=words):
+        read("owner/away")
+    with pytest.raises(
+        CodebookError, match=r"owner/away: .* nothing may be fetched \(HF_HUB_OFFLINE, local_files_only"
+    ):
+        read("owner/away", local_files_only=True)
+    with pytest.raises(
+        CodebookError, match=r"cannot load \./a/b/c: it is no folder and no name on the Hugging Face Hub"
+    ):
+        read("./a/b/c")
+    with pytest.raises(CodebookError, match="it is a file; name the folder"):
+        read(__file__)
+    assert capfd.readouterr() == ("", "")
+
+
 def test_what_transformers_takes_is_passed_on(monkeypatch):
     """To the files that it is about: a revision is that of config and processor, too."""
     seen = {}
+    monkeypatch.setattr("codebook.models.loading._hub_answers", lambda name, files: True)
     monkeypatch.setattr("codebook.models.loading._check_config", lambda name, folder, files: seen.update(config=files))
     monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda name, **given: seen.update(processor=given))
     monkeypatch.setattr("codebook.models.loading._check_processor", lambda *given: None)
@@ -293,6 +327,7 @@ def test_what_transformers_takes_is_passed_on(monkeypatch):
 
 def test_a_processor_without_its_model_is_that_of_the_same_revision(monkeypatch):
     seen, said = {}, {"revision": "v1", "token": "secret"}
+    monkeypatch.setattr("codebook.models.loading._hub_answers", lambda name, files: True)
     config = FAMILIES["llava"].make().config
     monkeypatch.setattr(
         "codebook.models.loading._check_config", lambda name, folder, files: seen.update(config=files) or config

@@ -114,8 +114,10 @@ def test_offline(hub, shared, cache, monkeypatch):
     assert same(Codebook.from_pretrained(NAME, local_files_only=True), make())
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert same(Codebook.from_pretrained(NAME), make()) and not hub.asked
-    with pytest.raises(CodebookError, match="not in the cache, and HF_HUB_OFFLINE is set"):
+    with pytest.raises(CodebookError, match="not whole in the cache, and HF_HUB_OFFLINE is set"):
         Codebook.from_pretrained("someone/other")
+    with pytest.raises(CodebookError, match="cannot push to someone/other: HF_HUB_OFFLINE is set: unset it"):
+        make().push_to_hub("someone/other")
 
 
 def test_the_cache_serves_while_the_hub_is_out_of_order(hub, shared):
