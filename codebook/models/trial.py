@@ -22,6 +22,7 @@ from codebook.errors import CodebookError, quoted
 from codebook.models.base import Family, Model, Processor
 from codebook.models.coded import cell_scores, coded_pictures, plain_picture, still_tokens
 from codebook.models.decoding import position_axes
+from codebook.models.encoded import Encoded
 from codebook.models.entering import Entered, enter_decoder, projector_path, prompt_inputs, show, tower_path
 from codebook.models.generic import AROUND, Belief, Generic, Unproven, image_token
 from codebook.models.layout import Grid, Layout
@@ -330,26 +331,37 @@ def _test_large(model: Model, processor: Processor, family: Generic) -> None:
     if belief.sizes is not None:
         if belief.sizes not in inputs:
             raise Unproven(f"its processor does not make {quoted(belief.sizes)}")
-        expected = sum(belief.layout(*size).length for size in belief.encoded_sizes(inputs))
+        lengths = [belief.layout(*size).length for size in belief.encoded_sizes(inputs)]
     else:
-        pieces, length = len(inputs["pixel_values"]), belief.layout(*belief.grid).length
-        expected = pieces * length
+        lengths = [belief.layout(*belief.grid).length] * len(inputs["pixel_values"])
         if inputs["pixel_values"].shape[1:] != belief.shape:
             raise Unproven("large pictures are encoded at another size than small ones")
-    if count != expected:
-        raise Unproven(f"a large picture has {count} image tokens, where {expected} were believed")
-    if belief.sizes is None and pieces > 1:
-        _test_crops(model, inputs, length)
+    if count != sum(lengths):
+        raise Unproven(f"a large picture has {count} image tokens, where {sum(lengths)} were believed")
+    if len(lengths) > 1:
+        _test_crops(model, family, inputs, lengths)
 
 
-def _test_crops(model: Model, inputs: dict[str, Any], length: int) -> None:
-    pixels = inputs["pixel_values"]
+def _test_crops(model: Model, family: Generic, inputs: dict[str, Any], lengths: list[int]) -> None:
+    """Test that the tokens of all crops, so many of each, come in the order of their pixels.
+
+    Crops are numbered from 1. One forward for each binary digit turns the colours of those whose number has it; the
+    digits with which a crop's tokens change must then be its number. Tokens in the place of others would have those of
+    several numbers, or of another one: since every crop fills its place, no exchange has the right digits everywhere.
+    """
     whole = enter_decoder(model, inputs)
-    plain = whole.embeds[whole.visual].view(len(pixels), length, -1)
-    for piece in sorted({0, 1, len(pixels) - 1}):
-        changed = pixels.clone()
-        changed[piece] = -changed[piece]
-        other = enter_decoder(model, inputs | {"pixel_values": changed})
-        moved = (other.embeds[other.visual].view_as(plain) - plain).square().sum((1, 2))
-        if (moved > 1e-3 * moved.max()).nonzero().flatten().tolist() != [piece]:
-            raise Unproven("the tokens of a picture's crops do not come in the order of their pixels")
+    plain, numbers = whole.embeds[whole.visual], range(1, len(lengths) + 1)
+    moves = []
+    for digit in range(len(lengths).bit_length()):
+        changed = inputs | {"pixel_values": inputs["pixel_values"].clone()}
+        for number, pixels in zip(numbers, family.pixels(model, Encoded("image", changed)), strict=True):
+            if number >> digit & 1:
+                pixels.neg_()
+        other = enter_decoder(model, changed)
+        moved = (other.embeds[other.visual] - plain).square().sum(1)
+        moves.append(torch.stack([own.sum() for own in moved.split(lengths)]))
+    most = torch.stack(moves).amax(0)
+    turned = torch.stack(moves) > 1e-3 * most.clamp(min=1e-3 * float(most.max()))
+    found = [sum(int(on) << digit for digit, on in enumerate(own)) for own in turned.T.tolist()]
+    if found != list(numbers):
+        raise Unproven("the tokens of a picture's crops do not come in the order of their pixels")

@@ -10,7 +10,7 @@ import codebook
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import trial
-from codebook.models.generic import Around, Belief, Generic
+from codebook.models.generic import Around, Belief, Generic, Unproven
 from codebook.pruning import Cls, DivPrune, FarthestPoint, FastV, Random, Schedule, Stage
 from tests import reference
 from tests.models import cells
@@ -240,20 +240,42 @@ def test_features_in_another_order_are_refused(wrong):
         Schedule([Stage(0, 0.5, DivPrune())])(target)
 
 
-def test_crops_in_another_order_are_refused():
+@pytest.mark.parametrize("order", [[6, 5, 4, 3, 2, 1, 0], [0, 1, 3, 2, 4, 5, 6], [0, 1, 5, 3, 4, 2, 6]])
+def test_crops_in_another_order_are_refused(order):
+    """Also where the first two and the last are in their places."""
     tiny = FAMILIES["internvl"]
     target = tiny.make()
     encode, processor = target.model.get_image_features, Pictured(tiny, target)
 
     def turned(pixel_values, **options):
         out = encode(pixel_values=pixel_values, **options)
-        if options.get("return_dict") and len(pixel_values) % 2:  # crops of one picture, whose number is odd
-            out.pooler_output = out.pooler_output.flip(0)
+        if options.get("return_dict") and len(pixel_values) == 7:  # crops of one picture, and its whole view
+            out.pooler_output = out.pooler_output[order]
         return out
 
     target.model.get_image_features = turned
     report = trial.try_model(target, processor)
     assert "crops do not come in the order of their pixels" in report.reason
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "sizes"), [("lfm2_vl", "spatial_shapes"), ("qwen2_vl", "image_grid_thw")])
+def test_crops_with_sizes_of_their_own(name, sizes, monkeypatch):
+    """Rows of pixels for each crop, padded, and one row of all patches: in order, and two in each other's place."""
+    target, tiny = model(name, "sdpa", "cpu"), FAMILIES[name]
+    inputs = tiny.inputs([["image", 5, "image", 6, "image", 7, "image"]])
+    family = Generic(name, Belief(sizes, 2), "vision_tower", "multi_modal_projector", 1)
+    lengths = [family.belief.layout(*size).length for size in family.belief.encoded_sizes(inputs)]
+    assert len(lengths) == 4 and sum(lengths) == int((inputs["input_ids"] == IMAGE).sum())
+    trial._test_crops(target, family, inputs, lengths)
+    encode = target.model.get_image_features
+
+    def turned(pixel_values, *given, **options):
+        return encode(pixel_values.reshape(4, -1)[[0, 2, 1, 3]].view_as(pixel_values), *given, **options)
+
+    monkeypatch.setattr(target.model, "get_image_features", turned)
+    with pytest.raises(Unproven, match="crops do not come in the order"):
+        trial._test_crops(target, family, inputs, lengths)
 
 
 def test_newlines_that_are_misread_are_refused():
