@@ -43,7 +43,7 @@ def load_samples(
         Which of the embedded model's samples.
     """
     if is_miniature(name):
-        samples = _made(split, name.partition(":")[2], count, seed)
+        samples = _own_samples(split, name.partition(":")[2], count, seed)
     elif is_file(Path(name)):
         samples = read_samples(Path(name), rule)
     else:
@@ -67,10 +67,10 @@ def load_data(
 
 
 def _held_out(family: str, count: int | None, seed: int) -> list[Sample]:
-    return _made("test", family, count or 100, seed)
+    return _own_samples("test", family, count or 100, seed)
 
 
-def _made(split: str, family: str, count: int, seed: int) -> list[Sample]:
+def _own_samples(split: str, family: str, count: int, seed: int) -> list[Sample]:
     if family == TURNS:
         return of_turns(split, seed, count)
     return of_miniature(split, seed, count, [family] if family else TASK_FAMILIES)

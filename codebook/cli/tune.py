@@ -158,7 +158,7 @@ def _samples(
             f"{usable} questions are too few to tune with: give {FEWEST_QUESTIONS} images, or more --data, and a "
             f"--count of {FEWEST_QUESTIONS // 2} at least"
         )
-    check_sample_count(mixed([samples[row] for row in _halves(samples, count)[0]], seed))
+    check_sample_count(mixed([samples[row] for row in _two_halves(samples, count)[0]], seed))
     return samples
 
 
@@ -184,7 +184,7 @@ def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, load
         for i, sample in enumerate(samples)
         if (text := texts.get(id(sample), sample.answer)) and text.strip()
     ]
-    for file, half in zip(files, _halves([sample for _, sample, _ in answered], count), strict=True):
+    for file, half in zip(files, _two_halves([sample for _, sample, _ in answered], count), strict=True):
         lines = []
         for i, sample, text in (answered[row] for row in half):
             answers = list(sample.answers) or [text]
@@ -194,7 +194,7 @@ def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, load
     return labels, [str(file) for file in files]
 
 
-def _halves(samples: Sequence[Sample], count: int) -> tuple[list[int], list[int]]:
+def _two_halves(samples: Sequence[Sample], count: int) -> tuple[list[int], list[int]]:
     """Rows of the samples to calibrate and to measure with: of each task in turns, and at most `count` for each."""
     halves: tuple[list[int], list[int]] = [], []
     seen = Counter[str]()
