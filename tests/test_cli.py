@@ -176,6 +176,13 @@ def test_impossible_keep(refused, keep):
     refused("prune", "miniature", "--image", "x.png", "--ask", "?", "--keep", keep, words=["keep must be", keep])
 
 
+def test_a_count_and_an_empty_method_are_not_taken_for_something_else(refused):
+    ask = ["prune", "miniature", "--image", "x.png", "--ask", "?"]
+    refused(*ask, "--keep", "64", words=["a count is said in a schedule, without a point, as in random:64"])
+    for option in ("--method", "--schedule"):  # as a script has it whose variable is not set
+        refused(*ask, option, "", words=["write method[(option=value)][@layer][:keep][+mass]"])
+
+
 @pytest.mark.parametrize(
     "options,words",
     [
@@ -271,7 +278,8 @@ def test_build_skips_broken_images_and_says_so(run, refused, tmp_path):
     refused(*build(images, tmp_path / "strict", *loose, "--strict"), words=["000001-cut.png"])
     code, out, err = run(*build(images, tmp_path / "book", *loose, "--json"))
     report = json.loads(out)
-    assert code == 0 and "000001-cut.png" in err and report["skipped"] == ["000001-cut.png"] and report["used"] == 3
+    assert code == 0 and "skipped unreadable image: 000001-cut.png (image file is truncated)" in err
+    assert report["skipped"] == ["000001-cut.png"] and report["used"] == 3
     assert list(report["funnel"]) == ["probed", "isolated", "P1", "JSD", "recurrent"]
     assert report["prototypes"] == len(Codebook.load(tmp_path / "book")) == report["funnel"]["recurrent"] > 0
     code, out, _ = run("inspect", tmp_path / "book")

@@ -459,7 +459,7 @@ class _Build:
         forget(self.out, self.journals)
         first, error = next(iter(sorted(errors.items())))
         return CodebookError(
-            f"none of the {len(errors)} images can be read, {first} first ({error}): give whole images"
+            f"no image can be read, of {len(errors)}: {first} ({error}) is the first; give whole images"
         )
 
     def _nothing_left(self, funnel: dict[str, int]) -> CodebookError:

@@ -139,7 +139,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
         with Live(Group(bar, below), console=Console(stderr=True)):
 
             def draw(done: int, note: str = "") -> None:
-                bar.update(task, completed=done, speed=f"{speed(done):.1f} {unit}/s")
+                bar.update(task, completed=done, speed=f"{rate:.1f} {unit}/s" if (rate := speed(done)) else "")
                 below.plain = note
 
             yield draw
@@ -152,9 +152,10 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
         if now - last[0] < LINE_SECONDS and done < total:
             return
         last[0] = now
+        pace = f", {rate:.1f} {unit}/s" if rate else ""  # of what is done at the first sight of it nothing is known
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
         print(
-            f"{label}: {done}/{total}, {rate:.1f} {unit}/s{left}{'; ' if note else ''}{note}",
+            f"{label}: {done}/{total}{pace}{left}{'; ' if note else ''}{note}",
             file=sys.stderr,
             flush=True,
         )

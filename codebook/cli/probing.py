@@ -11,6 +11,8 @@ from codebook.cli.options import Loading, Probing
 from codebook.cli.output import note
 from codebook.errors import CodebookError, printable
 from codebook.store.codebook import Codebook
+from codebook.store.files import read_lines
+from codebook.store.folder import IMAGE_RECORDS
 
 
 def build_options(
@@ -50,11 +52,21 @@ def model_of(book: Codebook, folder: Path, named: str | None) -> str:
     return named or own
 
 
+def _unread(folder: Path) -> dict[str, str]:
+    """Why images of a codebook's build could not be read, by their names, where its folder says so."""
+    if not (folder / IMAGE_RECORDS).is_file():
+        return {}
+    records = (record for _, record in read_lines(folder / IMAGE_RECORDS, "build it again"))
+    return {record["image"]: record["error"] for record in records if "error" in record}
+
+
 def report_codebook(book: Codebook, out: Path, as_json: bool, source: building.Source | None = None) -> None:
     """Say what a new codebook holds, and which images were left out."""
     used = book.config["images"]
+    reasons = _unread(out) if used["skipped"] else {}
     for skipped in used["skipped"]:
-        note(f"skipped unreadable image: {skipped}")
+        why = f" ({reasons[skipped]})" if skipped in reasons else ""
+        note(f"skipped unreadable image: {skipped}{why}")
     if duplicates := used.get("duplicates"):
         note(f"counted once: {duplicates} files are exact copies of others")
     if source is not None and source.left_out:

@@ -95,7 +95,7 @@ def prune_command(
         return
     if model is None:
         raise CodebookError("name a model (`miniature`, a folder or a hub name), or give --tokens")
-    plan = Plan(schedule or DEFAULT, keep, positions, codebook, seed)
+    plan = Plan(DEFAULT if schedule is None else schedule, keep, positions, codebook, seed)
     if source is not None:
         from codebook.cli.prune_file import prune_file
 
@@ -142,7 +142,7 @@ def prune_command(
     print(answer.text)
     note(summary(report, [len(kept) for kept in answer.kept]))
     if show is not None:
-        note(f"picture: {show}")
+        note(f"picture: {', '.join(map(str, shown))}")
 
 
 def _refuse_beside(option: str, others: dict[str, Any]) -> None:

@@ -122,7 +122,11 @@ def serve_command(
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT
 
-    plan = None if model is None else Plan(schedule or DEFAULT, keep, None, next(iter(unnamed), None), seed)
+    plan = (
+        None
+        if model is None
+        else Plan(DEFAULT if schedule is None else schedule, keep, None, next(iter(unnamed), None), seed)
+    )
     if model is not None:
         from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
 
@@ -208,7 +212,8 @@ def _serve_on_vllm(
         raise CodebookError(f"--engine {VLLM} prunes with one codebook and scores none: write --codebook DIR, once")
     check_dtype(dtype)
     serve_on_vllm(
-        model, method or DEFAULT, KEEP if keep is None else keep, Path(codebooks[0]) if codebooks else None, pull,
+        model, DEFAULT if method is None else method, KEEP if keep is None else keep,
+        Path(codebooks[0]) if codebooks else None, pull,
         host=host, port=port, dtype=dtype, hosts=read_hosts(allow_urls), api_key=_api_key(api_key_file),
         more=engine_args or "",
     )  # fmt: skip

@@ -134,4 +134,7 @@ def check_keep(keep: Keep) -> None:
     fraction = isinstance(keep, float) and math.isfinite(keep) and 0 < keep <= 1
     count = isinstance(keep, int) and not isinstance(keep, bool) and keep >= 1
     if not fraction and not count:
-        raise CodebookError(f"keep must be a fraction in (0, 1] or a count of tokens, 1 or more; not {keep}")
+        # On the command line a keep is a float whatever is written.
+        count = isinstance(keep, float) and keep >= 1 and keep.is_integer()
+        how = f"; a count is said in a schedule, without a point, as in random:{keep:.0f}" if count else ""
+        raise CodebookError(f"keep must be a fraction in (0, 1] or a count of tokens, 1 or more; not {keep}{how}")

@@ -41,6 +41,10 @@ HEAD = 32
 """Bytes of a file that tell its format."""
 
 
+class _Beyond(ValueError):
+    """What is wrong with a picture that is whole, and what to do: it is beyond the limits."""
+
+
 def read_image(source: Path | str | bytes, name: str | None = None) -> Picture.Image:
     """A picture as RGB, as a person sees it; the same wherever the package reads one.
 
@@ -139,7 +143,8 @@ def _open_picture(
         raise CodebookError(f"no such {kind}: {name}") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or one_line(error)
-        raise CodebookError(f"cannot read {kind} {name}: {reason}; {remedy}") from None
+        advice = "" if isinstance(error, _Beyond) else f"; {remedy}"
+        raise CodebookError(f"cannot read {kind} {name}: {reason}{advice}") from None
 
 
 @contextlib.contextmanager
@@ -156,16 +161,18 @@ def _open_bytes(data: bytes, most_pixels: int = MOST_PIXELS) -> Iterator[Picture
     except Picture.UnidentifiedImageError:  # it names the object that held the bytes, which differs from run to run
         raise ValueError("not an image") from None
     except Picture.DecompressionBombError:
-        raise ValueError(f"too many pixels, and at most {MOST_PIXELS:,} are read: scale it down") from None
+        raise _Beyond(f"too many pixels, and at most {MOST_PIXELS:,} are read: scale it down") from None
+    except _Beyond:
+        raise
     except Exception as error:  # damaged files make PIL's decoders raise nearly anything
         raise ValueError(one_line(error)) from None
 
 
 def _check_pixels(width: int, height: int, most: int) -> None:
     if width * height > most:
-        raise ValueError(f"{width} x {height} pixels, and at most {most:,} are read: scale it down")
+        raise _Beyond(f"{width} x {height} pixels, and at most {most:,} are read: scale it down")
     if max(width, height) > LONGEST_SHAPE * min(width, height):
-        raise ValueError(f"{width} x {height} pixels, and one side may be {LONGEST_SHAPE} times the other: cut it")
+        raise _Beyond(f"{width} x {height} pixels, and one side may be {LONGEST_SHAPE} times the other: cut it")
 
 
 def upright_rgb(picture: Picture.Image) -> Picture.Image:

@@ -49,4 +49,13 @@ def test_a_script_that_sets_no_level_sees_progress(capfd, monkeypatch):
     monkeypatch.setattr(logging.getLogger("codebook"), "level", logging.NOTSET)
     with progress("work", 2, "parts") as tick:
         tick(2)
-    assert capfd.readouterr().err.startswith("work: 2/2")
+    assert capfd.readouterr().err == "work: 2/2\n"  # of a speed nothing is known yet
+
+
+def test_progress_says_how_fast_it_is_once_that_is_known(capfd, monkeypatch):
+    now = iter([0.0, 100.0, 100.0, 102.0, 102.0])
+    monkeypatch.setattr("codebook.cli.output.time.monotonic", lambda: next(now))
+    with progress("work", 9, "parts") as tick:  # at 0 s
+        tick(1, "begun")  # of an earlier run, at 100 s
+        tick(9)  # eight more within 102 s
+    assert capfd.readouterr().err == "work: 1/9; begun\nwork: 9/9, 0.1 parts/s\n"

@@ -157,7 +157,7 @@ def png(width, height):
     [
         (178_000_000, 1, "178000000 x 1 pixels, and at most 89,478,485"), (30_000, 30_000, "at most 89,478,485"),
         (2_000_000_000, 2_000_000_000, "pixels|size"), (80_000_000, 1, "200 times the other"),
-        (1, 201, "200 times the other"),
+        (1, 201, "200 times the other: cut it$"), (9500, 9500, "at most 89,478,485 are read: scale it down$"),
     ],
 )  # fmt: skip
 def test_promises_of_too_many_pixels(width, height, message, recwarn):
