@@ -70,6 +70,8 @@ def test_images_keep_by_their_spread(run, scenes, tmp_path):
     assert kept[0] == 18 < kept[1] and "counts" not in report  # half of 36: nothing is as plain as gray
     code, _, err = run(*ask, "--schedule", "seeded; spread=codebook", "--keep", 0.25)
     assert code == 0 and f"kept {kept[0]}, {kept[1]}, {kept[2]} of 144" in err
+    code, _, err = run(*ask, "--show", tmp_path / "kept.png")
+    assert code == 0 and f"picture: {tmp_path}/kept.png, {tmp_path}/kept-2.png, {tmp_path}/kept-3.png" in err
     (tmp_path / "in.jsonl").write_text(json.dumps({"image": str(plain), "question": "describe."}))
     files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
     code, _, err = run("prune", "miniature", *files, "--schedule", "seeded; spread=codebook", "--keep", 0.25)

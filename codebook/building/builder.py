@@ -458,9 +458,8 @@ class _Build:
     def _none_read(self, errors: dict[str, str]) -> CodebookError:
         forget(self.out, self.journals)
         first, error = next(iter(sorted(errors.items())))
-        return CodebookError(
-            f"no image can be read, of {len(errors)}: {first} ({error}) is the first; give whole images"
-        )
+        more = f" and {len(errors) - 1} more" if len(errors) > 1 else ""
+        return CodebookError(f"no image can be read: {first} ({error}){more}; give whole images")
 
     def _nothing_left(self, funnel: dict[str, int]) -> CodebookError:
         counts = ", ".join(f"{step} {count}" for step, count in funnel.items())

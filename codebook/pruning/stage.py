@@ -125,7 +125,7 @@ def check_stage(layer: int, keep: Keep | None, mass: Mass, pruner: Pruner | Meth
         raise CodebookError(f"{name} needs what a layer has made of the tokens: use it at layer 1 or later")
     if layer and pruner.before_llm:
         raise CodebookError(
-            f"{name} encodes the image anew, and works before the LLM only: it cannot be at layer {layer}"
+            f"{name} encodes the image anew, and works before the LLM only: leave it out of later layers"
         )
 
 

@@ -80,7 +80,7 @@ def test_other_methods_are_tried_in_the_deep_stage(model):
     ("drop", "tried as it is: leave 'drop' out"),
     ("random@0", "before the LLM: name a layer"),
     ("downsample", "downsample encodes the image anew, and works before the LLM only"),
-    ("downsample@5", "cannot be at layer 5"),
+    ("downsample@5", "leave it out of later layers"),
     ("codebook-threshold", "decides itself how many"),
     ("vtw", "vtw is a preset and stands alone"),
 ])  # fmt: skip
