@@ -182,7 +182,7 @@ def test_a_count_and_an_empty_method_are_not_taken_for_something_else(refused):
     ask = ["prune", "miniature", "--image", "x.png", "--ask", "?"]
     refused(*ask, "--keep", "64", words=["a count is said in a schedule, without a point, as in random:64"])
     for option in ("--method", "--schedule"):  # as a script has it whose variable is not set
-        refused(*ask, option, "", words=["write method[(option=value)][@layer][:keep][+mass]"])
+        refused(*ask, option, "", words=["write method[(option=value)][@layer][:keep]"])
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,6 @@ and task. So the deep stage is searched for on a calibration set, by successive 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,7 @@ from codebook.pruning import Schedule, remember
 from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.presets import SCHEDULE_PRESETS, expand
 from codebook.pruning.stage import Keep, check_stage
-from codebook.pruning.text import DROP, StageText, read_text
+from codebook.pruning.text import DROP, StageText, cut_mass, read_text, spell_mass
 from codebook.pruning.tokens import digest_rows
 from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
@@ -239,10 +238,9 @@ def _deep_stages(text: str, at: Sequence[int], first: int, layers: int) -> list[
     layer = check_deep(text).layer
     if layer is not None and not first < layer < layers:
         raise CodebookError(f"the deep stage {quoted(text)} can be at layers {first + 1} to {layers - 1}")
-    method = re.sub(r"\+\s*mass\s*$", "", text)
-    mass = "" if method == text else "+mass"
+    method, mass = cut_mass(text.strip())
     places = [method] if layer is not None else [f"{method}@{layer}" for layer in at]
-    return [f"{place}:{share}{mass}" for place in places for share in SHARES]
+    return [f"{place}:{share}{spell_mass(mass)}" for place in places for share in SHARES]
 
 
 def most_answers(candidates: int, samples: Sequence[Sample]) -> int:

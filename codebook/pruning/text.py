@@ -182,6 +182,14 @@ def split(text: str, separator: str) -> list[tuple[int, str]]:
     return [*pieces, (start, text[start:])]
 
 
+def cut_mass(text: str) -> tuple[str, Mass]:
+    """A stage's text without what it says of its `mass` at its end, and that."""
+    for word, said in (("mass", True), (DISTANCE, DISTANCE)):
+        if text.endswith(word) and (before := text[: -len(word)].rstrip()).endswith("+"):
+            return before[:-1].rstrip(), said
+    return text, False
+
+
 def spell_mass(mass: Mass) -> str:
     """What a stage's text says of its `mass`, at its end."""
     return ("+distance" if mass == DISTANCE else "+mass") if mass else ""
@@ -219,11 +227,7 @@ def _cut_stage(text: str) -> tuple[str, str, str | None, str | None, Mass]:
     Every step looks for one character or one end of what is left: a regular expression for the whole would try all ways
     to share blanks between its parts.
     """
-    mass: Mass = False
-    for word, said in (("mass", True), (DISTANCE, DISTANCE)):
-        if text.endswith(word) and (before := text[: -len(word)].rstrip()).endswith("+"):
-            text, mass = before[:-1].rstrip(), said
-            break
+    text, mass = cut_mass(text)
     end = next((i for i, character in enumerate(text) if character in "(@:"), len(text))
     method, rest = text[:end].strip(), text[end:]
     options = ""

@@ -76,6 +76,11 @@ def test_other_methods_are_tried_in_the_deep_stage(model):
         candidate_schedules(model, "random; quotas=shared", 0.25, deep=["vidcom2"])
 
 
+def test_deep_stages_have_the_mass_that_is_written(model):
+    _, found = candidate_schedules(model, "random", 0.25, deep=["restore", "uniform + distance"], at=[5], drop=False)
+    assert len([s for s in found if s.stages[1].mass == "distance"]) == 8
+
+
 @pytest.mark.parametrize(("text", "words"), [
     ("drop", "tried as it is: leave 'drop' out"),
     ("random@0", "before the LLM: name a layer"),
