@@ -2,6 +2,7 @@
 
     python -m benchmarks.experiments.experiments --out experiments.jsonl --count 100
     python -m benchmarks.experiments.experiments --out deep.jsonl --groups deep --horizon 9 --families count ocr cap
+    python -m benchmarks.experiments.experiments --out films.jsonl --model eyes --groups films --families video
 
 New questions about new scenes of the miniature's training split, so that nothing is chosen by looking at the test
 split. Every row runs at every budget, averaged over the layers; one that is out of a row's reach is left out. Each
@@ -18,9 +19,10 @@ from benchmarks.experiments import trials
 from codebook import Merged, Pruner, Schedule, SeededFarthestPoint, load, miniature, models, prebuilt
 from codebook.cli.output import progress
 from codebook.errors import CodebookError
-from codebook.evaluation import Scores, accuracy_table, mean, scored
-from codebook.inference.respond import Policy, Response, respond
+from codebook.evaluation import Scores, accuracy_table, mean, scored, standard_error
+from codebook.inference.respond import BATCH_SIZE, Policy, Response, respond
 from codebook.inference.samples import Sample
+from codebook.inference.uncertainty import NORMAL_QUANTILE
 from codebook.miniature.samples import of_questions
 from codebook.pruning.presets import HORIZON, scaled
 
@@ -83,6 +85,7 @@ GROUPS = {
     ),
     "median": ("divprune+mass", "divprune-merged+mass", "restore", OWN[1], f"{OWN[1]}, median"),
     "signals": (OWN[1], *(f"{OWN[1]}, by {signal} 1.0" for signal in trials.SIGNALS)),
+    "films": (OWN[1], *(f"{OWN[1]}, film {trial}" for trial in trials.FILMS)),
 }
 
 
@@ -97,6 +100,8 @@ def schedules(
 
     def replaced(pruner: Pruner, trial: str, keep: int) -> tuple[Pruner, int | None]:
         kind, _, number = trial.rpartition(" ")
+        if trial.startswith("film "):
+            return trials.Film(shipped, **trials.FILMS[trial.removeprefix("film ")]), keep
         if trial == "merged":
             return trials.Merged(pruner), keep
         if trial == "median":
@@ -134,16 +139,21 @@ def schedules(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a finished batch")
+    parser.add_argument("--model", default="miniature", choices=("miniature", "eyes"))
+    parser.add_argument("--dtype", default="float32", help="of the model, as bfloat16")
+    parser.add_argument("--rows", nargs="+", help="only these of the groups' rows")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--families", nargs="+", choices=miniature.TASK_FAMILIES, default=list(miniature.TASK_FAMILIES))
     parser.add_argument("--count", type=int, default=100, help="questions a family")
     parser.add_argument("--seed", type=int, default=0, help="of the questions")
+    parser.add_argument("--batch", type=int, default=BATCH_SIZE, help="questions a batch")
     parser.add_argument("--books", type=Path, default=Path("books"), help="folder for the codebooks that are tried")
     parser.add_argument("--horizon", type=int, help="layer of the deep stages; default: 20 of 32")
     options = parser.parse_args()
-    model, processor = load("miniature")
+    model, processor = load(options.model, dtype=options.dtype)
     named = list(dict.fromkeys(row for group in options.groups for row in GROUPS[group]))  # some are in two groups
+    named = [row for row in named if options.rows is None or row in options.rows]
     horizon = options.horizon or scaled(HORIZON, models.shape(model).layers)
     found = schedules(model, processor, named, options.keep, horizon, options.books)
     plans: dict[str, Policy] = {name: partial(_always, schedule) for name, schedule in found.items()}
@@ -153,7 +163,7 @@ def main() -> None:
         for question in miniature.tasks(family, "train", options.seed, options.count)
     )
     with progress("answer", len(plans) * len(questions), "answers") as tick:
-        said = respond(model, processor, questions, plans, options.out, tick)
+        said = respond(model, processor, questions, plans, options.out, tick, batch=options.batch)
     show(questions, said, options.keep)
 
 
@@ -169,10 +179,20 @@ def show(questions: list[Sample], said: dict[str, list[Response]], keeps: list[f
         print(f"\nkeep {keep}\n")
         best_first = dict(sorted(own.items(), key=lambda item: -mean(item[1])))
         print(accuracy_table({"unpruned": results["unpruned"], **best_first}))
+        for name, scores in best_first.items():
+            if OWN[1] in own and name != OWN[1]:
+                print(f"{name}: {_apart(scores, own[OWN[1]])}")
         for name in own:
             if ", by " in name:
                 kept = [one.counts[-1] / one.counts[0] for one in said[f"{keep} {name}"]]
                 print(f"\n{name}: kept {sum(kept) / len(kept):.4f}, from {min(kept):.4f} to {max(kept):.4f}")
+
+
+def _apart(scores: Scores, other: Scores) -> str:
+    """The paired difference of two rows' means, in points, with its 95% interval."""
+    apart = {task: [a - b for a, b in zip(own, other[task], strict=True)] for task, own in scores.items()}
+    error = standard_error(apart)
+    return f"{100 * mean(apart):+.1f} ± {'unknown' if error is None else format(100 * NORMAL_QUANTILE * error, '.1f')}"
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -16,8 +17,10 @@ from codebook.building.pool import SurvivorPool
 from codebook.building.presets import preset
 from codebook.cli.output import progress
 from codebook.miniature.samples import of_miniature
-from codebook.pruning.methods.base import group_means, nearest_kept, unit_range
+from codebook.pruning.methods.base import FramePruner, group_means, nearest_kept, unit_range, whole_frames
 from codebook.pruning.methods.combine import Combination
+from codebook.pruning.methods.farthest import farthest_points
+from codebook.pruning.methods.vidcom2 import divided
 
 IMAGES = 120
 """Training scenes of each codebook: those of the one that ships."""
@@ -109,6 +112,95 @@ class Asked(Pruner):
             gain[chosen] = -1.0
             chosen.append(int(gain.argmax()))
         return torch.tensor(sorted(chosen))
+
+
+@dataclass(frozen=True)
+class Film(FramePruner):
+    """`SeededFarthestPoint` of a film's frames; only before any other stage.
+
+    Attributes
+    ----------
+    codebook
+        Prototypes, which count as chosen.
+    counted
+        What else counts as chosen for the tokens of a frame, beside what is kept of it. `kept`: all that earlier frames
+        keep. `place`: the token at the same place of the frame before. `near`: the nine around it. Anything else:
+        nothing.
+    joint
+        Whether all tokens of the film compete for one budget, and with `kept` all frames count for each other.
+    shares
+        How frames share the budget where they do not compete. `change`: in proportion to how much each differs from
+        the one before, by mean cosine distance; the first counts as the others' mean. `ends`: the first and the last
+        have all. Anything else: equally.
+    representatives
+        As in `SeededFarthestPoint`, of each frame.
+    """
+
+    codebook: Codebook
+    counted: str = ""
+    joint: bool = False
+    shares: str = ""
+    representatives: int = 4
+
+    def select_frames(self, frames: Sequence[VisualTokens], keep: int) -> list[Tensor]:
+        x, grid = whole_frames(frames), frames[0].grid
+        count, size = x.shape[:2]
+        unit = normalize(x, dim=-1)
+        nearest = self.codebook.redundancy(x)
+        similarity = (unit.flatten(0, 1) @ unit.flatten(0, 1).T).unflatten(0, (count, size)).unflatten(2, (count, size))
+        if self.counted in ("place", "near"):
+            counts = around(grid, 0 if self.counted == "place" else 1)
+            for t in range(1, count):
+                before = similarity[t, :, t - 1].masked_fill(~counts, -1).amax(1)
+                nearest[t] = torch.maximum(nearest[t], before)
+        if self.joint:
+            if self.counted != "kept":
+                similarity = similarity.clone()
+                for t in range(count):
+                    similarity[t, :, :t] = similarity[t, :, t + 1 :] = -1
+            every = similarity.reshape(1, count * size, count * size)
+            kept = farthest_points(every, nearest.flatten()[None], keep, self.representatives * count)[0]
+            return [kept[kept // size == t] - t * size for t in range(count)]
+        chosen: list[Tensor] = []
+        for t, own in enumerate(divided(keep, self._weights(unit), [size] * count)):
+            if not own:
+                chosen.append(torch.arange(0))
+                continue
+            near = nearest[t]
+            if self.counted == "kept" and t:
+                near = torch.maximum(near, torch.cat([similarity[t, :, s, chosen[s]] for s in range(t)], 1).amax(1))
+            within = similarity[t, :, t].contiguous()
+            chosen.append(farthest_points(within[None], near[None], own, self.representatives)[0])
+        return chosen
+
+    def _weights(self, unit: Tensor) -> list[float]:
+        count = len(unit)
+        if self.shares == "ends":
+            return [1.0 if t in (0, count - 1) else 1e-9 for t in range(count)]
+        if self.shares != "change" or count == 1:
+            return [1.0] * count
+        change = 1 - (unit[1:] * unit[:-1]).sum(-1).mean(1)
+        return torch.cat([change.mean()[None], change]).clamp(min=1e-6).tolist()
+
+
+def around(grid: tuple[int, int], reach: int) -> Tensor:
+    """(n, n) bool: which tokens of a grid are no more than `reach` rows and columns from each."""
+    row, column = torch.arange(grid[0] * grid[1]) // grid[1], torch.arange(grid[0] * grid[1]) % grid[1]
+    return ((row[:, None] - row).abs() <= reach) & ((column[:, None] - column).abs() <= reach)
+
+
+FILMS = {
+    "kept": {"counted": "kept"},
+    "place": {"counted": "place"},
+    "near": {"counted": "near"},
+    "kept joint": {"counted": "kept", "joint": True},
+    "joint": {"joint": True},
+    "place joint": {"counted": "place", "joint": True},
+    "near joint": {"counted": "near", "joint": True},
+    "by change": {"shares": "change"},
+    "ends": {"shares": "ends"},
+}
+"""What is tried with films, by what the rows of `experiments.py` call it."""
 
 
 @dataclass(frozen=True)
