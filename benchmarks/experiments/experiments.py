@@ -141,7 +141,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, one a finished batch")
     parser.add_argument("--model", default="miniature", choices=("miniature", "eyes"))
     parser.add_argument("--dtype", default="float32", help="of the model, as bfloat16")
-    parser.add_argument("--rows", nargs="+", help="only these of the groups' rows")
     parser.add_argument("--groups", nargs="+", choices=list(GROUPS), default=list(GROUPS))
     parser.add_argument("--keep", type=float, nargs="+", default=list(KEEPS))
     parser.add_argument("--families", nargs="+", choices=miniature.TASK_FAMILIES, default=list(miniature.TASK_FAMILIES))
@@ -153,7 +152,6 @@ def main() -> None:
     options = parser.parse_args()
     model, processor = load(options.model, dtype=options.dtype)
     named = list(dict.fromkeys(row for group in options.groups for row in GROUPS[group]))  # some are in two groups
-    named = [row for row in named if options.rows is None or row in options.rows]
     horizon = options.horizon or scaled(HORIZON, models.shape(model).layers)
     found = schedules(model, processor, named, options.keep, horizon, options.books)
     plans: dict[str, Policy] = {name: partial(_always, schedule) for name, schedule in found.items()}
