@@ -281,3 +281,22 @@ def nearest_kept(values: Tensor, index: Tensor) -> Tensor:
     with torch.autocast(values.device.type, enabled=False):  # whose products would be in half precision
         nearest = (values @ normalize(values.index_select(0, index), dim=-1).T).argmax(1)
     return nearest.index_copy_(0, index, torch.arange(len(index), device=index.device))
+
+
+def middles(groups: Tensor, count: int) -> Tensor:
+    """The middle member of each group of tokens in raster order; of an even number, the former of two.
+
+    Parameters
+    ----------
+    groups : (n,) int64
+        Which of the groups each token is of, as `nearest_kept` gives it; none is empty.
+    count
+        How many groups there are.
+
+    Returns
+    -------
+    (count,) int64
+    """
+    order = groups.argsort(stable=True)
+    begins = torch.searchsorted(groups[order], torch.arange(count + 1, device=groups.device))
+    return order[(begins[:-1] + begins[1:] - 1) // 2]

@@ -19,6 +19,7 @@ class DivPrune(Farthest):
     """
 
     centred: bool = False
+    middle: bool = False
 
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         itself = similarity.diagonal()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.pruning.methods.base import FeaturePruner, gram, option
+from codebook.pruning.methods.base import FeaturePruner, gram, middles, nearest_kept, option
 from codebook.pruning.methods.centring import centred_gate
 
 if TYPE_CHECKING:
@@ -33,10 +33,15 @@ class Farthest(FeaturePruner):
     centred
         Compare the tokens less the image's mean, and let a token's distance count times its gate (`centred_gate`,
         Cen-Prune).
+    middle
+        Keep the middle one of those that each chosen token stands for in its place (`middles`). What is furthest is an
+        extreme of what is alike, now at its top and now at its bottom, so that the order of what stays is not that of
+        the things in the image.
     """
 
     representatives: int = 0
     centred: bool = False
+    middle: bool = False
 
     @abstractmethod
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
@@ -66,7 +71,11 @@ class Farthest(FeaturePruner):
             nearest = torch.stack([nearest for _, nearest, _ in views])
             gates = [gate for _, _, gate in views if gate is not None]
             gate = torch.stack(gates) if gates else None
-            chosen.append(farthest_points(similarity, nearest, keep, self.representatives, gate))
+            index = farthest_points(similarity, nearest, keep, self.representatives, gate)
+            if self.middle:
+                groups = (nearest_kept(own, kept) for own, kept in zip(part, index, strict=True))
+                index = torch.stack([middles(group, keep).sort().values for group in groups])
+            chosen.append(index)
         return torch.cat(chosen)
 
     def _view(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -82,13 +91,14 @@ class FarthestPoint(Farthest):
 
     representatives: int = option(0, 0)
     centred: bool = False
+    middle: bool = False
 
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         return beginning_at(_likeness_to_mean(features).argmin(keepdim=True), similarity)
 
     def select_each(self, features: Tensor, keep: int) -> Tensor:
         least, per_kept = ROW_BY_ROW
-        if self.representatives or self.centred or features.shape[1] <= max(least, per_kept * keep):
+        if self.representatives or self.centred or self.middle or features.shape[1] <= max(least, per_kept * keep):
             return super().select_each(features, keep)
         return torch.stack([_row_by_row(own, keep) for own in features])
 
@@ -126,6 +136,7 @@ class SeededFarthestPoint(Farthest):
     codebook: Codebook
     representatives: int = option(4, 0)
     centred: bool = False
+    middle: bool = False
 
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         return self.codebook.redundancy(features)

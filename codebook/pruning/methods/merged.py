@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from codebook.pruning.methods.base import Pruner, group_means, nearest_kept
+from codebook.pruning.methods.base import Pruner, group_means, middles, nearest_kept
 from codebook.pruning.methods.combine import Combination
 from codebook.pruning.tokens import VisualTokens
 
@@ -46,8 +46,6 @@ class Merged(Combination):
     def _merged(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
         """The middle members of the groups, (keep,) int64 ascending, and of which of these each token is, (n,)."""
         group = nearest_kept(tokens.hidden, self.first.select(tokens, keep))
-        order = group.argsort(stable=True)
-        begins = torch.searchsorted(group[order], torch.arange(keep + 1, device=group.device))
-        middle = order[(begins[:-1] + begins[1:] - 1) // 2]
+        middle = middles(group, keep)
         index = middle.sort().values
         return index, torch.searchsorted(index, middle)[group]
