@@ -48,8 +48,10 @@ MASSES: tuple[Mass, ...] = (False, True, DISTANCE)
 WITH_MASS: dict[str, tuple[str, Mass]] = {
     "restore": ("divprune-merged", DISTANCE),
     "seeded": ("codebook-farthest", True),
+    "seeded-middle": ("codebook-middle", True),
 }
 """Names for methods with mass-preserving attention: `seeded` is `codebook-farthest+mass`, options, layer, keep and all.
+`seeded-middle` keeps the middle of what each of its tokens stands for: docs/method.md.
 `restore` is RESTORE (arXiv 2606.01711) on DivPrune, from notes on the paper: docs/pruning.md has what differs.
 """
 

@@ -18,6 +18,7 @@ METHODS: dict[str, Method] = {
     "cls": Method("cls", "Cls"),
     "codebook": Method("redundancy", "RedundancyCodebook"),
     "codebook-farthest": Method("farthest", "SeededFarthestPoint"),
+    "codebook-middle": Method("farthest", "SeededFarthestPoint", middle=True),
     "codebook-threshold": Method("redundancy", "RedundancyThreshold"),
     "coverpruner": Method("coverpruner", "CoverPruner"),
     "dart": Method("dart", "Dart"),
