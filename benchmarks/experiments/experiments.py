@@ -72,6 +72,10 @@ GROUPS = {
         f"{OWN[1]}+fastv(query='question')@7:0.5",
         f"{OWN[1]}+fastv(query='question')@7:0.25+mass",
     ),
+    "middle": (
+        *(OWN[1], "seeded-middle", "seeded-middle;spread=codebook", "seeded-middle(representatives=2);spread=codebook"),
+        *("divprune(middle=True)+mass", "seeded-middle+fastv(query='question')@6:0.65+mass;spread=codebook"),
+    ),
     "gate": (
         OWN[1],
         *(f"{OWN[1]}, gate {power}" for power in (1.0, 2.0, 3.0)),

@@ -187,7 +187,11 @@ def test_a_list_needs_no_torch():
     done = subprocess.run([sys.executable, "-c", NO_TORCH], check=True, cwd=ROOT, capture_output=True)
     found = json.loads(done.stdout)
     assert found["methods"] == sorted(METHODS)
-    named = {"restore": "divprune-merged+distance", "seeded": "codebook-farthest+mass"}
+    named = {
+        "restore": "divprune-merged+distance",
+        "seeded": "codebook-farthest+mass",
+        "seeded-middle": "codebook-middle+mass",
+    }
     assert named.keys() == WITH_MASS.keys() and found["presets"] == named | SCHEDULE_PRESETS
 
 

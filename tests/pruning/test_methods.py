@@ -235,6 +235,28 @@ def test_representatives_stand_for_the_others():
     assert FarthestPoint().select(image, 3).tolist() == [0, 3, 4]
 
 
+def test_each_chosen_token_gives_way_to_the_middle_of_what_it_stands_for():
+    # The mean points at 71 degrees, so 125 is chosen first, then 20. 40 and 30 are nearest to 20, 100 and 110 to 125.
+    # In these groups, in raster order 0 2 5 and 1 3 4, the middle ones are 2 and 3.
+    image = at(20.0, 125.0, 40.0, 100.0, 110.0, 30.0)
+    assert FarthestPoint().select(image, 2).tolist() == [0, 1]
+    assert FarthestPoint(middle=True).select(image, 2).tolist() == [2, 3]
+    # Without the last there are two tokens in the one group: the former stays.
+    assert FarthestPoint(middle=True).select(at(20.0, 125.0, 40.0, 100.0, 110.0), 2).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("pruner", [FarthestPoint(4), DivPrune(), SeededFarthestPoint(Book()), DivPrune(centred=True)])
+def test_middles_are_those_of_a_plain_loop(pruner):
+    features = torch.randn(3, 60, 2, generator=torch.Generator().manual_seed(5))
+    chosen = replace(pruner, middle=True).select_each(features, 13)
+    for own, index, found in zip(features, pruner.select_each(features, 13), chosen, strict=True):
+        members: dict[int, list[int]] = {int(i): [] for i in index}
+        for token in range(60):
+            angles = {i: float(torch.cosine_similarity(own[token], own[i], dim=0)) for i in members}
+            members[token if token in members else max(angles, key=angles.get)].append(token)
+        assert found.tolist() == sorted(group[(len(group) - 1) // 2] for group in members.values())
+
+
 @pytest.mark.parametrize("at_once", [25, 2**26])
 def test_several_images_at_once(monkeypatch, at_once):
     monkeypatch.setattr(farthest, "AT_ONCE", at_once)
@@ -249,7 +271,7 @@ def test_several_images_at_once(monkeypatch, at_once):
 
 def test_equal_tokens_are_chosen_once():
     image = tokens(2, 3, torch.ones(6, 2))
-    for pruner in (FarthestPoint(), FarthestPoint(3), SeededFarthestPoint(Book())):
+    for pruner in (FarthestPoint(), FarthestPoint(3), SeededFarthestPoint(Book()), FarthestPoint(2, middle=True)):
         for keep in range(1, 7):
             assert len(set(pruner.select(image, keep).tolist())) == keep
 

@@ -172,7 +172,7 @@ def test_a_seed_for_the_methods_that_draw():
 
 def test_what_a_method_needs_is_known_before_its_pruner_is_made():
     needing = [name for name, method in METHODS.items() if method.needs_codebook]
-    assert needing == ["codebook", "codebook-farthest", "codebook-threshold"]
+    assert needing == ["codebook", "codebook-farthest", "codebook-middle", "codebook-threshold"]
     for name, method in METHODS.items():
         pruner = method("book") if name in needing else method()
         assert type(pruner) is method.kind
