@@ -43,6 +43,7 @@ def demo_command(
     from codebook.inference.overlay import overlay
     from codebook.miniature.samples import of_miniature
     from codebook.pruning import Random, RedundancyCodebook, Schedule, SeededFarthestPoint, Stage, Uniform
+    from codebook.pruning.presets import DEFAULT
 
     check_output_folder(out, ("kept.png",))
     if name not in models.SHIPPED_MODELS:
@@ -55,7 +56,7 @@ def demo_command(
         book = build(model, processor, folder, target, model_id=name, progress=tick)
 
     pruners: dict[str, tuple[Pruner, bool]] = {
-        "seeded": (SeededFarthestPoint(book), True),
+        DEFAULT: (SeededFarthestPoint(book, middle=True), True),
         "codebook": (RedundancyCodebook(book), False),
         "random": (Random(seed), False),
         "uniform": (Uniform(), False),
@@ -73,7 +74,7 @@ def demo_command(
     grid = models.family(model).grid(model)
     example = next(q for q in samples if q.task == "ocr")
     keep = 0.25
-    [answer] = ask(model, processor, [example.pictures()], [example.question], plans["seeded", keep])
+    [answer] = ask(model, processor, [example.pictures()], [example.question], plans[DEFAULT, keep])
     write_picture(overlay(example.pictures()[0], answer.kept[0], grid), picture)
     report = {
         "questions": len(samples),

@@ -44,7 +44,7 @@ def prune_command(
         typer.Option(
             "--schedule",
             "--method",
-            help="`seeded` (default), `codebook` (the paper's) or another method or preset (see `codebook list`), "
+            help="`seeded-middle` (default), `codebook` (the paper's), another method or preset (see `codebook list`), "
             "`codebook+random`, stages as in `codebook:0.25,random@9:0.05`, or a JSON file of them.",
         ),
     ] = None,

@@ -38,7 +38,7 @@ def serve_command(
     ] = None,
     schedule: Annotated[
         str | None,
-        typer.Option("--schedule", "--method", help="As in `codebook prune`: `seeded` (default), or another."),
+        typer.Option("--schedule", "--method", help="As in `codebook prune`: `seeded-middle` (default), or another."),
     ] = None,
     codebook: Annotated[
         list[str] | None,

@@ -69,6 +69,7 @@ def tune_command(
         read_recipe,
     )
     from codebook.inference.samples import mixed
+    from codebook.pruning.presets import DEFAULT
     from codebook.pruning.stage import check_keep
     from codebook.store.horizons import carried_horizon, put_horizon
 
@@ -116,7 +117,7 @@ def tune_command(
         note("tune 4/5: schedule")
         if not (out / SCHEDULE_PART).exists():
             calibrate_command(
-                model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method="seeded", count=count,
+                model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method=DEFAULT, count=count,
                 codebook=out / CODEBOOK_PART, **common,
             )  # fmt: skip
         note("tune 5/5: bench")

@@ -8,7 +8,7 @@ from dataclasses import replace
 from codebook.errors import CodebookError, quoted
 from codebook.pruning.text import DROP, UNPRUNED, ScheduleText, StageText, check_length, read_text, split
 
-DEFAULT = "seeded"
+DEFAULT = "seeded-middle"
 """Schedule where the user says none: docs/method.md."""
 
 KEEP = 0.2

@@ -112,7 +112,9 @@ class Client:
         except ValidationError:
             raise self._strange("lists no codebooks") from None
 
-    def score(self, name: str, features: Array, keep: int | float = 0.2, method: str = "seeded") -> TokenScores[Array]:
+    def score(
+        self, name: str, features: Array, keep: int | float = 0.2, method: str = "seeded-middle"
+    ) -> TokenScores[Array]:
         """Redundancy of visual tokens, and which of them stay.
 
         Parameters
@@ -124,7 +126,8 @@ class Client:
         keep
             A float in (0, 1]: that share of each image's tokens stays. An int: so many.
         method
-            `seeded`: farthest points, seeded by the codebook. `codebook`: the least redundant.
+            `seeded`: farthest points, seeded by the codebook. `seeded-middle`: the middle of what each stands for.
+            `codebook`: the least redundant.
 
         Returns
         -------

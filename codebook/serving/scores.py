@@ -42,7 +42,8 @@ class Asked(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
     keep: str = str(KEEP)
-    method: Literal["seeded", "codebook"] = "seeded"  # methods that need nothing but features and a codebook
+    # Methods that need nothing but features and a codebook.
+    method: Literal["seeded-middle", "seeded", "codebook"] = "seeded-middle"
 
 
 class Recorder:

@@ -29,7 +29,7 @@ def test_the_default_is_the_command_lines(model):
     [stage] = schedule.stages
     assert (stage.layer, stage.keep, stage.mass) == (0, 0.2, True) and stage.count(144) == 28  # 0.2 is 28.8
     assert isinstance(stage.pruner, SeededFarthestPoint)
-    assert str(schedule) == "codebook-farthest:0.2+mass" == str(Plan("seeded").apply(model))
+    assert str(schedule) == "codebook-middle:0.2+mass" == str(Plan("seeded-middle").apply(model))
     assert len(stage.pruner.codebook) == len(prebuilt(model))
 
 

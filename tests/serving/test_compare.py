@@ -49,7 +49,7 @@ def test_ways_equal_ask(service, loaded, sample):
 def test_what_is_offered_works_without_more_than_a_budget(service):
     offer = httpx.get(f"{service.url}/v1/compare").raise_for_status().json()
     names = [method["name"] for method in offer["methods"]]
-    assert names[0] == "seeded" and len(set(names)) == len(names)
+    assert names[0] == "seeded-middle" and len(set(names)) == len(names)
     assert {"codebook", "random", "fastv", "cls", "cdpruner", "pyramiddrop"} <= set(names)
     assert not {"drop", "codebook-threshold", "unpruned"} & set(names)  # a layer, a threshold; and no method
     assert all(method["about"].endswith(".") for method in offer["methods"])
