@@ -15,6 +15,7 @@ import typer
 from codebook.cli.options import CodebookOption, JsonOption, ModelOption, PullOption
 from codebook.cli.output import note
 from codebook.errors import CodebookError
+from codebook.pruning.presets import DEFAULT
 
 if TYPE_CHECKING:
     from codebook.integrations.vllm.launch import Launch
@@ -28,8 +29,8 @@ NO_HOST = "data-urls-only.invalid"
 def vllm_args_command(
     model: ModelOption,
     method: Annotated[
-        str, typer.Option(help="A method that needs projector outputs alone; `seeded` runs without its mass.")
-    ] = "seeded",
+        str, typer.Option(help="A method that needs projector outputs alone; `seeded-middle` runs without its mass.")
+    ] = DEFAULT,
     keep: Annotated[float, typer.Option(help="Visual tokens kept of each image, as a fraction in (0, 1].")] = 0.2,
     codebook: CodebookOption = None,
     pull: PullOption = False,

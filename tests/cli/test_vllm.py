@@ -15,14 +15,14 @@ ROOT = Path(__file__).parents[2]
 WEIGHTS, BOOK = str(ROOT / "codebook/miniature/weights"), str(ROOT / "indexes/miniature")
 OVERRIDES = {
     "architectures": ["CodebookLlavaForConditionalGeneration"],
-    "codebook_config": {"method": "codebook-farthest", "keep": 0.25, "codebook": BOOK},
+    "codebook_config": {"method": "codebook-middle", "keep": 0.25, "codebook": BOOK},
 }
 
 
 def test_the_arguments_are_printed_for_copying(run):
     code, out, err = run("vllm-args", "miniature", "--keep", "0.25")
     assert code == 0 and shlex.split(out) == ["--model", WEIGHTS, "--hf-overrides", json.dumps(OVERRIDES)]
-    assert "seeded without mass-preserving attention" in err
+    assert "seeded-middle without mass-preserving attention" in err
     method = "codebook-farthest(representatives=2)"
     code, out, err = run("vllm-args", "miniature", "--method", "seeded(representatives=2)", "--keep", "0.25", "--json")
     assert code == 0 and json.loads(out)["codebook_config"] == {"method": method, "keep": 0.25, "codebook": BOOK}
