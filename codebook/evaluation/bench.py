@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from codebook import __version__, models
 from codebook.errors import CodebookError
 from codebook.evaluation.comparisons import Runs, add_comparisons, gather_runs
-from codebook.evaluation.latency import TimedPrompt
+from codebook.evaluation.latency import Clock, TimedPrompt
 from codebook.evaluation.metrics import Task
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.conversation import answer_sample
@@ -249,12 +249,16 @@ def measure(
     for row in rows:
         for schedule in row.schedules:
             plans[schedule_key(schedule)] = functools.partial(_constant, schedule)
+    stopped: dict[str, str] = {}
     responses = respond(
         model, processor, samples, plans, out / "answers.sqlite", lambda count: done(count, "answers"),
-        batch=settings.batch, max_new_tokens=settings.max_new_tokens, shard=shard,
+        batch=settings.batch, max_new_tokens=settings.max_new_tokens, shard=shard, stopped=stopped,
     )  # fmt: skip
     if shard is not None:
         return {}
+    reasons = [[stopped[key] for key in map(schedule_key, row.schedules) if key in stopped] for row in rows]
+    refused += [_left_out(row, own[0]) for row, own in zip(rows, reasons, strict=True) if own]
+    rows = [row for row, own in zip(rows, reasons, strict=True) if not own]
     costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
     results, runs = [], []
     for row, cost in zip(rows, costs, strict=True):
@@ -316,16 +320,23 @@ def _prompt(samples: Sequence[Sample]) -> Sample:
 
 
 def _possible(bench: TimedPrompt, rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """The rows that the model accepts, and those that it refuses, with the reason. Trying each row also warms up."""
+    """The rows that the model accepts, and those that it refuses, with the reason. Trying each row also warms up.
+
+    Each is tried as it will be timed: what cannot be timed is refused before anything is answered.
+    """
     good, refused = [], []
     for row in rows:
         try:
-            bench.generate(row.schedules[0], 1)
+            bench.generate(row.schedules[0], 1, clock=Clock(bench.model.device))
         except CodebookError as error:
-            refused.append({"method": row.method, "keep": row.keep, "reason": str(error)})
+            refused.append(_left_out(row, str(error)))
         else:
             good.append(row)
     return good, refused
+
+
+def _left_out(row: Row, reason: str) -> dict[str, Any]:
+    return {"method": row.method, "keep": row.keep, "reason": reason}
 
 
 def _costs(

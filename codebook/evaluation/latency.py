@@ -21,7 +21,8 @@ from transformers.generation.streamers import BaseStreamer
 from codebook import models
 from codebook.inference.prompts import prepare
 from codebook.models.base import Model, Processor
-from codebook.pruning import Pruner, Schedule, VisualTokens
+from codebook.pruning import Schedule
+from codebook.pruning.engine.statistics import Tally
 
 DECODED_TOKENS = 8
 """Tokens generated after the first one; their mean time is the time per decoded token."""
@@ -81,28 +82,18 @@ class Clock:
     def _after(self, *_: Any) -> None:
         self.leave()
 
-    def timed(self, schedule: Schedule) -> Schedule:
-        """The same schedule, with the work of its pruners timed as the phase `selector`."""
-        return replace(schedule, stages=[replace(s, pruner=_Timed(s.pruner, self)) for s in schedule.stages])
 
+class _SelectorTally(Tally):
+    """A tally that has a clock time what the methods do, as the phase `selector`."""
 
-class _Timed(Pruner):
-    def __init__(self, pruner: Pruner, clock: Clock) -> None:
-        self.pruner, self.clock = pruner, clock
-        for name in ("uses_attention", "uses_vision", "adaptive"):
-            setattr(self, name, getattr(pruner, name))
+    def __init__(self, layers: int, clock: Clock) -> None:
+        super().__init__(layers)
+        self._clock = clock
 
-    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        with self.clock.phase("selector"):
-            return self.pruner.select(tokens, keep)
-
-    def choose(self, tokens: VisualTokens) -> Tensor:
-        with self.clock.phase("selector"):
-            return self.pruner.choose(tokens)
-
-    def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:
-        with self.clock.phase("selector"):
-            return self.pruner.merge(tokens, index)
+    @contextlib.contextmanager
+    def timing(self, device: torch.device) -> Iterator[None]:
+        with self._clock.phase("selector"):
+            yield
 
 
 @dataclass(frozen=True)
@@ -131,9 +122,18 @@ class TimedPrompt:
 
         return cls(model, make, make(1))
 
-    def generate(self, schedule: Schedule | None, tokens: int, **options: Any) -> Any:
-        """Generate exactly `tokens` tokens, greedily; the output of `generate` and the pruning context."""
-        with torch.inference_mode(), (schedule or Schedule([]))(self.model, "thread") as pruning:
+    def generate(self, schedule: Schedule | None, tokens: int, clock: Clock | None = None, **options: Any) -> Any:
+        """Generate exactly `tokens` tokens, greedily; the output of `generate` and the pruning context.
+
+        A clock times the phases: those of `Clock.watching`, and as `selector` what the methods do.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            if clock is not None:
+                stack.enter_context(clock.watching(self.model))
+            pruning = stack.enter_context((schedule or Schedule([]))(self.model, "thread"))
+            if clock is not None:
+                pruning.tally = _SelectorTally(len(pruning.lm.layers), clock)
             length = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
             return self.model.generate(**self.inputs, **length, **options), pruning
 
@@ -149,8 +149,7 @@ class TimedPrompt:
         start = time.perf_counter()
         self.generate(schedule, 1 + DECODED_TOKENS, streamer=stamps)
         clock = Clock(device)
-        with clock.watching(self.model):
-            self.generate(clock.timed(schedule or Schedule([])), 1)
+        self.generate(schedule, 1, clock=clock)
         return {
             "first_token": stamps.times[0] - start,
             "decode": (stamps.times[-1] - stamps.times[0]) / (len(stamps.times) - 1),

@@ -12,7 +12,7 @@ from codebook.inference.ask import Answer, ask
 from codebook.models import Image
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
-from codebook.pruning.methods.base import Pruner, ScoringPruner, nearest_kept
+from codebook.pruning.methods.base import FramePruner, Pruner, ScoringPruner, nearest_kept
 from codebook.pruning.stage import Stage
 from codebook.pruning.tokens import VisualTokens
 
@@ -47,7 +47,7 @@ def look_closely(
     max_new_tokens: int = 32,
 ) -> CloseLook:
     """Ask about one picture as `ask` does, and note what every stage saw."""
-    watched = [_Watched(stage) for stage in schedule.stages]
+    watched = [(_WatchedFrames if stage.joint else _Watched)(stage) for stage in schedule.stages]
     own = replace(
         schedule, stages=[replace(stage, pruner=w) for stage, w in zip(schedule.stages, watched, strict=True)]
     )
@@ -77,8 +77,12 @@ class _Watched(Pruner):
 
     def __init__(self, stage: Stage) -> None:
         self.pruner, self.mass, self.notes = stage.pruner, stage.mass, list[_Note]()
-        for name in ("uses_attention", "uses_vision", "adaptive"):
+        for name in ("uses_attention", "uses_vision", "uses_text", "uses_change", "before_llm", "joint", "adaptive"):
             setattr(self, name, getattr(stage.pruner, name))
+
+    @property
+    def own_layer(self) -> bool:
+        return self.pruner.own_layer
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         return self._noted(tokens, self.pruner.select(tokens, keep))
@@ -89,15 +93,28 @@ class _Watched(Pruner):
     def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:
         return self.pruner.merge(tokens, index)
 
+    def groups(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:
+        return self.pruner.groups(tokens, index)
+
     def _noted(self, tokens: VisualTokens, index: Tensor) -> Tensor:
         places, nearest, scores = tokens.ordinal.tolist(), {}, {}
         if self.mass:
-            owner = tokens.ordinal[index][nearest_kept(tokens.hidden, index)].tolist()
+            groups = self.groups(tokens, index)
+            owner = tokens.ordinal[index][nearest_kept(tokens.hidden, index) if groups is None else groups].tolist()
             nearest = {token: to for token, to in zip(places, owner, strict=True) if token != to}
         if isinstance(self.pruner, ScoringPruner):
             scores = dict(zip(places, self.pruner.score(tokens).float().tolist(), strict=True))
         self.notes.append(_Note(nearest, scores))
         return index
+
+
+class _WatchedFrames(_Watched, FramePruner):
+    """The same of a pruner that chooses among frames."""
+
+    def select_frames(self, frames: Sequence[VisualTokens], keep: int) -> list[Tensor]:
+        assert isinstance(self.pruner, FramePruner)
+        chosen = self.pruner.select_frames(frames, keep)
+        return [self._noted(tokens, index) for tokens, index in zip(frames, chosen, strict=True)]
 
 
 def _of_view(image: Image, notes: Sequence[_Note]) -> _Note | None:

@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from codebook import models
+from codebook.errors import CodebookError
 from codebook.inference.ask import Answer, answer_prompts
 from codebook.inference.conversation import answer_sample
 from codebook.inference.prompts import check_samples, prepare
@@ -62,6 +63,7 @@ def respond(
     batch: int = BATCH_SIZE,
     max_new_tokens: int = 32,
     shard: Shard | None = None,
+    stopped: dict[str, str] | None = None,
 ) -> dict[str, list[Response]]:
     """Answer the same questions under several policies, encoding each image once where the family's tower allows it.
 
@@ -81,35 +83,46 @@ def respond(
     shard
         Answer only these of the batches, into a journal of the shard's own: several processes share the work, and a
         call without `shard` then finds all answers.
+    stopped
+        Filled with the policies whose schedules refuse a batch, and why: no more is answered under them, and the others
+        go on. None: that error is raised, as is any of the model as it is.
 
     Returns
     -------
-    For each policy one Response per sample, in the samples' order; {} for a shard
+    For each policy that answered all one Response per sample, in the samples' order; {} for a shard
     """
     model = models.unwrap(model)
     check_samples(model, processor, samples)
     about = {"model": models.identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
     answered, own_batches, keys = 0, batches(samples, batch, shard), []
+    over: dict[str, str] = {} if stopped is None else stopped
     with _open_journal(file, about, shard) as journal:
         for rows in own_batches:
             group = [samples[row] for row in rows]
             keys.append(key := samples_digest(group))
-            todo = {name: policy for name, policy in policies.items() if f"{name} #{key}" not in journal}
+            todo = [name for name in policies if name not in over and f"{name} #{key}" not in journal]
             done(answered := answered + len(group) * (len(policies) - len(todo)))
             if todo:
                 answering = _answering(model, processor, group, max_new_tokens, blind)
                 with remembering(model):
-                    for name, policy in todo.items():
-                        answers = answering(policy(group) or Schedule([]))
-                        # A sample's counts are the sums over its images, stage by stage.
-                        values = [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in answers]
-                        journal.add(f"{name} #{key}", values)
+                    for name in todo:
+                        schedule = policies[name](group)
+                        try:
+                            answers = answering(schedule or Schedule([]))
+                        except CodebookError as error:
+                            if stopped is None or schedule is None:
+                                raise
+                            over[name] = str(error)
+                        else:
+                            # A sample's counts are the sums over its images, stage by stage.
+                            values = [[a.text, list(map(sum, zip(*a.counts, strict=True)))] for a in answers]
+                            journal.add(f"{name} #{key}", values)
                         done(answered := answered + len(group))
     if shard is not None:
         return {}
-    responses: dict[str, dict[int, Response]] = {name: {} for name in policies}
+    responses: dict[str, dict[int, Response]] = {name: {} for name in policies if name not in over}
     for rows, key in zip(own_batches, keys, strict=True):
-        for name in policies:
+        for name in responses:
             answered_batch = read_record(journal, f"{name} #{key}", RESPONSES, len(rows))
             responses[name] |= {row: Response(*one) for row, one in zip(rows, answered_batch, strict=True)}
     return {name: [by_row[row] for row in range(len(samples))] for name, by_row in responses.items()}

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -16,19 +17,22 @@ from codebook.evaluation import bench, charts, latency, report
 from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
 from codebook.inference.ask import ask
+from codebook.pruning import METHODS, FastV
 from codebook.store.horizons import read_horizon
 from tests.journals import read_journal
+from tests.prompts import prompt
+from tests.pruning.stages import MODELS, schedule
 from tests.serving.browser import CHROMIUM, Browser
 
 KEEPS = [0.25, 0.05]
-METHODS = ["codebook", "fastv", "uniform"]
+CHOSEN = ["codebook", "fastv", "uniform"]
 
 
 @pytest.fixture(scope="module")
 def loaded():
     model, processor = load("miniature", "cpu")
     book = prebuilt(model)
-    rows, skipped = bench.plan(model, METHODS, KEEPS, book, [3, 4])
+    rows, skipped = bench.plan(model, CHOSEN, KEEPS, book, [3, 4])
     tasks = [task for task in load_data(["miniature"], 4) if task.name in ("exist", "ocr")]
     return model, processor, tasks, rows, skipped
 
@@ -194,15 +198,91 @@ def test_peak_memory_counts_what_is_alive_at_once():
     assert latency.peak_bytes(torch.device("cpu"), work) == 8000
 
 
-def test_a_timed_schedule_answers_alike(loaded):
+FILM = prompt(MODELS["clip", "sdpa"], [[7, "image", "image", "image", 8, 9]])
+OTHERS = {
+    "own layer": Schedule([Stage(2, 9, FastV(own_layer=True))]),
+    "groups": Schedule([Stage(0, 9, METHODS["divprune-merged"](), mass=True), Stage(2, 4, Uniform(), mass=True)]),
+}
+
+
+@pytest.mark.parametrize("name", [*METHODS, *OTHERS])
+def test_what_is_timed_is_what_runs(name):
+    """Every method, also of frames, of its own layer and with groups of its own: the same tokens and logits."""
+    if name in OTHERS:
+        plan = OTHERS[name]
+    else:  # of three frames EVS keeps the first whole
+        plan = Schedule([Stage(0, 0.5, METHODS[name]())]) if METHODS[name].joint else schedule(name, "clip")
+    one = latency.TimedPrompt(MODELS["clip", "sdpa"], lambda size: FILM, FILM)
+    clock, options = latency.Clock(torch.device("cpu")), {"return_dict_in_generate": True, "output_logits": True}
+    plain, pruning = one.generate(plan, 2, **options)
+    timed, same = one.generate(plan, 2, clock, **options)
+    assert [[own.tolist() for own in stages] for stages in pruning.kept] == [
+        [own.tolist() for own in stages] for stages in same.kept
+    ]
+    assert all(map(torch.equal, plain.logits, timed.logits))
+    assert clock.seconds["vision"] > 0 and clock.seconds["prefill"] > 0 and clock.seconds["selector"] > 0
+
+
+def test_choosing_and_merging_are_the_selectors_time():
+    class Slow(Uniform):
+        def select(self, tokens, keep):
+            time.sleep(0.01)
+            return super().select(tokens, keep)
+
+        def merge(self, tokens, index):
+            time.sleep(0.02)
+            return tokens.hidden[index]
+
+    one, clock = (
+        latency.TimedPrompt(MODELS["clip", "sdpa"], lambda size: FILM, FILM),
+        latency.Clock(torch.device("cpu")),
+    )
+    _, pruning = one.generate(Schedule([Stage(1, 9, Slow())]), 1)
+    one.generate(Schedule([Stage(1, 9, Slow())]), 1, clock)
+    assert clock.seconds["selector"] >= 3 * 0.03  # three images
+    assert pruning.statistics.selector_seconds >= 3 * 0.03
+
+
+def test_films_are_timed_as_films(tmp_path):
+    """A method of frames below a budget of 1, of which a single frame would be too little."""
+    model, processor = load("miniature", "cpu")
+    rows, _ = bench.plan(model, ["evs"], [0.5])
+    results = bench.measure(model, processor, load_data(["miniature:video"], 1), rows[:2], tmp_path, SETTINGS)
+    assert [row["method"] for row in results["rows"]] == ["unpruned", "evs"] and not results["skipped"]
+    assert results["rows"][1]["cost"]["selector"]["median"] > 0
+
+
+def test_what_cannot_be_timed_or_answered_is_left_out_and_the_others_are_not(loaded, tmp_path, monkeypatch):
     model, processor, tasks, rows, _ = loaded
-    sample = tasks[0].samples[0]
-    one = latency.TimedPrompt.of(model, processor, sample.pictures(), sample.question)
-    for row in rows[1:]:
-        schedule = row.schedules[0]
-        plain, pruning = one.generate(schedule, 4)
-        timed, same = one.generate(latency.Clock(model.device).timed(schedule), 4)
-        assert torch.equal(plain, timed) and torch.equal(pruning.kept[0][-1], same.kept[0][-1])
+    unpruned, late, flat, settings = rows[0], rows[2], rows[3], bench.BenchSettings(seconds=0, batch=2)
+    seen = []
+
+    def refuse(self, tokens, keep, *, own=Uniform.select):
+        seen.append(keep)
+        if len(seen) in refusals:
+            raise CodebookError("no such picture")
+        return own(self, tokens, keep)
+
+    monkeypatch.setattr(Uniform, "select", refuse)
+    # The first choice is the trial, and those of the eight questions follow, two a batch.
+    for refusals, answered in (({1}, 0), ({4}, 1)):
+        seen.clear()
+        folder = tmp_path / str(min(refusals))
+        results = bench.measure(model, processor, tasks, [unpruned, flat, late], folder, settings)
+        assert [row["method"] for row in results["rows"]] == ["unpruned", "fastv"]
+        assert results["skipped"] == [{"method": "uniform", "keep": 0.25, "reason": "no such picture"}]
+        names = list(read_journal(folder / "answers.sqlite")[1])
+        assert len(names) == 2 * 4 + answered
+    refusals = set()
+    again = bench.measure(model, processor, tasks, [unpruned, flat, late], tmp_path / "4", settings)
+    assert len(again["rows"]) == 3 and not again["skipped"]
+    monkeypatch.setattr("codebook.inference.respond.answer_prompts", broken)
+    with pytest.raises(CodebookError, match="a model that answers nothing"):
+        bench.measure(model, processor, tasks, [unpruned, flat], tmp_path / "5", settings)
+
+
+def broken(*_):
+    raise CodebookError("a model that answers nothing")
 
 
 def test_answers_per_second(loaded, tmp_path, monkeypatch):

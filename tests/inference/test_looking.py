@@ -7,10 +7,11 @@ from PIL import Image
 from torch.nn.functional import normalize
 
 from codebook import load, models
+from codebook.inference.ask import ask
 from codebook.inference.looking import look_closely
 from codebook.inference.overlay import LATER, enlarged, marked, mass_picture, score_picture, stages_picture
 from codebook.miniature.samples import of_miniature
-from codebook.pruning import Drop, FastV, Random, Schedule, Stage, Uniform
+from codebook.pruning import METHODS, Drop, FastV, Random, Schedule, Stage, Uniform
 
 GRID = (2, 3)
 GREY = Image.new("RGB", (90, 60), (100, 100, 100))
@@ -51,6 +52,40 @@ def test_scores_rank_what_is_kept(shown):
     found = look_closely(*shown, "read the number.", Schedule([Stage(4, 12, FastV())]), 2)
     ranked = sorted(found.scores, key=lambda token: -found.scores[token])
     assert len(found.scores) == 144 and sorted(ranked[:12]) == found.stages[0]
+
+
+ALIKE = [
+    "fastv(own_layer=True)@4:20",
+    "fastv(own_layer=False)@4:20",
+    "vidcom2:36",
+    "seeded:36",
+    "uniform:72+mass, dart@2:9",
+]
+
+
+@pytest.mark.parametrize("text", ALIKE)
+def test_what_is_looked_at_is_what_runs(shown, text):
+    model, processor, picture = shown
+    schedule = Schedule.for_model(model, text)
+    [plain] = ask(model, processor, [[picture]], ["read the number."], schedule, 4)
+    found = look_closely(*shown, "read the number.", schedule, 4).answer
+    assert (found.text, found.stages) == (plain.text, plain.stages)
+
+
+def test_a_method_with_groups_of_its_own_says_who_stands_for_whom(shown):
+    """Every dropped token stands in one group, and the groups' sizes are those that attention is given."""
+    pruner = METHODS["divprune-merged"]()
+    seen = []
+
+    class Noted(type(pruner)):
+        def groups(self, tokens, index):
+            seen.append(groups := super().groups(tokens, index))
+            return groups
+
+    found = look_closely(*shown, "read the number.", Schedule([Stage(0, 20, Noted(*pruner.parts), mass=True)]), 2)
+    [kept] = found.stages
+    assert len(seen) == 2 and seen[0].tolist() == seen[1].tolist()  # the look's, and attention's
+    assert found.stands == {token: kept[to] for token, to in enumerate(seen[0].tolist()) if kept[to] != token}
 
 
 def centre(picture, token):

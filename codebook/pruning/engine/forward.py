@@ -7,7 +7,7 @@ masks and positions. This is the one place that changes: which units and which s
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
@@ -27,7 +27,7 @@ from codebook.pruning.engine.sequence import Given, Shortened, shorten
 from codebook.pruning.engine.statistics import Tally
 from codebook.pruning.engine.tap import overhear
 from codebook.pruning.engine.views import Cached, View, Viewer
-from codebook.pruning.methods.base import FeaturePruner
+from codebook.pruning.methods.base import Pruner
 from codebook.pruning.stage import Stage
 from codebook.pruning.text import DISTANCE
 from codebook.pruning.tokens import VisualTokens
@@ -54,7 +54,7 @@ class Forward:
     chosen
         What an earlier forward of the same generation chose. Filled where it is empty.
     tally
-        Where the time in which stages choose is added up.
+        Where the time in which stages choose and merge is added up.
 
     Attributes
     ----------
@@ -126,21 +126,17 @@ class Forward:
         if chosen is None:
             films = any(own.joint for own in self.stages.values() if own.layer <= stage.layer)
             counts = selection.targets(stage, self.prompt.images, self.units, self.prompt.portions, films=films)
-            timing = contextlib.nullcontext() if self._tally is None else self._tally.timing(hidden.device)
-            with timing, torch.no_grad():  # a choice has no gradient
+            with self._timing(), torch.no_grad():  # a choice has no gradient
                 chosen = self._chosen[stage.layer] = selection.choose(stage.pruner, self.units, counts, tokens)
 
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        units, merged, dropped = list(self.units), list[Tensor | None](), [0] * self.given.batch
-        for number, (unit, index) in enumerate(zip(self.units, chosen, strict=True)):
-            values = None
+        merged, units, dropped = self._merged(stage, chosen, tokens), list(self.units), [0] * self.given.batch
+        for number, (unit, index, values) in enumerate(zip(self.units, chosen, merged, strict=True)):
             if index is not None:
                 places = self._places(unit.row, unit.columns)
                 # Filled and not assigned: a number assigned to places that a tensor names makes the host wait.
                 kept[unit.row].index_fill_(0, places, False).index_fill_(0, places[index], True)
                 dropped[unit.row] += unit.count - len(index)
-                if len(index) and not isinstance(stage.pruner, FeaturePruner):
-                    values = stage.pruner.merge(tokens(number), index)
                 units[number] = replace(
                     unit,
                     columns=unit.columns[index],
@@ -150,9 +146,23 @@ class Forward:
                     mass=selection.mass(stage, unit, index, hidden[unit.row], places, partial(tokens, number)),
                     distant=unit.distant or stage.mass == DISTANCE,
                 )
-            merged.append(values)
         self.units = units
         return self._shortened(stage, kept, dropped, merged, hidden) if any(dropped) else hidden
+
+    def _merged(
+        self, stage: Stage, chosen: list[Tensor | None], tokens: Callable[[int], VisualTokens]
+    ) -> list[Tensor | None]:
+        """For each unit the new values of the tokens that stay; None where they stay as they are."""
+        if type(stage.pruner).merge is Pruner.merge:
+            return [None] * len(chosen)
+        with self._timing():
+            return [
+                stage.pruner.merge(tokens(number), index) if index is not None and len(index) else None
+                for number, index in enumerate(chosen)
+            ]
+
+    def _timing(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._tally is None else self._tally.timing(self.given.device)
 
     def _shortened(
         self, stage: Stage, kept: Tensor, dropped: list[int], merged: list[Tensor | None], hidden: Tensor

@@ -27,7 +27,7 @@ class Statistics:
     kept
         How many of them the decoder's layers saw, averaged over the layers.
     selector_seconds
-        Time in which the methods chose: on the CPU the host's, on CUDA the device's between two events.
+        Time in which the methods chose and merged: on the CPU the host's, on CUDA the device's between two events.
     """
 
     forwards: int = 0
