@@ -28,4 +28,5 @@ def distance_bias(query: Rotary, key: Rotary) -> Tensor:
     (..., Q, K) float32
     """
     q, k = (normalize(torch.cat(pair, dim=-1).float(), dim=-1) for pair in (query, key))
-    return (2 - q @ k.transpose(-1, -2)).log()
+    with torch.autocast(q.device.type, enabled=False):  # whose products would be in half precision
+        return (2 - q @ k.transpose(-1, -2)).log()

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -60,6 +60,9 @@ class VisualTokens:
     encode : callable or None
         `encode(r, c)` gives the projector outputs (r * c, d) of the image resized to r x c patches; only before the
         LLM. Raises a CodebookError where the family cannot.
+    known : dict
+        What a pruner has worked out of these tokens, under keys of its own, for when it is asked what else there is to
+        say of its choice. A generation without a KV cache, which repeats its choices, repeats it too.
     """
 
     features: Tensor
@@ -77,6 +80,7 @@ class VisualTokens:
     norm: Callable[[Tensor], Tensor] | None = None
     pixels: Tensor | None = None
     encode: Callable[[int, int], Tensor] | None = None
+    known: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
         return len(self.ordinal)

@@ -34,10 +34,11 @@ def tokens(device, dtype=torch.float32, rounded=torch.float32):
     angles = draw(N + TEXT, WIDTH // HEADS).to(device)
     attention = Attention(query, key, angles.cos(), angles.sin(), 0.25, span)
     vision = Vision(draw(HEADS, N + 1, 16).to(device), draw(HEADS, N + 1, 16).to(device), 0.25, has_cls=True)
+    pixels = draw(3, 2 * side, 2 * side).to(device)
     return VisualTokens(
         sequence[span], sequence[span], sequence, span, torch.arange(N, N + TEXT, device=device),
         torch.arange(N, device=device), (side, side), torch.tensor(7, device=device), attention, vision,
-        whole=sequence[span], words=sequence[N:], norm=_norm, encode=lambda r, c: sequence[: r * c],
+        whole=sequence[span], words=sequence[N:], norm=_norm, pixels=pixels, encode=lambda r, c: sequence[: r * c],
     )  # fmt: skip
 
 

@@ -31,6 +31,8 @@ STOCK = {
 """Functions of the package that call the stock model's own."""
 ADAPTIVE = [name for name, method in METHODS.items() if method.adaptive]
 """How many tokens these keep the host cannot know without asking."""
+WAITING = [*ADAPTIVE, "s2prune"]
+"""Methods for which the host waits: s2prune divides the tokens by what the picture's regions are like."""
 
 
 @contextlib.contextmanager
@@ -47,7 +49,7 @@ def mode(name):
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in ADAPTIVE])
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in WAITING])
 def test_no_selection_waits(name):
     given = tokens(DEVICE)
     choose(name, given)  # what is made once: prototypes on the device, kernels

@@ -48,6 +48,15 @@ def test_the_formula_number_by_number():
     assert torch.allclose(distance_bias((turn.cos(), turn.sin()), (turn.cos(), turn.sin())), by_hand, atol=1e-6)
 
 
+def test_the_formula_under_autocast():
+    angles = torch.arange(40.0)[:, None] * torch.tensor([1.0, 0.1])
+    table = angles.cos(), angles.sin()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(distance_bias(table, table), distance_bias(table, table).float())
+        found = distance_bias(table, table)
+    assert torch.equal(found, distance_bias(table, table))
+
+
 @pytest.fixture(scope="module", params=["tiny, sdpa", "tiny, eager", "miniature, sdpa"])
 def model(request):
     name, attention = request.param.split(", ")

@@ -445,6 +445,8 @@ def test_layers_of_one_stage_share_an_index_whatever_is_done_to_the_cache(model,
     """Whoever shares an index shares a mask: layers are told one by one to take other rows, or fewer columns."""
     with Schedule([Stage(0, 0.3, Random(), mass=True)])(model):
         cache = model(**ragged).past_key_values
+        whole = torch.cat([ragged["attention_mask"], torch.ones(3, 6, dtype=torch.long)], 1)
+        model(input_ids=torch.full((3, 6), 31), attention_mask=whole, past_key_values=cache)  # to be cropped off
         columns, bias = cache.layers[0].index.columns, cache.layers[0].index.bias
         rows = torch.tensor([2, 0, 1])
         for _ in range(2):  # the second time another index is to be made by the same tensor and number
@@ -459,6 +461,33 @@ def test_layers_of_one_stage_share_an_index_whatever_is_done_to_the_cache(model,
         one, other = index.rows(rows), index.rows(torch.tensor([1, 1, 0]))
         assert torch.equal(one.columns, columns[rows]) and torch.equal(other.columns, columns[[1, 1, 0]])
         assert index.cropped(2).columns.shape[1] == index.cropped(1).columns.shape[1] - 1
+
+
+@torch.no_grad()
+def test_a_cache_is_cropped_down_to_its_pruned_images_and_no_further(model, one):
+    """What is cropped off of a layer that stores fewer tokens must be the same ones; what was last of a row is."""
+    after = len(ONE[0]) - 1 - ONE[0].index("image")
+    with Schedule([Stage(1, 0.3, Random(), mass=True)])(model):
+        cache = model(**one).past_key_values
+        cache.crop(-after)
+        again = model(input_ids=one["input_ids"][:, -after:], past_key_values=cache)
+        assert_close(again.logits, model(**one).logits[:, -after:])
+        for count in after + 1, 20, 30:
+            with pytest.raises(CodebookError, match=f"last {count} tokens, to be cropped off, reach back"):
+                model(**one).past_key_values.crop(-count)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_what_is_counted_does_not_depend_on_the_default_dtype(model, ragged, dtype):
+    with Schedule([Stage(0, 0.3, Random(), "distance"), Stage(2, 3, Random(), mass=True)])(model):
+        expected = model(**ragged).logits
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(model(**ragged).logits, expected)
+        finally:
+            torch.set_default_dtype(before)
 
 
 @torch.no_grad()

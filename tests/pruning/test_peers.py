@@ -24,11 +24,13 @@ from codebook.pruning import (
     Schedule,
     SCoRe,
     SeededFarthestPoint,
+    Stage,
     Union,
     VisualTokens,
     Window,
 )
 from codebook.pruning.attention import Attention, Vision
+from codebook.pruning.methods.base import beyond_features
 from tests.pruning.made import Ranking, tokens
 
 
@@ -389,6 +391,9 @@ def test_s2prune_says_what_it_needs():
         pruner.select(part, 4)
     with pytest.raises(CodebookError, match="S2Prune needs what a layer has made of the tokens: use it at layer 1"):
         Schedule.parse("s2prune:0.5")
+    with pytest.raises(CodebookError, match="Merged needs what a layer has made of the tokens: use it at layer 1"):
+        Stage(0, 4, Merged(pruner))  # nothing has moved there
+    assert beyond_features(Union(pruner, Ranking(1))) == "a layer's hidden states"
     assert str(Schedule.solve("s2prune", keep=0.5, n=16, layers=32)) == "s2prune@1:7"  # (16 + 31 * 7) / 32
 
 

@@ -59,13 +59,25 @@ class KeptIndex:
         return self._once("repeated", times, lambda: self._rows(places.repeat_interleave(times)))
 
     def cropped(self, count: int) -> KeptIndex:
-        """Without its last `count` columns."""
+        """Without its last `count` columns.
+
+        Raises
+        ------
+        CodebookError
+            If these reach into what was pruned: a row may store less of them, or others, than another.
+        """
+        return self._once("cropped", count, lambda: self._cropped(count))
+
+    def _cropped(self, count: int) -> KeptIndex:
+        left, tail = self.columns[:, :-count], self.columns[:, -count:]
+        whole = torch.arange(self.logical - count, self.logical, device=tail.device)
+        if tail.shape[1] < count or not bool(((tail == whole) | (tail == PAD)).all()):
+            raise CodebookError(
+                f"the KV cache's last {count} tokens, to be cropped off, reach back into a pruned prompt: crop what "
+                "came after it alone, or read the prompt anew"
+            )
         bias = None if self.bias is None else self.bias[:, :-count]
-        return self._once(
-            "cropped",
-            count,
-            lambda: KeptIndex(self.columns[:, :-count], self.logical - count, self.dropped, self.padded, bias),
-        )
+        return KeptIndex(left, self.logical - count, self.dropped, self.padded, bias)
 
     def _rows(self, index: Tensor) -> KeptIndex:
         bias = None if self.bias is None else self.bias[index]
@@ -166,9 +178,11 @@ class PrunedLayer(DynamicLayer):
             self.index = self.index.rows(indices)
 
     def crop(self, tokens_to_remove: int) -> None:
+        index = self.index
+        if tokens_to_remove and index is not None:
+            index = index.cropped(abs(tokens_to_remove))  # before the keys: it may refuse
         super().crop(tokens_to_remove)
-        if tokens_to_remove and self.index is not None:
-            self.index = self.index.cropped(abs(tokens_to_remove))
+        self.index = index
 
     def reset(self) -> None:
         super().reset()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +32,24 @@ from codebook.pruning.stage import Stage
 from codebook.pruning.text import DISTANCE
 from codebook.pruning.tokens import VisualTokens
 
-Chosen = dict[int, list[Tensor | None]]
-"""For each stage's layer the indices that stay of each unit, None for all: what a generation without cache repeats."""
+
+class Kept(NamedTuple):
+    """Tokens that a stage chose to keep.
+
+    Attributes
+    ----------
+    stays
+        For each unit the indices that stay, (k,) int64; None for all.
+    known
+        For each unit what the pruner knows of its choice (`VisualTokens.known`).
+    """
+
+    stays: list[Tensor | None]
+    known: list[dict[Any, Any]]
+
+
+Chosen = dict[int, Kept]
+"""By the layer of each stage: what a generation without cache repeats."""
 
 
 class Forward:
@@ -120,18 +136,20 @@ class Forward:
 
         @cache
         def tokens(number: int) -> VisualTokens:
-            return self._tokens(stage, self.units[number], hidden)
+            return self._tokens(stage, self.units[number], hidden, known[number])
 
         chosen = self._chosen.get(stage.layer)
+        known = [{} for _ in self.units] if chosen is None else chosen.known
         if chosen is None:
             films = any(own.joint for own in self.stages.values() if own.layer <= stage.layer)
             counts = selection.targets(stage, self.prompt.images, self.units, self.prompt.portions, films=films)
             with self._timing(), torch.no_grad():  # a choice has no gradient
-                chosen = self._chosen[stage.layer] = selection.choose(stage.pruner, self.units, counts, tokens)
+                stays = selection.choose(stage.pruner, self.units, counts, tokens)
+            chosen = self._chosen[stage.layer] = Kept(stays, known)
 
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
-        merged, units, dropped = self._merged(stage, chosen, tokens), list(self.units), [0] * self.given.batch
-        for number, (unit, index, values) in enumerate(zip(self.units, chosen, merged, strict=True)):
+        merged, units, dropped = self._merged(stage, chosen.stays, tokens), list(self.units), [0] * self.given.batch
+        for number, (unit, index, values) in enumerate(zip(self.units, chosen.stays, merged, strict=True)):
             if index is not None:
                 places = self._places(unit.row, unit.columns)
                 # Filled and not assigned: a number assigned to places that a tensor names makes the host wait.
@@ -182,13 +200,14 @@ class Forward:
         counted = [unit for unit in self.units if unit.mass is not None and unit.count]
         if not counted:
             return
-        bias = torch.zeros(self.sequence.source.shape, device=self.given.device)
+        # Whatever the default dtype, float32 is what kernels take beside half precision.
+        bias = torch.zeros(self.sequence.source.shape, dtype=torch.float32, device=self.given.device)
         first = torch.zeros_like(bias) if stage.layer == 0 and stage.mass == DISTANCE else None
         distant = torch.zeros_like(bias, dtype=torch.bool) if any(unit.distant for unit in counted) else None
         for unit in counted:
             assert unit.mass is not None
             places = self._places(unit.row, unit.columns)
-            bias[unit.row].index_copy_(0, places, unit.mass.log())
+            bias[unit.row].index_copy_(0, places, unit.mass.float().log())
             if first is not None:  # RESTORE's first layer takes all for equally large
                 first[unit.row, places] = unit.mass.float().mean().log().expand(unit.count)
             if distant is not None and unit.distant:
@@ -230,7 +249,7 @@ class Forward:
         """The decoder's output (B, P, d) at the input's length; dropped places are zero."""
         return hidden if self.sequence is None else self.sequence.restore(hidden, self.given.length)
 
-    def _tokens(self, stage: Stage, unit: Unit, hidden: Tensor) -> VisualTokens:
+    def _tokens(self, stage: Stage, unit: Unit, hidden: Tensor, known: dict[Any, Any]) -> VisualTokens:
         columns, row = self._row(unit.row)
         sequence, span = hidden[unit.row, row], torch.searchsorted(columns, unit.columns)
         return VisualTokens(
@@ -249,6 +268,7 @@ class Forward:
             norm=self._norm,
             pixels=unit.pixels,
             encode=None if stage.layer else unit.encode,
+            known=known,
         )
 
     def _row(self, row: int) -> tuple[Tensor, Tensor | slice]:

@@ -228,7 +228,8 @@ def _units(found: list[_Found], given: Given, sources: dict[str, _Source], sent:
         source, pieces, offset = sources[one.image.kind], one.image.sources, 0
         pixels = source.pixels[pieces[0]] if source.pixels and pieces else None
         encode = None if pixels is None else partial(source.encode, pixels)
-        one_picture = pixels is not None and pixels.dim() == 3 and one.whole and len(pieces or ()) == 1
+        whole = one.whole and len(pieces or ()) == 1
+        one_picture = whole and pixels is not None and pixels.dim() == 3 and len(pixels) == 3
         for i, ((grid, _), index) in enumerate(zip(one.grids, indices[number], strict=True)):
             own = features[number] if one.whole else features[number][index]
             units.append(

@@ -191,4 +191,4 @@ class Viewer:
 
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
-    return torch.zeros(like.shape, device=like.device) if bias is None else bias
+    return torch.zeros(like.shape, dtype=torch.float32, device=like.device) if bias is None else bias

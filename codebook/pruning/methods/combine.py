@@ -54,6 +54,10 @@ class Combination(Pruner):
     def uses_text(self) -> bool:  # type: ignore[override]
         return any(part.uses_text for part in self.parts)
 
+    @property
+    def uses_change(self) -> bool:  # type: ignore[override]
+        return any(part.uses_change for part in self.parts)
+
 
 @dataclass(frozen=True)
 class Weighted(Combination, ScoringPruner):
@@ -211,4 +215,5 @@ def _part(tokens: VisualTokens, places: Tensor) -> VisualTokens:
         span=span,
         ordinal=tokens.ordinal[places],
         attention=attention,
+        known={},
     )

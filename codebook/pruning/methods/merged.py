@@ -44,7 +44,17 @@ class Merged(Combination):
         return self._merged(tokens, len(index))[1]
 
     def _merged(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
-        """The middle members of the groups, (keep,) int64 ascending, and of which of these each token is, (n,)."""
+        """The middle members of the groups, (keep,) int64 ascending, and of which of these each token is, (n,).
+
+        Worked out once: `first` may be slow, and asked again in another forward it may choose others by rounding.
+        """
+        key = id(self), keep
+        if key not in tokens.known:
+            tokens.known[key] = self._grouped(tokens, keep)
+        found: tuple[Tensor, Tensor] = tokens.known[key]
+        return found
+
+    def _grouped(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
         group = nearest_kept(tokens.hidden, self.first.select(tokens, keep))
         middle = middles(group, keep)
         index = middle.sort().values

@@ -87,14 +87,16 @@ class Method:
     @property
     def uses_attention(self) -> bool:
         """Whether it needs the attention of the layer before: itself, or a method that it is made of."""
-        own = self.kind.uses_attention
-        parts = (value for value in self.defaults.values() if _is_pruner(value))
-        return own is True or any(part.uses_attention for part in parts)
+        return self._uses("attention")
 
     @property
     def uses_change(self) -> bool:
-        """Whether it compares what a layer has made of the tokens with what entered the LLM."""
-        return self.kind.uses_change
+        """Whether it compares what a layer has made of the tokens with what entered the LLM: itself or a part."""
+        return self._uses("change")
+
+    def _uses(self, what: str) -> bool:
+        name, parts = f"uses_{what}", (value for value in self.defaults.values() if _is_pruner(value))
+        return getattr(self.kind, name) is True or any(getattr(part, name) for part in parts)
 
     def check(self, name: str, options: dict[str, Any]) -> None:
         """Raise a CodebookError unless these are options of the method, named `name`, with values that it takes."""
