@@ -38,7 +38,7 @@ def test_wheel_runs_the_demo(tmp_path):
     report = json.loads(run(program, "demo", *small, cwd=tmp_path, env=clean))
     assert [(row["method"], row["keep"]) for row in report["accuracy"]][:3] == [
         ("unpruned", 1.0),
-        ("seeded", 0.5),
+        ("seeded-middle", 0.5),
         ("codebook", 0.5),
     ]
     assert (tmp_path / report["picture"]).is_file()

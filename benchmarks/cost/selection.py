@@ -64,6 +64,7 @@ def image(n: int, width: int, device: str, dtype: torch.dtype = torch.float32) -
 
 
 def choose(pruner: Pruner, tokens: VisualTokens, keep: int) -> None:
+    tokens = replace(tokens, known={})  # what a pruner remembers of one choice it may not use for the next
     index = pruner.choose(tokens) if pruner.adaptive else pruner.select(tokens, keep)
     pruner.merge(tokens, index)
 

@@ -28,8 +28,11 @@ WIDER = 8
 """Entries that folding adds to each head."""
 BIAS_PARTS = 3
 """How many of them hold a key's number."""
-FOLD_FROM = 1536
-"""Tokens from which folding is used on CUDA: below, copying queries, keys and values takes longer than a mask."""
+FOLD_FROM = 3072
+"""Tokens from which folding is used on CUDA: below, copying queries, keys and values takes longer than a mask.
+
+Measured on one H200 (docs/device.md): equal at 2944 tokens.
+"""
 FLASH_WIDTH = 256
 """Entries per head that flash kernels take at most."""
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
