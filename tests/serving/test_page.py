@@ -12,6 +12,7 @@ from PIL import Image as Picture
 from codebook.inference.ask import ask
 from codebook.miniature.examples import examples
 from codebook.pruning import Schedule
+from codebook.pruning.presets import DEFAULT
 from codebook.serving.page import FILE
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.running import Service
@@ -111,17 +112,17 @@ def test_ask_slide_and_compare_in_a_browser(service, loaded):
     with Browser() as tab:
         tab.open(service.url)
         tab.wait(ANSWERED)  # the page begins with its first example
-        a, b = check(tab, "a", first, "seeded", 0.2), check(tab, "b", first, "random", 0.2)
+        a, b = check(tab, "a", first, DEFAULT, 0.2), check(tab, "b", first, "random", 0.2)
         assert text(tab, "#way-unpruned .answer") == expected(first, "unpruned", 1).text
         assert f"agree on {round(100 * len(a & b) / len(a | b))}%" in text(tab, "#agreement")
-        assert (text(tab, "#onlya"), text(tab, "#common")) == (f"{len(a - b)} only seeded", f"{len(a & b)} both")
+        assert (text(tab, "#onlya"), text(tab, "#common")) == (f"{len(a - b)} only {DEFAULT}", f"{len(a & b)} both")
 
         tab.run("document.getElementById('keep').focus()")
         for _ in range(5):
             tab.key("ArrowRight")
         assert text(tab, "#kept") == "25%"
         tab.wait(f"{ANSWERED} && document.querySelector('#way-b canvas').dataset.kept > {len(b)}")
-        check(tab, "a", first, "seeded", 0.25)
+        check(tab, "a", first, DEFAULT, 0.25)
 
         tab.run(
             "{ const b = document.getElementById('b'); b.value = 'divprune'; b.dispatchEvent(new Event('change')); }"
@@ -137,7 +138,7 @@ def test_ask_slide_and_compare_in_a_browser(service, loaded):
         tab.type("how many objects are there?")
         tab.key("Enter")
         tab.wait(f"{ANSWERED} && !document.querySelector('#way-unpruned .facts').textContent.includes('right')")
-        check(tab, "a", second, "seeded", 0.25, "how many objects are there?")
+        check(tab, "a", second, DEFAULT, 0.25, "how many objects are there?")
 
         # A picture that is dropped on the page: the first one again.
         code = first["image"].partition(",")[2]
@@ -147,7 +148,7 @@ def test_ask_slide_and_compare_in_a_browser(service, loaded):
         tab.wait("document.querySelector('#examples [aria-pressed=true]') === null && picture.example === undefined")
         tab.key("Enter")
         tab.wait(f"{ANSWERED} && asked.url === picture.url && results.unpruned")
-        check(tab, "a", first, "seeded", 0.25, "how many objects are there?")
+        check(tab, "a", first, DEFAULT, 0.25, "how many objects are there?")
         assert tab.messages == []
 
         # A question that is refused leaves no other question's answers. (The browser itself notes such a status.)
