@@ -6,7 +6,7 @@ from codebook import load
 from tests.integrations.vllm.running import MINIATURE, ask, engine, expected, needs_vllm, questions, settings
 
 pytestmark = needs_vllm
-METHODS = ("codebook", "codebook-farthest", "farthest", "divprune", "uniform", "random", "phi-knn")
+METHODS = ("codebook", "codebook-farthest", "codebook-middle", "farthest", "divprune", "uniform", "random", "phi-knn")
 KEEP = 0.2
 
 
