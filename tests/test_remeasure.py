@@ -1,4 +1,4 @@
-"""Rows that are measured again take the places of the old ones, and nothing else changes."""
+"""Rows that are measured again take the places of the old ones, new ones come last, and nothing else changes."""
 
 import copy
 
@@ -38,7 +38,16 @@ def test_rows_measured_again():
     assert [row["text"] for row in old["samples"][0]["rows"]] == ["0.9", "0.8"]
 
 
-def test_rows_that_are_not_in_both_are_refused():
+def test_new_methods_come_last():
+    old, new = results(0.8, 4.0, ["dart"]), results(0.9, 2.0, ["fastv", "seeded"])
+    merge(old, new, ["fastv"], 96, [], new["samples"])
+    assert [(row["method"], row["keep"]) for row in old["rows"]] == [
+        ("unpruned", 1.0), ("dart", 0.5), ("dart", 0.25), ("fastv", 0.5), ("fastv", 0.25),
+    ]  # fmt: skip
+    assert [row["method"] for row in old["samples"][0]["rows"]] == ["dart", "fastv"]
+
+
+def test_rows_that_were_not_measured_again_are_refused():
     old, new = results(0.8, 4.0, ["dart", "fastv"]), results(0.9, 2.0, ["dart"])
-    with pytest.raises(CodebookError, match=r"not in both results: .*fastv"):
+    with pytest.raises(CodebookError, match=r"not measured again: .*fastv"):
         merge(old, new, ["dart", "fastv"], 96, [], [])

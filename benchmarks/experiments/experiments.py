@@ -76,6 +76,8 @@ GROUPS = {
         *(OWN[1], "seeded-middle", "seeded-middle;spread=codebook", "seeded-middle(representatives=2);spread=codebook"),
         *("divprune(middle=True)+mass", "seeded-middle+fastv(query='question')@6:0.65+mass;spread=codebook"),
     ),
+    "demand": ("seeded-middle", *(f"seeded-middle, demand {power}" for power in (0.5, 1.0))),
+    "anchor": ("seeded-middle", *(f"seeded-middle, anchor {most}" for most in (0.125, 0.25))),
     "gate": (
         OWN[1],
         *(f"{OWN[1]}, gate {power}" for power in (1.0, 2.0, 3.0)),
@@ -114,6 +116,10 @@ def schedules(
             return trials.ByGain(shipped, float(number)), keep
         if kind == "asked":
             return trials.Asked(shipped, float(number)), keep
+        if kind == "demand":
+            return trials.Demanded(shipped, float(number)), keep
+        if kind == "anchor":
+            return trials.Anchored(shipped, float(number)), keep
         if kind == "not asked":
             return trials.Asked(shipped, float(number), model.get_input_embeddings().weight.detach()), keep
         assert isinstance(pruner, SeededFarthestPoint)
@@ -153,6 +159,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=BATCH_SIZE, help="questions a batch")
     parser.add_argument("--books", type=Path, default=Path("books"), help="folder for the codebooks that are tried")
     parser.add_argument("--horizon", type=int, help="layer of the deep stages; default: 20 of 32")
+    parser.add_argument("--against", default=OWN[1], help="row from which the others' differences are shown")
     options = parser.parse_args()
     model, processor = load(options.model, dtype=options.dtype)
     named = list(dict.fromkeys(row for group in options.groups for row in GROUPS[group]))  # some are in two groups
@@ -166,14 +173,14 @@ def main() -> None:
     )
     with progress("answer", len(plans) * len(questions), "answers") as tick:
         said = respond(model, processor, questions, plans, options.out, tick, batch=options.batch)
-    show(questions, said, options.keep)
+    show(questions, said, options.keep, options.against)
 
 
 def _always(schedule: Schedule | None, asked: object) -> Schedule | None:
     return schedule
 
 
-def show(questions: list[Sample], said: dict[str, list[Response]], keeps: list[float]) -> None:
+def show(questions: list[Sample], said: dict[str, list[Response]], keeps: list[float], against: str) -> None:
     """One table a budget, the best first."""
     results: dict[str, Scores] = {name: scored(questions, own) for name, own in said.items()}
     for keep in keeps:
@@ -182,8 +189,8 @@ def show(questions: list[Sample], said: dict[str, list[Response]], keeps: list[f
         best_first = dict(sorted(own.items(), key=lambda item: -mean(item[1])))
         print(accuracy_table({"unpruned": results["unpruned"], **best_first}))
         for name, scores in best_first.items():
-            if OWN[1] in own and name != OWN[1]:
-                print(f"{name}: {_apart(scores, own[OWN[1]])}")
+            if against in own and name != against:
+                print(f"{name}: {_apart(scores, own[against])}")
         for name in own:
             if ", by " in name:
                 kept = [one.counts[-1] / one.counts[0] for one in said[f"{keep} {name}"]]

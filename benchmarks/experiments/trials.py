@@ -17,9 +17,11 @@ from codebook.building.pool import SurvivorPool
 from codebook.building.presets import preset
 from codebook.cli.output import progress
 from codebook.miniature.samples import of_miniature
-from codebook.pruning.methods.base import FramePruner, group_means, nearest_kept, unit_range, whole_frames
+from codebook.pruning.methods.anchorprune import AnchorPrune
+from codebook.pruning.methods.base import FramePruner, group_means, middles, nearest_kept, unit_range, whole_frames
 from codebook.pruning.methods.combine import Combination
-from codebook.pruning.methods.farthest import farthest_points
+from codebook.pruning.methods.farthest import farthest_in_turn, farthest_points
+from codebook.pruning.methods.question import likeness_to_question
 from codebook.pruning.methods.vidcom2 import divided
 
 IMAGES = 120
@@ -112,6 +114,72 @@ class Asked(Pruner):
             gain[chosen] = -1.0
             chosen.append(int(gain.argmax()))
         return torch.tensor(sorted(chosen))
+
+
+@dataclass(frozen=True)
+class Demanded(Pruner):
+    """`SeededFarthestPoint(middle=True)` whose representatives stand for what demands it.
+
+    A token's demand is its distance from everything redundant, to the `power`: all demand the same where it is 0.
+    """
+
+    codebook: Codebook
+    power: float
+    representatives: int = 4
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        unit = normalize(tokens.features.float(), dim=-1)
+        similarity, nearest = unit @ unit.T, self.codebook.redundancy(tokens.features)
+        demand = (1 - nearest).clamp(min=0) ** self.power
+        points = keep - min(self.representatives, keep // 2)
+        chosen = farthest_in_turn(similarity[None], nearest[None], points)[0].tolist()
+        return _to_middles(tokens.features, _represented(similarity, chosen, keep, demand))
+
+
+@dataclass(frozen=True)
+class Anchored(Pruner):
+    """`SeededFarthestPoint(middle=True)` around what the question asks for: `AnchorPrune`'s anchor of adaptive size.
+
+    The anchor has no more than `most` of what stays and counts as chosen. It stays as it is; what is chosen after it
+    gives way to the middle of its group.
+    """
+
+    codebook: Codebook
+    most: float
+    representatives: int = 4
+    uses_text: ClassVar[bool] = True
+
+    def select(self, tokens: VisualTokens, keep: int) -> Tensor:
+        ranked = likeness_to_question(tokens).argsort(descending=True, stable=True)
+        unit = normalize(tokens.features.float(), dim=-1)
+        similarity = unit @ unit.T
+        least = max(1, round(AnchorPrune.least * keep * self.most / AnchorPrune.most))
+        ranked = ranked[: max(least, int(self.most * keep))]
+        anchor = ranked[AnchorPrune()._anchored(similarity[ranked][:, ranked], least)]
+        nearest = torch.maximum(self.codebook.redundancy(tokens.features), similarity[:, anchor].amax(1))
+        points = keep - len(anchor) - min(self.representatives, keep // 2, keep - len(anchor))
+        nearest = nearest.index_fill(0, anchor, torch.inf)
+        others = farthest_in_turn(similarity[None], nearest[None], points)[0]
+        chosen = _represented(similarity, [*anchor.tolist(), *others.tolist()], keep, torch.ones_like(nearest))
+        return _to_middles(tokens.features, chosen, len(anchor))
+
+
+def _represented(similarity: Tensor, chosen: list[int], keep: int, demand: Tensor) -> list[int]:
+    """The chosen tokens and, up to `keep`, those that stand for the others, each by what it demands."""
+    chosen = list(chosen)
+    while len(chosen) < keep:
+        gain = (similarity - similarity[chosen].amax(0)).clamp(min=0) @ demand
+        gain[chosen] = -1.0
+        chosen.append(int(gain.argmax()))
+    return chosen
+
+
+def _to_middles(features: Tensor, chosen: list[int], fixed: int = 0) -> Tensor:
+    """(keep,) the middles of the chosen tokens' groups; the first `fixed` stay as they are."""
+    index = torch.tensor(chosen)
+    moved = middles(nearest_kept(features, index), len(chosen))
+    moved[:fixed] = index[:fixed]
+    return moved.sort().values
 
 
 @dataclass(frozen=True)

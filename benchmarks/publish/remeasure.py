@@ -1,12 +1,12 @@
-"""Rows of a results.json measured again, without the others, where their methods have changed.
+"""Rows of a results.json measured again, or added, without the others.
 
     python -m benchmarks.publish.remeasure benchmarks/publish/miniature.json --methods dart,sparsevlm --count 300 \\
         --out again
 
 The rows are answered beside the unpruned model and the method that all rows are compared with, on the first `--count`
 questions of each task, so that every difference is one of the same questions. They then stand in the places of the old
-ones, with their number of questions, and a note says which they are. Their times are those of now, times what the
-unpruned model took then over what it takes now. Run it again to go on.
+ones, new methods at the end, with their number of questions, and a note says which they are. Their times are those of
+now, times what the unpruned model took then over what it takes now. Run it again to go on.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def merge(
     skipped: list[dict[str, Any]],
     shown: list[dict[str, Any]],
 ) -> None:
-    """Put the rows of `methods` into old results, at the places of the rows that they replace."""
+    """Put the rows of `methods` into old results: at the places of those that they replace, new methods at the end."""
     first = [results["rows"][0]["cost"]["first_token"]["median"] for results in (old, new)]
     found = {_key(row): row for row in new["rows"] if row["method"] in methods}
     for row in found.values():
@@ -80,24 +80,27 @@ def merge(
         for time in TIMES:
             of = row["cost"][time]
             of |= {part: of[part] and of[part] * first[0] / first[1] for part in ("q1", "median", "q3")}
-    if missing := found.keys() ^ {_key(row) for row in old["rows"] if row["method"] in methods}:
-        raise CodebookError(f"rows that are not in both results: {sorted(missing)}")
-    old["rows"] = [found.get(_key(row), row) for row in old["rows"]]
-    own = {_key(one): one for one in skipped}
-    old["skipped"] = [own.get(_key(one), one) for one in old["skipped"]]
+    if missing := {_key(row) for row in old["rows"] if row["method"] in methods} - found.keys():
+        raise CodebookError(f"rows that were not measured again: {sorted(missing)}")
+    old["rows"] = _replaced(old["rows"], list(found.values()))
+    old["skipped"] = _replaced(old["skipped"], [one for one in skipped if one["method"] in methods])
     for before, after in zip(old["samples"], shown, strict=True):
         if before["question"] != after["question"]:
             raise CodebookError("the samples that are shown are others: measure all rows again")
-        looks = {_key(row): row for row in after["rows"]}
-        before["rows"] = [looks.get(_key(row), row) for row in before["rows"]]
+        before["rows"] = _replaced(before["rows"], [row for row in after["rows"] if row["method"] in methods])
     again = {row["method"]: row["samples"] for row in old["rows"] if "samples" in row}
     by_count = {n: [method for method, own in again.items() if own == n] for n in dict.fromkeys(again.values())}
     parts = [f"{', '.join(names)} on the first {n} questions of each task" for n, names in by_count.items()]
     old["note"] = (
-        f"Measured again since, when their methods changed: {'; '.join(parts)}, where their differences from the "
-        "unpruned model and the method compared with are of the same questions; their times are scaled to those of the "
-        "unpruned model here."
+        f"Measured later: {'; '.join(parts)}, where their differences from the unpruned model and the method compared "
+        "with are of the same questions; their times are scaled to those of the unpruned model here."
     )
+
+
+def _replaced(old: list[dict[str, Any]], new: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The old rows, each new one in the place of the one of its method and budget, or at the end."""
+    rows = {_key(row): row for row in old} | {_key(row): row for row in new}
+    return list(rows.values())
 
 
 def _key(row: dict[str, Any]) -> tuple[str, float]:
