@@ -21,14 +21,14 @@ from pydantic import TypeAdapter
 from codebook import models
 from codebook.analysis import likelihood
 from codebook.errors import CodebookError, quoted
-from codebook.inference.ask import ask
-from codebook.inference.prompts import check_samples
+from codebook.inference.ask import answer_prompts, ask
+from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import Share, read_record
-from codebook.inference.respond import BATCH_SIZE
+from codebook.inference.respond import BATCH_SIZE, remembering
 from codebook.inference.samples import Sample, mixed, samples_digest
 from codebook.inference.uncertainty import ONE_SIDED_QUANTILE
 from codebook.models.base import Model, Processor
-from codebook.pruning import Schedule, remember
+from codebook.pruning import Pruner, Schedule, remember
 from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.presets import SCHEDULE_PRESETS, expand
 from codebook.pruning.stage import Keep, check_stage
@@ -288,10 +288,13 @@ def calibrate(
     Raises
     ------
     CodebookError
-        If there are too few samples, in all or for one task.
+        If there are too few samples, in all or for one task, or if the model refuses one of the schedules.
     """
     model = models.unwrap(model)
+    ordered = mixed(samples, seed)
+    check_sample_count(ordered)
     check_samples(model, processor, samples)
+    _try(model, processor, samples, [plain, *candidates])
     about = {
         "model": models.identity(model),
         "data": samples_digest(samples),
@@ -299,7 +302,7 @@ def calibrate(
         "codebook": _codebooks([plain, *candidates]),
     }
     with Journal(file, about | {"plain": str(plain)}) as journal:
-        return _halve(_Search(model, processor, mixed(samples, seed), journal, done), plain, candidates)
+        return _halve(_Search(model, processor, ordered, journal, done), plain, candidates)
 
 
 def check_sample_count(samples: Sequence[Sample]) -> None:
@@ -322,6 +325,27 @@ def check_sample_count(samples: Sequence[Sample]) -> None:
     if fewest < FRESH:
         enough = math.ceil(FRESH * SEARCH / (SEARCH - 1))
         raise CodebookError(f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task")
+
+
+def _try(model: Model, processor: Processor, samples: Sequence[Sample], schedules: Sequence[Schedule]) -> None:
+    """Refuse, before anything is scored, schedules that cannot run: only running shows what a method asks of pictures.
+
+    Among schedules that differ in layers and counts alone, the one that keeps the fewest tokens in the end is tried, on
+    the sample of the fewest images and on that of the most: a film's methods may need several.
+    """
+    alike: dict[tuple[Pruner, ...], list[Schedule]] = {}
+    for schedule in schedules:
+        alike.setdefault(tuple(stage.pruner for stage in schedule.stages), []).append(schedule)
+    hardest = [min(own, key=lambda one: [stage.keep or 0 for stage in reversed(one.stages)]) for own in alike.values()]
+    fewest, most = (choice(samples, key=lambda sample: len(sample.images)) for choice in (min, max))
+    for sample in [fewest, most] if len(fewest.images) < len(most.images) else [fewest]:
+        prompts = prepare_samples(model, processor, [sample])
+        with remembering(model):
+            for schedule in hardest:
+                try:
+                    answer_prompts(model, processor, prompts, schedule, max_new_tokens=1)
+                except CodebookError as error:
+                    raise CodebookError(f"{schedule} cannot be tried on this data: {error}") from None
 
 
 def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Calibration:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import takewhile
 from pathlib import Path
@@ -214,8 +214,7 @@ def horizons(
         )
 
     by_task, errors = sweep.by_task(), {}
-    if len(by_task) > 1 and "mean" in by_task:
-        raise CodebookError("a task is called `mean`, as the mean over the tasks is: give it another name")
+    check_tasks(by_task)
     for task, rows in by_task.items():
         own, n = sweep.loss[rows], len(rows)
         drawn[task] = rng.multinomial(n, np.full(n, 1 / n), resamples) @ own / n
@@ -232,6 +231,17 @@ def horizons(
         why = f"no horizon is seen in {', '.join(unknown)}" if unknown else None
         found["mean"] = one(len(sweep.tasks), full, pruned, error, boot, why)
     return found
+
+
+def check_tasks(tasks: Iterable[str]) -> None:
+    """Refuse tasks of samples one of which has the name of the mean over them.
+
+    Raises
+    ------
+    CodebookError
+    """
+    if "mean" in (names := set(tasks)) and len(names) > 1:
+        raise CodebookError("a task is called `mean`, as the mean over the tasks is: give it another name")
 
 
 def _why_unknown(sweep: Sweep, task: str, rows: np.ndarray) -> str | None:
@@ -304,6 +314,7 @@ def sweep(
     """
     if not samples:
         raise CodebookError("there are no samples to sweep: give one at least")
+    check_tasks(sample.task for sample in samples)
     model = models.unwrap(model)
     about = {
         "model": models.identity(model),

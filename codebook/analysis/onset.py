@@ -22,7 +22,7 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from codebook import models
-from codebook.analysis.horizon import LEVEL, RESAMPLES, telling_prefill, telling_tokens
+from codebook.analysis.horizon import LEVEL, RESAMPLES, check_tasks, telling_prefill, telling_tokens
 from codebook.analysis.prefill import Prefill
 from codebook.errors import CodebookError
 from codebook.inference.prompts import check_samples, prepare_samples
@@ -255,9 +255,8 @@ def onsets(tasks: Sequence[str], found: Sequence[Agreement], *, seed: int = 0) -
         error = gap.std(0, ddof=1) / n**0.5 if n > 1 else np.full(gap.shape[1], np.inf)
         drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) @ gap / n
         curves[task] = own[rows].mean(0), swapped[rows].mean(0), error, drawn, n
+    check_tasks(curves)
     if len(curves) > 1:
-        if "mean" in curves:
-            raise CodebookError("a task is called `mean`, as the mean over the tasks is: give it another name")
         owns, swaps, errors, draws, _ = zip(*curves.values(), strict=True)
         error = np.sqrt(np.sum(np.square(errors), 0)) / len(errors)
         curves["mean"] = np.mean(owns, 0), np.mean(swaps, 0), error, np.mean(draws, 0), len(tasks)

@@ -26,6 +26,10 @@ VARIANTS_PER_FORWARD = 64
 """Most variants per forward."""
 
 
+class UnsharedError(CodebookError):
+    """A model whose prefill cannot be shared; what generates each answer anew, as pruning does, still works."""
+
+
 @dataclass
 class Cost:
     """Work, in tokens times decoder layers.
@@ -100,7 +104,7 @@ class Prefill:
         windows = [size for layer in attending if (size := window(layer)) is not None]
         straight = len(attending) == len(layers) and family.blocks(model, inputs) is None
         if not straight or (windows and min(windows) < ids.shape[1]):
-            raise CodebookError(
+            raise UnsharedError(
                 f"in {family.name} not every token attends to all before it and none after it: sweep with --metric "
                 "generated"
             )
@@ -111,8 +115,9 @@ class Prefill:
         def enter(i: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden[i], given[i] = args[0], kwargs
             if i and args[0] is not left[i - 1]:
-                raise CodebookError(
-                    "this model changes hidden states between its decoder layers, as deepstack does: use another model"
+                raise UnsharedError(
+                    "this model changes hidden states between its decoder layers, as deepstack does: sweep with "
+                    "--metric generated"
                 )
 
         def leave(i: int, _: Any, args: tuple[Any, ...], out: Any) -> None:

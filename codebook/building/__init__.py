@@ -6,6 +6,7 @@ from codebook.building.pool import STEPS, SurvivorPool
 from codebook.building.presets import BUILD_PRESETS, Settings, preset, published, read_settings, settings_for
 from codebook.building.sources import Source, left_out_words, open_images
 from codebook.building.stability import Stability, is_stable
+from codebook.building.unfinished import check_folder
 from codebook.building.worker import Options, Progress
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Stability",
     "SurvivorPool",
     "build",
+    "check_folder",
     "extend",
     "is_stable",
     "left_out_words",

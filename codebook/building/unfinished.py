@@ -33,6 +33,19 @@ def requested(config: dict[str, Any], where: Path | str = "the codebook") -> dic
     return asked
 
 
+def check_folder(out: Path) -> None:
+    """Refuse what is no folder, and a folder with other things than a build in it: known before there is a model.
+
+    Raises
+    ------
+    CodebookError
+    """
+    if out.exists() and not out.is_dir():
+        raise CodebookError(f"{out} is a file: choose another --out")
+    if out.is_dir() and not (out / CONFIG).exists() and not (out / UNFINISHED).is_dir() and any(out.iterdir()):
+        raise CodebookError(f"{out} is not empty and holds no build: choose another --out")
+
+
 def finished(out: Path, asked: dict[str, Any]) -> Codebook | None:
     """The whole codebook of this very build, None if there is none yet; anything else in `out` is an error.
 
@@ -41,8 +54,7 @@ def finished(out: Path, asked: dict[str, Any]) -> Codebook | None:
     asked
         Entries of its config, as `requested` has them.
     """
-    if out.exists() and not out.is_dir():
-        raise CodebookError(f"{out} is a file: choose another --out")
+    check_folder(out)
     if (out / CONFIG).exists():
         try:
             config = requested(read_config(out), out)
@@ -59,8 +71,6 @@ def finished(out: Path, asked: dict[str, Any]) -> Codebook | None:
         book = Codebook.load(out)
         rmtree(out / UNFINISHED, ignore_errors=True)  # killed while it was cleaning up
         return book
-    if out.is_dir() and not (out / UNFINISHED).is_dir() and any(out.iterdir()):
-        raise CodebookError(f"{out} is not empty and holds no build: choose another --out")
     return None
 
 

@@ -90,6 +90,7 @@ def build_command(
     stability = building.Stability(*(() if agreement is None else (agreement,))) if until_stable else None
     trial = building.Pilot(**asked)
     check_output_folder(out, CODEBOOK_FILES)
+    building.check_folder(out)
     loading.check(model)
     source = building.open_images(images, probing.limit)  # before a model is loaded for nothing
     loaded, processor = loading.load(model)

@@ -30,6 +30,7 @@ def extend_command(
     from codebook.store.known import find_named
 
     check_output_folder(out, CODEBOOK_FILES)
+    building.check_folder(out)
     folder = find_named(folder)
     book, _ = building.SurvivorPool.load(folder)
     name = model_of(book, folder, model)

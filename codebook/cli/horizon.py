@@ -56,6 +56,7 @@ def horizon_command(
         check_output_folder(out, ("horizon.json", "horizon.png"))
     loading.check(model)
     samples = mixed(load_samples(data, loading.frame_rule(model), split, seed, count), seed)
+    horizon.check_tasks(sample.task for sample in samples)
     if out is not None:
         plot.require_matplotlib()  # before the long work
     loaded, processor = loading.load(model)

@@ -85,10 +85,11 @@ def tune_command(
         raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
     made = data is not None and is_miniature(data)
     if made:
-        samples: Sequence[Sample] = []
-        check_sample_count(mixed(load_samples(str(data), seed=seed, count=count), seed))
+        samples: Sequence[Sample] = load_samples(str(data), seed=seed, count=count)
+        check_sample_count(mixed(samples, seed))
     else:
         samples = _samples(model, images, data, count, prompt, seed, loading, probing.strict)
+    metric = _rehearse(model, samples, keep, loading)
     out.mkdir(parents=True, exist_ok=True)
     _write(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
 
@@ -112,7 +113,9 @@ def tune_command(
             labels, files = _labelled(model, samples, out, count, loading)
         note("tune 3/5: information horizon")
         if not (out / HORIZON_PART / "horizon.json").exists():
-            horizon_command(model=model, data=files[0], out=out / HORIZON_PART, count=count, **common)
+            horizon_command(
+                model=model, data=files[0], out=out / HORIZON_PART, metric=metric, count=count, **common
+            )  # fmt: skip
         put_horizon(out / CODEBOOK_PART, carried_horizon(out / HORIZON_PART, None))
         note("tune 4/5: schedule")
         if not (out / SCHEDULE_PART).exists():
@@ -161,6 +164,29 @@ def _samples(
         )
     check_sample_count(mixed([samples[row] for row in _two_halves(samples, count)[0]], seed))
     return samples
+
+
+def _rehearse(model: str, samples: Sequence[Sample], keep: float, loading: Loading) -> str:
+    """Refuse, before the long first step, what a later one would; returns the metric to find the horizon by."""
+    from codebook import models
+    from codebook.analysis import horizon, plot
+    from codebook.analysis.prefill import Prefill, UnsharedError
+    from codebook.inference.prompts import check_samples, prepare_samples
+    from codebook.pruning import Schedule
+
+    plot.require_matplotlib()
+    horizon.check_tasks(sample.task for sample in samples)
+    loaded, processor = loading.load(model)
+    check_samples(loaded, processor, samples)
+    size = models.shape(loaded)
+    # Any one method before the LLM reaches the budgets that the default one does, which needs the codebook to come.
+    Schedule.solve("random", keep=keep, n=size.tokens, layers=size.layers)
+    longest = max(samples, key=lambda sample: len(sample.images))
+    try:
+        Prefill.of(loaded, prepare_samples(loaded, processor, [longest]).inputs)
+    except UnsharedError:
+        return "generated"
+    return "probability"
 
 
 def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, loading: Loading) -> tuple[str, list[str]]:

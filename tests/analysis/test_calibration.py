@@ -230,6 +230,24 @@ def test_too_few_samples(model, processor, samples):
         calibrate(model, processor, [*samples[:15], *samples[-3:]], Schedule([Stage(0, 9, Random())]), [])
 
 
+def test_what_cannot_run_is_refused_before_anything_is_scored(model, processor, samples, monkeypatch):
+    """EVS keeps a whole frame: a picture alone refuses it, beside films too; three frames refuse a deep stage of it."""
+    monkeypatch.setattr(_Search, "score", lambda *_: pytest.fail("scored"))
+    monkeypatch.setattr(_Search, "fill_answers", lambda *_: pytest.fail("answered"))
+    [picture] = samples[0].images
+    films = [Sample((picture,) * 3, s.question, None, s.task) for s in samples]
+    plain, found = candidate_schedules(model, "random", 0.4, at=[READS])
+    alone, deeper = candidate_schedules(model, "evs", 0.4, at=[READS])
+    for data in (samples, [samples[0], *films[1:]]):
+        with pytest.raises(CodebookError, match=r"^evs:57 cannot be tried on this data: evs keeps the first frame"):
+            calibrate(model, processor, data, plain, [*found, alone])
+    with pytest.raises(pytest.fail.Exception, match="answered"):  # 57 of 144 is more than a third
+        calibrate(model, processor, films, plain, [*found, alone, *deeper])
+    _, deep = candidate_schedules(model, "random", 0.4, at=[READS], deep=["evs"])
+    with pytest.raises(CodebookError, match=rf"random:\d+, evs@{READS}:\d+ cannot be tried"):
+        calibrate(model, processor, films, plain, deep)
+
+
 def test_halving():
     assert [_survivors(32, i) for i in range(4)] == [32, 11, 4, 1]
     assert [_survivors(1, i) for i in range(4)] == [1, 1, 1, 1] and _survivors(0, 1) == 0

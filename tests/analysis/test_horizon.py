@@ -231,6 +231,8 @@ def test_one_sample_shows_no_horizon():
 def test_a_task_is_not_overwritten_by_the_mean():
     with pytest.raises(CodebookError, match="called `mean`"):
         horizons(Sweep(["a", "mean"], np.ones(2), np.zeros((2, 2))))
+    with pytest.raises(CodebookError, match="called `mean`"):  # and not after the long sweep
+        sweep(None, None, [Sample((), "q", "a", task) for task in ("a", "mean")])
 
 
 def test_the_rate_of_guesses_by_hand():

@@ -1,10 +1,12 @@
 """`codebook tune`: from a model and images to a folder that `prune` takes as it is."""
 
 import json
+import sys
 
 import pytest
 
 from codebook import miniature
+from codebook.analysis.prefill import UnsharedError
 
 COUNT = ["--count", "2", "--seconds", "0", "--pilot", "2", "--select", "0.3"]
 
@@ -77,3 +79,44 @@ def test_what_cannot_be_tuned(refused, scenes, tmp_path):
         "tune", "miniature", "--images", scenes, "--out", tmp_path / "full", words=["not empty and holds no recipe"]
     )
     refused("tune", "miniature", "--images", scenes, "--out", tmp_path / "x", *COUNT, words=["questions are too few"])
+
+
+def test_what_a_later_step_refuses_is_refused_before_the_first(refused, run, scenes, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr("codebook.cli.build.build_command", pytest.fail)
+    out = tmp_path / "recipe"
+    command = ["tune", "miniature", "--images", scenes, "--out", out, *COUNT, "--count", "20", "--data"]
+    refused(*command, questions, "--keep", "0.001", words=["keep 0.001 is out of reach", "choose from 0.007"])  # 1/144
+    for field, value, words in (
+        ("question", "is there a <image>?", ["question 25", "'<image>', a special token"]),
+        ("task", "mean", ["called `mean`"]),
+    ):
+        lines = list(map(json.loads, questions.read_text().splitlines()))
+        lines[24:] = [line | {field: value} for line in lines[24:]]
+        odd = tmp_path / f"{field}.jsonl"
+        odd.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        refused(*command, odd, words=words)
+    with monkeypatch.context() as bare:
+        bare.setitem(sys.modules, "matplotlib", None)
+        refused(*command, questions, words=["matplotlib"])
+    assert not out.exists()
+
+
+def test_the_horizon_of_a_model_that_shares_no_prefill(run, scenes, questions, tmp_path, monkeypatch):
+    class Measured(BaseException):
+        pass
+
+    def refuse(*_):
+        raise UnsharedError("as deepstack does")
+
+    def measure(metric, **_):
+        raise Measured(metric)
+
+    monkeypatch.setattr("codebook.cli.build.build_command", lambda **_: None)
+    monkeypatch.setattr("codebook.cli.tune._labelled", lambda *_: ("given", [questions] * 2))
+    monkeypatch.setattr("codebook.cli.horizon.horizon_command", measure)
+    command = ["tune", "miniature", "--images", scenes, "--data", questions, *COUNT, "--count", "20", "--out"]
+    with pytest.raises(Measured, match="probability"):
+        run(*command, tmp_path / "shared")
+    monkeypatch.setattr("codebook.analysis.prefill.Prefill.of", refuse)
+    with pytest.raises(Measured, match="generated"):
+        run(*command, tmp_path / "unshared")
