@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Collection
 
 LONGEST_MESSAGE = 600
 """Most characters of a message; a file name alone can have thousands."""
@@ -82,6 +83,27 @@ def is_unreachable(error: BaseException) -> bool:
     and so do its errors, but not their names."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"OfflineModeIsEnabled", "TransportError"})
+
+
+def unknown(head: str, name: str, known: Collection[str], remedy: str = "") -> CodebookError:
+    """The error for a name that is none of those known: which are most like it, and where the others stand.
+
+    Parameters
+    ----------
+    head
+        What stands before the name, as in `no method`.
+    remedy
+        What to do; default: all names. Of many it says where they are listed.
+    """
+    return CodebookError(f"{head} {quoted(name)}: {did_you_mean(name, known)}{remedy or 'use ' + ', '.join(known)}")
+
+
+def did_you_mean(name: str, known: Collection[str]) -> str:
+    """The question whether one of the known names most like this one was meant; empty if none is like it."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, known, n=2) if len(name) <= QUOTED else []  # a long one would take long
+    return f"did you mean {' or '.join(near)}? " if near else ""
 
 
 def quoted(value: object) -> str:

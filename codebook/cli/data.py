@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image as Picture
 
 from codebook.cli.output import progress
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, quoted, unknown
 from codebook.evaluation.datasets import load_tasks
 from codebook.evaluation.metrics import Task
 from codebook.inference.samples import Sample, read_samples
@@ -47,7 +47,7 @@ def load_samples(
     elif is_file(Path(name)):
         samples = read_samples(Path(name), rule)
     else:
-        raise CodebookError(f"no data {quoted(name)}: give {MINIATURE}, {MINIATURE}:FAMILY, or a JSONL file")
+        raise unknown("no data", name, [MINIATURE], f"give {MINIATURE}, {MINIATURE}:FAMILY, or a JSONL file")
     if any(sample.earlier for sample in samples):
         raise CodebookError(f"{name} has earlier questions, which `codebook bench` alone asks: leave them out")
     _check_pictures(samples)

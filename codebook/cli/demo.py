@@ -13,7 +13,7 @@ import typer
 
 from codebook.cli.options import JsonOption, SeedOption
 from codebook.cli.output import Update, building_progress, progress, resumable, write_picture
-from codebook.errors import CodebookError
+from codebook.errors import unknown
 
 if TYPE_CHECKING:
     from codebook.evaluation import Scores
@@ -47,7 +47,7 @@ def demo_command(
 
     check_output_folder(out, ("kept.png",))
     if name not in models.SHIPPED_MODELS:
-        raise CodebookError(f"no model {name[:40]!r} ships: use {' or '.join(models.SHIPPED_MODELS)}")
+        raise unknown("no model ships as", name, models.SHIPPED_MODELS)
     model, processor = models.load(name)
     folder = out / f"images-{images}-{seed}"
     miniature.write_images(folder, images, seed=seed)

@@ -11,7 +11,7 @@ import typer
 
 from codebook.cli.options import CountOption, DataOption, JsonOption, Loading, ModelOption, SeedOption, with_groups
 from codebook.cli.output import note, progress, resumable
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, unknown
 
 
 @resumable("out")
@@ -49,7 +49,7 @@ def horizon_command(
     from codebook.store.folder import HORIZON_FILE
 
     if metric not in get_args(horizon.SweepMetric):
-        raise CodebookError(f"no metric {metric!r}: choose one of {', '.join(get_args(horizon.SweepMetric))}")
+        raise unknown("no metric", metric, get_args(horizon.SweepMetric))
     if onset and metric == "generated":
         raise CodebookError("--onset measures the first telling token of answers: leave it out, or --metric generated")
     if out is not None:

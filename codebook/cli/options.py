@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from codebook.errors import CodebookError
+from codebook.errors import unknown
 
 if TYPE_CHECKING:
     from codebook.models.base import Model, Processor
@@ -130,7 +130,7 @@ class Probing:
 
     def __post_init__(self) -> None:
         if self.engine not in ("local", "ray"):
-            raise CodebookError(f"no engine {self.engine!r}: use local or ray")
+            raise unknown("no engine", self.engine, ("local", "ray"))
 
 
 def with_quiet(command: Callable[..., None]) -> Callable[..., None]:

@@ -22,7 +22,7 @@ from codebook.cli.options import (
     with_groups,
 )
 from codebook.cli.output import note, write_picture
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, unknown
 
 if TYPE_CHECKING:
     from codebook.pruning import Schedule
@@ -65,7 +65,7 @@ def show_command(
     from codebook.store.pictures import read_image
 
     if draw not in DRAWN:
-        raise CodebookError(f"no picture {draw!r}: draw {', '.join(DRAWN)}")
+        raise unknown("no picture", draw, DRAWN)
     chosen = parse_methods(methods)
     check_keep(keep)
     check_output_file(out, [image])

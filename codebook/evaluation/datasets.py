@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, quoted, unknown
 from codebook.evaluation.clip_sets import check_clips, mvbench, videomme
 from codebook.evaluation.documents import CHOICE, SHORT, chair, chartqa, docvqa, infovqa, ocrbench
 from codebook.evaluation.metrics import ACCURACY, CHAIR, MME, POPE, Task, says_yes, yes_or_no
@@ -111,14 +111,8 @@ def _tasks(
     elif is_file(Path(name)):
         samples = read_samples(Path(name), rule)
     else:
-        known = (
-            ", ".join([*generators, "a JSONL file"]),
-            ", ".join(
-                [f"{loader}:FOLDER" for loader in sorted([*LOADERS, *CLIP_LOADERS])]
-                + [f"{table}:{rest.partition('[')[0]}" for table, rest in TABLES.items()]
-            ),
-        )
-        raise CodebookError(f"no data {name!r}: give {known[0]}, or one of {known[1]}")
+        known = [*generators, *LOADERS, *CLIP_LOADERS, *TABLES]
+        raise unknown("no data", kind, known, "give a JSONL file, or what `codebook bench --help` names")
     named: dict[str, list[Sample]] = {}
     for sample in samples:
         if not any(answer.strip() for answer in sample.answers or (sample.answer or "",)):

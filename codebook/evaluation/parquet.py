@@ -12,7 +12,7 @@ from urllib.parse import parse_qsl
 
 from pydantic import TypeAdapter, ValidationError
 
-from codebook.errors import CodebookError, install_command, quoted
+from codebook.errors import CodebookError, install_command, quoted, unknown
 from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
 from codebook.evaluation.metrics import yes_or_no
 from codebook.evaluation.scorers import anls, contains, letter, relaxed, same, vqa
@@ -77,10 +77,10 @@ class Columns:
             raise CodebookError(f"a key stands twice behind '?' in {quoted(text)}: leave one out")
         for key in given:
             if key not in known:
-                raise CodebookError(f"unknown key {quoted(key)} behind '?': use {', '.join(known)}")
+                raise unknown("no key behind '?' is called", key, known)
         found = cls(**given)
         if found.rule not in RULES:
-            raise CodebookError(f"no rule {quoted(found.rule)}: use {', '.join(RULES)}")
+            raise unknown("no rule", found.rule, RULES)
         own = [name for name in (found.image, found.question, found.answer, found.options) if name]
         if len(set(own)) < len(own):
             raise CodebookError(f"behind '?' one column is to be two things in {quoted(text)}: name another one")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codebook.errors import CodebookError, install_command
+from codebook.errors import CodebookError, install_command, unknown
 
 IMAGE_SIDE = 96  # pixels
 PATCH = 8
@@ -231,9 +231,9 @@ class _Painter:
 
     def __init__(self, split: str, kind: int, seed: Sequence[int], look: str):
         if split not in SPLITS:
-            raise CodebookError(f"unknown split {split!r}: choose one of {', '.join(SPLITS)}")
+            raise unknown("no split", split, SPLITS)
         if look not in LOOKS:
-            raise CodebookError(f"unknown look {look!r}: choose one of {', '.join(LOOKS)}")
+            raise unknown("no look", look, LOOKS)
         self.rng = np.random.Generator(np.random.PCG64([SPLITS[split], kind, *seed]))
         self.split, self.look = split, look
 

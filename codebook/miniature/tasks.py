@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from codebook.errors import CodebookError
+from codebook.errors import unknown
 from codebook.miniature.scenes import (
     COLOR_NAMES,
     GRID,
@@ -373,7 +373,7 @@ def score(family: str, prediction: str, answer: str) -> float:
 
 def _require_family(family: str) -> str:
     if family not in TASK_TABLE:
-        raise CodebookError(f"unknown task family {family!r}: choose one of {', '.join(TASK_TABLE)}")
+        raise unknown("no task family", family, TASK_TABLE)
     return family
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from codebook.errors import CodebookError, is_unreachable, quoted
+from codebook.errors import CodebookError, did_you_mean, is_unreachable, quoted, unknown
 from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
@@ -158,7 +158,7 @@ def check_loading(
 def check_dtype(dtype: torch.dtype | str | None) -> None:
     """Refuse the name of a dtype that no model is loaded in; None stands for the default."""
     if isinstance(dtype, str) and dtype not in DTYPES:
-        raise CodebookError(f"no dtype {quoted(dtype)}: use {', '.join(DTYPES)}")
+        raise unknown("no dtype", dtype, DTYPES)
 
 
 def load_processor(name: str, **options: Any) -> tuple[Family, Processor]:
@@ -367,7 +367,8 @@ def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:
         why = f"{constants.ENDPOINT} is not reached: check the name and the connection"
         if constants.HF_HUB_OFFLINE or options.get("local_files_only"):
             why = "nothing may be fetched (HF_HUB_OFFLINE, local_files_only)"
-        return f"cannot load {name}: it is no folder and not whole in the hub's cache, and {why}"
+        near = did_you_mean(name, SHIPPED_MODELS)
+        return f"cannot load {name}: {near}it is no folder and not whole in the hub's cache, and {why}"
     if isinstance(error, ImportError) and "torchvision" in text.lower():
         return (
             f"the processor of {name} needs torchvision, which is not installed: install the torchvision that goes "

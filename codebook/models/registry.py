@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 from functools import cache
 from importlib import metadata
 from typing import Any
 
 from packaging.version import Version
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, did_you_mean
 from codebook.models.aya_vision import AyaVision, Cohere2Vision
 from codebook.models.base import Family, Model, Processor
 from codebook.models.deepseek_vl import DeepseekVL
@@ -162,10 +161,10 @@ def family_of_config(config: Any) -> Family:
     if name not in FAMILIES and may_be_generic(config):
         return Untested(name)
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, FAMILIES) or ["llava", "qwen2_5_vl", "qwen3_vl"]
         raise CodebookError(
-            f"models of type {name} are not supported; use one of the {len(FAMILIES)} of docs/models.md, such as "
-            f"{', '.join(near)}, or a model whose config has a vision_config and an image token"
+            f"models of type {name} are not supported; {did_you_mean(name, FAMILIES)}use one of the {len(FAMILIES)} of "
+            "docs/models.md, such as llava, qwen2_5_vl, qwen3_vl, or a model whose config has a vision_config and an "
+            "image token"
         )
     found, installed = FAMILIES[name], version("transformers")
     if Version(installed) < Version(found.since):

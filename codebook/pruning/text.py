@@ -15,13 +15,12 @@ later (`Schedule`).
 from __future__ import annotations
 
 import ast
-import difflib
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from codebook.errors import QUOTED, CodebookError, quoted
+from codebook.errors import CodebookError, quoted, unknown
 from codebook.pruning.methods import METHODS, Method
 
 if TYPE_CHECKING:
@@ -248,10 +247,7 @@ def _check_known(method: str, others: Iterable[str]) -> None:
         return
     if method in others:
         raise CodebookError(f"{method} is a preset and stands alone: no options, layer, keep or further stage")
-    near = difflib.get_close_matches(method, [*METHODS, *WITH_MASS, *others], n=2) if len(method) <= QUOTED else []
-    hint = f"did you mean {' or '.join(near)}? " if near else ""
-    also = f"; presets: {', '.join(sorted(others))}" if others else ""
-    raise CodebookError(f"no method {quoted(method)}; {hint}methods: {', '.join(sorted({*METHODS, *WITH_MASS}))}{also}")
+    raise unknown("no method", method, [*METHODS, *WITH_MASS, *others], "`codebook list` names all")
 
 
 def _read_options(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, quoted, unknown
 from codebook.serving.errors import CLIENT_LEFT, ServiceError, response_to
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ def read_limits(changes: list[str]) -> Limits:
     for change in changes:
         name, _, value = change.partition("=")
         if name not in names:
-            raise CodebookError(f"no limit {quoted(name)}: give NAME=VALUE, the names are {', '.join(names)}")
+            raise unknown("no limit", name, names, f"give NAME=VALUE, the names are {', '.join(names)}")
         if not (value.isascii() and value.isdigit() and 0 < int(value[:20]) < 2**40):
             raise CodebookError(f"the limit {name} must be a positive integer, not {quoted(value)}")
         values[name] = int(value)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, unknown
 from codebook.store.card import HUB_NAME
 from codebook.store.files import CHUNK, cannot_write, is_file, one_line, replacing, sha256, writing
 from codebook.store.folder import CONFIG, packed, read_folder, whole_config, write_folder
@@ -58,8 +58,8 @@ def pull(
         return fetch_entry(entry, local_files_only, tick)
     if HUB_NAME.fullmatch(name):
         return pull_repository(name, revision, token, local_files_only)
-    names = ", ".join(entry.name for entry in read_registry())
-    raise CodebookError(f"no codebook {quoted(name)}: the registry has {names}, and the hub OWNER/NAME")
+    names = [entry.name for entry in read_registry()]
+    raise unknown("no codebook", name, names, f"the registry has {', '.join(names)}, and the hub OWNER/NAME")
 
 
 def fetch_entry(entry: RegistryEntry, local_files_only: bool = False, tick: Tick = lambda done: None) -> Path:

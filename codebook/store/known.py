@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, did_you_mean, quoted
 from codebook.store.card import HUB_NAME
 from codebook.store.files import is_file, is_folder
 from codebook.store.folder import CONFIG, PROTOTYPES, PROVENANCE
@@ -88,14 +88,15 @@ def find_named(name: Path | str) -> Path:
                             "`codebook list` shows them")  # fmt: skip
     if entry_named(text):
         raise CodebookError(f"the codebook {text} is not on this machine: `codebook pull {text}` fetches it, or --pull")
+    near = did_you_mean(text, [*(book.name for book in known()), *(entry.name for entry in read_registry())])
     if not is_folder(path) and HUB_NAME.fullmatch(text):
         raise CodebookError(
-            f"no codebook in {text}, and none pulled from a repository of that name: name another folder, make one "
-            f"with `codebook build`, or fetch it with `codebook pull {text}`"
+            f"no codebook in {text}, and none pulled from a repository of that name: {near}name another folder, make "
+            f"one with `codebook build`, or fetch it with `codebook pull {text}`"
         )
     raise CodebookError(
-        f"no codebook in {quoted(str(name))[1:-1]}: name another folder, or one that `codebook list` shows, or make "
-        "one with `codebook build`"
+        f"no codebook in {quoted(str(name))[1:-1]}: {near}name another folder, or one that `codebook list` shows, or "
+        "make one with `codebook build`"
     )
 
 

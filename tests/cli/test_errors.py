@@ -16,6 +16,13 @@ import codebook.cli
 from codebook import miniature
 from codebook.cli.output import resumable
 from codebook.errors import LONGEST_MESSAGE, CodebookError, printable
+from codebook.evaluation.datasets import load_tasks
+from codebook.evaluation.parquet import Columns
+from codebook.models.loading import check_dtype
+from codebook.pruning.text import read_text
+from codebook.serving.limits import read_limits
+from codebook.store.fetching import pull
+from codebook.store.known import find_named
 
 
 def shell(script, **options):
@@ -34,6 +41,34 @@ def failing(monkeypatch, error):
     app.command("list")(command)
     app.command("other")(lambda: None)
     monkeypatch.setattr(codebook.cli, "app", app)
+
+
+MISSPELT = {
+    "seeded-middl": (read_text, "did you mean seeded-middle or seeded? `codebook list` names all"),
+    "codebok@3:0.2": (
+        read_text,
+        "no method 'codebok': did you mean codebook or codebook-middle? `",
+    ),
+    "magic:0.2": (read_text, "no method 'magic': `codebook list` names all"),
+    "fastv(quary='all')@3:5": (read_text, "fastv has no option 'quary': did you mean query? its options are "),
+    "queu=3": (lambda name: read_limits([name]), "no limit 'queu': did you mean queue? give NAME=VALUE"),
+    "miniatur": (find_named, "no codebook in miniatur: did you mean miniature? name another folder, or one that"),
+    "llava-1.5-7": (pull, "no codebook 'llava-1.5-7': did you mean llava-1.5-7b? the registry has"),
+    "easyvq:x": (
+        lambda name: load_tasks([name]),
+        "no data 'easyvq': did you mean easyvqa? give a JSONL file, or",
+    ),
+    "image=a&rul=b": (Columns.parse, "no key behind '?' is called 'rul': did you mean rule? use image, "),
+    "floa16": (check_dtype, "no dtype 'floa16': did you mean float16 or bfloat16? use float32, bfloat16"),
+}
+
+
+@pytest.mark.parametrize("name", MISSPELT)
+def test_a_misspelt_name_is_answered_by_the_nearest_ones(name):
+    look_up, words = MISSPELT[name]
+    with pytest.raises(CodebookError) as caught:
+        look_up(name)
+    assert words in str(caught.value) and len(str(caught.value)) < 250
 
 
 @pytest.mark.parametrize("text, shown", [

@@ -234,7 +234,7 @@ def test_parquet_with_several_answers(table):
 @pytest.mark.parametrize(
     ("change", "query", "words"),
     [
-        ({}, "?colour=x", "unknown key 'colour' behind '\\?': use image, question"),
+        ({}, "?colour=x", "no key behind '\\?' is called 'colour': use image, question"),
         ({}, "?rule=bleu", "no rule 'bleu': use same, vqa"),
         ({}, "?answer=label", "a.parquet has no column 'label', but 'image, question, answer'"),
         ({"question": ["q", None]}, "", "a.parquet, record 2: column .question. holds None, where a text is read"),

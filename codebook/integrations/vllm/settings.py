@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codebook import __version__
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, quoted, unknown
 from codebook.models.layout import Image, Layout
 from codebook.pruning.engine.prompt import Unit
 from codebook.pruning.engine.selection import choose, targets
@@ -82,9 +81,7 @@ class VllmSettings:
             raise CodebookError(f"{CONFIG_KEY} is {quoted(given)}: it must be a dictionary of {', '.join(KEYS)}")
         for key in given:
             if key not in KEYS:
-                near = difflib.get_close_matches(str(key), KEYS, n=1)
-                hint = f"did you mean {near[0]}? " if near else ""
-                raise CodebookError(f"{CONFIG_KEY} has an unknown key {quoted(key)}: {hint}its keys: {', '.join(KEYS)}")
+                raise unknown(f"{CONFIG_KEY} has an unknown key", str(key), KEYS, f"its keys: {', '.join(KEYS)}")
         for key in KEYS[:2]:
             if given.get(key) is None:
                 raise CodebookError(f"{CONFIG_KEY} lacks {key!r}: {HOW}")

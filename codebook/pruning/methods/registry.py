@@ -9,7 +9,7 @@ from functools import cached_property
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, quoted, unknown
 
 if TYPE_CHECKING:  # torch is imported with the first pruner
     from codebook.pruning.methods.base import Pruner
@@ -104,7 +104,7 @@ class Method:
         for option, value in options.items():
             if option not in known:
                 what = f"its options are {', '.join(known)}" if known else "it has none"
-                raise CodebookError(f"{name} has no option {quoted(option)}: {what}")
+                raise unknown(f"{name} has no option", option, known, what)
             if not _is_like(value, known[option]):
                 raise CodebookError(f"option {option} of {name} must be like {known[option]!r}, not {quoted(value)}")
         from codebook.pruning.methods.base import check_options
