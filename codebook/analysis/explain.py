@@ -137,9 +137,9 @@ def explanation_text(found: Explanation, config: dict[str, Any], kept: int | Non
     ]
     if kept is not None:
         verb = "kept" if found.kept(kept) else "dropped"
-        lines.append(f"{verb} where {kept} of {n} stay; it is kept from {n - found.rank + 1} on")
+        lines.append(f"`codebook` would have it {verb} where {kept} of {n} stay, and kept from {n - found.rank + 1} on")
     else:
-        lines.append(f"kept only where {n - found.rank + 1} or more of {n} stay")
+        lines.append(f"`codebook` keeps it only where {n - found.rank + 1} or more of {n} stay")
     settings = config.get("settings", {})
     if {"tau_p", "tau_j"} <= set(settings):
         weight = settings.get("global_weight", 16.0)

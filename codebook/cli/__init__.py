@@ -44,28 +44,28 @@ USER_ERROR, UNEXPECTED, BROKEN_PIPE, INTERRUPTED = 2, 1, 141, 130
 """Exit codes."""
 
 COMMANDS: dict[str, Callable[..., None]] = {
+    "demo": demo_command,
+    "prune": prune_command,
+    "show": show_command,
+    "explain": explain_command,
+    "bench": bench_command,
     "build": build_command,
     "extend": extend_command,
     "merge": merge_command,
-    "prune": prune_command,
-    "serve": serve_command,
-    "vllm-args": vllm_args_command,
-    "horizon": horizon_command,
-    "calibrate": calibrate_command,
-    "bench": bench_command,
-    "tune": tune_command,
-    "show": show_command,
-    "explain": explain_command,
-    "list": list_command,
     "inspect": inspect_command,
+    "list": list_command,
     "pull": pull_command,
     "push": push_command,
     "import": import_command,
-    "demo": demo_command,
+    "horizon": horizon_command,
+    "calibrate": calibrate_command,
+    "tune": tune_command,
+    "serve": serve_command,
+    "vllm-args": vllm_args_command,
     "check": check_command,
     "doctor": doctor_command,
 }
-"""Commands by name, in the order of `codebook --help`."""
+"""Commands by name, in the order of `codebook --help`, which shows the first sentence of each docstring on one line."""
 MINIATURE_COMMANDS: dict[str, Callable[..., None]] = {
     "images": images_command,
     "train": train_command,
@@ -73,9 +73,17 @@ MINIATURE_COMMANDS: dict[str, Callable[..., None]] = {
 }
 """Commands of `codebook miniature`."""
 
+FIRST_STEPS = (
+    "First steps: `codebook miniature images --out scenes`, then `codebook prune miniature --image scenes/000000.png "
+    '--ask "read the number."`. `codebook COMMAND --help` explains a command.'
+)
+"""What `codebook --help` ends with."""
+
 app = typer.Typer(
     name="codebook",
     no_args_is_help=True,
+    epilog=FIRST_STEPS,
+    rich_markup_mode=None,  # rich's three columns in a box take half as many lines again at 80, and cut words off
     pretty_exceptions_show_locals=False,
 )
 
@@ -98,7 +106,9 @@ def global_options(
 
 for _name, _command in COMMANDS.items():
     app.command(_name)(with_quiet(_command))
-_miniature = typer.Typer(help="The embedded model: its training and its scenes.", no_args_is_help=True)
+_miniature = typer.Typer(
+    help="Make scenes for the embedded model, train it, or test it.", no_args_is_help=True, rich_markup_mode=None
+)
 for _name, _command in MINIATURE_COMMANDS.items():
     _miniature.command(_name)(with_quiet(_command))
 app.add_typer(_miniature, name="miniature")

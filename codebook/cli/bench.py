@@ -17,6 +17,7 @@ from codebook.cli.options import (
     ModelOption,
     NewTokensOption,
     PullOption,
+    SecondsOption,
     SeedOption,
     with_groups,
 )
@@ -56,9 +57,7 @@ def bench_command(
     ] = None,
     show: Annotated[int, typer.Option(min=0, help="Samples whose kept tokens the report shows.")] = 12,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each method that draws at random.")] = 3,
-    seconds: Annotated[
-        float, typer.Option(min=0, max=1e9, help="Seconds to spend on timing; at least three rounds are run.")
-    ] = 120,
+    seconds: SecondsOption = 120,
     throughput: Annotated[
         str | None,
         typer.Option(help="Also measure answers per second in batches of these sizes, as in 1,8,32."),
@@ -74,7 +73,10 @@ def bench_command(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare methods at equal budgets: accuracy, latency, memory and what was kept, as one report."""
+    """Compare methods at equal budgets, as one report.
+
+    It has accuracy with intervals, latency, memory and what was kept, beside random, an even grid and a smaller image.
+    """
     from codebook import models
     from codebook.cli.checks import check_codebook, check_output_folder
     from codebook.cli.data import load_data

@@ -7,7 +7,17 @@ from typing import Annotated, Any
 
 import typer
 
-from codebook.cli.options import ImagesOption, JsonOption, Loading, ModelOption, Probing, with_groups
+from codebook.cli.options import (
+    ImagesOption,
+    JsonOption,
+    Loading,
+    ModelOption,
+    PilotOption,
+    Probing,
+    PromptOption,
+    SelectOption,
+    with_groups,
+)
 from codebook.cli.output import resumable
 
 
@@ -20,28 +30,25 @@ def build_command(
     probing: Probing,
     loading: Loading,
     preset: Annotated[
-        str | None, typer.Option(help="Thresholds of a published model; default: the model's own.")
+        str | None,
+        typer.Option(help="Settings published for a model, as in llava-1.5-7b; default: those of MODEL, if there are."),
     ] = None,
-    pilot: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Images of the pilot that finds the thresholds that are not given; default: 32, or no pilot for a "
-            "model with published thresholds.",
-        ),
+    pilot: PilotOption = None,
+    select: SelectOption = None,
+    tau_p: Annotated[
+        float | None, typer.Option(help="Redundant tokens have P1 below this; default: published, or the pilot's.")
     ] = None,
-    select: Annotated[
-        float | None, typer.Option(help="Share of the probed tokens that pass the pilot's thresholds; default: 0.03.")
+    tau_j: Annotated[
+        float | None,
+        typer.Option(help="Redundant tokens have JSD_region + 16 JSD_global below this; default: as for --tau-p."),
     ] = None,
-    tau_p: Annotated[float | None, typer.Option(help="Redundant tokens have P1 below this.")] = None,
-    tau_j: Annotated[float | None, typer.Option(help="... and JSD_region + 16 JSD_global below this.")] = None,
     candidates: Annotated[
         str | None, typer.Option(help="Tokens probed: ranks (by [CLS]), tiles, all; default: the preset's.")
     ] = None,
     pad: Annotated[
         int | None, typer.Option(help="Token id that takes a removed token's place; default: the preset's, or padding.")
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="The question of every probe.")] = None,
+    prompt: PromptOption = None,
     clusters_per_image: Annotated[int | None, typer.Option(help="Clusters of each image's probed tokens.")] = None,
     max_cluster_size: Annotated[
         int | None, typer.Option(help="A token is isolated if its cluster has at most this many tokens.")
@@ -52,18 +59,24 @@ def build_command(
         typer.Option(help="A token is recurrent if its cluster spans more than this fraction of the images."),
     ] = None,
     until_stable: Annotated[
-        bool, typer.Option("--until-stable", help="Stop as soon as twice as many images keep the same tokens.")
+        bool, typer.Option("--until-stable", help="Stop once twice as many images keep the same tokens.")
     ] = False,
     agreement: Annotated[
         float | None, typer.Option(help="What counts as the same with --until-stable, at most 1; default: 0.95.")
     ] = None,
     exhaustive: Annotated[
         bool,
-        typer.Option("--exhaustive", help="Run every probe on every token, for analysis: slow, same prototypes."),
+        typer.Option(
+            "--exhaustive", help="Run every probe on every token: slow, for analysis; the prototypes are the same."
+        ),
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Probe training images and store the tokens that never change the answer as prototypes."""
+    """Build a codebook of tokens that never change an answer.
+
+    Training images are probed, and the tokens that pass every test become prototypes. A setting that is not given is
+    that of --preset; for a model without one, a pilot on the first images finds the thresholds.
+    """
     from dataclasses import replace
 
     from codebook import building

@@ -13,6 +13,7 @@ from codebook.cli.options import (
     CountOption,
     DataOption,
     JsonOption,
+    KeepOption,
     Loading,
     ModelOption,
     PullOption,
@@ -28,7 +29,7 @@ from codebook.errors import CodebookError
 def calibrate_command(
     model: ModelOption,
     loading: Loading,
-    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")],
+    keep: KeepOption,
     out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
     data: DataOption = "miniature",
     method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = "codebook",
@@ -49,7 +50,10 @@ def calibrate_command(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Search for a schedule that spends the same budget better than the method alone; the latter, if there is none."""
+    """Find a schedule that makes more of a budget than one method.
+
+    What is found on some questions is confirmed on others; if nothing is, the method alone is written.
+    """
     from codebook.analysis import calibration
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.data import load_samples

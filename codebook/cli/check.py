@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @with_groups
 def check_command(model: ModelOption, loading: Loading, as_json: JsonOption = False) -> None:
-    """Show a model pictures with known patches, and report whether its visual tokens are where they should be."""
+    """Check whether a model's visual tokens are where they should be.
+
+    The model is shown pictures whose patches are known; the report says what may be done with it.
+    """
     from codebook import models
     from codebook.models.loading import load_untested
 

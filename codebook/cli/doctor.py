@@ -24,7 +24,7 @@ TESTING = "test"
 
 
 def doctor_command(as_json: JsonOption = False) -> None:
-    """Show versions, devices, attention kernels and extras, and warn about what is missing or clashes."""
+    """Show what is installed, what is missing and what clashes."""
     report = examine()
     print(json.dumps(report) if as_json else _screen(report))
 

@@ -33,7 +33,10 @@ def explain_command(
     pull: PullOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Say why a token is dropped: the prototypes it is like, where they come from, what the probes measured."""
+    """Say why a token of a picture is dropped.
+
+    It names the prototypes that the token is like, where they come from, and what the probes measured.
+    """
     from codebook import models
     from codebook.analysis.explain import explain, explanation_picture, explanation_text
     from codebook.building import open_images

@@ -22,7 +22,10 @@ def extend_command(
     model: NamedModelOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Add images to a codebook: the same result as building it from all of them."""
+    """Add images to a codebook.
+
+    The result is the same as that of a build from all of them.
+    """
     from codebook import building
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.output import building_progress

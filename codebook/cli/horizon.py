@@ -24,21 +24,21 @@ def horizon_command(
         Path | None, typer.Option(help="Folder for horizon.json, horizon.png and the journal; run again to resume.")
     ] = None,
     metric: Annotated[
-        str, typer.Option(help="probability (default) or accuracy of the first telling token, or generated answers.")
+        str, typer.Option(help="probability or accuracy of the first telling token, or generated: whole answers.")
     ] = "probability",
     eps: Annotated[float, typer.Option(min=0.0, max=1.0, help="Largest loss that counts as none.")] = 0.01,
     margin: Annotated[
         int | None, typer.Option(min=0, help="Layers added for safety; default: one in sixteen, at least 1.")
     ] = None,
     count: CountOption = 50,
-    split: Annotated[str, typer.Option(help="Which of the miniature's scenes: train (default) or test.")] = "train",
+    split: Annotated[str, typer.Option(help="Which of the miniature's scenes: train or test.")] = "train",
     onset: Annotated[
         bool, typer.Option("--onset", help="Also find the first layer whose text attention knows the question.")
     ] = False,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the layer beyond which visual tokens no longer change the answer, by task."""
+    """Find the layer beyond which images change no answer, by task."""
     from codebook.analysis import horizon, plot
     from codebook.analysis import onset as onset_of
     from codebook.cli.checks import check_output_folder

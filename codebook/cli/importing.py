@@ -18,7 +18,7 @@ def import_command(
     out: Annotated[Path, typer.Option(help="Folder of the codebook.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Make a codebook of the format that the method's authors published theirs in."""
+    """Import a codebook from files as the method's authors publish."""
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.store.codebook import Codebook
 

@@ -12,9 +12,12 @@ from codebook.errors import CodebookError, printable
 
 
 def list_command(as_json: JsonOption = False) -> None:
-    """List the codebooks that ship, were fetched, or can be fetched by name; the methods; and the presets."""
+    """List the codebooks, methods and presets that have names.
+
+    The codebooks are those that ship, were fetched, or can be fetched.
+    """
     from codebook.pruning import METHODS
-    from codebook.pruning.presets import SCHEDULE_PRESETS
+    from codebook.pruning.presets import DEFAULT, SCHEDULE_PRESETS
     from codebook.pruning.text import WITH_MASS, spell_mass
 
     books, fetchable = _books(), _fetchable()
@@ -31,11 +34,11 @@ def list_command(as_json: JsonOption = False) -> None:
         print("codebooks of the registry, fetched by `codebook pull NAME` or --pull:")
     for entry in fetchable:
         _print_wrapped(f"{entry['name']}: {_book_words(entry)}, {entry['bytes'] / 2**20:.1f} MiB")
-    print("methods, each also a preset, alone or as method+random, method+drop:")
+    print("methods, to use alone or as method+random, method+drop:")
     _print_wrapped(", ".join(methods), hanging="")
-    print("presets, for 32 layers:")
+    print("presets, whose layers are those of a model of 32 and scale to others:")
     for name, text in named.items():
-        _print_wrapped(f"{name}: {text}")
+        _print_wrapped(f"{name}: {text}{' (the default)' if name == DEFAULT else ''}")
 
 
 def _print_wrapped(text: str, hanging: str = "    ") -> None:

@@ -18,7 +18,10 @@ def merge_command(
     out: Annotated[Path, typer.Option(help="Folder of the merged codebook.")],
     as_json: JsonOption = False,
 ) -> None:
-    """Merge two codebooks: the same result as building one from the images of both."""
+    """Merge two codebooks.
+
+    The result is the same as that of a build from the images of both.
+    """
     from codebook import building
     from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
     from codebook.cli.probing import report_codebook

@@ -56,7 +56,7 @@ def train_command(
         int, typer.Option(min=0, help="With --llm: held-out questions per family, asked at the end; 0 for none.")
     ] = 1000,
 ) -> None:
-    """Train the embedded model from scratch on procedural scenes; an interrupted run continues."""
+    """Train the embedded model from scratch on procedural scenes."""
     from codebook.cli.checks import check_output_folder
     from codebook.miniature import train
     from codebook.models.loading import check_device
@@ -83,7 +83,7 @@ def train_command(
 @resumable("check")
 def evaluate_command(
     folder: Annotated[
-        Path, typer.Argument(help="`miniature` (default), `eyes`, or the folder of weights of a training run.")
+        Path, typer.Argument(help="`miniature`, `eyes`, or the folder of weights of a training run.")
     ] = Path("miniature"),
     count: Annotated[int, typer.Option(min=1, help="Held-out questions per family.")] = 200,
     look: Annotated[
@@ -96,7 +96,10 @@ def evaluate_command(
     device: DeviceOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Accuracy of the embedded model on held-out questions, beside its accuracy without the image."""
+    """Measure the embedded model's accuracy on held-out questions.
+
+    Beside it stands its accuracy without the image.
+    """
     from codebook import models
     from codebook.cli.checks import check_output_file
     from codebook.evaluation import accuracy_table, compare, evaluate, standard_error, task_means

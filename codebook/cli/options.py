@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from codebook.models.base import Model, Processor
     from codebook.store.clips import FrameRule
 
-ModelOption = Annotated[str, typer.Argument(help="`miniature`, `eyes`, a folder, or a name on the Hugging Face Hub.")]
+MODEL = "`miniature`, `eyes`, a folder, or a name on the Hugging Face Hub"
+ModelOption = Annotated[str, typer.Argument(help=f"{MODEL}.")]
 NamedModelOption = Annotated[
     str | None,
     typer.Option("--model", help="The model that it was built for; default: the one it names, if that ships."),
@@ -32,28 +33,38 @@ RecipeOption = Annotated[
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Default: cuda if there is one, else cpu.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
+KeepOption = Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")]
 QuestionOption = Annotated[str, typer.Option("--ask", help="The question.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 MethodsOption = Annotated[
     str, typer.Option(help="Methods, presets, hybrids or schedule files, separated by commas (see `codebook list`).")
 ]
 
-DataOption = Annotated[
-    str,
-    typer.Option(
-        help="`miniature`, miniature:FAMILY, or JSONL of {image | images, question, answer, task}; the last two are "
-        "optional."
-    ),
-]
+DATA = "`miniature`, miniature:FAMILY, or JSONL of {image | images, question, answer, task}; the last two are optional."
+DataOption = Annotated[str, typer.Option(help=DATA)]
 CountOption = Annotated[int, typer.Option(min=1, help="Samples per task family of the miniature's.")]
+SecondsOption = Annotated[
+    float, typer.Option(min=0, max=1e9, help="Seconds to spend on timing; at least three rounds are run.")
+]
 
 ImagesOption = Annotated[
     Path, typer.Option(help="Folder of images, JSONL list, .tar shard or folder of them, or saved data set.")
 ]
+PilotOption = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Images of the pilot that finds the thresholds; default: 32, or no pilot for a model with published ones.",
+    ),
+]
+SelectOption = Annotated[
+    float | None, typer.Option(help="Share of the probed tokens that pass the pilot's thresholds; default: 0.03.")
+]
+PromptOption = Annotated[str | None, typer.Option(help="Question of every probe; default: to describe the image.")]
 AddressOption = Annotated[
-    str | None, typer.Option(help="Address of a Ray cluster; default: start one on this machine.")
+    str | None, typer.Option(help="With --engine ray: address of a cluster; default: start one on this machine.")
 ]
 
 
@@ -68,7 +79,7 @@ class Loading:
     ] = None
     device_map: Annotated[
         str | None,
-        typer.Option(help="In the place of --device: auto, and accelerate puts the model where it fits."),
+        typer.Option(help="Instead of --device: auto, and accelerate puts the model where it fits."),
     ] = None
     attn: Annotated[
         str | None, typer.Option(help="Attention kernel: sdpa (default), eager, or flex_attention on CUDA.")
@@ -124,9 +135,11 @@ class Probing:
         int | None, typer.Option(min=1, help="Sequences per forward pass; default: chosen automatically.")
     ] = None
     strict: Annotated[bool, typer.Option("--strict", help="Stop at the first unreadable image.")] = False
-    engine: Annotated[str, typer.Option(help="Where images are probed: local, or ray.")] = "local"
+    engine: Annotated[str, typer.Option(help="Where images are probed: local or ray.")] = "local"
     address: AddressOption = None
-    workers: Annotated[int, typer.Option(min=1, help="Ray actors, each with its own copy of the model.")] = 2
+    workers: Annotated[
+        int, typer.Option(min=1, help="With --engine ray: actors, each with its own copy of the model.")
+    ] = 2
 
     def __post_init__(self) -> None:
         if self.engine not in ("local", "ray"):

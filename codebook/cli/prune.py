@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from codebook.cli.options import (
+    MODEL,
     CodebookOption,
     JsonOption,
     Loading,
@@ -26,9 +27,7 @@ from codebook.errors import CodebookError
 @with_groups
 def prune_command(
     loading: Loading,
-    model: Annotated[
-        str | None, typer.Argument(help="`miniature`, `eyes`, a folder, or a hub name; none with --tokens.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL}; none with --tokens.")] = None,
     keep: Annotated[
         float | None,
         typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
@@ -36,7 +35,7 @@ def prune_command(
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
     video: Annotated[
         list[Path] | None,
-        typer.Option(help="mp4, webm, animated picture or folder of frames, shown as pictures; may repeat."),
+        typer.Option(help="mp4, webm, animated picture or folder of frames, shown as pictures; repeat for several."),
     ] = None,
     question: Annotated[str | None, typer.Option("--ask", help="The question.")] = None,
     schedule: Annotated[
@@ -61,7 +60,8 @@ def prune_command(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of answers, or safetensors with --tokens.")] = None,
     tokens: Annotated[
-        Path | None, typer.Option(help="safetensors of projector outputs (n, d); needs no model.")
+        Path | None,
+        typer.Option(help="Instead of a model: safetensors of projector outputs (n, d), pruned by --codebook."),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Questions per batch, with --input.")] = 16,
     max_new_tokens: NewTokensOption = 32,
@@ -71,7 +71,11 @@ def prune_command(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Answer questions with most visual tokens dropped; or prune token embeddings without a model."""
+    """Answer questions with most visual tokens dropped.
+
+    Needs --image (or --video) and --ask, or a file of questions (--input and --output). With --tokens, --codebook and
+    --output it prunes token embeddings and needs no model.
+    """
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP

@@ -19,7 +19,7 @@ def pull_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fetch a codebook of the registry or of the Hugging Face Hub into the cache."""
+    """Fetch a codebook of the registry or the Hugging Face Hub."""
     from codebook.store.fetching import pull
     from codebook.store.folder import parse_book, read_folder
 

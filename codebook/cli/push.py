@@ -31,7 +31,10 @@ def push_command(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Push a codebook to the Hugging Face Hub. Its README.md is its card, written anew if an option here adds to it."""
+    """Push a codebook to the Hugging Face Hub.
+
+    Its README.md is its card, written anew if an option here adds to it.
+    """
     from codebook.store.card import NO_LICENCE, SHEET, make_card
     from codebook.store.files import is_file, read_whole
     from codebook.store.folder import CARD, HORIZON_FILE, OPTIONAL, parse_book, read_folder, sealed

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import AddressOption, Loading, PullOption, RecipeOption, SeedOption, with_groups
+from codebook.cli.options import MODEL, AddressOption, Loading, PullOption, RecipeOption, SeedOption, with_groups
 from codebook.cli.output import note
 from codebook.errors import CodebookError, install_command
 
@@ -29,9 +29,7 @@ KEY = "CODEBOOK_API_KEY"
 @with_groups
 def serve_command(
     loading: Loading,
-    model: Annotated[
-        str | None, typer.Argument(help="`miniature`, a folder, or a hub name; none to serve codebooks alone.")
-    ] = None,
+    model: Annotated[str | None, typer.Argument(help=f"{MODEL}; none to serve codebooks alone.")] = None,
     keep: Annotated[
         float | None,
         typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
@@ -55,14 +53,17 @@ def serve_command(
         str, typer.Option(help="What runs the service: transformers, ray, with replicas, or vllm, its own server.")
     ] = TRANSFORMERS,
     replicas: Annotated[
-        int | None, typer.Option(min=1, help="With --engine ray: how many, each with its own copy of the model.")
+        int | None,
+        typer.Option(min=1, help="With --engine ray: replicas, each with its own copy of the model; default: 1."),
     ] = None,
     address: AddressOption = None,
     engine_args: Annotated[
         str | None,
         typer.Option(help="With --engine vllm: more of its server's arguments, as in '--max-model-len 4096'."),
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; default: this machine alone.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 127.0.0.1 is reached from this machine only.")
+    ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0: a free one.")] = 8000,
     limit: Annotated[
         list[str] | None, typer.Option("--limit", help="A limit as NAME=VALUE (see docs/serving.md); repeat for more.")
@@ -75,7 +76,10 @@ def serve_command(
         Path | None, typer.Option(help=f"File with the key that clients must send; default: ${KEY}, or no key.")
     ] = None,
 ) -> None:
-    """Answer chat completions over HTTP with most visual tokens dropped, and score features against codebooks."""
+    """Serve a pruned model over HTTP, in OpenAI's chat API.
+
+    It also scores features against codebooks (--codebook NAME=DIR), and has a page for the browser.
+    """
     _check_engine(engine, replicas, address, engine_args)
     if engine == VLLM:
         _refuse_on_vllm({

@@ -13,6 +13,7 @@ import typer
 from codebook.cli.options import (
     CodebookOption,
     JsonOption,
+    KeepOption,
     Loading,
     MethodsOption,
     ModelOption,
@@ -29,11 +30,13 @@ if TYPE_CHECKING:
 
 
 DRAWN = {
-    "kept": "framed: kept; dark: dropped by the first stage; red, blue, green: by the second, third, fourth",
+    "kept": "framed: kept; dark: dropped",
     "mass": "framed: kept; a line goes from each dropped token to the kept one that stands for it",
     "scores": "framed: kept; dark blue to yellow: the lowest score to the highest",
 }
 """What can be drawn, and the note below it."""
+LATER_STAGES = " by the first stage; red, blue, green: by the second, third, fourth"
+"""What the note on what is kept adds where a method has more than one stage."""
 
 
 @with_groups
@@ -43,10 +46,12 @@ def show_command(
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
     question: QuestionOption,
     methods: MethodsOption,
-    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.25,
+    keep: KeepOption = 0.25,
     draw: Annotated[
         str,
-        typer.Option(help="kept: what stays, and which stage dropped the rest; mass: who stands for whom; or scores."),
+        typer.Option(
+            help="kept: what stays, and which stage dropped the rest; mass: who stands for whom; scores: the method's."
+        ),
     ] = "kept",
     out: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("show.png"),
     codebook: CodebookOption = None,
@@ -54,7 +59,7 @@ def show_command(
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw what each of several methods keeps of a picture, and what the model then answers."""
+    """Draw what methods keep of a picture, and what is then answered."""
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation import bench
@@ -94,7 +99,8 @@ def show_command(
         else:
             shown = stages_picture(part, stages, grid)
         drawn.append((heading, words, shown))
-    write_picture(comparison(drawn, DRAWN[draw]), out)
+    staged = draw == "kept" and any(len(found.stages) > 1 for found in looks)
+    write_picture(comparison(drawn, DRAWN[draw] + LATER_STAGES * staged), out)
     if as_json:
         report = [
             {"method": row.method, "keep": row.keep, "text": found.answer.text, "score": None, "kept": [way[2]],

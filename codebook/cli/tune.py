@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import ImagesOption, JsonOption, Loading, ModelOption, Probing, SeedOption, with_groups
+from codebook.cli.options import (
+    DATA,
+    ImagesOption,
+    JsonOption,
+    KeepOption,
+    Loading,
+    ModelOption,
+    PilotOption,
+    Probing,
+    PromptOption,
+    SecondsOption,
+    SeedOption,
+    SelectOption,
+    with_groups,
+)
 from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError
 
@@ -35,23 +49,23 @@ def tune_command(
     loading: Loading,
     data: Annotated[
         str | None,
-        typer.Option(
-            help="`miniature`, miniature:FAMILY, or JSONL of {image | images, question, answer, task}; the last two "
-            "are optional. Default: what each of some images shows, as the model itself says."
-        ),
+        typer.Option(help=f"{DATA} Default: what each of some images shows, as the model itself says."),
     ] = None,
-    keep: Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")] = 0.2,
+    keep: KeepOption = 0.2,
     count: Annotated[
         int, typer.Option(min=1, help="Questions per task to calibrate with, and as many to measure with.")
     ] = 50,
-    pilot: Annotated[int | None, typer.Option(min=1, help="As in `codebook build`.")] = None,
-    select: Annotated[float | None, typer.Option(help="As in `codebook build`.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="As in `codebook build`.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, max=1e9, help="As in `codebook bench`.")] = 20,
+    pilot: PilotOption = None,
+    select: SelectOption = None,
+    prompt: PromptOption = None,
+    seconds: SecondsOption = 20,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Make a recipe for a model: a codebook, a schedule that spends the budget well, and a report of both."""
+    """Make a recipe for a model: codebook, schedule and report.
+
+    The schedule is the one that spends the budget best on some questions; the report measures it on others.
+    """
     from codebook.analysis.calibration import check_sample_count
     from codebook.cli.bench import bench_command
     from codebook.cli.build import build_command

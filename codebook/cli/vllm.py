@@ -36,7 +36,10 @@ def vllm_args_command(
     pull: PullOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the arguments with which vLLM prunes a model; with --json, the value of --hf-overrides alone."""
+    """Print the arguments with which vLLM prunes a model.
+
+    With --json, the value of --hf-overrides alone.
+    """
     launch = _launch(model, method, keep, codebook, pull)
     print(launch.json if as_json else shlex.join(["--model", launch.model, "--hf-overrides", launch.json]))
 

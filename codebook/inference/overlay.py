@@ -124,11 +124,16 @@ def marked(picture: Image.Image, token: int, grid: tuple[int, int]) -> Image.Ima
 
 
 def comparison(drawn: Sequence[tuple[str, str, Image.Image]], note: str = "") -> Image.Image:
-    """Pictures of one size side by side, each with a heading and an answer below it, and a note below them all."""
-    width, height = drawn[0][2].size
-    columns = min(len(drawn), max(2, round((len(drawn) * 1.6) ** 0.5)))
-    lines, gap, font = 56, 16, ImageFont.load_default(20)
-    size = (columns * (width + gap) + gap, -(-len(drawn) // columns) * (height + lines + gap) + gap + 32 * bool(note))
+    """Pictures of one size side by side, each with a heading and an answer below it, and a note below them all.
+
+    The page is about 1.6 times as wide as high, in rows that leave few places empty.
+    """
+    (width, height), n = drawn[0][2].size, len(drawn)
+    columns = min(range(1, n + 1), key=lambda columns: -n % columns + abs(columns - (1.6 * n) ** 0.5))
+    gap, font, spacing = 16, ImageFont.load_default(26), 32  # to be read where the page is half as large
+    lines = 2 * spacing + 8
+    rows = -(-n // columns)
+    size = (columns * (width + gap) + gap, rows * (height + lines + gap) + gap + spacing * bool(note))
     page = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(page)
     for i, (heading, words, shown) in enumerate(drawn):
@@ -137,8 +142,8 @@ def comparison(drawn: Sequence[tuple[str, str, Image.Image]], note: str = "") ->
         for line, (text, colour) in enumerate(((heading, (30, 30, 30)), (words, (110, 110, 110)))):
             while text and draw.textlength(text, font) > width:
                 text = text[:-2].rstrip() + "…"
-            draw.text((left, top + height + 4 + 25 * line), text, colour, font)
-    draw.text((gap, size[1] - 36), note, (110, 110, 110), ImageFont.load_default(18))
+            draw.text((left, top + height + 4 + spacing * line), text, colour, font)
+    draw.text((gap, size[1] - gap - spacing), note, (110, 110, 110), ImageFont.load_default(22))
     return page
 
 

@@ -169,6 +169,7 @@ def test_list(run, hub, monkeypatch):
     (Path(pulled["folder"]) / "config.json").unlink()
     (Path(pulled["folder"]) / "config.json").write_text("{")
     code, out, _ = run("list")
+    assert "  seeded-middle: codebook-middle+mass (the default)\n" in out
     assert code == 0 and f"{NAME}: damaged (cannot read" in out and "llava-onevision-7b: 45 prototypes" in out
 
 

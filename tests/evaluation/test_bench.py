@@ -546,6 +546,9 @@ def test_pictures_of_a_comparison():
     red = Image.new("RGB", (8, 8), "red")
     drawn = comparison([(heading, words, stages_picture(red, [kept], (2, 3))) for heading, words, kept in ways])
     assert drawn.width > 1100
+    for n, columns in ((1, 1), (2, 2), (3, 3), (4, 2), (5, 3), (6, 3), (7, 4), (8, 4), (9, 3)):
+        page = comparison([("a", "yes", Image.new("RGB", (80, 8)))] * n)
+        assert (page.width - 16) // (80 + 16) == columns, n
     shown = maps(ways, (2, 3), 40, "#.").splitlines()
     assert [line.split() for line in shown[-2:]] == [["#..", "..."], ["..#", "..."]]
 
