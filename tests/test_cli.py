@@ -190,6 +190,7 @@ def test_a_count_and_an_empty_method_are_not_taken_for_something_else(refused):
     [
         (["--schedule", "uniform@40:0.5"], ["layer 40", "0 to 11"]),
         (["--schedule", "unifrom:0.5"], ["unifrom", "uniform"]),
+        (["--ask", " "], ["the question is empty: write one"]),
         (["--method", "magic"], ["'magic': `codebook list` names all"]),
         (["--schedule", "fastv", "--keep", "0.01"], ["out of reach", "0.0897"]),
         (["--schedule", "uniform:9", "--keep", "0.1"], ["no fraction"]),

@@ -80,6 +80,8 @@ class Settings:
             raise CodebookError(f"pad is {self.pad}: a token id of at least 0 is needed")
         if not 0 <= self.seed < 2**63:
             raise CodebookError(f"seed is {self.seed}: it must be at least 0 and below 2**63")
+        if not self.prompt.strip():
+            raise CodebookError("the prompt is empty: write the question of every probe, or leave it out")
         if self.candidates not in ("auto", "ranks", "tiles", "all"):
             raise CodebookError(f"candidates is {self.candidates!r}: use auto, ranks, tiles or all")
         if self.jsd not in ("coded", "textbook"):

@@ -77,6 +77,7 @@ def prune_command(
     --output it prunes token embeddings and needs no model.
     """
     from codebook.cli.checks import check_codebook, check_output_file
+    from codebook.inference.samples import check_asked
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
 
@@ -113,6 +114,7 @@ def prune_command(
         return
     if not (image or video) or question is None:
         raise CodebookError("give --image FILE (or --video FILE) and --ask TEXT, or --input FILE, or --tokens FILE")
+    check_asked(question)
     _refuse_beside("--image" if image else "--video", {"--output": output})
     if show is not None:
         check_output_file(show, [*(image or ()), *(video or ())])

@@ -65,12 +65,14 @@ def show_command(
     from codebook.evaluation import bench
     from codebook.inference.looking import look_closely
     from codebook.inference.overlay import comparison, maps, mass_picture, score_picture, stages_picture
+    from codebook.inference.samples import check_asked
     from codebook.pruning import Schedule
     from codebook.pruning.stage import check_keep
     from codebook.store.pictures import read_image
 
     if draw not in DRAWN:
         raise unknown("no picture", draw, DRAWN)
+    check_asked(question)
     chosen = parse_methods(methods)
     check_keep(keep)
     check_output_file(out, [image])

@@ -66,6 +66,7 @@ def tune_command(
 
     The schedule is the one that spends the budget best on some questions; the report measures it on others.
     """
+    from codebook import building
     from codebook.analysis.calibration import check_sample_count
     from codebook.cli.bench import bench_command
     from codebook.cli.build import build_command
@@ -88,6 +89,8 @@ def tune_command(
     from codebook.store.horizons import carried_horizon, put_horizon
 
     check_keep(keep)
+    if prompt is not None:
+        building.Settings(prompt=prompt)  # refuses an empty one
     check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))
     loading.check(model)
     asked = {"format_version": 1, "model": model, "data": data, "keep": keep, "count": count, "seed": seed}

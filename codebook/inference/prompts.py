@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image as Picture
 
 from codebook.errors import CodebookError
-from codebook.inference.samples import Sample
+from codebook.inference.samples import Sample, check_asked
 from codebook.models.base import Model, Processor
 from codebook.models.chat import chat_text, check_text
 from codebook.models.wrappers import stock, unwrap
@@ -47,8 +47,9 @@ def check_question(model: Model, processor: Processor, question: str) -> None:
     Raises
     ------
     CodebookError
-        Naming the model's limit, or the special token or unknown words in it.
+        If it is empty; else naming the model's limit, or the special token or unknown words in it.
     """
+    check_asked(question)
     limit = token_limit(model, processor)
     if len(question) > limit * CHARACTERS_PER_TOKEN or len(question.split()) > limit:
         raise CodebookError(f"the question of {len(question.split())} words is too long: {_at_most(limit)}")

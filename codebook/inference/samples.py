@@ -99,6 +99,17 @@ class Sample:
         return replace(self, answer=answer, answers=())
 
 
+def check_asked(question: str) -> None:
+    """Refuse a question without words, which a model answers all the same.
+
+    Raises
+    ------
+    CodebookError
+    """
+    if not question.strip():
+        raise CodebookError("the question is empty: write one, such as `describe the picture.`")
+
+
 def read_samples(source: Path, rule: FrameRule = even_frames) -> list[Sample]:
     """The samples of a JSONL file of {"image" or "images" or "video", "question", "answer" or "answers", "task"}.
 

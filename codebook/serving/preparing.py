@@ -53,7 +53,8 @@ class Preparer:
             )
         turns, texts, urls = _as_template_takes_them(asked)
         try:
-            check_question(state.model, processor, " ".join(texts))
+            if texts:  # pictures alone are a request of their own: clients want a caption
+                check_question(state.model, processor, " ".join(texts))
             pictures = read_pictures(urls, limits, state.allowed_hosts)
             text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             prompts = encode_prompts(state.model, processor, [pictures], [text])

@@ -192,6 +192,9 @@ def test_a_folder_without_a_codebook(refused, place, monkeypatch, command):
     (["build", "miniature", "--images", "images", "--out", "new", "--dtype", "odd"], ["'odd'", "bfloat16"]),
     (["build", "miniature", "--images", "images", "--out", "new", "--engine", "odd"], ["'odd'", "ray"]),
     (["build", "miniature", "--images", "images", "--out", "new", "--tau-p", "nan"], ["tau_p", "nan"]),
+    (["build", "miniature", "--images", "images", "--out", "new", "--prompt", ""], ["the prompt is empty"]),
+    (["tune", "miniature", "--images", "images", "--out", "new", "--prompt", " "], ["the prompt is empty"]),
+    (["show", "miniature", "--image", IMAGE, "--ask", "", "--methods", "uniform", "--out", "new.png"], ["is empty"]),
     (["build", "miniature", "--images", "images", "--out", "images"], ["images is not empty and holds no build"]),
 ])  # fmt: skip
 def test_options_that_make_no_sense(refused, place, monkeypatch, command, words):

@@ -7,8 +7,10 @@ from PIL import Image
 
 from codebook import ask, miniature, models
 from codebook.errors import CodebookError
+from codebook.inference.conversation import converse
 from codebook.inference.overlay import overlay
 from codebook.inference.prompts import QuestionError, answer_ids, check_question, prepare, token_limit
+from codebook.inference.respond import respond
 from codebook.inference.samples import Sample
 from codebook.models import chat
 from codebook.store.pictures import read_image
@@ -82,7 +84,7 @@ def test_special_tokens_in_an_answer_are_refused(loaded):
         answer_ids(loaded[1], Sample((), "describe.", "an <image>"))
 
 
-PLAIN = ["a < b and c > d?", "50% of <b>bold</b>", "<IMAGE> {image} [img]", "", "ü 図 \u2028 x"]
+PLAIN = ["a < b and c > d?", "50% of <b>bold</b>", "<IMAGE> {image} [img]", "ü 図 \u2028 x"]
 
 
 @pytest.mark.parametrize("question", PLAIN)
@@ -90,6 +92,20 @@ def test_what_only_looks_like_a_token_is_asked(loaded, picture, question, monkey
     monkeypatch.setattr(chat, "check_words", lambda *_: None)  # the miniature knows none of these
     [answer] = ask(*loaded, [[picture]], [question])
     assert isinstance(answer.text, str)
+
+
+@pytest.mark.parametrize("question", ["", " \n\t", "\u00a0\u3000"])
+def test_a_question_without_words_is_refused(loaded, picture, question):
+    """The model would answer it all the same: alone, in a batch, as a sample, and as an earlier question."""
+    asked = "is there a red circle?"
+    with pytest.raises(QuestionError, match=r"^the question is empty: write one") as caught:
+        ask(*loaded, [[picture], [picture]], [asked, question])
+    assert caught.value.row == 1
+    for sample in (Sample((picture,), question), Sample((picture,), asked, earlier=(question,))):
+        with pytest.raises(QuestionError, match="the question is empty"):
+            respond(*loaded, [sample], {"": lambda group: None})
+    with pytest.raises(CodebookError, match="the question is empty"):
+        converse(*loaded, [picture], [asked, question])
 
 
 def test_half_a_character_is_refused(loaded):
@@ -110,8 +126,8 @@ def test_a_question_too_long_for_the_model_is_refused_before_the_forward(loaded,
 def test_the_longest_prompt_is_taken(loaded, picture):
     """The visual tokens count: 144 of the 2,048, and the words of the template."""
     model, processor = loaded
-    template = prepare(model, processor, [[picture]], [""]).inputs["input_ids"].shape[1]
-    most = 2048 - template
+    one = prepare(model, processor, [[picture]], ["red"]).inputs["input_ids"].shape[1]
+    most = 2048 - one + 1
     assert prepare(model, processor, [[picture]], ["red " * most]).inputs["input_ids"].shape[1] == 2048
     with pytest.raises(QuestionError, match="a prompt of 2049 tokens"):
         prepare(model, processor, [[picture]], ["red " * (most + 1)])

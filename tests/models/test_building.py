@@ -77,7 +77,7 @@ def test_the_cascade(tiny):
 
     grid = family.grid(target)
     prober = Prober(target, vectors(23, 24)[None], vectors(25, 26)[None], vectors(0), grid, 7)
-    settings = Settings(prompt="", candidates="all", tau_p=1.0, tau_j=9.0, max_cluster_size=99)
+    settings = Settings(prompt="?", candidates="all", tau_p=1.0, tau_j=9.0, max_cluster_size=99)
     found = survivors(whole_view(tiny), target, family, prober, settings)
     assert len(found.features) == grid[0] * grid[1] and found.features.shape[1] == embed.weight.shape[1]
     tokens = family.image_features(target, whole_view(tiny))[0][0]

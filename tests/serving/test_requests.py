@@ -72,6 +72,17 @@ def test_a_word_that_the_model_does_not_know_is_named(service):
     assert (status, param) == (422, "messages") and "does not know 'weather'" in message
 
 
+def test_an_empty_text_is_refused_and_a_picture_alone_is_not(service):
+    [sample] = of_miniature("test", 0, 1, ["ocr"])
+    [turn] = sample_body(sample)["messages"]
+    picture = [part for part in turn["content"] if part["type"] == "image_url"]
+    for content in ("", " ", [*picture, {"type": "text", "text": "\n"}]):
+        status, _, param, message = refusal(service, messages=[{"role": "user", "content": content}])
+        assert (status, param) == (422, "messages") and message.startswith("the question is empty: write one")
+    alone = {"messages": [{"role": "user", "content": picture}], "max_tokens": 2}
+    assert httpx.post(f"{service.url}/v1/chat/completions", json=alone).status_code == 200
+
+
 def test_images_and_pixels_are_limited(loaded):
     [sample] = of_miniature("test", 0, 1, ["ocr"])
     [picture] = sample.pictures()
