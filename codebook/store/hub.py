@@ -6,7 +6,8 @@ The hub's own client does the work, with its cache, its token and its settings (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ LARGEST_DATA_SET = 2**36
 """Bytes of the files of a data set together."""
 LIBRARY = "codebook"
 """Name by which the hub counts downloads."""
+HUB_WAIT = 60.0
+"""Most seconds for a sign from the hub; a commit may take some."""
 
 
 def pull_repository(
@@ -56,7 +59,7 @@ def pull_repository(
     """
     if not HUB_NAME.fullmatch(name):
         raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
-    try:
+    with _asking(f"pull {name}", name, revision):
         online = not local_files_only and _check_repository(name, revision, token)
         folder = _download(name, revision, token, local_files_only=not online)
         try:
@@ -71,10 +74,6 @@ def pull_repository(
                 (folder / PROTOTYPES).unlink(missing_ok=True)  # what is damaged is not listed as a codebook
                 raise CodebookError(f"the files of {name} do not belong together: {error}") from None
         return folder
-    except CodebookError:
-        raise
-    except Exception as error:  # the client raises types of its own and of the HTTP library below it
-        raise _explained(f"pull {name}", name, revision, error) from None
 
 
 def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None = None) -> list[Path]:
@@ -90,7 +89,7 @@ def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None
     if not HUB_NAME.fullmatch(name):
         raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
     given: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "library_name": LIBRARY}
-    try:
+    with _asking(f"fetch {name}", name, revision):
         try:
             found = HfApi(library_name=LIBRARY).dataset_info(name, revision=revision, files_metadata=True)
         except Exception as error:
@@ -109,10 +108,6 @@ def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None
         if not sizes:
             raise CodebookError(f"{name} has no such files: look at their names on the hub, and say split and config")
         return [folder / file for file in sorted(sizes)]
-    except CodebookError:
-        raise
-    except Exception as error:
-        raise _explained(f"fetch {name}", name, revision, error) from None
 
 
 def push_files(
@@ -151,7 +146,7 @@ def push_files(
 
     if not HUB_NAME.fullmatch(name):
         raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
-    try:
+    with _asking(f"push to {name}", name):
         api = HfApi(library_name=LIBRARY, token=token)
         made = api.create_repo(name, private=private, exist_ok=True)
         if private is not None and api.model_info(made.repo_id).private != private:
@@ -160,10 +155,29 @@ def push_files(
         operations = [CommitOperationAdd(path, data) for path, data in files.items()]
         commit = api.create_commit(made.repo_id, operations, commit_message=commit_message or "Upload codebook")
         return str(commit.commit_url)
+
+
+@contextlib.contextmanager
+def _asking(what: str, name: str, revision: str | None = None) -> Iterator[None]:
+    """A context in which the hub's client is asked: it gives up after HUB_WAIT, and what it raises becomes one line."""
+    from huggingface_hub import get_session
+
+    hooks = get_session().event_hooks["request"]
+    hooks.append(_limit_wait)
+    try:
+        yield
     except CodebookError:
         raise
-    except Exception as error:
-        raise _explained(f"push to {name}", name, None, error) from None
+    except Exception as error:  # the client raises types of its own and of the HTTP library below it
+        raise _explained(what, name, revision, error) from None
+    finally:
+        hooks.remove(_limit_wait)
+
+
+def _limit_wait(request: Any) -> None:
+    """Set the limits of a request that has none, as most of the hub's client, many of which no argument reaches."""
+    said = request.extensions.get("timeout", {})
+    request.extensions["timeout"] = {step: said.get(step) or HUB_WAIT for step in ("connect", "read", "write", "pool")}
 
 
 def _check_repository(name: str, revision: str | None, token: str | bool | None) -> bool:

@@ -4,14 +4,16 @@ import hashlib
 import json
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, get_session
 
 from codebook.errors import CodebookError
 from codebook.store import hub as sharing
@@ -103,6 +105,26 @@ def test_nobody_is_there(cache):
     with pytest.raises(CodebookError, match=r"cannot pull .*: it is not whole in the cache, and .* is not reached"):
         Codebook.from_pretrained(NAME)
     assert all(book.origin == "shipped" for book in known())
+
+
+def test_a_hub_that_says_nothing(cache, monkeypatch):
+    """It takes connections and never answers: the client itself would wait for ever."""
+    monkeypatch.setattr(sharing, "HUB_WAIT", 0.2)
+    hooks = list(get_session().event_hooks["request"])
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        deaf.bind(("127.0.0.1", urlsplit(constants.ENDPOINT).port))
+        deaf.listen(64)
+        for ask in (
+            lambda: Codebook.from_pretrained(NAME),
+            lambda: make().push_to_hub(NAME),
+            lambda: sharing.pull_data_set(NAME, lambda file: True),
+        ):
+            start = time.monotonic()
+            with pytest.raises(CodebookError, match="is not reached: check the connection"):
+                ask()
+            assert time.monotonic() - start < 30
+    assert get_session().event_hooks["request"] == hooks
 
 
 def test_offline(hub, shared, cache, monkeypatch):
