@@ -102,6 +102,8 @@ def bench_command(
     tasks = load_data(named, count, seed, loading.frame_rule(model))
     loaded, processor = loading.load(model)
     rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
+    if chosen and not any(row.method in chosen for row in rows):
+        raise CodebookError(f"no method is left to measure: {skipped[0]['reason']}")
     out.mkdir(parents=True, exist_ok=True)
     if share is not None:
         i, n = share
@@ -127,8 +129,6 @@ def bench_command(
         print(json.dumps(results))
         return
     print(report.markdown(results))
-    for one in results["skipped"]:
-        note(f"left out: {one['method']} at {one['keep']:g}: {one['reason']}")
     note(f"report: {out / 'report.html'}, {out / 'results.json'}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -140,6 +141,8 @@ def plan(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows of a benchmark, `unpruned` first, then budget by budget; and the impossible ones, each with its reason.
 
+    What is left out is also logged, here and by `measure`, as soon as it is known: before the work, if it can be.
+
     Parameters
     ----------
     methods
@@ -157,7 +160,7 @@ def plan(
                 own = the_codebook() if needs_codebook(method) else None
                 found.append(row(model, method, keep, own, seeds, deep_layer(model, method, True, codebook)))
             except CodebookError as error:
-                skipped.append({"method": method, "keep": keep, "reason": str(error)})
+                skipped.append(_left_out(method, keep, str(error)))
     return found, skipped
 
 
@@ -237,14 +240,15 @@ def measure(
 
     Returns
     -------
-    The contents of results.json without the samples shown, see docs/bench.md; {} for a shard
+    The contents of results.json without the samples shown, see docs/bench.md; for a shard only its `skipped`
     """
     model = models.unwrap(model)
     settings = settings or BenchSettings()
     samples = [sample for task in tasks for sample in task.samples]
     timed = _prompt(samples)
     bench = TimedPrompt.of(model, processor, timed.pictures(), timed.question)
-    rows, refused = _possible(bench, rows)
+    films = timed.clip is None and any(one.clip or len(one.images) > len(timed.images) for one in samples)
+    rows, refused = _possible(bench, rows, films)
     plans: dict[str, Policy] = {}
     for row in rows:
         for schedule in row.schedules:
@@ -254,10 +258,10 @@ def measure(
         model, processor, samples, plans, out / "answers.sqlite", lambda count: done(count, "answers"),
         batch=settings.batch, max_new_tokens=settings.max_new_tokens, shard=shard, stopped=stopped,
     )  # fmt: skip
-    if shard is not None:
-        return {}
     reasons = [[stopped[key] for key in map(schedule_key, row.schedules) if key in stopped] for row in rows]
-    refused += [_left_out(row, own[0]) for row, own in zip(rows, reasons, strict=True) if own]
+    refused += [_left_out(row.method, row.keep, own[0]) for row, own in zip(rows, reasons, strict=True) if own]
+    if shard is not None:
+        return {"skipped": refused}
     rows = [row for row, own in zip(rows, reasons, strict=True) if not own]
     costs = _costs(bench, rows, out, settings, lambda note: done(len(plans) * len(samples), note))
     results, runs = [], []
@@ -319,24 +323,28 @@ def _prompt(samples: Sequence[Sample]) -> Sample:
     return min(samples, key=lambda sample: (sample.clip is not None, len(sample.images)))
 
 
-def _possible(bench: TimedPrompt, rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
+def _possible(bench: TimedPrompt, rows: Sequence[Row], films: bool) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows that the model accepts, and those that it refuses, with the reason. Trying each row also warms up.
 
-    Each is tried as it will be timed: what cannot be timed is refused before anything is answered.
+    Each is tried as it will be timed: what cannot be timed is refused before anything is answered. With `films` other
+    questions show more pictures than the one that is timed.
     """
     good, refused = [], []
     for row in rows:
         try:
             bench.generate(row.schedules[0], 1, clock=Clock(bench.model.device))
         except CodebookError as error:
-            refused.append(_left_out(row, str(error)))
+            joint = films and any(stage.joint for stage in (row.schedules[0] or Schedule([])).stages)
+            more = "; all rows are timed on a question with fewer pictures than others: bench films alone"
+            refused.append(_left_out(row.method, row.keep, f"{error}{more if joint else ''}"))
         else:
             good.append(row)
     return good, refused
 
 
-def _left_out(row: Row, reason: str) -> dict[str, Any]:
-    return {"method": row.method, "keep": row.keep, "reason": reason}
+def _left_out(method: str, keep: float, reason: str) -> dict[str, Any]:
+    logging.getLogger(__name__).warning("left out: %s at %g: %s", method, keep, reason)
+    return {"method": method, "keep": keep, "reason": reason}
 
 
 def _costs(

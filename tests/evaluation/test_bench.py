@@ -281,6 +281,39 @@ def test_what_cannot_be_timed_or_answered_is_left_out_and_the_others_are_not(loa
         bench.measure(model, processor, tasks, [unpruned, flat], tmp_path / "5", settings)
 
 
+def test_parts_say_what_they_leave_out_and_so_does_the_run_that_joins_them(loaded, tmp_path, monkeypatch, caplog):
+    model, processor, tasks, rows, _ = loaded
+    rows, settings, seen = [rows[0], rows[3]], bench.BenchSettings(seconds=0, batch=2), []
+
+    def refuse(self, tokens, keep, *, own=Uniform.select):
+        seen.append(keep)
+        if len(seen) > 1:  # the trial is the first
+            raise CodebookError("no such picture")
+        return own(self, tokens, keep)
+
+    monkeypatch.setattr(Uniform, "select", refuse)
+    caplog.set_level("WARNING", logger="codebook")
+    left = {"skipped": [{"method": "uniform", "keep": 0.25, "reason": "no such picture"}]}
+    for part in ((1, 2), (2, 2)):
+        seen.clear()
+        assert bench.measure(model, processor, tasks, rows, tmp_path, settings, shard=part) == left
+    seen.clear()
+    results = bench.measure(model, processor, tasks, rows, tmp_path, settings)
+    assert results["skipped"] == left["skipped"] and [row["method"] for row in results["rows"]] == ["unpruned"]
+    assert caplog.text.count("left out: uniform at 0.25: no such picture") == 3
+
+
+def test_a_method_of_frames_beside_stills_says_why_it_is_left_out(tmp_path, monkeypatch, caplog):
+    model, processor = load("miniature", "cpu")
+    rows, _ = bench.plan(model, ["evs"], [0.5])
+    caplog.set_level("WARNING", logger="codebook")
+    monkeypatch.setattr(bench, "respond", lambda *_, **__: pytest.fail("answered"))
+    with pytest.raises(pytest.fail.Exception):  # it is said before anything is answered
+        bench.measure(model, processor, load_data(["miniature:exist", "miniature:video"], 1), rows[:2], tmp_path)
+    assert "left out: evs at 0.5: evs keeps the first frame whole" in caplog.text
+    assert caplog.text.strip().endswith("fewer pictures than others: bench films alone")
+
+
 def broken(*_):
     raise CodebookError("a model that answers nothing")
 
