@@ -288,6 +288,8 @@ def test_build_skips_broken_images_and_says_so(run, refused, tmp_path):
     code, out, _ = run("inspect", tmp_path / "book")
     assert code == 0 and "tokens left by each step" in out
     refused(*build(images, tmp_path / "book", "--tau-p", 1, "--tau-j", 98), words=["another build", "tau_j", "--out"])
+    (tmp_path / "book" / "images.jsonl").write_text('{"image": "000001-cut.png", "error": "made up"}')
+    refused(*build(images, tmp_path / "book", *loose), words=["images.jsonl"])
 
 
 def test_extend_merge_and_sheet(run, refused, tmp_path):

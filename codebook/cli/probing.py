@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from codebook import building, models
+from codebook.building.pool import ImageRecord
 from codebook.cli.options import Loading, Probing
 from codebook.cli.output import note
 from codebook.errors import CodebookError, printable
 from codebook.store.codebook import Codebook
-from codebook.store.files import read_lines
-from codebook.store.folder import IMAGE_RECORDS
+from codebook.store.files import parse_lines
+from codebook.store.folder import IMAGE_RECORDS, read_folder
 
 
 def build_options(
@@ -53,11 +54,16 @@ def model_of(book: Codebook, folder: Path, named: str | None) -> str:
 
 
 def _unread(folder: Path) -> dict[str, str]:
-    """Why images of a codebook's build could not be read, by their names, where its folder says so."""
-    if not (folder / IMAGE_RECORDS).is_file():
-        return {}
-    records = (record for _, record in read_lines(folder / IMAGE_RECORDS, "build it again"))
-    return {record["image"]: record["error"] for record in records if "error" in record}
+    """Why images of a codebook's build could not be read, by their names, where its folder says so.
+
+    Raises
+    ------
+    CodebookError
+        If the file is not the one that belongs to the codebook: a complete build may have lain there for long.
+    """
+    _, files = read_folder(folder, (IMAGE_RECORDS,))
+    records = parse_lines(folder / IMAGE_RECORDS, files.get(IMAGE_RECORDS, b""), "build it again", ImageRecord)
+    return {record["image"]: record["error"] for _, record in records if "error" in record}
 
 
 def report_codebook(book: Codebook, out: Path, as_json: bool, source: building.Source | None = None) -> None:
