@@ -22,6 +22,7 @@ from codebook.cli.options import (
 )
 from codebook.cli.output import describe, note, progress, resumable, summary
 from codebook.errors import CodebookError
+from codebook.pruning.presets import DEFAULT
 
 
 @resumable()
@@ -32,7 +33,7 @@ def calibrate_command(
     keep: KeepOption,
     out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
     data: DataOption = "miniature",
-    method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = "codebook",
+    method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = DEFAULT,
     first: Annotated[
         list[str] | None, typer.Option(help="Another method to try as the first stage; repeat for several.")
     ] = None,
