@@ -160,7 +160,7 @@ def _attention(torch: Any) -> dict[str, list[str]]:
     """By device the attention implementations that models can be pruned with."""
     if torch is None:
         return {}
-    from codebook.pruning.engine.context import ATTENTION
+    from codebook.pruning.engine.kernels import ATTENTION
 
     return {device: list(names) for device, names in ATTENTION.items() if device == "cpu" or torch.cuda.is_available()}
 

@@ -106,7 +106,7 @@ class Loading:
             If there is no such device, dtype or attention kernel, or an option does not go with the model or another.
         """
         from codebook.models.loading import check_loading
-        from codebook.pruning.engine.context import check_attention
+        from codebook.pruning.engine.kernels import check_attention
 
         device = check_loading(model, **self.arguments())
         if self.attn is not None:

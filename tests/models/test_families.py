@@ -10,7 +10,7 @@ import torch
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.pruning import Cls, FastV, Random, Schedule, Stage, Uniform
-from codebook.pruning.engine import context as hooks
+from codebook.pruning.engine import kernels
 from tests.models.cells import BLOCK, DOCS, Cell, cells, check, expected, model, table
 from tests.models.families import FAMILIES
 
@@ -50,7 +50,7 @@ def test_the_documented_table_is_what_is_expected_of_every_cell():
 @pytest.mark.parametrize("name", [name for name, tiny in FAMILIES.items() if tiny.flexible])
 def test_generate_under_flex_attention_equals_masked_reference(name, cell, monkeypatch):
     """Uncompiled: compiled for CPUs, torch's kernel ends the process."""
-    monkeypatch.setitem(hooks.ATTENTION, "cpu", hooks.ATTENTION["cuda"])
+    monkeypatch.setitem(kernels.ATTENTION, "cpu", kernels.ATTENTION["cuda"])
     method, show = cell
     with torch.compiler.set_stance("force_eager"):
         found = check(Cell(name, method, "flex_attention", "padded", show, "keep"))

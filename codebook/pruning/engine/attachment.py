@@ -20,9 +20,10 @@ from codebook.errors import CodebookError
 from codebook.models import Encoded
 from codebook.models.base import Model
 from codebook.pruning.engine import prompt
-from codebook.pruning.engine.cache import PrunedLayer, check_cache, pruned_layer
-from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Running
+from codebook.pruning.engine.cache import PrunedLayer, check_cache, check_given, pruned_layer
+from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Noted, Running
 from codebook.pruning.engine.forward import Chosen, Forward, unusable_mask
+from codebook.pruning.engine.kernels import check_attention
 from codebook.pruning.engine.key_bias import ADDED
 from codebook.pruning.engine.sequence import Given
 from codebook.pruning.engine.tap import LISTENING, point, tap
@@ -35,7 +36,7 @@ ATTACHING = threading.RLock()
 """Guards what the contexts of several threads share: who is open, and who is in flight, on which model."""
 
 SLOT = "_codebook_attachment"
-"""Attribute of the model that holds its attachment: the two are freed together, also where a context stays open."""
+"""Attribute of the base model that holds its attachment: both are freed together, also where a context stays open."""
 
 
 class Attachment:
@@ -43,7 +44,9 @@ class Attachment:
 
     def __init__(self, model: Model) -> None:
         self.family, self.lm = models.family(model), model.get_decoder()
-        self._recurrent = [models.is_recurrent(layer) for layer in self.lm.layers]
+        self._layers = list(self.lm.layers)
+        self._recurrent = [models.is_recurrent(layer) for layer in self._layers]
+        self._attending = [i for i, recurrent in enumerate(self._recurrent) if not recurrent]
         self._model = weakref.ref(model)
         self._pruning: list[Pruning] = []  # open, or closed with calls in flight
         self._outputs: dict[int, tuple[weakref.ref[Any], Encoded]] = {}
@@ -53,7 +56,7 @@ class Attachment:
     @classmethod
     def of(cls, model: Model) -> Attachment:
         """The attachment of a model that has one, or a new one."""
-        return vars(model).get(SLOT) or cls(model)
+        return vars(model.base_model).get(SLOT) or cls(model)
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         # The copy's hooks would belong to contexts of the original, and answers of the copy would silently be wrong.
@@ -83,9 +86,17 @@ class Attachment:
                     else "the model is already being pruned by a context of another thread: call the model inside that "
                     "one, or open this one with scope='thread'"
                 )
+        if pruning.model not in (
+            self.model,
+            self.model.base_model,
+        ):  # whose `generate` has no hook
+            raise CodebookError(
+                f"the {type(self.model.base_model).__name__} inside this {type(pruning.model).__name__} is being "
+                f"pruned as part of another {type(self.model).__name__}: open both contexts on one and the same model"
+            )
         if not self._pruning:
             self._attach()
-            setattr(self.model, SLOT, self)
+            setattr(self.model.base_model, SLOT, self)
         self._pruning.append(pruning)
         pruning.owner, pruning.seen_images, pruning.seen_prompt = owner, False, False
         try:
@@ -117,7 +128,7 @@ class Attachment:
         before = not own
         if not self._recurrent[layer - before]:
             return self.lm.layers[layer - before].self_attn
-        able = [str(i + before) for i, recurrent in enumerate(self._recurrent) if not recurrent]
+        able = [str(i + before) for i in self._attending]
         raise CodebookError(
             f"a stage at layer {layer} that needs attention has none to ask: layer {layer - before} of this decoder is "
             f"recurrent; use layer {' or '.join(able)}"
@@ -135,7 +146,7 @@ class Attachment:
         self._pruning.remove(pruning)
         if not self._pruning:
             self._undo.close()
-            delattr(self.model, SLOT)
+            delattr(self.model.base_model, SLOT)
 
     def _attach(self) -> None:
         model, base = self.model, self.model.base_model
@@ -224,7 +235,7 @@ class Attachment:
         RUNNING.set(None)
         FORWARD.set(None)
         ADDED.set(None)
-        ENCODED.set(tuple((output, call) for output, call in ENCODED.get() if not call.shown))
+        ENCODED.set(tuple(noted for noted in ENCODED.get() if noted.by is not self or not noted.call.shown))
         if running.lone:
             self._finish(running.call)
 
@@ -233,23 +244,26 @@ class Attachment:
     def _encode(self, kind: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if ENCODING.get() is not None or self._pruning_now() is None:
             return stock(*args, **kwargs)  # a part of the encoding that is being noted, or of a plain call
-        noted = Encoded(kind, dict(inspect.signature(stock).bind_partial(*args, **kwargs).arguments))
-        token = ENCODING.set(noted)
+        call = Encoded(kind, dict(inspect.signature(stock).bind_partial(*args, **kwargs).arguments))
+        token = ENCODING.set(call)
         try:
             output = stock(*args, **kwargs)
         finally:
             ENCODING.reset(token)
-        ENCODED.set((*((o, c) for o, c in ENCODED.get() if c.kind != kind), (output, noted)))
+        others = (noted for noted in ENCODED.get() if noted.by is not self or noted.call.kind != kind)
+        ENCODED.set((*others, Noted(self, output, call)))
         with contextlib.suppress(TypeError):  # a plain tuple or tensor is known in this thread alone
             key = id(output)
-            self._outputs[key] = weakref.ref(output, lambda _: self._outputs.pop(key, None)), noted
+            self._outputs[key] = weakref.ref(output, lambda _: self._outputs.pop(key, None)), call
         return output
 
     def _call_of(self, kind: str, given: dict[str, Any]) -> Encoded | None:
         """The call that encoded a forward's images, if it was made in a context of this model."""
         output = (given.get("mm_encoder_outputs") or {}).get(kind)
         found = [
-            call for own, call in ENCODED.get() if call.kind == kind and (output is None or _one_output(own, output))
+            noted.call
+            for noted in self._noted()
+            if noted.call.kind == kind and (output is None or _one_output(noted.output, output))
         ]
         if not found and output is not None and id(output) in self._outputs:
             reference, call = self._outputs[id(output)]
@@ -258,6 +272,10 @@ class Attachment:
             return None
         found[-1].shown = True
         return found[-1]
+
+    def _noted(self) -> Iterator[Noted]:
+        """What this thread has encoded with this model."""
+        return (noted for noted in ENCODED.get() if noted.by is self)
 
     def _on_tower(self, *_: Any) -> None:
         if (pruning := self._pruning_now()) is not None:
@@ -282,6 +300,11 @@ class Attachment:
         RUNNING.set(running)
         if (pruning := running.call.pruning) is None:
             return
+        if self.model.get_decoder() is not self.lm or list(self.lm.layers) != self._layers:
+            raise CodebookError(
+                "parts of the decoder were replaced since this pruning context was opened, and have no hooks: leave it "
+                "and open it again around the model as it is now"
+            )
         given = self._signature.bind_partial(*args, **kwargs).arguments
         given |= given.pop("kwargs", {})
         kinds = tuple(kind for kind, pixels in models.KINDS.items() if _has_images(given, kind, pixels))
@@ -289,7 +312,7 @@ class Attachment:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if ids is None and (kinds or (embeds is not None and embeds.shape[1] > 1)):
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
-        for _, noted in ENCODED.get():  # chunked prefill of some versions loses the images without a word
+        for _, _, noted in self._noted():  # chunked prefill of some versions loses the images without a word
             waits = not noted.shown and noted.kind not in kinds
             if waits and ids is not None and torch.isin(ids, self.family.token(self.model, noted.kind)).any():
                 raise models.whole_images_error(
@@ -324,8 +347,13 @@ class Attachment:
         if embeds is None:
             ids = args[0] if args else kwargs["input_ids"]
             embeds = torch.empty(*ids.shape, 0, device=ids.device, dtype=self.model.dtype)
+        # It may have been changed since the context was opened.
+        check_attention(self.lm.config._attn_implementation, embeds.device.type)
         # Some base models make masks of their own from the one that they were given.
         mask = (kwargs if given is None else given).get("attention_mask")
+        flat = isinstance(mask, Tensor) and mask.dim() == 2  # else refused where it is of use
+        cache = kwargs.get("past_key_values")
+        check_given(cache, mask if flat else None, embeds.shape[1], self._attending, pruned=bool(running.kinds))
         compact = pruning.schedule.positions == "compact"
         if given is None or not running.kinds:
             plain = Given(embeds, mask)
@@ -409,8 +437,7 @@ class Attachment:
             return
         with ATTACHING:
             if not pruning.pointed:
-                layers = zip(self.lm.layers, self._recurrent, strict=True)
-                pruning.taps.callback(point([layer.self_attn for layer, recurrent in layers if not recurrent]))
+                pruning.taps.callback(point([self.lm.layers[i].self_attn for i in self._attending]))
                 pruning.pointed = True
 
     def _gather(self, x: Tensor) -> Tensor:

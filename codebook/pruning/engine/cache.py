@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -33,8 +33,9 @@ class KeptIndex:
         For each stored key its column in the unpruned sequence, `PAD` for padding.
     logical : int
         Length of the unpruned sequence so far.
-    dropped : (B,) int64
-        Visual tokens dropped from each row so far: what `positions="compact"` subtracts.
+    dropped : (B,) int64 or None
+        How far positions of what comes next are behind its columns: `positions="compact"` closed the gaps of so many
+        visual tokens of each row. None where positions are columns.
     padded : bool
         Whether any column is `PAD`.
     bias : (B, P) float32 or None
@@ -44,10 +45,16 @@ class KeptIndex:
 
     columns: Tensor
     logical: int
-    dropped: Tensor
+    dropped: Tensor | None
     padded: bool
     bias: Tensor | None = None
     _latest: list[tuple[str, int | Tensor, KeptIndex]] = field(default_factory=list, init=False, repr=False)
+
+    def shown(self, mask: Tensor) -> KeptIndex:
+        """Without columns that a mask (B, logical length or more) hides by now, such as words after an answer's end."""
+        on = mask.to(self.columns.device).bool().gather(1, self.columns.clamp(max=self.logical - 1))
+        hidden = ~on & (self.columns != PAD)
+        return replace(self, columns=self.columns.masked_fill(hidden, PAD), padded=True) if bool(hidden.any()) else self
 
     def rows(self, index: Tensor) -> KeptIndex:
         """These of its rows, (B',) int64."""
@@ -77,11 +84,12 @@ class KeptIndex:
                 "came after it alone, or read the prompt anew"
             )
         bias = None if self.bias is None else self.bias[:, :-count]
-        return KeptIndex(left, self.logical - count, self.dropped, self.padded, bias)
+        return replace(self, columns=left, logical=self.logical - count, bias=bias)
 
     def _rows(self, index: Tensor) -> KeptIndex:
         bias = None if self.bias is None else self.bias[index]
-        return KeptIndex(self.columns[index], self.logical, self.dropped[index], self.padded, bias)
+        dropped = None if self.dropped is None else self.dropped[index]
+        return replace(self, columns=self.columns[index], dropped=dropped, bias=bias)
 
     def _once(self, how: str, by: int | Tensor, make: Callable[[], KeptIndex]) -> KeptIndex:
         """What the layers that share this index make of it one after the other: one object, so that they go on sharing.
@@ -207,6 +215,46 @@ def check_cache(*said: Any) -> None:
         )
 
 
+def check_given(cache: object, mask: Tensor | None, length: int, attending: Sequence[int], *, pruned: bool) -> None:
+    """Refuse what a forward is given beside its tokens, if no right answer can come of it.
+
+    Parameters
+    ----------
+    cache
+        Its KV cache, or None.
+    mask : (B, logical length) or None
+    length
+        Tokens of the forward.
+    attending
+        Layers of the decoder that have keys and values.
+    pruned
+        Whether this forward prunes; the cache may hold pruned layers in any case.
+
+    Raises
+    ------
+    CodebookError
+        For caches other than a plain `DynamicCache`, for those whose layers hold different tokens, and for masks of
+        another length.
+    """
+    if pruned and cache is not None:
+        _dynamic(cache)
+    layers = getattr(cache, "layers", ())
+    held = [layers[i] for i in attending if i < len(layers)]
+    if not pruned and not any(isinstance(layer, PrunedLayer) for layer in held):
+        return  # stock models' own affair
+    lengths = {layer.get_seq_length() for layer in held} or {0}
+    if len(lengths) > 1:
+        raise CodebookError(
+            f"layers of this KV cache hold {' or '.join(map(str, sorted(lengths)))} tokens: a forward or a crop broke "
+            "off half-way; read the prompt anew"
+        )
+    if mask is not None and mask.shape[1] != (whole := lengths.pop() + length):
+        raise CodebookError(
+            f"the attention mask is for {mask.shape[1]} tokens, and with those in the KV cache there are {whole}: give "
+            "one for all of them, or none"
+        )
+
+
 def pruned_layer(cache: object, layer: int) -> PrunedLayer:
     """The cache's layer as a `PrunedLayer`, put in its place if it is not one yet.
 
@@ -215,11 +263,7 @@ def pruned_layer(cache: object, layer: int) -> PrunedLayer:
     CodebookError
         For caches other than a plain `DynamicCache`.
     """
-    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
-        what = "cache that is offloaded" if isinstance(cache, DynamicCache) else type(cache).__name__
-        raise CodebookError(
-            f"a {what} cannot hold pruned layers: use the default DynamicCache (leave `{CACHE_OPTION}` unset)"
-        )
+    cache = _dynamic(cache)
     while len(cache.layers) <= layer:
         cache.layers.append(DynamicLayer())
     entry = cache.layers[layer]
@@ -229,3 +273,12 @@ def pruned_layer(cache: object, layer: int) -> PrunedLayer:
         raise CodebookError(f"a {type(entry).__name__} cannot be pruned: use the default DynamicCache")
     cache.layers[layer] = pruned = PrunedLayer(entry)
     return pruned
+
+
+def _dynamic(cache: object) -> DynamicCache:
+    if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
+        what = "cache that is offloaded" if isinstance(cache, DynamicCache) else type(cache).__name__
+        raise CodebookError(
+            f"a {what} cannot hold pruned layers: use the default DynamicCache (leave `{CACHE_OPTION}` unset)"
+        )
+    return cache

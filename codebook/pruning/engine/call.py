@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -61,6 +61,14 @@ class Running:
     blocks: Tensor | None = None
 
 
+class Noted(NamedTuple):
+    """What a model encoded, the call that encoded it, and by whom it was noted."""
+
+    by: Attachment
+    output: Any
+    call: Encoded
+
+
 SCOPED: ContextVar[tuple[Pruning, ...]] = ContextVar("codebook_scoped", default=())
 """Contexts of scope `thread` that this thread or task is in, innermost last."""
 CALL: ContextVar[Call | None] = ContextVar("codebook_call", default=None)
@@ -71,8 +79,8 @@ FORWARD: ContextVar[Forward | None] = ContextVar("codebook_forward", default=Non
 """What that forward has pruned; None before its decoder begins, and in plain calls."""
 ENCODING: ContextVar[Encoded | None] = ContextVar("codebook_encoding", default=None)
 """The encoding of images that is running, which may call itself in parts."""
-ENCODED: ContextVar[tuple[tuple[Any, Encoded], ...]] = ContextVar("codebook_encoded", default=())
-"""What was encoded and not shown to a forward yet, or only to the one that runs: outputs and their calls."""
+ENCODED: ContextVar[tuple[Noted, ...]] = ContextVar("codebook_encoded", default=())
+"""What was encoded and not shown to a forward yet, or only to the one that runs, by all models."""
 
 
 def owner() -> tuple[int, Any]:

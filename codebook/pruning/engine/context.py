@@ -27,15 +27,13 @@ from codebook.models import Image
 from codebook.models.base import Model
 from codebook.pruning.engine.attachment import ATTACHING, Attachment
 from codebook.pruning.engine.call import ENCODED, SCOPED, owner
+from codebook.pruning.engine.kernels import check_attention
 from codebook.pruning.engine.statistics import Statistics, Tally
 from codebook.pruning.kept_map import MAP_FORMAT, kept_map
 from codebook.store.files import write_json
 
 if TYPE_CHECKING:  # a schedule makes contexts; a context only reads what a schedule says
     from codebook.pruning.schedule import Schedule
-
-ATTENTION = {"cpu": ("sdpa", "eager"), "cuda": ("sdpa", "eager", "flex_attention")}
-"""Kernels of the LLM's attention, by device: compiled for CPUs, FlexAttention with a dense mask ends the process."""
 
 Scope = Literal["model", "thread"]
 
@@ -102,9 +100,10 @@ class Pruning:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        assert self.attachment is not None
+        if self.attachment is None or not self.open:
+            return
         self.attachment.end()  # a forward of this thread that was interrupted
-        ENCODED.set(())
+        ENCODED.set(tuple(noted for noted in ENCODED.get() if noted.by is not self.attachment))
         SCOPED.set(tuple(other for other in SCOPED.get() if other is not self))
         with ATTACHING:
             self.open, self.enabled, idle = False, False, not self.calls
@@ -152,15 +151,6 @@ class Pruning:
     def show(self, images: list[Image], kept: list[list[Tensor]]) -> None:
         """Take the images of a forward, and the lists that its stages fill, for the latest of its thread and of all."""
         self._own.last = self._latest = _Shown(images, kept)
-
-
-def check_attention(attention: str, device: str) -> None:
-    """Refuse an attention kernel that models on devices of this type cannot be pruned with."""
-    if attention not in (able := ATTENTION.get(device, ATTENTION["cpu"])):
-        names = " or ".join(f"'{name}'" for name in able)
-        raise CodebookError(
-            f"attention '{attention}' is not supported on {device}: load the model with attn_implementation={names}"
-        )
 
 
 def _check_one_device(model: Model) -> None:

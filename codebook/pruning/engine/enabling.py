@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 
-from codebook import models
 from codebook.errors import CodebookError
 from codebook.models.base import Model
+from codebook.models.wrappers import stock
 from codebook.pruning.engine.attachment import ATTACHING, Attachment
 from codebook.pruning.engine.context import Pruning
 from codebook.pruning.schedule import Schedule
@@ -55,7 +55,7 @@ def disable(model: Model) -> Pruning:
     CodebookError
         If the model is not enabled: it may be another one that still is, or a `with` that prunes it.
     """
-    model = models.unwrap(model)
+    model = stock(model)  # also one that was compiled since
     with ATTACHING:
         pruning = Attachment.of(model).enabled()
         if pruning is None:

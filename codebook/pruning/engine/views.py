@@ -102,27 +102,37 @@ class Viewer:
 
     def _index(self, layer: Any, cached: Cached, sequence: Shortened | None) -> KeptIndex:
         """Which columns the layer stores once this forward is through: those of its cache, then the sequence's."""
-        past = self._unpruned(cached) if cached.kept is None else cached.kept
+        past = self._unpruned(cached) if cached.kept is None else self._shown(cached.kept)
         places = torch.arange(self.given.length, device=self.given.device)
         if sequence is not None:
             source, padded, bias = sequence.source, sequence.padded, self.weights(layer, sequence)[0]
-            less = [a - b for a, b in zip(self.lengths, sequence.lengths, strict=True)]
-            dropped = on_device(less, self.given.device)
         else:
             on = self.given.valid().bool()
             # Decoding one token: it is valid, and asking the device would cost a sync at every step.
             padded = self.given.length > 1 and self.given.mask is not None and not bool(on.all())
-            source, dropped, bias = torch.where(on, places, -1), torch.zeros_like(past.dropped), None
+            source, bias = torch.where(on, places, -1), None
         own = torch.where(source < 0, PAD, past.logical + source)
         if bias is not None or past.bias is not None:
             bias = torch.cat([_or_zeros(past.bias, past.columns), _or_zeros(bias, own)], dim=1)
         return KeptIndex(
             torch.cat([past.columns, own], dim=1),
             past.logical + self.given.length,
-            past.dropped + dropped,
+            self._dropped(past.dropped, sequence),
             past.padded or padded,
             bias,
         )
+
+    def _dropped(self, before: Tensor | None, sequence: Shortened | None) -> Tensor | None:
+        """`KeptIndex.dropped` after this forward."""
+        if sequence is None or not self.compact:
+            return before
+        less = [a - b for a, b in zip(self.lengths, sequence.lengths, strict=True)]
+        return on_device(less, self.given.device) + (0 if before is None else before)
+
+    def _shown(self, kept: KeptIndex) -> KeptIndex:
+        """An index without what the mask hides by now; while one token is decoded, as it is: asking costs a sync."""
+        mask = self.given.mask
+        return kept if mask is None or self.given.length == 1 else kept.shown(mask)
 
     def _unpruned(self, cached: Cached) -> KeptIndex:
         """The index of a cache that no stage has touched, or of none."""
@@ -132,8 +142,7 @@ class Viewer:
         if given.mask is not None and cached.stored:
             on = given.mask[:, first : cached.logical].bool()
             columns, padded = columns.masked_fill(~on, PAD), not bool(on.all())
-        dropped = torch.zeros(given.batch, dtype=torch.long, device=given.device)
-        return KeptIndex(columns, cached.logical, dropped, padded)
+        return KeptIndex(columns, cached.logical, None, padded)
 
     def _mask(
         self, index: KeptIndex, window: int | None, sequence: Shortened | None, far: Tensor | None
@@ -175,14 +184,17 @@ class Viewer:
     def _rotary(
         self, layer: Any, past: KeptIndex | None, sequence: Shortened | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Kept positions are gathered; compact ones are counted anew, less what each row has dropped before them."""
-        if not self.compact:
+        """Kept positions are gathered, compact ones counted anew; what was cached with other ones goes on with them."""
+        behind = None if past is None else past.dropped
+        if behind is None and (sequence is None or not self.compact):
             cos, sin = kwargs["position_embeddings"]
             return (cos, sin) if sequence is None else (sequence.gather(cos), sequence.gather(sin))
         positions = kwargs["position_ids"].expand(self.given.batch, -1)
-        if past is not None:
-            positions = positions - past.dropped[:, None]
-        if sequence is not None:
+        if behind is not None:
+            positions = positions - behind[:, None]
+        if sequence is not None and not self.compact:
+            positions = sequence.gather(positions)
+        elif sequence is not None:
             before = sequence.gather(self.given.valid().long().cumsum(1)) - 1
             left = on_device([sequence.source.shape[1] - n for n in sequence.lengths], before.device)
             rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
