@@ -16,12 +16,15 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from codebook.errors import CodebookError
 from codebook.inference.outputs import NanWatch
 from codebook.inference.overlay import overlay, shown_part, stacked
-from codebook.inference.prompts import Prompts, prepare
+from codebook.inference.prompts import Prompts, check_new_tokens, prepare
 from codebook.models import Image, family, unwrap
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 from codebook.pruning.engine.context import Pruning, in_force
 from codebook.store.pictures import upright_rgb
+
+ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
+"""Arguments of `generate` for one row of tokens per prompt, whatever the model's `generation_config` says."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +113,7 @@ def ask(
         If the model's outputs are NaN.
     """
     model = unwrap(model)
+    check_new_tokens(max_new_tokens)
     answers = answer_prompts(model, processor, prepare(model, processor, images, questions), schedule, max_new_tokens)
     return [
         replace(answer, pictures=[_drawable(model, processor, picture) for picture in own])
@@ -185,6 +189,7 @@ def generate(
     """
     watch = NanWatch()
     with torch.inference_mode(), _context(model, schedule) as pruning:
+        options = ONE_SEQUENCE | options
         out = model.generate(**prompts.inputs, logits_processor=LogitsProcessorList([watch, *processors]), **options)
     watch.check()
     # Pruning lists the images of the whole batch, prompt by prompt.
@@ -197,4 +202,4 @@ def _context(model: Model, schedule: Schedule | None) -> contextlib.AbstractCont
     """What prunes the calls of this thread: the schedule's own context, or the one that they are in already."""
     if schedule is None and (own := in_force(model)) is not None:
         return contextlib.nullcontext(own)
-    return (schedule or Schedule([]))(model, "thread")
+    return Schedule.of(schedule)(model, "thread")

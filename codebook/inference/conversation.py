@@ -12,9 +12,9 @@ from transformers import LogitsProcessorList
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from codebook.errors import CodebookError
-from codebook.inference.ask import Answer, answer_of, ask
+from codebook.inference.ask import ONE_SEQUENCE, Answer, answer_of, ask
 from codebook.inference.outputs import NanWatch
-from codebook.inference.prompts import check_question, prepare
+from codebook.inference.prompts import check_new_tokens, check_question, check_texts, prepare
 from codebook.inference.samples import Sample
 from codebook.models import family, unwrap
 from codebook.models.base import Model, Processor
@@ -77,7 +77,9 @@ def converse(
         If the chat template shows no earlier answers, the model's cache cannot be shortened (`fresh`), or its outputs
         are NaN.
     """
-    model, schedule = unwrap(model), schedule or Schedule([])
+    model, schedule = unwrap(model), Schedule.of(schedule)
+    check_texts(questions)
+    check_new_tokens(max_new_tokens)
     if fresh and not family(model).reusable_prefix:
         raise CodebookError(
             f"{family(model).name} cannot keep what it has read of an image for another question: ask in one "
@@ -85,9 +87,9 @@ def converse(
         )
     for question in questions:
         check_question(model, processor, question)
-    prompts = [prepare(model, processor, [list(images)], [own]).inputs for own in questions[: None if fresh else 1]]
+    prompts = [prepare(model, processor, [images], [own]).inputs for own in questions[: None if fresh else 1]]
     given, texts, watch = prompts[0], [], NanWatch()
-    length = {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
+    length = ONE_SEQUENCE | {"max_new_tokens": max_new_tokens, "do_sample": False, "return_dict_in_generate": True}
     with torch.inference_mode(), schedule(model, "thread") as pruning:
         for turn in range(len(questions)):
             out = model.generate(**given, logits_processor=LogitsProcessorList([watch]), **length)

@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image as Picture
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.inference.samples import Sample, check_asked
 from codebook.models.base import Model, Processor
 from codebook.models.chat import chat_text, check_text
@@ -112,6 +112,7 @@ def prepare(
         If a question cannot be asked; its `row` says which.
     """
     model = unwrap(model)
+    _check_given(processor, images, questions)
     for row, question in enumerate(questions):
         try:
             check_question(model, processor, question)
@@ -119,6 +120,35 @@ def prepare(
             raise QuestionError(str(error), row) from None
     texts = [chat_text(processor, question, len(own)) for own, question in zip(images, questions, strict=True)]
     return encode_prompts(model, processor, images, texts)
+
+
+def check_new_tokens(count: int) -> None:
+    """Raise a CodebookError unless an answer can have at most so many tokens."""
+    if not isinstance(count, int) or count < 1:
+        raise CodebookError(f"max_new_tokens is {quoted(count)}: give a whole number, 1 or more")
+
+
+def check_texts(questions: object) -> None:
+    """Raise a CodebookError unless these are questions: a list of texts, one at least."""
+    if not isinstance(questions, list | tuple) or not all(isinstance(question, str) for question in questions):
+        raise CodebookError(f"questions are a list of texts, not {quoted(questions)}: write [question]")
+    if not questions:
+        raise CodebookError("there is no question: give at least one")
+
+
+def _check_given(processor: object, images: object, questions: Sequence[str]) -> None:
+    """Raise a CodebookError unless these are a processor, and questions each with a list of images."""
+    if getattr(processor, "tokenizer", None) is None or not hasattr(processor, "apply_chat_template"):
+        raise CodebookError(
+            f"the model's processor is needed, not a {type(processor).__name__}: model, processor = codebook.load(...)"
+        )
+    check_texts(questions)
+    if not isinstance(images, list | tuple) or not all(isinstance(own, list | tuple) for own in images):
+        raise CodebookError(f"images are a list with a list for each question, not {quoted(images)}: write [[image]]")
+    if len(images) != len(questions):
+        raise CodebookError(
+            f"there are {len(questions)} questions, and lists of images for {len(images)}: give each question its own"
+        )
 
 
 def encode_prompts(
@@ -142,6 +172,13 @@ def encode_prompts(
 
 def _upright(row: int, pictures: Sequence[Picture.Image]) -> list[Picture.Image]:
     """The pictures of a question as people see them, also those that the caller has opened."""
+    for picture in pictures:
+        if not isinstance(picture, Picture.Image):
+            raise QuestionError(
+                f"an image of question {row + 1} is a {type(picture).__name__}: open files by PIL.Image.open, make "
+                "arrays pictures by PIL.Image.fromarray",
+                row,
+            )
     try:
         return [upright_rgb(picture) for picture in pictures]
     except (OSError, ValueError) as error:

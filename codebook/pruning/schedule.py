@@ -35,6 +35,9 @@ from codebook.store.shipped import find_codebook
 if TYPE_CHECKING:
     from codebook.pruning.engine.context import Pruning
 
+FROM_TEXT = "make one of a text by Schedule.for_model(model, text, keep)"
+"""What to do with a text in the place of a schedule."""
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -70,7 +73,10 @@ class Schedule:
     spread: float | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "stages", tuple(self.stages))
+        stages = self.stages
+        if not isinstance(stages, Sequence) or not all(isinstance(stage, Stage) for stage in stages):
+            raise CodebookError(f"a Schedule is made of a list of Stages, not of {quoted(stages)}: {FROM_TEXT}")
+        object.__setattr__(self, "stages", tuple(stages))
         check_schedule(self.stages, self.positions, self.quotas, self.spread)
 
     def __call__(self, model: Model, scope: Literal["model", "thread"] = "model") -> Pruning:
@@ -95,6 +101,15 @@ class Schedule:
         pruning = Pruning(model, self, scope)
         check_codebooks(model, (stage.pruner for stage in self.stages))
         return pruning
+
+    @classmethod
+    def of(cls, given: object) -> Schedule:
+        """What a caller gave as a schedule: the schedule that it is, or `Schedule([])` for None."""
+        if given is None:
+            return cls([])
+        if not isinstance(given, cls):
+            raise CodebookError(f"a schedule is a Schedule, not {quoted(given)}: {FROM_TEXT}")
+        return given
 
     def __repr__(self) -> str:
         if not self.stages:

@@ -59,6 +59,8 @@ class Stage:
     mass: Mass = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.pruner, Pruner):
+            raise CodebookError(f"a stage's pruner is an object, such as Random(), not {quoted(self.pruner)}")
         check_stage(self.layer, self.keep, self.mass, self.pruner, type(self.pruner).__name__)
 
     @property
@@ -107,7 +109,7 @@ def check_stage(layer: int, keep: Keep | None, mass: Mass, pruner: Pruner | Meth
     A method stands for its pruner, so that a text is checked before there is a codebook to make the pruner with.
     """
     if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
-        raise CodebookError(f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {layer}")
+        raise CodebookError(f"a stage's layer must be 0 (before the LLM) or a later decoder layer, not {quoted(layer)}")
     if pruner.adaptive != (keep is None):
         if pruner.adaptive:
             raise CodebookError(f"{name} decides how many tokens stay: leave keep out")
@@ -137,4 +139,6 @@ def check_keep(keep: Keep) -> None:
         # On the command line a keep is a float whatever is written.
         count = isinstance(keep, float) and keep >= 1 and keep.is_integer()
         how = f"; a count is said in a schedule, without a point, as in random:{keep:.0f}" if count else ""
-        raise CodebookError(f"keep must be a fraction in (0, 1] or a count of tokens, 1 or more; not {keep}{how}")
+        raise CodebookError(
+            f"keep must be a fraction in (0, 1] or a count of tokens, 1 or more; not {quoted(keep)}{how}"
+        )

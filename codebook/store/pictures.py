@@ -177,6 +177,8 @@ def _check_pixels(width: int, height: int, most: int) -> None:
 
 def upright_rgb(picture: Picture.Image) -> Picture.Image:
     """An open picture as `read_image` would give it; what it gave stays as it is."""
+    if not all(picture.size):
+        raise ValueError(f"{picture.width} x {picture.height} pixels, which show nothing")
     picture.load()
     if picture.mode.startswith(("I", "F")):
         return _turned(_grey(picture)).convert("RGB")

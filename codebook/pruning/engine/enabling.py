@@ -35,7 +35,7 @@ def enable(model: Model, schedule: Schedule) -> Pruning:
         If the model is enabled already, or a `with` of the whole model is open: to replace a schedule under calls of
         other threads without a word would answer them by one that they did not ask for. Else as calling the schedule.
     """
-    pruning = schedule(model)
+    pruning = Schedule.of(schedule)(model)
     with ATTACHING:
         pruning.__enter__()
         pruning.enabled = True
