@@ -165,7 +165,7 @@ def candidate_schedules(
     n, layers = size.tokens, size.layers
 
     def solved(text: str) -> Schedule:
-        return Schedule.solve(text, codebook, keep=keep, n=n, layers=layers, seed=seed)
+        return Schedule.for_model(model, text, keep=keep, codebook=codebook, seed=seed)
 
     plain = solved(method)
     first = plain.stages[0].layer
@@ -189,7 +189,7 @@ def candidate_schedules(
             except CodebookError as error:  # such as: the first stage cannot keep as many more as this one saves
                 refused.append(error)
                 continue
-            if schedule.stages[0].keep != plain.stages[0].keep:
+            if schedule.stages[0].count(n) != plain.stages[0].count(n):
                 found[str(schedule)] = schedule
         if text is not None and len(refused) == len(own):
             raise CodebookError(f"the deep stage {quoted(text)} can be tried nowhere: {refused[0]}")

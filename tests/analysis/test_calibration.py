@@ -33,13 +33,24 @@ def samples(model, processor):
 
 
 def test_candidates_share_one_budget(model):
-    plain, found = candidate_schedules(model, "random", 0.25, at=[3, 5])
+    plain, found = candidate_schedules(model, "random", 36, at=[3, 5])
     assert str(plain) == "random:36" and plain.budget(N, LAYERS) == 0.25
     # 36 * 6 = 216 = 3 * (48 + 24) = 3 * 72, and 3 * (57 + 14) = 213: 58 and a quarter of it would be 73, rounded.
     assert {"random:48, random@3:24", "random:57, random@3:14", "random:72, drop@3"} <= {str(s) for s in found}
     assert all(0.24 < s.budget(N, LAYERS) <= 0.25 for s in found)
     assert len({str(s) for s in found}) == len(found) == 10
     assert not any("drop" in str(s) for s in candidate_schedules(model, "random", 0.25, drop=False)[1])
+
+
+def test_a_share_holds_for_images_of_every_size(model):
+    counted, shared = (
+        [one, *more] for one, more in (candidate_schedules(model, "random", k, at=[3]) for k in (36, 0.25))
+    )
+    assert str(shared[0]) == "random:0.25" and len(counted) == len(shared) == 6
+    for own, other in zip(counted, shared, strict=True):
+        assert [stage.count(N) for stage in own.stages] == [stage.count(N) for stage in other.stages]
+        # Of a quarter and of twice the pixels: the count 48 does not fit in the one, and is a sixth of the other.
+        assert all(0.22 < other.budget(size, LAYERS) < 0.28 for size in (N // 4, 2 * N))
 
 
 def test_candidates_behind_a_first_stage_in_the_decoder(model):
@@ -55,8 +66,8 @@ def test_candidates_behind_a_first_stage_in_the_decoder(model):
 
 
 def test_other_methods_are_tried_in_the_deep_stage(model):
-    _, bare = candidate_schedules(model, "random", 0.25, at=[3, 5])
-    _, found = candidate_schedules(model, "random", 0.25, deep=["fastv(query='question')@4", "divprune"], at=[3, 5])
+    _, bare = candidate_schedules(model, "random", 36, at=[3, 5])
+    _, found = candidate_schedules(model, "random", 36, deep=["fastv(query='question')@4", "divprune"], at=[3, 5])
     more = [str(schedule) for schedule in found if schedule not in bare]
     guided = [text for text in more if "fastv(query='question')@4" in text]
     assert len(guided) == 4 and "random:48, fastv(query='question')@4:12" in guided  # 36 * 6 = 4 * 48 + 2 * 12
@@ -67,7 +78,7 @@ def test_other_methods_are_tried_in_the_deep_stage(model):
     for text in ("fastv@4:0.5", "fastv@4, drop@5", "fastv@4; positions=compact"):
         with pytest.raises(CodebookError, match="a deep stage is one method"):
             candidate_schedules(model, "random", 0.25, deep=[text])
-    _, found = candidate_schedules(model, "random", 0.25, deep=["divprune@5 +mass"], at=[5], drop=False)
+    _, found = candidate_schedules(model, "random", 36, deep=["divprune@5 +mass"], at=[5], drop=False)
     assert [str(s.stages[1]) for s in found if s.stages[1].mass] == [f"divprune@5:{n}+mass" for n in (28, 20, 10, 5)]
     # share * first, where 36 * 6 = (5 + share) * first: 28.2, 19.6, 10.3, 5.3
     with pytest.raises(
@@ -126,7 +137,7 @@ def test_probabilities_are_those_of_generation(model, processor, samples, schedu
 
 def test_tokens_behind_the_horizon_are_spent_before_it(model, processor, samples, tmp_path):
     """Behind the layers that read, tokens are worth nothing: the budget of the blind half doubles the first."""
-    plain, found = candidate_schedules(model, "random", 0.125, at=range(READS, LAYERS))
+    plain, found = candidate_schedules(model, "random", 18, at=range(READS, LAYERS))
     assert str(plain) == "random:18"
     seen = []
     result = calibrate(model, processor, samples, plain, found, seed=1, done=seen.append)
@@ -149,7 +160,7 @@ def test_of_known_values_the_best_is_found(model, processor, samples, monkeypatc
     worth = lambda m, batch, s: [sum(s.counts(N, LAYERS)[:READS]) / 1000] * len(batch.answers)  # noqa: E731
     monkeypatch.setattr(likelihood, "mean_probabilities", worth)
     monkeypatch.setattr(_Search, "generate", lambda self, schedule, rows: 1.0)
-    plain, found = candidate_schedules(model, "random", 0.25, at=range(READS, LAYERS))
+    plain, found = candidate_schedules(model, "random", 36, at=range(READS, LAYERS))
     result = calibrate(model, processor, samples, plain, found)
     assert str(result.schedule) == f"random:72, drop@{READS}" and result.gain == pytest.approx((72 - 36) * READS / 1000)
 
@@ -239,12 +250,12 @@ def test_what_cannot_run_is_refused_before_anything_is_scored(model, processor, 
     plain, found = candidate_schedules(model, "random", 0.4, at=[READS])
     alone, deeper = candidate_schedules(model, "evs", 0.4, at=[READS])
     for data in (samples, [samples[0], *films[1:]]):
-        with pytest.raises(CodebookError, match=r"^evs:57 cannot be tried on this data: evs keeps the first frame"):
+        with pytest.raises(CodebookError, match=r"^evs:0.4 cannot be tried on this data: evs keeps the first frame"):
             calibrate(model, processor, data, plain, [*found, alone])
     with pytest.raises(pytest.fail.Exception, match="answered"):  # 57 of 144 is more than a third
         calibrate(model, processor, films, plain, [*found, alone, *deeper])
     _, deep = candidate_schedules(model, "random", 0.4, at=[READS], deep=["evs"])
-    with pytest.raises(CodebookError, match=rf"random:\d+, evs@{READS}:\d+ cannot be tried"):
+    with pytest.raises(CodebookError, match=rf"random:[\d.]+, evs@{READS}:[\d.]+ cannot be tried"):
         calibrate(model, processor, films, plain, deep)
 
 
