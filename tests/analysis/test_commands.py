@@ -42,9 +42,9 @@ def test_calibrate_and_prune_with_what_it_wrote(run, file, tmp_path):
     code, shown, err = run("calibrate", "miniature", *given, "--json")
     assert code == 0, err
     report = json.loads(shown)
-    assert report["plain"] == "divprune:14" and report["keep"] <= 0.1 and report["best"] in report["rounds"][-1]
+    assert report["plain"] == "divprune:0.1" and report["keep"] <= 0.1 and report["best"] in report["rounds"][-1]
     tried = report["rounds"][0]
-    assert {"divprune:14", "uniform:14"} <= tried.keys()
+    assert {"divprune:0.1", "uniform:0.1"} <= tried.keys()
     assert {name.split(":")[0] for name in tried if "," in name} == {"divprune", "uniform"}
     assert report["confirmed"] == (report["schedule"] != report["plain"])
     assert list(tmp_path.iterdir()) == [out]
@@ -72,7 +72,7 @@ def test_data_as_for_bench(run, refused, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("argv", "words"), [
     (["horizon", "miniature", "--data", "DATA", "--metric", "bleu"], ["no metric 'bleu'", "probability"]),
     (["horizon", "miniature", "--data", "nowhere.jsonl"], ["no data 'nowhere.jsonl'", "miniature:FAMILY, or a JSONL"]),
-    (["horizon", "miniature", "--data", "miniature:smell"], ["unknown", "'smell'", "exist"]),
+    (["horizon", "miniature", "--data", "miniature:smell"], ["no task family", "'smell'", "exist"]),
     (["calibrate", "miniature", "--data", "miniature:turns", "--keep", "0.1", "--out", "s.json"],
      ["miniature:turns has earlier questions", "leave them out"]),
     (["calibrate", "miniature", "--data", "miniature:ocr", "--count", "17", "--keep", "0.1", "--out", "s.json"],

@@ -100,4 +100,4 @@ def test_command_line_refuses_an_unknown_engine(tmp_path):
         tmp_path / "o",
     ]
     done = subprocess.run([*map(str, command), "--engine", "spark"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip() == "error: no engine 'spark': use local or ray"
+    assert done.returncode == 2 and done.stderr.strip() == "error: no engine 'spark': use local, ray"

@@ -123,7 +123,7 @@ def test_commands(run, refused, tmp_path, shown):
     assert code == 0 and len(row["stands"]) == 144 - 28 and Image.open(tmp_path / "out.png").width > 1000
     refused(*show, "--methods", "uniform", "--draw", "scores", words=["uniform ranks no tokens"])
     refused(*show, "--methods", "uniform", "--draw", "mass", words=["write uniform+mass"])
-    refused(*show, "--methods", "uniform", "--draw", "x", words=["draw kept, mass, scores"])
+    refused(*show, "--methods", "uniform", "--draw", "x", words=["use kept, mass, scores"])
     explain = ["explain", "miniature", "--image", tmp_path / "a.png", "--patch", "3,5", "--show", tmp_path / "p.png"]
     code, out, _ = run(*explain, "--json")
     assert code == 0 and "redundancy" not in json.loads(out) and Image.open(tmp_path / "p.png").width > 1000

@@ -22,14 +22,14 @@ BLANKS = " " * 3000
 
 
 def outcome(make):
-    """A schedule, or the message of the one error that users are meant to read; at most a second for either."""
-    start = time.monotonic()
+    """A schedule, or the message of the one error that users are meant to read; at most a second of work for either."""
+    start = time.process_time()
     try:
         found = make()
     except CodebookError as error:
         found = str(error)
         assert found and len(found.splitlines()) == 1 and len(found) <= 700
-    assert time.monotonic() - start < 1
+    assert time.process_time() - start < 1
     return found
 
 
