@@ -109,11 +109,7 @@ class Asked(Pruner):
             far[chosen] = -1.0
             chosen.append(int(far.argmax()))
             nearest = torch.maximum(nearest, similarity[chosen[-1]])
-        while len(chosen) < keep:
-            gain = (similarity - similarity[chosen].amax(0)).clamp(min=0).sum(1)
-            gain[chosen] = -1.0
-            chosen.append(int(gain.argmax()))
-        return torch.tensor(sorted(chosen))
+        return torch.tensor(sorted(_represented(similarity, chosen, keep, torch.ones(len(unit)))))
 
 
 @dataclass(frozen=True)

@@ -165,7 +165,7 @@ def candidate_schedules(
     n, layers = size.tokens, size.layers
 
     def solved(text: str) -> Schedule:
-        return Schedule.for_model(model, text, keep=keep, codebook=codebook, seed=seed)
+        return Schedule.draft(text, codebook, layers=layers, seed=seed)[0].fit_images(keep, n, layers)
 
     plain = solved(method)
     first = plain.stages[0].layer

@@ -371,10 +371,13 @@ class Schedule:
         schedule = cls._made(written, find_codebook(model, codebook) if written.needs_codebook else None, seed)
         if keep is None and not needs_budget:
             return schedule
-        return schedule._fit_images(KEEP if keep is None else keep, size.tokens, size.layers)
+        return schedule.fit_images(KEEP if keep is None else keep, size.tokens, size.layers)
 
-    def _fit_images(self, keep: Keep, n: int, layers: int) -> Schedule:
-        """At a budget; where that is a share, images of other sizes keep the same one, unless the text says a count."""
+    def fit_images(self, keep: Keep, n: int, layers: int) -> Schedule:
+        """The same as `fit`; where the budget is a share, images of other sizes keep it, too.
+
+        Its stages are then shares, but for those whose keep is a count already.
+        """
         fitted = self.fit(keep, n=n, layers=layers)
         if isinstance(keep, int):
             return fitted

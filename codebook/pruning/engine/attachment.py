@@ -86,10 +86,7 @@ class Attachment:
                     else "the model is already being pruned by a context of another thread: call the model inside that "
                     "one, or open this one with scope='thread'"
                 )
-        if pruning.model not in (
-            self.model,
-            self.model.base_model,
-        ):  # whose `generate` has no hook
+        if pruning.model not in (self.model, self.model.base_model):  # its `generate` has no hook
             raise CodebookError(
                 f"the {type(self.model.base_model).__name__} inside this {type(pruning.model).__name__} is being "
                 f"pruned as part of another {type(self.model).__name__}: open both contexts on one and the same model"
