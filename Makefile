@@ -13,7 +13,7 @@ demo: $(READY)
 # Whole files go to each of so many processes: fixtures of a module are made once. WORKERS=0 runs all in one process.
 WORKERS ?= 2
 test: lint
-	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+	$(VENV)/bin/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 # What only a GPU can show; skipped where there is none. CODEBOOK_TEST_DEVICE=cpu runs the same tests without one.
 test-cuda: $(READY)

@@ -4,6 +4,7 @@ On models this small threads only wait for each other, and several workers of py
 """
 
 import os
+from collections import Counter
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; processes that tests start inherit it
 
@@ -11,6 +12,16 @@ import pytest
 
 from codebook import cli
 from tests import isolation  # noqa: F401  # before anything imports the hub's client
+
+
+LONG = {"test_wheel", "test_ray", "test_faults"}
+"""Files whose few tests take long."""
+
+
+def pytest_collection_modifyitems(items):
+    """Long files first, then those of many tests: workers take whole files, and none is left with a long one."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONG, -tests[item.path], str(item.path)))
 
 
 @pytest.fixture
