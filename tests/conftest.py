@@ -13,7 +13,6 @@ import pytest
 from codebook import cli
 from tests import isolation  # noqa: F401  # before anything imports the hub's client
 
-
 LONG = {"test_wheel", "test_ray", "test_faults"}
 """Files whose few tests take long."""
 
