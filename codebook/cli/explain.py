@@ -20,7 +20,7 @@ def explain_command(
     loading: Loading,
     image: Annotated[Path, typer.Option(help="Picture that the token belongs to.")],
     patch: Annotated[str, typer.Option(help="ROW,COL of the token, counted from 0.")],
-    keep: Annotated[float, typer.Option(help="Say whether the token is kept if this share of them is.")] = 0.25,
+    keep: Annotated[float, typer.Option(help="Say whether the token is kept if this share of them is.")] = 0.2,
     neighbours: Annotated[int, typer.Option(min=1, help="Prototypes to name.")] = 5,
     show: Annotated[
         Path | None, typer.Option(help="Write a picture of the image's redundancy, with the patch framed.")

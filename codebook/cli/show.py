@@ -46,7 +46,7 @@ def show_command(
     image: Annotated[Path, typer.Option(help="Picture to ask about.")],
     question: QuestionOption,
     methods: MethodsOption,
-    keep: KeepOption = 0.25,
+    keep: KeepOption = 0.2,
     draw: Annotated[
         str,
         typer.Option(
