@@ -170,6 +170,14 @@ def _there(path: Path) -> Path:
     return path
 
 
+def _by_id(file: Path, records: Sequence[Any], key: str) -> dict[Any, Any]:
+    """Records by their id, of which no two may have the same."""
+    found = {record[key]: record for record in records}
+    if len(found) < len(records):
+        raise CodebookError(f"{file}: two records have one {key}; download it again")
+    return found
+
+
 def _annotated(image: Path, question: str, answers: Sequence[str], task: str, suffix: str = SHORT) -> Sample:
     """A question with the answers of several people; the most frequent stands for them."""
     most = Counter(answers).most_common(1)[0][0]
@@ -177,10 +185,11 @@ def _annotated(image: Path, question: str, answers: Sequence[str], task: str, su
 
 
 def _vqav2(folder: Path) -> Iterator[Sample]:
-    questions = _json(folder / "v2_OpenEnded_mscoco_val2014_questions.json")["questions"]
-    asked = {question["question_id"]: question for question in questions}
-    for record in _json(folder / "v2_mscoco_val2014_annotations.json")["annotations"]:
-        question = asked[record["question_id"]]["question"]
+    questions = folder / "v2_OpenEnded_mscoco_val2014_questions.json"
+    asked = _by_id(questions, _json(questions)["questions"], "question_id")
+    answered = folder / "v2_mscoco_val2014_annotations.json"
+    for number, record in _by_id(answered, _json(answered)["annotations"], "question_id").items():
+        question = asked[number]["question"]
         image = folder / "val2014" / f"COCO_val2014_{record['image_id']:012d}.jpg"
         yield _annotated(image, question, [answer["answer"] for answer in record["answers"]], "vqav2")
 
@@ -238,9 +247,9 @@ def _refcoco(folder: Path) -> Iterator[Sample]:
         if not file.exists() and split != "val":
             continue
         record = _json(file)
-        boxes = {own["image_id"]: own["bbox"] for own in record["annotations"]}
-        for image in record["images"]:
-            left, top, width, height = boxes[image["id"]]
+        boxes = _by_id(file, record["annotations"], "image_id")
+        for number, image in _by_id(file, record["images"], "id").items():
+            left, top, width, height = boxes[number]["bbox"]
             sides = image["width"], image["height"]
             corners = (left / sides[0], top / sides[1], (left + width) / sides[0], (top + height) / sides[1])
             answer = f"[{', '.join(f'{x:.3f}' for x in corners)}]"

@@ -7,15 +7,14 @@ compared on the same groups, so a group that is hard for both does not widen the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image as Picture
 
 from codebook.inference.captions import CaptionScorer
-from codebook.inference.samples import Sample
-from codebook.inference.uncertainty import error_over_tasks, wilson
+from codebook.inference.samples import Sample, by_image
+from codebook.inference.uncertainty import ALIKE, error_over_tasks, wilson
 
 
 @dataclass(frozen=True)
@@ -50,13 +49,7 @@ class Task:
 
     def groups(self) -> list[list[int]]:
         """Rows of samples by image: questions about one image are no independent draws."""
-        found: dict[Hashable, list[int]] = {}
-        for row, sample in enumerate(self.samples):
-            first = sample.images[0] if sample.images else None
-            # A picture in memory is the same one where it is the same object, or the same bytes of a file.
-            key = row if first is None else id(first) if isinstance(first, Picture.Image) else first
-            found.setdefault(key, []).append(row)
-        return list(found.values())
+        return by_image(self.samples)
 
     def sums(self, texts: Sequence[str]) -> np.ndarray:
         """(groups, sums) float64 of the predictions; the sums of several runs, such as seeds, may be averaged."""
@@ -81,13 +74,13 @@ class Estimate:
     def interval(self) -> list[float] | None:
         """95% interval, by Wilson's formula with the number of independent samples that would have this error.
 
-        So it stays between 0 and 1, and is not empty where all answers are right or all are wrong. None where there is
-        a single group.
+        So it stays between 0 and 1, and is not empty where all groups are alike, as where all answers are right. None
+        where there is a single group.
         """
         value, n = min(max(self.value, 0.0), 1.0), float(len(self.influence))
         if n < 2:
             return None
-        if self.error and 0 < value < 1:
+        if self.error > ALIKE and 0 < value < 1:
             n = value * (1 - value) / self.error**2
         return list(wilson(value, n))
 

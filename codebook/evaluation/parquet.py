@@ -233,6 +233,8 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str) -
     answers = answer if isinstance(answer, list) else [str(answer)]
     if not answers:
         raise CodebookError(f"{where}: it has no answer; name the right column")
+    if columns.rule != "vqa":  # there it is one of ten people who said nothing; elsewhere it would be right to do so
+        answers = [text for text in answers if text.strip()] or answers
     if columns.rule == "yesno":
         answers = [text.strip().lower() for text in answers]
         if not {"yes", "no"}.issuperset(answers):

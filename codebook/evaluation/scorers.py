@@ -28,7 +28,8 @@ def normalised(text: str) -> str:
     """An answer as the official VQA evaluation compares it: without articles and punctuation, numbers as digits.
 
     A punctuation mark becomes a space; it is deleted instead if the text has it beside a space, or has a comma in a
-    number. Points stay in decimals (https://visualqa.org/evaluation.html).
+    number. Points stay in decimals (https://visualqa.org/evaluation.html). A text of nothing else stays as it is: the
+    option "A" is not an empty answer.
     """
     text = text.replace("\n", " ").replace("\t", " ").strip()
     commas = re.search(r"\d,\d", text) is not None
@@ -37,7 +38,8 @@ def normalised(text: str) -> str:
         out = out.replace(mark, "" if commas or f"{mark} " in text or f" {mark}" in text else " ")
     out = re.sub(r"\.(?!\d)", "", out)
     words = [NUMBERS.get(word, word) for word in out.lower().split()]
-    return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ARTICLES)
+    left = [word for word in words if word not in ARTICLES] or words or [text]
+    return " ".join(CONTRACTIONS.get(word, word) for word in left)
 
 
 def vqa(prediction: str, answers: Sequence[str]) -> float:
@@ -70,19 +72,24 @@ def letter(prediction: str, answers: Sequence[str]) -> float:
     return float(found is not None and found[1] == answers[0])
 
 
-def numbers(text: str) -> list[float]:
-    """All numbers in a text, in order."""
-    return [float(x) for x in re.findall(r"\d+(?:\.\d+)?|\.\d+", text)]
+NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
+BOX = re.compile(r"(?<!\w)" + r"[^\w.]+".join([NUMBER] * 4))
+"""Four numbers in a row without words between them; not those in words, as in `bbox_2d` and `the 2nd`."""
+
+
+def _corners(text: str) -> list[float]:
+    found = BOX.search(text)
+    return [] if found is None else [float(number) for number in found.groups()]
 
 
 def box_overlap(prediction: str, answers: Sequence[str]) -> float:
     """1 if intersection over union with the right box is at least 0.5.
 
-    The prediction's first four numbers are its box: left, top, right, bottom, as fractions of the image's sides like
-    the answer; or, if one of them is above 1, as thousandths (Qwen2-VL, Qwen3-VL and InternVL answer so).
+    The prediction's first four numbers in a row are its box: left, top, right, bottom, as fractions of the image's
+    sides like the answer; or, if one of them is above 1, as thousandths (Qwen2-VL, Qwen3-VL and InternVL answer so).
     """
-    box, right = numbers(prediction)[:4], numbers(answers[0])
-    if len(box) < 4:
+    box, right = _corners(prediction), _corners(answers[0])
+    if not box:
         return 0.0
     if max(box) > 1:
         box = [x / 1000 for x in box]

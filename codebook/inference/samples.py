@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Required
 
@@ -122,7 +123,8 @@ def read_samples(source: Path, rule: FrameRule = even_frames) -> list[Sample]:
     CodebookError
         If a line is wrong or a picture is missing; the message names it.
     """
-    samples = [_parse_record(source, rule, *line) for line in read_lines(source, SAMPLE_FORMAT, SampleRecord)]
+    frames = cache(lambda path: read_video(path, rule))  # a film's frames are the same pictures for all its questions
+    samples = [_parse_record(source, frames, *line) for line in read_lines(source, SAMPLE_FORMAT, SampleRecord)]
     if not samples:
         raise CodebookError(f"{source} holds no samples: {SAMPLE_FORMAT}")
     check_images(samples, str(source))
@@ -175,18 +177,20 @@ class SampleRecord(TypedDict, total=False):
     task: str | None
 
 
-def _parse_record(source: Path, rule: FrameRule, number: int, record: SampleRecord) -> Sample:
+def _parse_record(
+    source: Path, frames: Callable[[Path], tuple[Path | Picture.Image, ...]], number: int, record: SampleRecord
+) -> Sample:
     if len(record.keys() & {"image", "images", "video"}) > 1:
         raise CodebookError(f"{source}, line {number}: of image, images and video there is more than one; leave one")
     shown = record["images"] if "images" in record else [record["image"]] if "image" in record else []
     if "video" in record:
-        images = read_video(source.parent / record["video"], rule)
+        images = frames(source.parent / record["video"])
     elif shown:
         images = tuple(source.parent / name for name in shown)
     else:
         raise CodebookError(f"{source}, line {number}: {SAMPLE_FORMAT}")
     answer = record.get("answer")
-    answers = record.get("answers", [answer] if answer else [])
+    answers = [text for text in record.get("answers") or [answer or ""] if text.strip()]  # nothing said is never right
     # The answer that most annotators gave stands for all where one is asked for.
     most = max(answers, key=answers.count) if answers else None
     task = record.get("task") or "all"
@@ -194,16 +198,30 @@ def _parse_record(source: Path, rule: FrameRule, number: int, record: SampleReco
     return Sample(images, record["question"], most, task, answers=every, earlier=earlier)
 
 
+def by_image(samples: Sequence[Sample]) -> list[list[int]]:
+    """Rows of samples by their first image: questions about one image are no independent draws."""
+    found: dict[Hashable, list[int]] = {}
+    for row, sample in enumerate(samples):
+        first = sample.images[0] if sample.images else None
+        # A picture in memory is the same one where it is the same object, or the same bytes of a file.
+        key = row if first is None else id(first) if isinstance(first, Picture.Image) else first
+        found.setdefault(key, []).append(row)
+    return list(found.values())
+
+
 def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
-    """The same samples, shuffled and interleaved: any stretch of them has each task in about its share of the whole."""
-    tasks: dict[str, list[Sample]] = {}
-    for sample in samples:
-        tasks.setdefault(sample.task, []).append(sample)
+    """The same samples, shuffled and interleaved: any stretch of them has each task in about its share of the whole.
+
+    Questions about one image stay together, so that a cut between images parts the samples into independent ones.
+    """
+    tasks: dict[str, list[list[int]]] = {}
+    for rows in by_image(samples):
+        tasks.setdefault(samples[rows[0]].task, []).append(rows)
     for own in tasks.values():
         random.Random(seed).shuffle(own)
-    # Each sample at its share of the way through its task: small tasks spread over the whole.
-    placed = [((i + 0.5) / len(own), task, sample) for task, own in tasks.items() for i, sample in enumerate(own)]
-    return [sample for _, _, sample in sorted(placed, key=lambda item: item[:2])]
+    # Each image at its share of the way through its task: small tasks spread over the whole.
+    placed = [((i + 0.5) / len(own), task, rows) for task, own in tasks.items() for i, rows in enumerate(own)]
+    return [samples[row] for _, _, rows in sorted(placed, key=lambda item: item[:2]) for row in rows]
 
 
 def samples_digest(samples: Sequence[Sample]) -> str:

@@ -10,6 +10,9 @@ NORMAL_QUANTILE = 1.96
 ONE_SIDED_QUANTILE = 1.645
 """Standard normal quantile of a one-sided test at 5%."""
 
+ALIKE = 1e-9
+"""Standard error of values that are all alike: by rounding it is about 1e-17, and by finite differences 1e-10."""
+
 UNKNOWN = "unknown"
 """Text that stands where a number or an interval would claim more than the samples show."""
 
@@ -47,8 +50,7 @@ def error_over_tasks(errors: Sequence[float], counts: Sequence[int]) -> float | 
     """
     if min(counts) < 2:
         return None
-    # Alike values have a spread of about 1e-17 by rounding, and of 1e-10 by finite differences.
-    if max(errors) < 1e-9:
+    if max(errors) < ALIKE:
         errors = [min(1.0, 3 / n) / NORMAL_QUANTILE for n in counts]
     return float(sum(error**2 for error in errors) ** 0.5 / len(errors))
 

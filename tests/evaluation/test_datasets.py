@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from PIL import Image
 
 from codebook.cli.data import load_data
 from codebook.errors import CodebookError
@@ -108,6 +109,43 @@ def test_a_file_of_samples_with_several_answers_and_a_film(put, tmp_path):
     [first], [second] = (task.samples for task in tasks)
     assert first.answer == "red" and [first.score(text) for text in ("Crimson", "blue")] == [1, 0]
     assert [path.stem for path in second.images] == ["01", "03", "06", "08", "11", "13", "16", "18"]
+
+
+def test_questions_about_one_film_are_about_one(put, tmp_path):
+    """Frames in memory are the same pictures: groups of intervals and of a draw, as of questions about one file."""
+    frames = [Image.new("RGB", (8, 8), (9 * i, 0, 0)) for i in range(5)]
+    for name in "ab":
+        frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:])
+    lines = [{"video": f"{name}.gif", "question": f"q{i}", "answer": "x"} for i in range(3) for name in "ab"]
+    file = put("data.jsonl", "\n".join(map(json.dumps, lines)))
+    [task] = load_data([str(file)])
+    assert task.groups() == [[0, 2, 4], [1, 3, 5]] and [len(one.images) for one in task.samples] == [5] * 6
+    assert [len(own) for own in load_data([str(file)], count=3)[0].groups()] == [3]
+
+
+def test_nothing_said_is_not_right_where_an_answer_is_blank(put, tmp_path):
+    put("a.png")
+    for answers, said in (({"answers": ["", "x", " "]}, ("x",)), ({"answer": "x", "answers": []}, ("x",))):
+        [task] = load_data([str(put("data.jsonl", {"image": "a.png", "question": "q"} | answers))])
+        [sample] = task.samples
+        assert (sample.answer, sample.score("X"), sample.score("")) == (*said, 1, 0)
+
+
+def test_ids_that_repeat_are_refused(put, tmp_path):
+    """The last of two would be the answer to both."""
+    image = {"id": 0, "file_name": "1.jpg", "height": 8, "width": 8, "caption": "bowl"}
+    box, other = ({"image_id": 0, "bbox": [x, 0, 4, 4]} for x in (0, 4))
+    for images, boxes, key in (([image], [box, other], "image_id"), ([image, image], [box], "id")):
+        put("finetune_refcoco_val.json", {"images": images, "annotations": boxes})
+        with pytest.raises(CodebookError, match=rf"finetune_refcoco_val\.json: two records have one {key}; download"):
+            load_data([f"refcoco:{tmp_path}"])
+    question = {"image_id": 1, "question": "q", "question_id": 5}
+    record = {"image_id": 1, "question_id": 5, "answers": [{"answer": "x"}]}
+    for asked, answered, file in (([question] * 2, [record], "questions"), ([question], [record] * 2, "annotations")):
+        put("v2_OpenEnded_mscoco_val2014_questions.json", {"questions": asked})
+        put("v2_mscoco_val2014_annotations.json", {"annotations": answered})
+        with pytest.raises(CodebookError, match=rf"{file}\.json: two records have one question_id"):
+            load_data([f"vqav2:{tmp_path}"])
 
 
 def test_odd_line_ends_and_a_mark_at_the_start_are_text(put, tmp_path):

@@ -229,6 +229,10 @@ def test_parquet_with_several_answers(table):
     file = table("a.parquet", image=[HUBS[0]], question=["q"], answers=[["net", "mesh", "net"]])
     sample = load_data([f"parquet:{file}?answer=answers&rule=anls"])[0].samples[0]
     assert sample.answer == "net" and sample.score("mesh") == 1
+    blank = table("a.parquet", image=[HUBS[0]], question=["q"], answers=[["", "", "net"]])
+    for rule in ("same", "anls", "relaxed"):
+        sample = load_data([f"parquet:{blank}?answer=answers&rule={rule}"])[0].samples[0]
+        assert (sample.answer, sample.score("net"), sample.score("")) == ("net", 1, 0)
 
 
 @pytest.mark.parametrize(

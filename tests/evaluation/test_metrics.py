@@ -40,6 +40,15 @@ def test_accuracy_is_the_mean_of_the_scores_and_its_error_that_of_a_mean():
     assert sure.error == pytest.approx(0) and sure.interval == pytest.approx([5 / (5 + 1.96**2), 1])
 
 
+@pytest.mark.parametrize(("score", "images"), [(8 / 9, 7), (0.9, 3), (0.5, 4), (1.0, 5)])
+def test_images_that_are_all_alike_have_the_interval_of_as_many_answers(score, images):
+    """Rounding makes a mean of equal scores another number; it shows no spread, and no certainty either."""
+    found = estimate(ACCURACY, np.array([[score, 1.0]] * images))
+    z, n = 1.96, images
+    centre, half = score + z**2 / (2 * n), z * (score * (1 - score) / n + z**2 / (4 * n**2)) ** 0.5
+    assert found.interval == pytest.approx([(centre - half) / (1 + z**2 / n), (centre + half) / (1 + z**2 / n)])
+
+
 @pytest.mark.parametrize(
     ("text", "yes"),
     [("Yes", 1), ("yes, there is", 1), ("No.", 0), ("There is not. Yes", 0), ("no", 0), ("maybe", 1), ("Yes. No.", 1)],

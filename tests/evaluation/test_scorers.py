@@ -32,6 +32,8 @@ from codebook.evaluation.scorers import (
         ("red - ish", "red ish"),  # and beside a space goes away
         ("(yes)", "yes"),
         ("a\nred\tcar", "red car"),
+        ("A.", "a"),  # nothing else is left: the option's letter, and no empty answer
+        ("?", "?"),
     ],
 )
 def test_answers_are_compared_as_the_official_vqa_evaluation_does(text, expected):
@@ -51,6 +53,12 @@ def test_one_answer_is_right_or_wrong():
 
 def test_same():
     assert same("Yes.", ["yes"]) == 1 and same("yes, it is", ["yes"]) == 0 and same("", ["yes"]) == 0
+
+
+@pytest.mark.parametrize("answer", ["A", "a.", "the", "?"])
+def test_nothing_said_is_no_article(answer):
+    assert same(answer, [answer]) == vqa(answer, [answer] * 10) == 1
+    assert same("", [answer]) == vqa("", [answer] * 10) == same("an", [answer]) == 0
 
 
 @pytest.mark.parametrize(
@@ -86,6 +94,10 @@ RIGHT = ["[0.100, 0.100, 0.500, 0.500]"]
         ("[0.5, 0.5, 0.1, 0.1]", 0),  # inside out
         ("[0.1, 0.1, 0.5]", 0),
         ("nowhere", 0),
+        ('[{"bbox_2d": [100, 100, 500, 500], "label": "bowl 3"}]', 1),  # Qwen3-VL's form
+        ("2 bowls, the 2nd: <box>[[100, 100, 500, 500]]</box>", 1),
+        ("1. [.1, .1, .5, .5].", 1),
+        ("1 2 3 bowls 4", 0),
     ],
 )
 def test_boxes_overlap_by_half_of_their_union(said, expected):
