@@ -72,13 +72,12 @@ def letter(prediction: str, answers: Sequence[str]) -> float:
     return float(found is not None and found[1] == answers[0])
 
 
-NUMBER = r"(\d+(?:\.\d+)?|\.\d+)"
-BOX = re.compile(r"(?<!\w)" + r"[^\w.]+".join([NUMBER] * 4))
+CORNERS = re.compile(r"(?<!\w)" + r"[^\w.]+".join([r"(\d+(?:\.\d+)?|\.\d+)"] * 4))
 """Four numbers in a row without words between them; not those in words, as in `bbox_2d` and `the 2nd`."""
 
 
 def _corners(text: str) -> list[float]:
-    found = BOX.search(text)
+    found = CORNERS.search(text)
     return [] if found is None else [float(number) for number in found.groups()]
 
 
