@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codebook.inference.captions import CaptionScorer
-from codebook.inference.samples import Sample, by_image
+from codebook.inference.samples import Sample, image_groups
 from codebook.inference.uncertainty import ALIKE, error_over_tasks, wilson
 
 
@@ -49,7 +49,7 @@ class Task:
 
     def groups(self) -> list[list[int]]:
         """Rows of samples by image: questions about one image are no independent draws."""
-        return by_image(self.samples)
+        return image_groups(self.samples)
 
     def sums(self, texts: Sequence[str]) -> np.ndarray:
         """(groups, sums) float64 of the predictions; the sums of several runs, such as seeds, may be averaged."""

@@ -198,7 +198,7 @@ def _parse_record(
     return Sample(images, record["question"], most, task, answers=every, earlier=earlier)
 
 
-def by_image(samples: Sequence[Sample]) -> list[list[int]]:
+def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
     """Rows of samples by their first image: questions about one image are no independent draws."""
     found: dict[Hashable, list[int]] = {}
     for row, sample in enumerate(samples):
@@ -215,7 +215,7 @@ def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     Questions about one image stay together, so that a cut between images parts the samples into independent ones.
     """
     tasks: dict[str, list[list[int]]] = {}
-    for rows in by_image(samples):
+    for rows in image_groups(samples):
         tasks.setdefault(samples[rows[0]].task, []).append(rows)
     for own in tasks.values():
         random.Random(seed).shuffle(own)
