@@ -87,6 +87,10 @@ def sample_body(sample: Sample, **fields: Any) -> dict[str, Any]:
     return chat_body(sample.pictures(), sample.question, **fields)
 
 
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
+"""Fields of a request for a stream that ends with its usage."""
+
+
 @dataclass(frozen=True)
 class Reply:
     """What came back: the answer's text, and the visual tokens that were seen and kept; or the status of a refusal."""
@@ -97,7 +101,7 @@ class Reply:
 
 
 def post(client: httpx.Client, body: bytes) -> Reply:
-    """Ask for a chat completion, whole or as a stream; the body says which."""
+    """Ask for a chat completion, whole or as a stream with its usage; the body says which."""
     with client.stream("POST", "/v1/chat/completions", content=body) as response:
         kind = response.headers.get("content-type", "")
         response.read()
@@ -110,5 +114,6 @@ def post(client: httpx.Client, body: bytes) -> Reply:
     if events[-1] != "[DONE]":
         return Reply(500, events[-1])
     chunks = [json.loads(event) for event in events[:-1]]
-    text = "".join(chunk["choices"][0]["delta"].get("content") or "" for chunk in chunks)
+    choices = [choice for chunk in chunks for choice in chunk["choices"]]
+    text = "".join(choice["delta"].get("content") or "" for choice in choices)
     return Reply(200, text, chunks[-1]["usage"]["codebook"])

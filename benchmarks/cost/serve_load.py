@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import httpx
 
-from benchmarks.served import Reply, ServiceProcess, post, sample_body
+from benchmarks.served import STREAM, Reply, ServiceProcess, post, sample_body
 from codebook import Schedule, load
 from codebook.evaluation.timing import machine
 from codebook.inference.ask import ask
@@ -48,7 +48,7 @@ def requests(count: int) -> list[Asked]:
     for number, sample in enumerate(of_miniature("test", 1, count)):
         [answer] = ask(model, processor, [sample.pictures()], [sample.question], schedule)
         counts = {"seen": sum(c[0] for c in answer.counts), "kept": sum(c[-1] for c in answer.counts)}
-        body = json.dumps(sample_body(sample, stream=number % STREAMS == 0)).encode()
+        body = json.dumps(sample_body(sample, **({} if number % STREAMS else STREAM))).encode()
         made.append(Asked(body, Reply(200, answer.text, counts)))
     return made
 

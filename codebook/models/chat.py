@@ -77,6 +77,22 @@ def check_text(processor: Processor, text: str, name: str = "question") -> None:
     Raises
     ------
     CodebookError
+        Naming the token, or words that the tokenizer lacks.
+    """
+    check_special(processor, text, name)
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise CodebookError(f"the {name} holds {text[error.start]!r}, which is no character: remove it") from None
+    check_words(processor, text, name)
+
+
+def check_special(processor: Processor, text: str, name: str = "question") -> None:
+    """Refuse a text with special tokens in it, whatever else stands there.
+
+    Raises
+    ------
+    CodebookError
         Naming the token.
     """
     tokenizer = processor.tokenizer
@@ -87,11 +103,6 @@ def check_text(processor: Processor, text: str, name: str = "question") -> None:
     if found := [token for token in special if token in text]:
         first = min(found, key=lambda token: (text.index(token), -len(token)))
         raise CodebookError(f"the {name} holds {first!r}, a special token of the model: leave it out of the text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise CodebookError(f"the {name} holds {text[error.start]!r}, which is no character: remove it") from None
-    check_words(processor, text, name)
 
 
 def check_words(processor: Processor, text: str, name: str = "question") -> None:

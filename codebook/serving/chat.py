@@ -9,12 +9,12 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from codebook.serving.limits import unless_left, whole_body
 from codebook.serving.model_thread import Job
 from codebook.serving.preparing import Preparer, unknown_model
-from codebook.serving.request import ChatRequest, parse_request
+from codebook.serving.request import ChatRequest, parse_request, without_query
 from codebook.serving.state import ModelState
 
 PREPARERS = min(4, os.cpu_count() or 1)
@@ -25,15 +25,15 @@ def router(state: ModelState) -> APIRouter:
     """Chat completions and the one model that there is."""
     from codebook.serving.stock import Completion
 
-    routes, preparer = APIRouter(), Preparer(state)
+    routes, preparer = APIRouter(dependencies=[Depends(without_query)]), Preparer(state)
     pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="codebook-prepare")
     free = asyncio.Semaphore(PREPARERS)  # what waits for a thread is let go when its client leaves
     started = int(time.time())
     model = {"id": state.name, "object": "model", "created": started, "owned_by": "codebook"}
 
-    def read(body: bytes, deadline: float) -> tuple[Job, bool]:
+    def read(body: bytes, deadline: float) -> tuple[Job, ChatRequest]:
         asked = parse_request(body, ChatRequest)
-        return preparer.prepare(asked, deadline)[0], asked.stream
+        return preparer.prepare(asked, deadline)[0], asked
 
     async def answered(body: bytes) -> Response:
         deadline = time.monotonic() + state.limits.seconds
@@ -41,8 +41,9 @@ def router(state: ModelState) -> APIRouter:
             async with free:
                 reading = asyncio.get_running_loop().run_in_executor(pool, read, body, deadline)
                 del body  # of megabytes, while the answer is waited for
-                job, stream = await reading
-        return await Completion(state, job).respond(f"chatcmpl-{uuid.uuid4().hex}", stream)
+                job, asked = await reading
+        name = f"chatcmpl-{uuid.uuid4().hex}"
+        return await Completion(state, job).respond(name, asked.stream, asked.stream_options.include_usage)
 
     @routes.post("/v1/chat/completions")
     async def complete(request: Request) -> Response:

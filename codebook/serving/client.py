@@ -25,6 +25,8 @@ else:
 
 LARGEST_LISTING = 2**24
 """Bytes of an answer that is JSON, such as an error."""
+LONGEST_WAIT = 10**6
+"""Seconds; the longest that every system can wait."""
 NUMBER_TYPES = ("float16", "float32", "bfloat16")
 """Number types of features, in the words of NumPy and torch; NumPy itself has no bfloat16."""
 
@@ -76,24 +78,31 @@ class Client:
     Raises
     ------
     CodebookError
-        If the address is none.
+        If the address is none, or one of the others is not what it must be.
     """
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 60.0) -> None:
+        none = CodebookError(f"{quoted(url)} is no address: write one such as http://localhost:8000")
+        if not isinstance(url, str) or not url.isprintable() or " " in url:
+            raise none
         try:
             parts = urllib.parse.urlsplit(url)
             self._port = parts.port
         except ValueError:
-            raise CodebookError(f"{quoted(url)} is no address: write one such as http://localhost:8000") from None
+            raise none from None
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
-            raise CodebookError(f"{quoted(url)} is no address: write one such as http://localhost:8000")
+            raise none
+        if not parts.path.isascii():
+            raise none
         if parts.username is not None:
             raise CodebookError("the address holds a user's name: give the service's key as api_key")
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
-            raise CodebookError("api_key holds characters that no header can have: give the service's key as it is")
+        if api_key is not None and not (isinstance(api_key, str) and api_key.isascii() and api_key.isprintable()):
+            raise CodebookError("api_key is no text that a header can have: give the service's key as it is")
+        if not _is_wait(timeout):
+            raise CodebookError(f"timeout is {quoted(timeout)}: give seconds, above 0 and at most {LONGEST_WAIT:,}")
         self._secure, self._host, self._path = parts.scheme == "https", parts.hostname, parts.path.rstrip("/")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        self._timeout = timeout
+        self._timeout = float(timeout)
 
     def __repr__(self) -> str:
         return f"Client({self._where!r})"
@@ -138,8 +147,10 @@ class Client:
         CodebookError
             If the features are of another type, or the service cannot be reached or refuses: with what it says.
         """
-        question = urllib.parse.urlencode({"keep": _keep_text(keep), "method": method})
-        path = f"/v1/codebooks/{urllib.parse.quote(name, safe='')}/score?{question}"
+        if not isinstance(name, str) or not name:
+            raise CodebookError(f"the codebook's name is {quoted(name)}: give one that codebooks() lists")
+        question = urllib.parse.urlencode({"keep": _keep_text(keep), "method": method}, errors="replace")
+        path = f"/v1/codebooks/{urllib.parse.quote(name, safe='', errors='replace')}/score?{question}"
         body, like = _packed(features)
         # 4 bytes and at most 8 for each token, which itself has 2 at least
         answer = self._ask("POST", path, body, 6 * len(body) + LONGEST_HEADER)
@@ -198,6 +209,10 @@ def _refusal(data: bytes) -> str | None:
         return None
 
 
+def _is_wait(timeout: Any) -> bool:
+    return isinstance(timeout, int | float) and not isinstance(timeout, bool) and 0 < timeout <= LONGEST_WAIT
+
+
 def _keep_text(keep: int | float) -> str:
     """A share with its decimal point, a count without one."""
     if isinstance(keep, bool) or not isinstance(keep, numbers.Real):
@@ -212,11 +227,13 @@ def _packed(features: Any) -> tuple[bytes, Any]:
         from safetensors.torch import save as save_torch
 
         _check_numbers(str(features.dtype).removeprefix("torch."))
+        if features.layout is not torch.strided or features.is_nested or features.is_meta:
+            raise CodebookError("features are a sparse or nested tensor, or one of no values: give a dense one")
         return save_torch({FEATURES_NAME: features.detach().cpu().contiguous()}), features
     import numpy
     from safetensors.numpy import save as save_numpy
 
-    if not isinstance(features, numpy.ndarray):
+    if not isinstance(features, numpy.ndarray) or isinstance(features, numpy.ma.MaskedArray):  # its mask would be lost
         raise CodebookError(f"features are {type(features).__name__}: give an array of NumPy or a tensor of torch")
     _check_numbers(features.dtype.name)
     return save_numpy({FEATURES_NAME: numpy.ascontiguousarray(features, features.dtype.newbyteorder("="))}), None

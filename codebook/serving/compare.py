@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import Field
 from torch import Tensor
@@ -22,7 +22,7 @@ from codebook.serving.limits import unless_left, whole_body
 from codebook.serving.methods import Methods
 from codebook.serving.model_thread import Job
 from codebook.serving.preparing import Preparer
-from codebook.serving.request import ChatRequest, Strict, parse_request
+from codebook.serving.request import ChatRequest, Strict, parse_request, without_query
 from codebook.serving.state import ModelState
 
 MOST_WAYS = 4
@@ -59,7 +59,7 @@ class Comparison(Strict):
 
 def router(state: ModelState) -> APIRouter:
     """Comparisons, and what can be compared."""
-    routes, preparer = APIRouter(), Preparer(state)
+    routes, preparer = APIRouter(dependencies=[Depends(without_query)]), Preparer(state)
     methods = Methods(state.model, state.codebook, state.seed)
     pool = ThreadPoolExecutor(1, thread_name_prefix="codebook-compare")
 

@@ -9,7 +9,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from codebook.errors import CodebookError, printable
+from codebook.errors import CodebookError, printable, quoted
 
 CLIENT_LEFT = 499
 """Status, as nginx has it, of a request whose client left before the answer."""
@@ -70,15 +70,19 @@ def add_error_handlers(app: FastAPI) -> None:
         return error_response(422, *first_fault(error.errors()))
 
     @app.exception_handler(HTTPException)
-    async def by_framework(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail), headers=dict(error.headers or {}))
+    async def by_framework(request: Request, error: HTTPException) -> JSONResponse:
+        taken = (error.headers or {}).get("Allow")
+        remedy = "see docs/serving.md for those there are" if taken is None else f"ask by {taken}"
+        message = f"{error.detail}: {request.method} {quoted(request.url.path)}; {remedy}"
+        return error_response(error.status_code, message, headers=dict(error.headers or {}))
 
     @app.exception_handler(Exception)
     async def unexpected(_: Request, error: Exception) -> JSONResponse:
         return response_to(error)
 
 
-def first_fault(faults: Any) -> tuple[str, None, str]:
+def first_fault(faults: Any) -> tuple[str, None, str | None]:
     """(message, None, place) of the first fault that pydantic found; nothing of the input is repeated."""
-    place = ".".join(str(part) for part in faults[0]["loc"])
-    return f"{place or 'the body'}: {faults[0]['msg']}", None, place[:200]
+    fault, place = faults[0], ".".join(str(part) for part in faults[0]["loc"])
+    what = "is not understood here: leave it out" if fault["type"] == "extra_forbidden" else fault["msg"]
+    return f"{place or 'the body'}: {what.removeprefix('Value error, ')}", None, place[:200] or None

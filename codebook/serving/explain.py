@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image as Picture
 from pydantic import Field
@@ -33,7 +33,7 @@ from codebook.serving.errors import ServiceError
 from codebook.serving.limits import unless_left, whole_body
 from codebook.serving.model_thread import Job, too_late
 from codebook.serving.preparing import Preparer
-from codebook.serving.request import MOST_PARTS, ChatRequest, ImagePart, Strict, Turn, parse_request
+from codebook.serving.request import MOST_PARTS, ChatRequest, ImagePart, Strict, Turn, parse_request, without_query
 from codebook.serving.state import ModelState
 from codebook.store.codebook import Codebook
 from codebook.store.folder import PROTOTYPES
@@ -210,12 +210,12 @@ def _codebook(schedule: Schedule) -> Codebook | None:
 
 def router(state: ModelState) -> APIRouter:
     """Explanations, as JSON or as a picture."""
-    routes, preparer = APIRouter(), Preparer(state)
+    routes, preparer = APIRouter(dependencies=[Depends(without_query)]), Preparer(state)
     pool = ThreadPoolExecutor(1, thread_name_prefix="codebook-explain")
 
     def prepare(body: bytes) -> tuple[ExplainRequest, Job, Schedule, Picture.Image]:
         asked = parse_request(body, ExplainRequest)
-        parts = [part for turn in asked.messages for part in turn.parts if isinstance(part, ImagePart)]
+        parts = [part for turn in asked.messages for part in turn.content if isinstance(part, ImagePart)]
         if len(parts) != 1:
             raise ServiceError(422, f"{len(parts)} images: an explanation is of one", None, "messages")
         shared = {"messages": asked.messages, "model": asked.model, "max_tokens": asked.max_tokens}

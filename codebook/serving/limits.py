@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -25,8 +25,9 @@ LIVENESS = {"/health", "/ready"}
 KEYLESS = LIVENESS | {"/"}
 """Paths that need no API key; the page asks its reader for it."""
 ANSWERED_WHILE_DRAINING = LIVENESS | {"/metrics"}
-LOCAL_NAMES = {"localhost", "127.0.0.1", "::1"}
+LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
 """Names under which a service of this machine alone is asked: a page of another name would be a web site's."""
+PORT = re.compile(r":[0-9]*$")
 UPLOADS = 16
 """The bytes of all requests that are arriving together, as a multiple of the largest one."""
 
@@ -48,7 +49,7 @@ class Limits:
     seconds
         From the acceptance of a request to the end of its answer.
     upload_seconds
-        For the head of a request to arrive, for its body, and for an image to be fetched.
+        For the head of a request to arrive, for its body, for an image to be fetched, and for a client to read on.
     drain_seconds
         To answer what is accepted when the service is told to end.
     """
@@ -110,6 +111,9 @@ class Guard:
             await self._pass(scope, receive, noting)
         except ServiceError as error:
             await response_to(error)(scope, receive, noting)
+        except Exception:
+            status = 500  # as what stands before this answers
+            raise
         finally:
             endpoint = getattr(scope.get("route"), "path", "other")
             self._state.metrics.requests.labels(endpoint, str(status)).inc()
@@ -140,10 +144,10 @@ class Guard:
         state, headers = self._state, dict(scope["headers"])
         if state.api_key is None:
             host = headers.get(b"host", b"").decode("latin-1")
-            if state.local and host and urlsplit(f"//{host}").hostname not in LOCAL_NAMES:
+            if state.local and host and PORT.sub("", host).lower() not in LOCAL_NAMES:
                 raise ServiceError(403, "this service answers to names of this machine only, such as localhost")
             origin = headers.get(b"origin", b"").decode("latin-1")
-            if origin and urlsplit(origin).netloc != host:
+            if origin and origin.partition("://")[2] != host:
                 raise ServiceError(403, "this service has no API key, and answers no pages of other sites")
         elif scope["path"] not in KEYLESS:
             given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
@@ -161,8 +165,10 @@ class Guard:
 
     async def _read(self, scope: Scope, receive: Receive) -> Message:
         """The whole body of a request, as one message."""
-        limits = self._state.limits
-        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        limits, headers = self._state.limits, dict(scope["headers"])
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise ServiceError(415, "the body is encoded, as by gzip: send it as it is, without Content-Encoding")
+        declared = headers.get(b"content-length", b"0")
         too_large = ServiceError(413, f"the request has more than {limits.body:,} bytes: send less", "too_large")
         if not declared.isdigit() or int(declared[:20]) > limits.body:
             raise too_large

@@ -59,13 +59,17 @@ class Job:
     seed
         Seed of sampling; None: another one each time.
     streamer
-        Gets each token as it comes.
+        Gets each new token as it comes, or later.
     schedule
         Prunes this prompt instead of the service's own, and makes it be answered alone.
     left
         Set when nobody waits for the answer any more.
     answer
         The tokens (int64) of the answer, up to its end.
+    streamed
+        How many tokens the streamer was given.
+    ended
+        Whether the answer ended by itself, and was not cut off; set before `answer` is.
     seen, kept
         Visual tokens of the prompt, and those that were kept to the last layer; set before `answer` is.
     shown
@@ -83,6 +87,8 @@ class Job:
     schedule: Schedule | None = None
     left: threading.Event = field(default_factory=threading.Event)
     answer: Future[Tensor] = field(default_factory=Future)
+    streamed: int = 0
+    ended: bool = False
     seen: int = 0
     kept: int = 0
     shown: list[tuple[Image, list[Tensor]]] = field(default_factory=list)
@@ -260,8 +266,11 @@ class ModelThread:
             self._metrics.visual_tokens.labels("kept").inc(job.kept)
             if time.monotonic() > job.deadline:
                 job.answer.set_exception(too_late())
-            else:
-                job.answer.set_result(self._cut(tokens[: job.new_tokens]))
+                continue
+            ends = torch.isin(tokens[: job.new_tokens], self._ends).nonzero()
+            job.ended = len(ends) > 0
+            # The end counts as one of the tokens; what follows it is padding.
+            job.answer.set_result(tokens[: int(ends[0]) + 1 if job.ended else job.new_tokens])
 
     def _generate(self, jobs: list[Job]) -> Any:
         first, processors = jobs[0], []
@@ -281,11 +290,6 @@ class ModelThread:
                 streamer=rows if any(job.streamer for job in jobs) else None, **options,
             )  # fmt: skip
 
-    def _cut(self, tokens: Tensor) -> Tensor:
-        """The tokens of one answer up to its end, which counts as one of them; what follows is padding."""
-        ends = torch.isin(tokens, self._ends).nonzero()
-        return tokens if not len(ends) else tokens[: int(ends[0]) + 1]
-
 
 class Finite(LogitsProcessor):
     """Makes logits numbers again, for sampling, which on a GPU could not go on; that they were none is found later."""
@@ -304,7 +308,8 @@ class Rows(StoppingCriteria, BaseStreamer):
         self._jobs, self._length, self._ends = jobs, length, set(ends.tolist())
         self._done = [False] * len(jobs)
         self._known: tuple[list[bool], Tensor] | None = None
-        self._begun = False
+        self._streams = [job.streamer is not None for job in jobs]
+        self._position = -1  # the prompt comes first
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
         now, new = time.monotonic(), input_ids.shape[1] - self._length
@@ -315,12 +320,17 @@ class Rows(StoppingCriteria, BaseStreamer):
         return self._known[1]
 
     def put(self, value: Tensor) -> None:
-        """Take the prompt, and then one token of each row."""
-        for row, job in enumerate(self._jobs):
-            if job.streamer is not None and not self._done[row]:
-                job.streamer.put(value[row : row + 1] if self._begun else value)
-                self._done[row] = self._begun and int(value[row]) in self._ends  # what follows is padding
-        self._begun = True
+        """Take the prompt, and then one token of each row, whether `generate` has asked before if the row ends, or not.
+
+        What was streamed before this batch failed with another prompt in it is not streamed again.
+        """
+        self._position += 1
+        for row, job in enumerate(self._jobs) if self._position else ():
+            if self._streams[row] and not job.left.is_set() and self._position > job.streamed:
+                job.streamed += 1
+                job.streamer.put(value[row : row + 1])
+            # What follows is padding.
+            self._streams[row] &= self._position < job.new_tokens and int(value[row]) not in self._ends
 
     def end(self) -> None:
         """Nothing: a stream ends when its answer is there."""

@@ -9,12 +9,14 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image as Picture
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.inference.prompts import check_question, encode_prompts, token_limit
+from codebook.inference.samples import check_asked
+from codebook.models.chat import check_special
 from codebook.serving.errors import ServiceError
 from codebook.serving.model_thread import Job
 from codebook.serving.pictures import read_pictures
-from codebook.serving.request import ChatRequest, ImagePart
+from codebook.serving.request import ChatRequest, ImagePart, TextPart
 from codebook.serving.state import ModelState
 from codebook.store.files import one_line
 
@@ -46,17 +48,18 @@ class Preparer:
         state, limits, processor = self._state, self._state.limits, self._processor
         if asked.model not in (None, state.name):
             raise unknown_model(state)
-        wanted = asked.max_completion_tokens or asked.max_tokens
+        length = "max_tokens" if asked.max_completion_tokens is None else "max_completion_tokens"
+        wanted = getattr(asked, length)
         if wanted is not None and wanted > limits.new_tokens:
             raise ServiceError(
-                422, f"max_tokens is {wanted}, and an answer has at most {limits.new_tokens}", None, "max_tokens"
+                422, f"{length} is {wanted}, and an answer has at most {limits.new_tokens}", None, length
             )
         turns, texts, urls = _as_template_takes_them(asked)
         try:
-            if texts:  # pictures alone are a request of their own: clients want a caption
-                check_question(state.model, processor, " ".join(texts))
+            _check_texts(state, processor, asked, texts)
             pictures = read_pictures(urls, limits, state.allowed_hosts)
             text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+            _check_shown(turns, text)
             prompts = encode_prompts(state.model, processor, [pictures], [text])
         except ServiceError:
             raise
@@ -68,7 +71,7 @@ class Preparer:
             ) from None
         room = token_limit(state.model, processor) - prompts.inputs["input_ids"].shape[1]
         if room < (wanted or 1):
-            raise ServiceError(422, f"the prompt leaves room for {room} tokens: ask for fewer", None, "max_tokens")
+            raise ServiceError(422, f"the prompt leaves room for {room} tokens: ask for fewer", None, length)
         options: dict[str, Any] = {}
         if asked.temperature:
             options = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0}
@@ -86,7 +89,7 @@ def _as_template_takes_them(asked: ChatRequest) -> tuple[list[dict[str, Any]], l
     urls: list[str] = []
     for turn in asked.messages:
         content: list[dict[str, str]] = []
-        for part in turn.parts:
+        for part in turn.content:
             if isinstance(part, ImagePart):
                 urls.append(part.image_url.url)
                 content.append({"type": "image"})
@@ -95,3 +98,29 @@ def _as_template_takes_them(asked: ChatRequest) -> tuple[list[dict[str, Any]], l
                 content.append({"type": "text", "text": part.text})
         turns.append({"role": turn.role, "content": content})
     return turns, texts, urls
+
+
+def _check_texts(state: ModelState, processor: Any, asked: ChatRequest, texts: list[str]) -> None:
+    """Refuse a conversation that ends with nothing asked, or with texts that the model cannot be shown."""
+    last = asked.messages[-1].content
+    words = [part.text for part in last if isinstance(part, TextPart)]
+    if words or not last:  # pictures alone are a request of their own: clients want a caption
+        check_asked(" ".join(words))
+    if any(text.strip() for text in texts):
+        check_question(state.model, processor, " ".join(texts))
+        # A template may cut off blanks and put parts side by side: no two of them may make a token together.
+        check_special(processor, "".join(text.strip() for text in texts))
+
+
+def _check_shown(turns: list[dict[str, Any]], text: str) -> None:
+    """Refuse messages that the chat template leaves out of the prompt, or writes as lists of parts.
+
+    Earlier answers are not looked for: some templates leave their reasoning out.
+    """
+    for turn in turns:
+        hidden = [part["text"] for part in turn["content"] if part.get("text", "").strip() not in text]
+        if turn["role"] != "assistant" and (hidden or str(turn["content"]) in text):
+            raise CodebookError(
+                f"the model's chat template does not show the {turn['role']}'s message "
+                f"{quoted(' '.join(part.get('text', '') for part in turn['content']))}: say it in a user's message"
+            )

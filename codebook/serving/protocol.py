@@ -20,13 +20,14 @@ class LimitedProtocol(H11Protocol):
     Parameters
     ----------
     seconds
-        Time for the head of a request to arrive.
+        Time for the head of a request to arrive; and for a client that lets an answer lie to read on.
     """
 
     def __init__(self, *args: Any, seconds: float, **options: Any) -> None:
         super().__init__(*args, **options)
         self._seconds = seconds
         self._timer: asyncio.TimerHandle | None = None
+        self._stalled: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -40,8 +41,20 @@ class LimitedProtocol(H11Protocol):
         self._watch()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self.resume_writing()
         super().connection_lost(exc)
         self._unwatch()
+
+    def pause_writing(self) -> None:
+        """Wait for a client that does not read for so long only: it holds a place in the queue."""
+        super().pause_writing()
+        self._stalled = self.loop.call_later(self._seconds, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._stalled is not None:
+            self._stalled.cancel()
+            self._stalled = None
 
     def on_response_complete(self) -> None:
         super().on_response_complete()

@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from fastapi import Request
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
+from codebook.errors import quoted
 from codebook.serving.errors import ServiceError, first_fault
 
 MOST_PARTS = 256
@@ -36,7 +49,7 @@ class TextPart(Strict):
 
 class ImageUrl(Strict):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"
+    detail: Literal["auto"] = "auto"
 
 
 class ImagePart(Strict):
@@ -51,16 +64,15 @@ class Turn(Strict):
     """One message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Part], Field(max_length=MOST_PARTS)]
-    name: str | None = None
-
-    @property
-    def parts(self) -> list[TextPart | ImagePart]:
-        return [TextPart(type="text", text=self.content)] if isinstance(self.content, str) else list(self.content)
+    content: Annotated[
+        list[Part],
+        Field(max_length=MOST_PARTS),
+        BeforeValidator(lambda given: [{"type": "text", "text": given}] if isinstance(given, str) else given),
+    ]
 
 
 class StreamOptions(Strict):
-    include_usage: bool = True
+    include_usage: bool = False
     include_obfuscation: Literal[False] = False
 
 
@@ -71,11 +83,11 @@ class ChatRequest(Strict):
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
-    temperature: float = Field(0.0, ge=0, le=2)
+    temperature: float | None = Field(None, ge=0, le=2)
     top_p: float = Field(1.0, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream_options: StreamOptions = StreamOptions()
     user: str | None = None
     # Fields that clients send at their neutral values; others would be ignored, and are refused.
     n: Literal[1] = 1
@@ -84,11 +96,32 @@ class ChatRequest(Strict):
     logprobs: Literal[False] = False
     store: Literal[False] = False
 
+    @field_validator("max_completion_tokens")
+    @classmethod
+    def _one_length(cls, value: int, others: ValidationInfo) -> int:
+        if others.data.get("max_tokens") not in (None, value):
+            raise ValueError("another name of max_tokens, which is given with another value: leave one out")
+        return value
+
     @field_validator("temperature")
     @classmethod
     def _not_too_cold(cls, value: float) -> float:
         if 0 < value < COLDEST:
             raise ValueError(f"must be 0, which is greedy, or at least {COLDEST}")
+        return value
+
+    @field_validator("top_p")
+    @classmethod
+    def _of_samples(cls, value: float, others: ValidationInfo) -> float:
+        if value < 1 and others.data.get("temperature") is None:
+            raise ValueError("answers without a temperature are greedy: give one too")
+        return value
+
+    @field_validator("stream_options")
+    @classmethod
+    def _of_streams(cls, value: StreamOptions, others: ValidationInfo) -> StreamOptions:
+        if not others.data.get("stream"):
+            raise ValueError("only for streams: leave it out, or ask for one")
         return value
 
 
@@ -98,13 +131,30 @@ def parse_request(body: bytes, kind: type[K]) -> K:
     Raises
     ------
     ServiceError
-        400 if it is no JSON; 422 naming the field that is not understood.
+        400 if it is no JSON; 422 naming the field that is not understood, or is given twice.
     """
     try:
-        return kind.model_validate_json(body)
+        asked = kind.model_validate_json(body)
+        json.loads(body, object_pairs_hook=_each_once)
+        return asked
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
         if faults[0]["type"] == "json_invalid":
             raise ServiceError(400, f"the body is no JSON: {faults[0]['msg']}") from None
         message, code, param = first_fault(faults)
         raise ServiceError(422, message, code, param) from None
+
+
+def _each_once(pairs: Sequence[tuple[str, Any]]) -> None:
+    """Refuse an object that says one thing twice: which one holds is not the same to every reader."""
+    names = [name for name, _ in pairs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ServiceError(422, f"{quoted(twice)} is given twice: give it once", None, twice[:200])
+
+
+async def without_query(request: Request) -> None:
+    """Refuse what stands after a question mark in an address that has no options: it would be ignored."""
+    for name in request.query_params:
+        raise ServiceError(422, f"{quoted(name)} stands in the address, which has no options: leave it out, or see "
+                           "which fields of the body there are", None, name[:200])  # fmt: skip

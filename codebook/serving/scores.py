@@ -128,6 +128,8 @@ def router(state: State) -> APIRouter:
         book = shelf.find(name)
         if book is None:
             raise ServiceError(404, f"no codebook {quoted(name)}: this service has {shelf.names()}", "no_codebook")
+        if len(request.query_params.multi_items()) > len(request.query_params):
+            raise ServiceError(422, "an option stands twice in the address: give it once")
         work = partial(score_body, book, await whole_body(request), asked.keep, asked.method)
         return await unless_left(request, answered(name, work))
 

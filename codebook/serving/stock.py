@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.cli.serving import chat_completion, utils
 from transformers.generation import GenerationConfig
 
 from codebook.errors import CodebookError, install_command
-from codebook.serving.errors import response_to
+from codebook.serving.errors import ServiceError, response_to
 from codebook.serving.model_thread import Job
 from codebook.serving.state import ModelState
 
@@ -65,9 +66,9 @@ class Completion(chat_completion.ChatCompletionHandler):
         super().__init__(model_manager=none, generation_state=none)
         self._state, self._job = state, job
 
-    async def respond(self, request_id: str, stream: bool) -> Response:
-        """The whole answer, or one that streams."""
-        state, job = self._state, self._job
+    async def respond(self, request_id: str, stream: bool, include_usage: bool) -> Response:
+        """The whole answer, or one that streams, whose last event is its usage if that is asked for."""
+        state, job, self._include_usage = self._state, self._job, include_usage
         config = GenerationConfig(max_new_tokens=job.new_tokens)
         given: Any = (request_id, state.model, state.processor, state.name, job.prompts.inputs, config, self)
         if not stream:
@@ -78,10 +79,11 @@ class Completion(chat_completion.ChatCompletionHandler):
 
     async def _events(self, parts: Any) -> AsyncIterator[str]:
         """The events of a stream: an error in the service's shape, and the end as OpenAI's clients know it."""
+        self._state.model_thread.submit(self._job)  # not before: a stream that nobody begins to read asks for nothing
         async with contextlib.aclosing(parts):
             async for part in parts:
-                if STOCK_ERROR in part and (error := self._job.answer.exception()) is not None:
-                    ours = bytes(response_to(error).body).decode()
+                if STOCK_ERROR in part:
+                    ours = bytes(response_to(self._job.answer.exception() or broken_off()).body).decode()
                     yield part.replace(STOCK_ERROR, f"data: {ours}\n\n")
                     return
                 yield part
@@ -105,20 +107,32 @@ class Completion(chat_completion.ChatCompletionHandler):
         """(queue of texts, streamer), as the stock manager gives them."""
         loop, queue, job = asyncio.get_running_loop(), asyncio.Queue[Any](), self._job
         streamer = LateStreamer(processor.tokenizer._tokenizer, loop, queue, response_parser=response_parser)
-        streamer.serve(self._state, job)
+        streamer.serve(self._state, job, plain=response_parser is None)
         job.streamer = streamer
         job.answer.add_done_callback(lambda _: streamer.finish())
-        self._state.model_thread.submit(job)
         return queue, streamer
 
     def _build_completion(self, *args: Any, **fields: Any) -> Any:
-        return super()._build_completion(*args, **self._counted(fields))
+        return super()._build_completion(*args, **self._corrected(fields))
 
-    def _build_chunk_sse(self, *args: Any, **fields: Any) -> Any:
-        return super()._build_chunk_sse(*args, **self._counted(fields))
+    def _build_chunk_sse(self, request_id: str = "", *args: Any, **fields: Any) -> str:
+        fields = self._corrected(fields)
+        usage = fields.pop("usage", None)
+        event = super()._build_chunk_sse(request_id, *args, **fields)
+        if usage is None or not self._include_usage:
+            return event
+        last = super()._build_chunk_sse(request_id, model=self._state.name, usage=usage)
+        last = json.loads(last.removeprefix("data: ")) | {"choices": []}
+        return f"{event}data: {json.dumps(last)}\n\n"
 
-    def _counted(self, fields: dict[str, Any]) -> dict[str, Any]:
-        """The fields of an answer, with the visual tokens of the prompt and those that were kept in its usage."""
+    def _corrected(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """The fields of an answer, with what the stock handler does not know.
+
+        That an answer as long as it may be has ended by itself; and the visual tokens of the prompt and those that were
+        kept, which are part of the usage.
+        """
+        if fields.get("finish_reason") == "length" and self._job.ended:
+            fields = {**fields, "finish_reason": "stop"}
         if (usage := fields.get("usage")) is None:
             return fields
         counts = {"seen": self._job.seen, "kept": self._job.kept}
@@ -126,27 +140,52 @@ class Completion(chat_completion.ChatCompletionHandler):
 
 
 class LateStreamer(utils.DirectStreamer):
-    """The stock streamer, which ends when the counts of the answer are there, and not when `generate` does."""
+    """The stock streamer, which ends when the answer is there: in all it streams the answer's text, or an error."""
 
-    def serve(self, state: ModelState, job: Job) -> None:
-        """Say whose tokens these are."""
-        self._state, self._job = state, job
+    def serve(self, state: ModelState, job: Job, plain: bool = True) -> None:
+        """Say whose tokens these are, and whether all of their text is streamed as it is."""
+        self._state, self._job, self._plain = state, job, plain
+        self._tokens: list[int] = []
+        self._text = ""
+        super().put(torch.empty(0))  # in the place of the prompt, which it leaves out
 
     def put(self, value: torch.Tensor) -> None:
-        if not self._job.left.is_set():
-            super().put(value)
+        self._tokens += value.tolist()
+        super().put(value)
+
+    def _enqueue(self, item: Any) -> None:
+        self._text += item if isinstance(item, str) else ""
+        super()._enqueue(item)
 
     def end(self) -> None:
         pass
 
     def finish(self) -> None:
-        """End the stream, with an error if there is no answer."""
-        error = None if self._job.answer.cancelled() else self._job.answer.exception()
-        if error is None:
+        """Stream what the answer has beyond what was streamed, and end; with an error if there is no answer."""
+        try:
+            if not self._job.answer.cancelled():
+                self._complete(self._job.answer.result())
             super().end()
-        else:
+        except Exception:  # a stream that does not end would be waited for
             self._enqueue(utils._StreamError(FAILED))
+
+    def _complete(self, tokens: torch.Tensor) -> None:
+        given = len(self._tokens)
+        if tokens[:given].tolist() != self._tokens:  # it was answered again, and another time otherwise
+            raise broken_off()
+        self.put(tokens[given:])
+        if self._plain:
+            whole = self._state.processor.decode(tokens, skip_special_tokens=True)
+            if not whole.startswith(self._text):
+                raise broken_off()
+            if more := whole[len(self._text) :]:  # as of a character that is cut off in the middle
+                self._enqueue(more)
 
     def cancel(self) -> None:
         """Stop the generation: the client has left."""
         self._state.model_thread.withdraw(self._job)
+
+
+def broken_off() -> ServiceError:
+    """The error of a stream that cannot be made the answer any more."""
+    return ServiceError(500, "what was streamed is not the answer: ask again, without a stream", "stream_broken")

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 
 from codebook.serving.limits import Limits
 from codebook.serving.metrics import Metrics
@@ -41,3 +42,11 @@ class Service(Running):
     def stop(self):
         super().stop()
         self.state.model_thread.stop()
+
+
+def wait(condition, seconds=30):
+    """Wait until a condition holds."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)

@@ -3,7 +3,6 @@
 import json
 import re
 import socket
-import time
 from urllib.parse import urlsplit
 
 import httpx
@@ -16,6 +15,7 @@ from benchmarks.served import sample_body as body
 from codebook.inference.ask import ask
 from codebook.miniature.samples import of_miniature
 from codebook.serving.model_thread import ModelThread
+from tests.serving.running import wait
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,38 @@ def test_answers_equal_ask(client, loaded, family):
         [expected] = ask(model, processor, [sample.pictures()], [sample.question], schedule)
         whole = client.chat.completions.create(**body(sample))
         assert whole.choices[0].message.content == expected.text
-        chunks = list(client.chat.completions.create(**body(sample), stream=True))
-        assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == expected.text
+        text, chunks = streamed(client, **body(sample), stream_options={"include_usage": True})
+        assert text == expected.text and chunks[-1].choices == []
         counts = {"seen": sum(c[0] for c in expected.counts), "kept": sum(c[-1] for c in expected.counts)}
         assert whole.usage.codebook == counts == chunks[-1].usage.codebook
+
+
+def streamed(client, **fields):
+    """(text, events) of a stream."""
+    chunks = list(client.chat.completions.create(**fields, stream=True))
+    return "".join(choice.delta.content or "" for chunk in chunks for choice in chunk.choices), chunks
+
+
+@pytest.mark.parametrize("length", [None, 1, 2, 3, 4, 5])
+def test_a_stream_is_the_whole_answer_in_parts(client, length):
+    """However long it may be: one more than its words, just its words and its end, and less. Three words here."""
+    [sample] = of_miniature("test", 0, 1, ["ocr"])
+    fields = body(sample, max_tokens=length)
+    whole = client.chat.completions.create(**fields)
+    text, chunks = streamed(client, **fields, stream_options={"include_usage": True})
+    assert text == whole.choices[0].message.content == " ".join(["5", "1", "8"][:length])
+    assert chunks[-1].usage == whole.usage and whole.usage.completion_tokens == min(length or 4, 4)
+    ended = "length" if length is not None and length < 4 else "stop"  # the end is a token of its own
+    assert chunks[-2].choices[0].finish_reason == whole.choices[0].finish_reason == ended
+    assert not [chunk for chunk in chunks[:-1] if chunk.usage or not chunk.choices]
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream_options": {"include_usage": False}}])
+def test_a_stream_has_its_usage_only_if_asked_for(client, fields):
+    [sample] = of_miniature("test", 0, 1, ["ocr"])
+    text, chunks = streamed(client, **body(sample), **fields)
+    assert text == "5 1 8" and chunks[-1].choices[0].finish_reason == "stop"
+    assert not [chunk for chunk in chunks if chunk.usage]
 
 
 def test_many_clients_get_what_one_gets(service):
@@ -129,10 +157,3 @@ def test_a_stream_that_fails_says_so_in_the_shape_of_errors(client, monkeypatch)
     with pytest.raises(openai.APIError, match="the model could not answer: RuntimeError") as caught:
         list(client.chat.completions.create(**body(sample), stream=True))
     assert caught.value.code == "generation_failed" and caught.value.type == "server_error"
-
-
-def wait(condition, seconds=30):
-    until = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.01)

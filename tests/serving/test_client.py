@@ -126,6 +126,7 @@ def test_refusals_are_the_services_sentences(service):
         ("small", tokens(), {"keep": np.float64(1.5)}, "keep must be"),
         ("small", tokens(), {"method": "fastv"}, "seeded"),
         ("../x", tokens(), {}, "Not Found"),
+        ("small\ud800", tokens(), {}, "no codebook 'small?'"),
     ]:
         with pytest.raises(CodebookError) as refused:
             client.score(name, features, **options)
@@ -139,19 +140,39 @@ def test_what_is_refused_before_it_is_sent():
             client.score("small", features)
     with pytest.raises(CodebookError, match="keep is True"):
         client.score("small", tokens(), keep=True)
+    for tensor in (tokens().to_sparse(), tokens().to("meta"), torch.nested.nested_tensor([tokens(), tokens()[:3]])):
+        with pytest.raises(CodebookError, match="give a dense one"):
+            client.score("small", tensor)
+    masked = np.ma.masked_array(tokens().numpy(), mask=np.eye(40, 16, dtype=bool))
+    with pytest.raises(CodebookError, match="features are MaskedArray"):
+        client.score("small", masked)
+    for name in (5, None, ""):
+        with pytest.raises(CodebookError, match="the codebook's name is"):
+            client.score(name, tokens())
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://me:word@x", "", "http://x?a"]
-)
+    "url",
+    [
+        "localhost:8000", "ftp://x", "http://", "http://x:port", "http://me:word@x", "", "http://x?a", "http://x y",
+        "http://x/\xe9", "http://x/\n", None, 5, b"http://x",
+    ],
+)  # fmt: skip
 def test_addresses_that_are_none(url):
     with pytest.raises(CodebookError, match="address"):
         Client(url)
 
 
 def test_keys_that_no_header_can_have():
-    with pytest.raises(CodebookError, match="api_key"):
-        Client("http://x", api_key="a\r\nHost: y")
+    for key in ("a\r\nHost: y", "\xe9", 5, b"key"):
+        with pytest.raises(CodebookError, match="api_key"):
+            Client("http://x", api_key=key)
+
+
+@pytest.mark.parametrize("timeout", [0, -1, None, "5", float("nan"), float("inf"), True])
+def test_times_that_nobody_can_wait(timeout):
+    with pytest.raises(CodebookError, match=f"timeout is {timeout!r}: give seconds"):
+        Client("http://x", timeout=timeout)
 
 
 def test_nobody_there():

@@ -92,6 +92,35 @@ def test_a_prompt_fails_alone(loaded, thread, held, monkeypatch):
     assert thread._metrics.registry.get_sample_value("codebook_generate_errors_total") == 1
 
 
+class Written:
+    """A streamer that keeps what it is given."""
+
+    def __init__(self):
+        self.tokens = []
+
+    def put(self, value):
+        self.tokens += value.tolist()
+
+
+def test_a_batch_that_is_answered_again_streams_no_token_twice(loaded, thread, held, monkeypatch):
+    """Nor the prompt: it fails when all is generated, as of outputs that are no numbers."""
+    stock = ModelThread._generate
+
+    def failing(self, jobs):
+        found = stock(self, jobs)
+        if len(jobs) > 1:
+            raise RuntimeError("in the end")
+        return found
+
+    monkeypatch.setattr(ModelThread, "_generate", failing)
+    jobs = [job(loaded, sample, streamer=Written()) for sample in SAMPLES[:2]]
+    for one in jobs:
+        thread.submit(one)
+    held.set()
+    assert [one.streamer.tokens for one in jobs] == [one.answer.result(60).tolist() for one in jobs]
+    assert all(one.ended and one.streamed == len(one.streamer.tokens) > 1 for one in jobs)
+
+
 def test_outputs_that_are_no_numbers_are_an_error_also_when_sampled(loaded, thread):
     hook = loaded[0].lm_head.register_forward_hook(lambda _, __, logits: logits * torch.nan)
     try:
@@ -162,7 +191,7 @@ def test_a_client_that_leaves_ends_the_generation(loaded, thread):
     class Leaving:
         def put(self, value):
             seen.append(value)
-            if len(seen) == 3:  # the prompt, and two tokens
+            if len(seen) == 2:
                 thread.withdraw(one)
 
     one = job(loaded, SAMPLES[1], new_tokens=400, streamer=Leaving())
@@ -174,7 +203,7 @@ def test_a_client_that_leaves_ends_the_generation(loaded, thread):
         assert len(company.answer.result(60)) <= 6
     finally:
         model.generation_config.eos_token_id = ends
-    assert len(seen) == 3 and len(one.answer.result(60)) < 10
+    assert len(seen) == 2 and len(one.answer.result(60)) < 10
 
 
 def test_sampling_is_alone_and_repeats_with_its_seed(loaded, thread, held):

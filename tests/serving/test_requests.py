@@ -1,6 +1,7 @@
 """Requests that are refused, and what goes on meanwhile: the short version of `benchmarks/faults/serve_hostile.py`."""
 
 import contextlib
+import copy
 import json
 import socket
 
@@ -10,9 +11,12 @@ import pytest
 from benchmarks.faults import serve_hostile
 from benchmarks.served import data_url, post, sample_body
 from codebook.miniature.samples import of_miniature
-from codebook.serving import protocol
+from codebook.serving import chat, protocol
+from codebook.serving.errors import ServiceError
 from codebook.serving.limits import Limits
-from tests.serving.running import Service
+from codebook.serving.preparing import Preparer
+from codebook.serving.request import ChatRequest
+from tests.serving.running import Service, wait
 
 
 @pytest.fixture(scope="module")
@@ -57,14 +61,157 @@ def refusal(service, **changes):
     [
         ({"model": "other"}, 404, "model_not_found", "there is no such model here: the model is 'miniature'"),
         ({"max_tokens": 65}, 422, None, "max_tokens is 65, and an answer has at most 64"),
-        ({"generation_config": "{}"}, 422, None, "generation_config: Extra inputs are not permitted"),
-        ({"temperature": 0.001}, 422, None, "temperature: Value error, must be 0, which is greedy, or at least 0.01"),
+        ({"generation_config": "{}"}, 422, None, "generation_config: is not understood here: leave it out"),
+        ({"temperature": 0.001}, 422, None, "temperature: must be 0, which is greedy, or at least 0.01"),
         ({"messages": []}, 422, None, "messages: List should have at least 1 item after validation, not 0"),
+        ({"top_p": 0.5}, 422, None, "top_p: answers without a temperature are greedy: give one too"),
+        (
+            {"stream_options": {"include_usage": True}},
+            422,
+            None,
+            "stream_options: only for streams: leave it out, or ask for one",
+        ),
+        ({"max_completion_tokens": 65}, 422, None, "max_completion_tokens is 65, and an answer has at most 64"),
     ],
 )
 def test_refusals_say_what_is_wrong(service, changes, status, code, words):
     [field] = changes
     assert refusal(service, **changes) == (status, code, field, words)
+
+
+@pytest.mark.parametrize(
+    ("first", "param", "words"),
+    [
+        ({"name": "bob"}, "messages.0.name", "is not understood here: leave it out"),
+        ({"role": "developer"}, "messages.0.role", "Input should be 'system', 'user' or 'assistant'"),
+        ({"content": []}, "messages", "the question is empty: write one"),
+        (
+            {"content": [{"type": "input_audio", "input_audio": {}}]},
+            "messages.0.content.0",
+            "'input_audio' found using 'type' does not match any of the expected tags: 'text', 'image_url'",
+        ),
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}]},
+            "messages.0.content.0.image_url.image_url.detail",
+            "Input should be 'auto'",
+        ),
+    ],
+)
+def test_what_a_message_would_not_be_shown_with_is_refused(service, first, param, words):
+    status, _, found, message = refusal(service, messages=[{"role": "user", "content": "yes"} | first])
+    assert (status, found) == (422, param) and words in message
+
+
+def test_two_lengths_that_differ_are_refused(service):
+    status, _, param, message = refusal(service, max_tokens=3, max_completion_tokens=4)
+    assert (status, param) == (422, "max_completion_tokens") and "another name of max_tokens" in message
+
+
+def test_the_last_message_asks_something(service):
+    [turn] = sample_body(of_miniature("test", 0, 1, ["ocr"])[0])["messages"]
+    for content in ("", " ", [], [{"type": "text", "text": ""}]):
+        status, _, param, message = refusal(service, messages=[turn, {"role": "user", "content": content}])
+        assert (status, param) == (422, "messages") and message.startswith("the question is empty")
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "compare", "explain"])
+def test_options_in_an_address_that_has_none_are_refused(service, path):
+    refused = httpx.post(f"{service.url}/v1/{path}?keep=0.5", json={})
+    assert refused.status_code == 422 and refused.json()["error"]["param"] == "keep"
+
+
+def test_what_is_said_twice_is_refused(service):
+    good = json.dumps(sample_body(of_miniature("test", 0, 1, ["ocr"])[0]))
+    for twice in (
+        good[:-1] + ', "max_tokens": 2, "max_tokens": 3}',
+        good.replace('"role"', '"role": "system", "role"'),
+    ):
+        refused = httpx.post(f"{service.url}/v1/chat/completions", content=twice)
+        assert refused.status_code == 422 and "is given twice" in refused.json()["error"]["message"]
+
+
+def test_headers_that_cannot_be_meant(service):
+    """Hosts and origins that are no addresses are others' than this machine; an encoded body is not read as it is."""
+    for headers in ({"Host": "[::1"}, {"Host": "[::1]x"}, {"Host": "localhost:8000x"}, {"Origin": "http://[::1"}):
+        assert httpx.get(f"{service.url}/health", headers=headers).status_code == 403
+    for host in ("localhost", "LOCALHOST:1", "127.0.0.1:", "[::1]:8000"):
+        assert httpx.get(f"{service.url}/health", headers={"Host": host}).status_code == 200
+    encoded = httpx.post(f"{service.url}/v1/explain", content=b"{}", headers={"Content-Encoding": "gzip"})
+    assert encoded.status_code == 415 and "as by gzip" in encoded.json()["error"]["message"]
+
+
+def test_a_wrong_address_or_method_says_what_there_is(service):
+    refused = httpx.post(f"{service.url}/v1/embeddings", json={})
+    assert refused.status_code == 404 and "POST '/v1/embeddings'; see docs/serving.md" in refused.text
+    refused = httpx.put(f"{service.url}/v1/chat/completions", json={})
+    assert refused.status_code == 405 and "PUT '/v1/chat/completions'; ask by POST" in refused.text
+
+
+def test_an_error_that_nobody_expected_is_counted_as_one(service, monkeypatch):
+    def failing(*_, **__):
+        raise KeyError("detail")
+
+    monkeypatch.setattr(chat, "parse_request", failing)
+    labels = {"endpoint": "/v1/chat/completions", "status": "500"}
+    answer = httpx.post(f"{service.url}/v1/chat/completions", json={})
+    assert answer.status_code == 500 and answer.json()["error"]["message"].startswith("unexpected KeyError")
+    assert service.state.metrics.registry.get_sample_value("codebook_requests_total", labels) == 1
+
+
+def test_a_client_that_does_not_read_is_cut_off(service, target):
+    """Of more answers than the network holds."""
+    connections = service.server.server_state.connections
+    with socket.socket() as deaf:
+        deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        deaf.connect(target.place)
+        deaf.settimeout(30)
+        with contextlib.suppress(ConnectionError):
+            for _ in range(300):
+                deaf.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        port = deaf.getsockname()[1]
+        wait(lambda: port not in [connection.client[1] for connection in list(connections)])
+
+
+class Shown:
+    """A model's processor with another chat template, and with a token for every word."""
+
+    def __init__(self, loaded, template):
+        model, processor, _ = loaded
+        self.processor = copy.deepcopy(processor)
+        self.processor.chat_template, self.processor.tokenizer.unk_token = template, None
+        self.model, self.name, self.limits, self.allowed_hosts = model, "miniature", Limits(), ()
+
+
+def said(loaded, template, *turns):
+    """The sentence by which messages are refused under a chat template."""
+    messages = [{"role": role, "content": content} for role, content in turns]
+    with pytest.raises(ServiceError) as caught:
+        Preparer(Shown(loaded, template)).prepare(ChatRequest.model_validate({"messages": messages}), 0)
+    assert (caught.value.status, caught.value.param) == (422, "messages")
+    return str(caught.value)
+
+
+EVERY = "{% for m in messages %}<user>{% for p in m['content'] %}{{ p['text'] | trim }}{% endfor %}{% endfor %}"
+USERS = EVERY.replace("in messages", "in messages if m['role'] == 'user'")
+WHOLE = "{% for m in messages %}<user>{{ m['content'] }}{% endfor %}"
+
+
+def test_no_token_comes_of_two_parts(loaded):
+    for parts in (["yes <", "/s>"], ["yes", "<ima ", "\n", " ge>"], ["<user", ">"]):
+        content = [{"type": "text", "text": part} for part in parts]
+        assert "a special token of the model" in said(loaded, EVERY, ("user", content))
+
+
+def test_messages_that_a_template_does_not_show_are_refused(loaded):
+    for template in (USERS, WHOLE):
+        message = said(loaded, template, ("system", "be\nbrief"), ("user", "yes"))
+        assert message == (
+            "the model's chat template does not show the system's message 'be\\nbrief': say it in a user's message"
+        )
+    shown = Preparer(Shown(loaded, EVERY)).prepare(
+        ChatRequest.model_validate({"messages": [{"role": "system", "content": " be\nbrief "}]}), 1
+    )
+    assert shown[0].length > 1
 
 
 def test_a_word_that_the_model_does_not_know_is_named(service):

@@ -125,7 +125,7 @@ def test_every_cut_and_every_changed_byte_is_scored_or_refused(client):
     ("keep=0", "keep must be"), ("keep=1.5", "keep must be"), ("keep=-1", "-1"), ("keep=nan", "keep must be"),
     ("keep=half", "decimal point"), ("keep=0.2,random@3:0.1", "decimal point"), ("keep=41", "cannot keep 41"),
     ("keep=" + "9" * 5000, "decimal point"), ("method=random", "seeded"), ("method=fastv@3", "seeded"),
-    ("kep=0.2", "kep"),
+    ("kep=0.2", "kep"), ("keep=0.2&keep=0.5", "twice"),
 ])  # fmt: skip
 def test_wrong_options(sentence, query, words):
     assert words in sentence(422, save({"features": tokens()}), f"{SCORE}?{query}")
