@@ -6,6 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from PIL import Image as Picture
@@ -14,6 +15,7 @@ from torch import Tensor
 from codebook.models.base import Model, Processor
 from codebook.models.encoded import Encoded
 from codebook.models.generic import Unproven, image_token
+from codebook.models.replacing import replaced
 
 
 class _Seen(Exception):  # no error: all that was to be seen has been seen
@@ -92,7 +94,7 @@ def enter_decoder(model: Model, inputs: dict[str, Any]) -> Entered:
             if name and id(module) not in inside:
                 undo.callback(module.register_forward_hook(lambda *_, name=name: ran.append(name)).remove)
         if hasattr(base, "get_image_features"):
-            undo.callback(_noted(base, calls))
+            undo.enter_context(replaced(base, "get_image_features", partial(_noting, calls)))
         with contextlib.suppress(_Seen):
             model(**inputs)
     if not entered:
@@ -104,17 +106,15 @@ def enter_decoder(model: Model, inputs: dict[str, Any]) -> Entered:
     return Entered(ids.tolist(), visual.cpu(), entered[0].float().cpu(), calls[-1] if calls else None, ran)
 
 
-def _noted(base: Any, calls: list[Encoded]) -> Callable[[], None]:
-    """Note the calls that encode images; what is returned stops it."""
-    stock, own = base.get_image_features, vars(base).get("get_image_features")
+def _noting(calls: list[Encoded], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that encodes images, with its calls noted."""
     signature = inspect.signature(stock)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
         calls.append(Encoded("image", dict(signature.bind_partial(*args, **kwargs).arguments)))
         return stock(*args, **kwargs)
 
-    base.get_image_features = noted
-    return lambda: delattr(base, "get_image_features") if own is None else setattr(base, "get_image_features", own)
+    return noted
 
 
 def tower_path(model: Model) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from codebook.models.base import Model
 from codebook.models.qwen2_vl import Qwen2VL
+from codebook.models.replacing import replaced
 
 
 class Qwen3VL(Qwen2VL):
@@ -41,21 +42,18 @@ class Qwen3VL(Qwen2VL):
 
     @contextlib.contextmanager
     def patched_extra_inputs(self, model: Model, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
-        decoder = model.get_decoder()
-        stock = decoder._deepstack_process
+        def shortened(stock: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def process(hidden: Tensor, visual: Tensor, embeds: Tensor) -> Tensor:
+                if hidden.shape[1] == visual.shape[1]:
+                    return stock(hidden, visual, embeds)
+                added = hidden.new_zeros(*visual.shape, hidden.shape[-1])
+                # Scattered and not indexed: how many places a mask has, the host would wait to know.
+                return hidden + gather(added.masked_scatter(visual.to(hidden.device)[..., None], embeds.to(hidden)))
 
-        def process(hidden: Tensor, visual: Tensor, embeds: Tensor) -> Tensor:
-            if hidden.shape[1] == visual.shape[1]:
-                return stock(hidden, visual, embeds)
-            added = hidden.new_zeros(*visual.shape, hidden.shape[-1])
-            # Scattered and not indexed: how many places a mask has, the host would wait to know.
-            return hidden + gather(added.masked_scatter(visual.to(hidden.device)[..., None], embeds.to(hidden)))
+            return process
 
-        decoder._deepstack_process = process
-        try:
+        with replaced(model.get_decoder(), "_deepstack_process", shortened):
             yield
-        finally:
-            del decoder._deepstack_process
 
 
 class Qwen3VLMoe(Qwen3VL):

@@ -19,6 +19,7 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Encoded
 from codebook.models.base import Model
+from codebook.models.replacing import replaced
 from codebook.pruning.engine import prompt
 from codebook.pruning.engine.cache import PrunedLayer, check_cache, check_given, pruned_layer
 from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Noted, Running
@@ -160,13 +161,15 @@ class Attachment:
             for module, hook in ((self.lm, self._after_decoder), (base, self._after_base)):
                 undo.callback(module.register_forward_hook(torch.compiler.disable(hook), always_call=True).remove)
             for module in dict.fromkeys((model, base, self.lm)):
-                undo.enter_context(_uncompiled(module))
+                # What torch.compile made of a call may be older than the hooks, and would run without them: it does not
+                # look for new ones, but whether the object has a `forward` of its own.
+                undo.enter_context(replaced(module, "forward", torch.compiler.disable))
             if hasattr(model, "generate"):  # a model without a head has none
-                undo.enter_context(_replaced(model, "generate", self._generate))
+                undo.enter_context(replaced(model, "generate", partial(_around, self._generate)))
             for kind in models.KINDS:
                 # `generate` calls it before the first forward, and no module's arguments hold as much.
                 if hasattr(base, name := f"get_{kind}_features"):
-                    undo.enter_context(_replaced(base, name, partial(self._encode, kind)))
+                    undo.enter_context(replaced(base, name, partial(_around, partial(self._encode, kind))))
             undo.enter_context(self.family.patched_extra_inputs(model, self._gather))
             self._undo = undo.pop_all()
 
@@ -489,38 +492,14 @@ def _check_added() -> None:
                             "sees cannot be said: load the model with attn_implementation='eager'")  # fmt: skip
 
 
-@contextlib.contextmanager
-def _uncompiled(module: Any) -> Iterator[None]:
-    """A context in which code that torch.compile made of a call of this module runs the module itself, with its hooks.
-
-    Such code may be older than the hooks, does not look for new ones, and would run without them. It does look whether
-    the object has a `forward` of its own.
-    """
-    stock, own = module.forward, vars(module).get("forward")
-    module.forward = torch.compiler.disable(stock)
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    """A context in which `owner.name(...)` is `function(stock, ...)`, for this object alone."""
-    stock, own = getattr(owner, name), vars(owner).get(name)
+def _around(function: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:
+    """What calls `function(stock, ...)` and looks like `stock`."""
 
     @functools.wraps(stock)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         return function(stock, *args, **kwargs)
 
-    setattr(owner, name, wrapper)
-    try:
-        yield
-    finally:
-        delattr(owner, name) if own is None else setattr(owner, name, own)
+    return wrapper
 
 
 def _one_output(one: Any, other: Any) -> bool:

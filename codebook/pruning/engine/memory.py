@@ -6,6 +6,7 @@ import contextlib
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.utils import ModelOutput
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models.base import Family, Model
+from codebook.models.replacing import replaced
 from codebook.pruning.engine.tap import replay, tap
 from codebook.pruning.tokens import digest_rows
 
@@ -34,7 +36,7 @@ def remember(model: Model) -> Iterator[None]:
     Raises
     ------
     CodebookError
-        If the model's tower does not take one row an image.
+        If the model's tower does not take one row per image.
     """
     model = models.unwrap(model)
     family = models.family(model)
@@ -67,19 +69,10 @@ class _Memory:
         self._known: dict[tuple[int, str], tuple[Any, tuple[Tensor, Tensor, float]]] = {}
         self._latest = threading.local()
         self._attention = family.vision_attention(model)
-        tower = family.tower(model)
-        self._stock: Callable[..., Any] = tower.forward
-        own = vars(tower).get("forward")  # of a library that moves weights between devices
-        tower.forward = self._forward
-        untap = tap(self._attention, self._note)
-
-        def undo() -> None:
-            del tower.forward
-            if own is not None:
-                tower.forward = own
-            untap()
-
-        self.undo = undo
+        with contextlib.ExitStack() as undo:
+            undo.callback(tap(self._attention, self._note))
+            undo.enter_context(replaced(family.tower(model), "forward", lambda stock: partial(self._forward, stock)))
+            self.undo = undo.pop_all().close
 
     def __reduce_ex__(self, _: Any) -> Any:
         raise CodebookError("a model inside `remember` cannot be copied or saved: leave the context first")
@@ -87,12 +80,12 @@ class _Memory:
     def _note(self, query: Tensor, key: Tensor, scaling: float) -> None:
         self._latest.heads = _kept(query), _kept(key), scaling
 
-    def _forward(self, pixel_values: Tensor, **kwargs: Any) -> Any:
+    def _forward(self, stock: Callable[..., Any], pixel_values: Tensor, **kwargs: Any) -> Any:
         setting = f"{tuple(pixel_values.shape[1:])} {sorted(kwargs.items())}"
         keys = [(digest, setting) for digest in digest_rows(pixel_values).tolist()]
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
-            output = self._stock(pixel_values[new], **kwargs)
+            output = stock(pixel_values[new], **kwargs)
             query, key, scaling = self._latest.heads
             for row, i in enumerate(new):
                 self._known[keys[i]] = _row(output, row), (query[row : row + 1], key[row : row + 1], scaling)
