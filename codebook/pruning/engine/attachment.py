@@ -23,7 +23,7 @@ from codebook.models.replacing import replaced
 from codebook.pruning.engine import prompt
 from codebook.pruning.engine.cache import PrunedLayer, check_cache, check_given, pruned_layer
 from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Noted, Running
-from codebook.pruning.engine.forward import Chosen, Forward, unusable_mask
+from codebook.pruning.engine.forward import Chosen, Forward, check_mask
 from codebook.pruning.engine.kernels import check_attention
 from codebook.pruning.engine.key_bias import ADDED
 from codebook.pruning.engine.sequence import Given
@@ -359,9 +359,8 @@ class Attachment:
             plain = Given(embeds, mask)
             FORWARD.set(Forward(self.family, self.model, plain, {}, blocks=running.blocks, compact=compact))
             return
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise unusable_mask()
-        whole = Given(embeds, mask, self._extra(running.call, embeds, given.get("past_key_values")))
+        check_mask(mask)
+        whole = Given(embeds, mask, self._extra(running.call, embeds, cache))
         encoded = {kind: self._call_of(kind, given) for kind in running.kinds}
         found = prompt.find(
             self.family, self.model, whole, given["input_ids"], encoded,
@@ -456,8 +455,8 @@ class Attachment:
         FORWARD.set(None)
         if forward is not None and output is not None:
             _check_added()
-        if running is not None and forward is not None and output is not None:
-            self._count(running.call, forward)
+            if running is not None:
+                self._count(running.call, forward)
         if running is not None and running.direct:
             self.end()
         if forward is None or forward.sequence is None or output is None:

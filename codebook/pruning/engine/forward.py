@@ -233,8 +233,7 @@ class Forward:
 
     def view(self, layer: Any, cached: Cached, kwargs: dict[str, Any]) -> View:
         """What a layer needs. Layers of one stage and one kind share it, so it is made once for all of them."""
-        if self.given.mask is not None and (not isinstance(self.given.mask, Tensor) or self.given.mask.dim() != 2):
-            raise unusable_mask()
+        check_mask(self.given.mask)
         # the very objects, not equal ones
         same = (cached.kept, self.sequence, kwargs["position_embeddings"], *self._viewer.weights(layer, self.sequence))
         sizes = (cached.logical, cached.stored, window(layer))
@@ -296,7 +295,7 @@ class Forward:
         columns, row = self._row(unit.row)
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
         cos, sin = (x.expand(self.given.batch, -1, -1)[unit.row, row] for x in rotary)
-        own = self.blocks if window(layer) is not None or not self.family.window_blocks else None
+        own = self._viewer.blocks_of(layer)
         blocks = None if own is None else own[unit.row, columns]
         weights = self._viewer.weights(layer, self.sequence)
         bias, distant = (None if weight is None else weight[unit.row, row] for weight in weights)
@@ -310,9 +309,10 @@ class Forward:
         return Attention(*heads, cos, sin, scaling, span, sees, bias, turned, distant)
 
 
-def unusable_mask() -> CodebookError:
-    """The error of an attention mask that is not one number per token."""
-    return CodebookError(
-        "pruning needs a 2-D attention mask (batch, length), as processors make it, and a DynamicCache: use neither "
-        "4-D masks nor a static cache"
-    )
+def check_mask(mask: object) -> None:
+    """Raise a CodebookError for an attention mask that is not one number per token."""
+    if mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2):
+        raise CodebookError(
+            "pruning needs a 2-D attention mask (batch, length), as processors make it, and a DynamicCache: use "
+            "neither 4-D masks nor a static cache"
+        )

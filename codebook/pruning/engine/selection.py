@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ def targets(
             target = min(image.count, max(1, round(target * portions[number])))
         quotas.append(target)
     out: list[int | None] = [None] * len(units)
-    for members in _film_members(units) if films else _grouped(units, [unit.image for unit in units]):
+    for members in _film_members(units) if films else _grouped(unit.image for unit in units):
         now = [units[i].count for i in members]
         target = sum(quotas[number] for number in {units[i].image for i in members})
         if target > sum(now) and any(now):
@@ -49,17 +49,17 @@ def targets(
     return out
 
 
-def _grouped(units: Sequence[Unit], by: Sequence[int]) -> list[list[int]]:
-    """The numbers of the units that have the same number in `by`, group by group."""
-    groups: dict[int, list[int]] = {}
-    for i, key in zip(range(len(units)), by, strict=True):
+def _grouped(keys: Iterable[Hashable]) -> list[list[int]]:
+    """The numbers of the keys that are equal, group by group, in the order of the first ones."""
+    groups: dict[Hashable, list[int]] = {}
+    for i, key in enumerate(keys):
         groups.setdefault(key, []).append(i)
     return list(groups.values())
 
 
 def _film_members(units: Sequence[Unit]) -> list[list[int]]:
     """The numbers of the units of each film."""
-    found = _grouped(units, [-1 if unit.film is None else unit.film for unit in units])
+    found = _grouped(unit.film for unit in units)
     for members in found:
         if units[members[0]].film is None:
             raise CodebookError(
@@ -114,10 +114,8 @@ def _choose_films(
         keep = sum(counts[i] or 0 for i in members)
         if keep == sum(units[i].count for i in members):
             continue
-        if not keep:
-            chosen = [units[i].ordinal[:0] if i in members else index for i, index in enumerate(chosen)]
-            continue
-        found = pruner.select_frames([tokens(i) for i in members], keep)
+        none = [units[i].ordinal[:0] for i in members]
+        found = pruner.select_frames([tokens(i) for i in members], keep) if keep else none
         if [len(found), sum(map(len, found))] != [len(members), keep]:
             raise CodebookError(
                 f"{type(pruner).__name__} chose {sum(map(len, found))} tokens of {len(found)} frames where {keep} of "
@@ -143,12 +141,11 @@ def _choose_together(pruner: Pruner, units: Sequence[Unit], counts: Sequence[int
     """What stays of units for which a pruner can choose at once: those of as many tokens that keep as many."""
     if not isinstance(pruner, FeaturePruner):
         return {}
-    alike: dict[tuple[int, int], list[int]] = {}
-    for number, (unit, count) in enumerate(zip(units, counts, strict=True)):
-        if count and count < unit.count:
-            alike.setdefault((unit.count, count), []).append(number)
     chosen: dict[int, Tensor] = {}
-    for (_, keep), numbers in alike.items():
+    for numbers in _grouped((unit.count, count) for unit, count in zip(units, counts, strict=True)):
+        keep = counts[numbers[0]]
+        if not keep or keep >= units[numbers[0]].count:
+            continue
         features = torch.stack([units[number].features for number in numbers])
         for number, index in zip(numbers, pruner.select_each(features, keep), strict=True):
             chosen[number] = _checked(pruner, index, keep)

@@ -64,8 +64,7 @@ class Tally:
             end.record(torch.cuda.current_stream(device))
             with self._lock:
                 self._events.append((start, end))
-                while self._events and self._events[0][1].query():  # a server may never read them: keep few
-                    self._drain()
+                self._drain(wait=False)  # a server may never read them: keep few
             return
         began = time.perf_counter()
         yield
@@ -83,12 +82,13 @@ class Tally:
     def read(self, wait: bool = True) -> Statistics:
         """The statistics so far; without `wait`, selector time on CUDA that the device has not finished is left out."""
         with self._lock:
-            while self._events and (wait or self._events[0][1].query()):
-                self._events[0][1].synchronize()
-                self._drain()
+            self._drain(wait)
             kept = self._layer_tokens / self._layers
             return Statistics(self._forwards, self._images, self._tokens, kept, self._seconds)
 
-    def _drain(self) -> None:
-        start, end = self._events.popleft()
-        self._seconds += start.elapsed_time(end) / 1000
+    def _drain(self, wait: bool) -> None:
+        """Add up what the device has finished, or all of it; under the lock."""
+        while self._events and (wait or self._events[0][1].query()):
+            start, end = self._events.popleft()
+            end.synchronize()
+            self._seconds += start.elapsed_time(end) / 1000

@@ -78,7 +78,7 @@ class Viewer:
         """The view of one layer, whose own arguments are `kwargs`."""
         index, rotary = self._index(layer, cached, sequence), self._rotary(layer, cached.kept, sequence, kwargs)
         far = self._far(layer, sequence, rotary)
-        mask, bias = self._mask(index, window(layer), sequence, far)
+        mask, bias = self._mask(layer, index, sequence, far)
         return View(index, mask, bias, rotary)
 
     def weights(self, layer: Any, sequence: Shortened | None) -> tuple[Tensor | None, Tensor | None]:
@@ -88,6 +88,10 @@ class Viewer:
         first = sequence.first is not None and layer is self.model.get_decoder().layers[0]
         placed = sequence.distant is not None and self.family.turned(self.model, layer) != "nothing"
         return sequence.first if first else sequence.bias, sequence.distant if placed else None
+
+    def blocks_of(self, layer: Any) -> Tensor | None:
+        """The `blocks` (B, L) that this layer heeds."""
+        return self.blocks if window(layer) is not None or not self.family.window_blocks else None
 
     def _far(self, layer: Any, sequence: Shortened | None, rotary: tuple[Tensor, Tensor]) -> Tensor | None:
         """(B, P, P) float32: what distance adds to the logits of a sequence's queries towards its keys.
@@ -145,20 +149,19 @@ class Viewer:
         return KeptIndex(columns, cached.logical, None, padded)
 
     def _mask(
-        self, index: KeptIndex, window: int | None, sequence: Shortened | None, far: Tensor | None
+        self, layer: Any, index: KeptIndex, sequence: Shortened | None, far: Tensor | None
     ) -> tuple[Tensor | None, KeyBias | None]:
         """The mask (B, 1, Q, K), bool for sdpa where nothing is added to logits, else float; or what causal sdpa adds.
 
         Neither where the kernel is causal and nothing is to be added.
         """
-        keys = index.columns
-        blocks = self.blocks if window is not None or not self.family.window_blocks else None
+        keys, blocks, reach = index.columns, self.blocks_of(layer), window(layer)
         queries = keys[:, -(self.given.length if sequence is None else sequence.source.shape[1]) :]
-        window = None if window is None or index.logical <= window else window
+        reach = None if reach is None or index.logical <= reach else reach
         sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"
         # Without a mask sdpa is causal by itself, but aligned to the upper left: only where nothing is cached.
         whole = keys.shape == queries.shape and sdpa
-        causal, added = window is None and blocks is None, index.padded or index.bias is not None
+        causal, added = reach is None and blocks is None, index.padded or index.bias is not None
         if causal and not added and (queries.shape[1] == 1 or whole):
             return None, None
         if causal and whole and queries.shape[1] > 1 and far is None:
@@ -172,7 +175,7 @@ class Viewer:
             mine = blocks if sequence is None else sequence.gather(blocks)
             # What is cached belongs to no block: a block's tokens come in one forward.
             both = mine, torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
-        seen = visible(queries, keys, window, both, self.family.window_last)[:, None]
+        seen = visible(queries, keys, reach, both, self.family.window_last)[:, None]
         if sdpa and index.bias is None:
             return seen, None
         bias = _or_zeros(index.bias, keys)[:, None, None]
