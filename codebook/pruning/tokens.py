@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -89,6 +89,13 @@ class VisualTokens:
     def last(self) -> Tensor:
         """(d,) hidden state of the prompt's last token."""
         return self.sequence[-1]
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, kept in `known` under a key of the pruner's own."""
+        if key not in self.known:
+            self.known[key] = make()
+        found: T = self.known[key]
+        return found
 
     @classmethod
     def of(cls, features: Tensor) -> VisualTokens:

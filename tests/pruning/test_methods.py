@@ -571,6 +571,18 @@ def test_sparsevlm_recycles_by_hand():
     assert Ordered(recycled=0.0).merge(ten, torch.arange(4)) is None
 
 
+def test_sparsevlm_merges_into_what_it_chose_whatever_scores_have_become():
+    scores = iter([-torch.arange(10.0), torch.arange(10.0)])
+
+    class Once(SparseVLM):
+        def score(self, tokens):
+            return next(scores)
+
+    line = torch.tensor([7.0, 8.0, 0.0, 0.1, 1.0, 1.3, 1.6, 60.0, 70.0, 80.0])[:, None]  # as by hand above
+    ten, pruner = tokens(2, 5, line), Once(recycled=0.5, clusters=0.25)
+    assert pruner.merge(ten, pruner.select(ten, 4)).flatten().tolist() == pytest.approx([7.0, 8.0, 0.05, 1.3])
+
+
 def test_density_peaks_by_hand():
     # densities .51 .57 .62 .45 times distances to a denser one .1 .9 1.3 .3: .05 .51 .81 .13
     four = tokens(2, 2, torch.tensor([[0.0], [0.1], [1.0], [1.3]]))

@@ -7,12 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner, option, unit_range
+from codebook.pruning.methods.base import LEAST_LENGTH, ScoringPruner, option, unit_range
 from codebook.pruning.methods.fastv import FastV
 from codebook.pruning.tokens import VisualTokens
-
-TINY = 1e-12
-"""Shortest length that a vector is divided by."""
 
 
 @dataclass(frozen=True)
@@ -31,5 +28,5 @@ class Alpha(ScoringPruner):
         importance = FastV().score(tokens)
         hidden = tokens.hidden.float()
         # Not divided by the last token's length, which scaling to [0, 1] takes away again.
-        uniqueness = -(hidden @ tokens.last.float()) / hidden.norm(dim=-1).clamp(min=TINY)
+        uniqueness = -(hidden @ tokens.last.float()) / hidden.norm(dim=-1).clamp(min=LEAST_LENGTH)
         return self.alpha * unit_range(importance) + (1 - self.alpha) * unit_range(uniqueness)

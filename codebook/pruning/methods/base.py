@@ -1,4 +1,4 @@
-"""A pruner only chooses: slicing, masks, positions, caches and quotas are the library's (`codebook.pruning.hooks`)."""
+"""A pruner only chooses: slicing, masks, positions, caches and quotas are the library's (`codebook/pruning/engine`)."""
 
 from __future__ import annotations
 
@@ -15,6 +15,9 @@ from torch.nn.functional import embedding_bag, normalize
 
 from codebook.errors import CodebookError, quoted
 from codebook.pruning.tokens import VisualTokens, needed
+
+LEAST_LENGTH = 1e-12
+"""Length that a vector is taken to have at least where it is divided by: one of zeros is like nothing."""
 
 GRAM_ROWS = 288
 """Rows of a block of `gram`: measured on one core with AVX-512, n = 576 and 2880, d = 1024 and 4096."""
@@ -238,8 +241,7 @@ def group_means(values: Tensor, group: Tensor, count: int) -> Tensor:
     -------
     (count, d) in the dtype of `values`, summed in float32 and in the order of the rows, on every device
     """
-    order = group.argsort(stable=True)
-    begins = torch.searchsorted(group[order], torch.arange(count + 1, device=group.device))
+    order, begins = _in_order(group, count)
     # The bag after the last group has those that are in none.
     return embedding_bag(order, values.float(), begins, mode="mean")[:count].to(values.dtype)
 
@@ -297,6 +299,11 @@ def middles(groups: Tensor, count: int) -> Tensor:
     -------
     (count,) int64
     """
-    order = groups.argsort(stable=True)
-    begins = torch.searchsorted(groups[order], torch.arange(count + 1, device=groups.device))
+    order, begins = _in_order(groups, count)
     return order[(begins[:-1] + begins[1:] - 1) // 2]
+
+
+def _in_order(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The members of all groups, group by group, and where each of the `count` groups begins there, then their end."""
+    order = groups.argsort(stable=True)
+    return order, torch.searchsorted(groups[order], torch.arange(count + 1, device=groups.device))

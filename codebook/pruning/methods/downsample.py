@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,7 +26,7 @@ class Downsample(Pruner):
         If the count is no product of rows and columns that fit in the image's grid; it names the nearest that are.
     """
 
-    before_llm = True
+    before_llm: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         rows, cols = tokens.grid

@@ -11,11 +11,8 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.pruning.methods.base import FramePruner, whole_frames
+from codebook.pruning.methods.base import LEAST_LENGTH, FramePruner, whole_frames
 from codebook.pruning.tokens import VisualTokens, on_device
-
-LEAST_LENGTH = 1e-12
-"""Length that a token is taken to have at least, so that one of zeros is like nothing."""
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,7 @@ class Merged(Combination):
 
         Worked out once: `first` may be slow, and asked again in another forward it may choose others by rounding.
         """
-        key = id(self), keep
-        if key not in tokens.known:
-            tokens.known[key] = self._grouped(tokens, keep)
-        found: tuple[Tensor, Tensor] = tokens.known[key]
-        return found
+        return tokens.once((id(self), keep), lambda: self._grouped(tokens, keep))
 
     def _grouped(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
         group = nearest_kept(tokens.hidden, self.first.select(tokens, keep))

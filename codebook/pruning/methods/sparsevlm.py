@@ -47,31 +47,35 @@ class SparseVLM(ScoringPruner):
         return (share >= share.mean()).float() @ attention.rows(tokens.question)
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        top, dropped = self._parts(tokens, keep)
-        if not len(dropped):
-            return top.sort().values
-        return torch.cat([top, dropped[self._peaks(tokens.hidden[dropped], keep - len(top))]]).sort().values
+        top, dropped, peaks = self._parts(tokens, keep)
+        return torch.cat([top, dropped[peaks]]).sort().values
 
     def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:
         keep = len(index)
-        top, dropped = self._parts(tokens, keep)
+        _, dropped, peaks = self._parts(tokens, keep)
         if not len(dropped):
             return None
         hidden = tokens.hidden[dropped].float()
-        peaks = self._peaks(hidden, keep - len(top))
         group = torch.full_like(tokens.ordinal, keep)  # what is not recycled is in no group
         group[dropped] = torch.searchsorted(index, dropped[peaks])[torch.cdist(hidden, hidden[peaks]).argmin(1)]
         group[index] = torch.arange(keep, device=index.device)
         return group_means(tokens.hidden, group, keep)
 
-    def _parts(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
-        """The tokens that stay by their score, and those that are recycled, both best first."""
+    def _parts(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The tokens that stay by their score, those that are recycled, both best first, and which of these are peaks.
+
+        Worked out once: scores cost attention maps, and in another forward they may have another order by rounding.
+        """
+        return tokens.once((self, keep), lambda: self._divided(tokens, keep))
+
+    def _divided(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor, Tensor]:
         order = self.score(tokens).argsort(descending=True, stable=True)
         if not self.recycled or keep == 1:
-            return order[:keep], order[:0]
+            return order[:keep], order[:0], order[:0]
         own = next((own for own in range(keep - 1, 1, -1) if own + self._averages(len(tokens) - own)[1] <= keep), 1)
         recycled = max(keep - own, self._averages(len(tokens) - own)[0])
-        return order[:own], order[own : own + recycled]
+        dropped = order[own : own + recycled]
+        return order[:own], dropped, self._peaks(tokens.hidden[dropped], keep - own)
 
     def _averages(self, dropped: int) -> tuple[int, int]:
         """Numbers of those that are recycled of so many dropped tokens, and of the averages that come of them."""
