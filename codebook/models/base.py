@@ -165,7 +165,7 @@ class Family:
         CodebookError
             If the tokens are not those of whole images.
         """
-        return fixed_layouts(self.grid(model), prompts, self.token(model, kind))
+        return fixed_layouts(Layout.stacked(1, *self.grid(model), "view"), prompts, self.token(model, kind))
 
     def token(self, model: Model, kind: str) -> int:
         """The token id that stands in prompts for visual tokens of an `image` or `video`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import re
+import struct
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -185,6 +186,5 @@ def _is_quantised(module: nn.Module) -> bool:
 
 def _weights(text: str) -> Tensor:
     """The weights in a fingerprint's hexadecimal digits, float32."""
-    bits = [int(text[i : i + 4], 16) for i in range(0, len(text), 4)]
-    signed = [b - 65536 if b >= 32768 else b for b in bits]
-    return torch.tensor(signed, dtype=torch.int16).view(torch.bfloat16).float()
+    bits = struct.unpack(f">{len(text) // 4}h", bytes.fromhex(text))
+    return torch.tensor(bits, dtype=torch.int16).view(torch.bfloat16).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,22 +45,21 @@ class Gemma4(AnySize):
         if encoded.kind == "image":
             return sizes
         counts = encoded.given["num_frames_per_video"].tolist()
-        firsts = [sum(counts[:i]) for i in range(len(counts))]
-        return [(count, *sizes[first][1:]) for count, first in zip(counts, firsts, strict=True)]
+        return [(count, *sizes[end - count][1:]) for count, end in zip(counts, accumulate(counts), strict=True)]
 
     def pixels(self, model: Model, encoded: Encoded) -> list[Tensor]:
-        frames = encoded.given[KINDS[encoded.kind]]
-        pieces = frames.split([count for count, _, _ in self.sizes(model, encoded)])
-        patches = [rows * cols * self.merge(model) ** 2 for _, rows, cols in self.sizes(model, encoded)]
-        return [piece[:, :count] for piece, count in zip(pieces, patches, strict=True)]  # without padding
+        sizes = self._patches(model, encoded)
+        pieces = encoded.given[KINDS[encoded.kind]].split([frames for frames, _ in sizes])
+        return [piece[:, :patches] for piece, (_, patches) in zip(pieces, sizes, strict=True)]  # without padding
 
     def attended(self, model: Model, encoded: Encoded) -> list[tuple[int, slice]]:
-        patches = [
-            rows * cols * self.merge(model) ** 2
-            for count, rows, cols in self.sizes(model, encoded)
-            for _ in range(count)
-        ]
-        return [(row, slice(count)) for row, count in enumerate(patches)]
+        per_frame = (patches for frames, patches in self._patches(model, encoded) for _ in range(frames))
+        return [(row, slice(patches)) for row, patches in enumerate(per_frame)]
+
+    def _patches(self, model: Model, encoded: Encoded) -> list[tuple[int, int]]:
+        """Frames of each image or video, and patches of each of its frames."""
+        merge = self.merge(model)
+        return [(frames, rows * cols * merge**2) for frames, rows, cols in self.sizes(model, encoded)]
 
     def blocks(self, model: Model, given: dict[str, Any]) -> Tensor | None:
         types = given.get("mm_token_type_ids")

@@ -16,7 +16,7 @@ from codebook.errors import CodebookError
 from codebook.models.any_size import VIEW_SIDE
 from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
-from codebook.models.layout import KINDS, Grid, Layout, layouts_per_row, token_runs, whole_images_error
+from codebook.models.layout import KINDS, Grid, Layout, fixed_layouts, layouts_per_row
 
 TOKEN_NAMES = ("image_token_id", "image_token_index")
 """Names under which configs say which token stands for visual tokens."""
@@ -144,11 +144,7 @@ class Generic(Family):
             layouts = [self.belief.layout(*size) for size in self.belief.encoded_sizes(encoded.given)]
             return layouts_per_row(kind, layouts, [ids.count(token) for ids in prompts])
         self._check_shape(encoded)
-        layout = self.belief.layout(*self.belief.grid)
-        for _, length in (run for ids in prompts for run in token_runs(ids, token)):
-            if length % layout.length:
-                raise whole_images_error(kind, f"a run of {length} image tokens is no multiple of {layout.length}")
-        return [[layout] * (ids.count(token) // layout.length) for ids in prompts]
+        return fixed_layouts(self.belief.layout(*self.belief.grid), prompts, token)
 
     def _check_shape(self, encoded: Encoded | None) -> None:
         """Refuse pixels of another size than was tested: their grid would be another one."""

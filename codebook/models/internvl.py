@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from codebook.errors import CodebookError
 from codebook.models.base import Family, Model
 from codebook.models.encoded import Encoded
-from codebook.models.layout import Grid, Layout, token_runs, whole_images_error
+from codebook.models.layout import Layout, crops_and_view, images_per_run
 
 
 class InternVL(Family):
@@ -32,19 +32,10 @@ class InternVL(Family):
         return round(1 / model.config.downsample_ratio)
 
     def layouts(self, model: Model, kind: str, prompts: list[list[int]], encoded: Encoded | None) -> list[list[Layout]]:
-        rows, cols = self.grid(model)
-        out: list[list[Layout]] = []
-        for ids in prompts:
-            out.append([])
-            for _, length in token_runs(ids, self.token(model, kind)):  # the processor puts text between images
-                if length % (rows * cols):
-                    raise whole_images_error(kind, f"a run of {length} image tokens is not a multiple of {rows * cols}")
-                crops = length // (rows * cols)
-                # The whole view comes last. Which crops make a row depends on the picture's shape, not known here.
-                grids = [Grid(i * rows * cols, rows, cols, "crop", box=None) for i in range(crops - 1)]
-                grids.append(Grid((crops - 1) * rows * cols, rows, cols, "view"))
-                out[-1].append(Layout(length, tuple(grids), crops))
-        return out
+        grid, token = self.grid(model), self.token(model, kind)
+        # The processor puts text between images. Which crops make a row depends on the picture's shape, not known here.
+        per_run = (images_per_run(ids, token, grid[0] * grid[1], kind) for ids in prompts)
+        return [[crops_and_view(count, grid) for count in counts] for counts in per_run]
 
     def tower_features(self, model: Model, out: Any) -> Tensor:
         layer = model.config.vision_feature_layer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
@@ -178,19 +178,39 @@ def whole_images_error(kind: str, what: str) -> CodebookError:
     )
 
 
-def fixed_layouts(grid: tuple[int, int], prompts: list[list[int]], token: int) -> list[list[Layout]]:
-    """The layouts of the images in each prompt, where every image is one grid of the same size."""
-    layout = Layout.stacked(1, *grid, "view")
-    for _, length in (run for ids in prompts for run in token_runs(ids, token)):
-        if length % layout.length:
-            raise whole_images_error("image", f"a run of {length} image tokens is not a multiple of {layout.length}")
-    return [[layout] * (ids.count(token) // layout.length) for ids in prompts]
+def images_per_run(ids: list[int], token: int, length: int, kind: str = "image") -> list[int]:
+    """How many images of `length` tokens each run of a token in a prompt holds."""
+    runs = [run for _, run in token_runs(ids, token)]
+    for run in runs:
+        if run % length:
+            raise whole_images_error(kind, f"a run of {run} image tokens is not a multiple of {length}")
+    return [run // length for run in runs]
+
+
+def fixed_layouts(layout: Layout, prompts: list[list[int]], token: int) -> list[list[Layout]]:
+    """The layouts of the images in each prompt, where all images have the same one."""
+    return [[layout] * sum(images_per_run(ids, token, layout.length)) for ids in prompts]
+
+
+def crops_and_view(count: int, grid: tuple[int, int], view: int = -1) -> Layout:
+    """The layout of an image of `count` grids of one shape: its whole view, the last one or that number, and crops.
+
+    How many crops make a row is not known.
+    """
+    (rows, cols), kinds = grid, ["crop"] * count
+    kinds[view] = "view"
+    grids = [
+        Grid(i * rows * cols, rows, cols, "view") if kind == "view"
+        else Grid(i * rows * cols, rows, cols, "crop", box=None)
+        for i, kind in enumerate(kinds)
+    ]  # fmt: skip
+    return Layout(count * rows * cols, tuple(grids), count)
 
 
 def broken_layouts(ids: list[int], token: int, grid: tuple[int, int], view_first: bool = False) -> list[Layout]:
     """The layouts of the images of a prompt, each of them crops and then its whole view, with one token between.
 
-    Or the whole view comes first. How many crops make a row is not known.
+    Or the whole view comes first.
     """
     rows, cols = grid
     counts: list[int] = []
@@ -203,16 +223,7 @@ def broken_layouts(ids: list[int], token: int, grid: tuple[int, int], view_first
         else:
             counts.append(1)
         after = start + length
-    out = []
-    for count in counts:
-        kinds = ["view", *["crop"] * (count - 1)] if view_first else [*["crop"] * (count - 1), "view"]
-        grids = [
-            Grid(i * rows * cols, rows, cols, "view") if kind == "view"
-            else Grid(i * rows * cols, rows, cols, "crop", box=None)
-            for i, kind in enumerate(kinds)
-        ]  # fmt: skip
-        out.append(Layout(count * rows * cols, tuple(grids), count))
-    return out
+    return [crops_and_view(count, grid, 0 if view_first else -1) for count in counts]
 
 
 def tagged_layouts(ids: list[int], token: int, grid: tuple[int, int], rows_known: bool = False) -> list[Layout]:
@@ -233,7 +244,7 @@ def tagged_layouts(ids: list[int], token: int, grid: tuple[int, int], rows_known
         if length != rows * cols or not start:
             raise whole_images_error("image", f"a run of {length} image tokens is not {rows * cols}")
         if ids[start - 1] == ids[found[-1][0] - 1]:
-            out.append(_crops_then_view(crops, rows, cols, rows_known))
+            out.append(_placed_crops(crops, grid) if rows_known else crops_and_view(len(crops) + 1, grid))
             crops = []
         elif not crops:
             crops.append((0, 0))
@@ -244,14 +255,13 @@ def tagged_layouts(ids: list[int], token: int, grid: tuple[int, int], rows_known
     return out
 
 
-def _crops_then_view(crops: list[tuple[int, int]], rows: int, cols: int, known: bool) -> Layout:
-    """Layout of an image of these crops (row and column of each, empty if it has none), then its whole view."""
-    n = rows * cols
-    down, across = (max(place[axis] for place in crops) + 1 if crops else 1 for axis in (0, 1))
+def _placed_crops(crops: list[tuple[int, int]], grid: tuple[int, int]) -> Layout:
+    """As `crops_and_view`, of an image of which the row and column of each crop are known."""
+    plain = crops_and_view(len(crops) + 1, grid)
+    down, across = (max((place[axis] for place in crops), default=0) + 1 for axis in (0, 1))
     boxes = [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y, x in crops]
-    grids = [Grid(i * n, rows, cols, "crop", box=box if known else None) for i, box in enumerate(boxes)]
-    grids.append(Grid(len(crops) * n, rows, cols, "view"))
-    return Layout(len(grids) * n, tuple(grids), len(grids))
+    placed = (replace(own, box=box) for own, box in zip(plain.grids, [*boxes, WHOLE_PICTURE], strict=True))
+    return replace(plain, grids=tuple(placed))
 
 
 def layouts_per_row(kind: str, layouts: list[Layout], counts: list[int]) -> list[list[Layout]]:

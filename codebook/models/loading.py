@@ -97,7 +97,7 @@ def load_untested(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = check_loading(name, device, dtype, **options)
-    try:
+    with _explained(name, options):
         folder, files, config = _located(name, options)  # before gigabytes are read
         if options.get("quantization_config") or getattr(config, "quantization_config", None):
             options.setdefault("device_map", {"": device})  # packed weights do not move afterwards
@@ -120,10 +120,6 @@ def load_untested(
         processor = AutoProcessor.from_pretrained(str(folder), **files)
         _check_processor(name, model, processor)
         return model, processor
-    except CodebookError:
-        raise
-    except Exception as error:  # the libraries raise a dozen types for damaged files
-        raise CodebookError(_reason(name, error, options)) from None
 
 
 def check_loading(
@@ -165,13 +161,9 @@ def load_processor(name: str, **options: Any) -> tuple[Family, Processor]:
     """The family and the processor of a model, without its weights; arguments and errors as in `load`."""
     from transformers import AutoProcessor
 
-    try:
+    with _explained(name, options):
         folder, files, config = _located(name, options)
         return family_of_config(config), AutoProcessor.from_pretrained(str(folder), **files)
-    except CodebookError:
-        raise
-    except Exception as error:
-        raise CodebookError(_reason(name, error, options)) from None
 
 
 def read_config_of(name: str, **options: Any) -> tuple[Path, PreTrainedConfig]:
@@ -187,13 +179,9 @@ def read_config_of(name: str, **options: Any) -> tuple[Path, PreTrainedConfig]:
     CodebookError
         As `load` does, as far as that shows without the weights.
     """
-    try:
+    with _explained(name, options):
         folder, _, config = _located(name, options)
         return folder, config
-    except CodebookError:
-        raise
-    except Exception as error:
-        raise CodebookError(_reason(name, error, options)) from None
 
 
 def _located(name: str, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any], PreTrainedConfig]:
@@ -355,6 +343,17 @@ def _check_processor(name: str, model: Model, processor: Processor) -> None:
             f"the processor of {name} marks images by token {theirs} and its config.json by {own}: they do not belong "
             "together; fetch them again"
         )
+
+
+@contextlib.contextmanager
+def _explained(name: str, options: Mapping[str, Any]) -> Iterator[None]:
+    """A context whose errors are one line about this model, loaded with these options."""
+    try:
+        yield
+    except CodebookError:
+        raise
+    except Exception as error:  # the libraries raise a dozen types for damaged files
+        raise CodebookError(_reason(name, error, options)) from None
 
 
 def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:

@@ -114,10 +114,8 @@ def try_model(model: Model, processor: Processor, known: Family | None = None) -
         try:
             report.token = image_token(model.config)
             report.family = _test(model, processor, known, report)
-        except Unproven as refused:
+        except (Unproven, CodebookError) as refused:
             report.reason = _refusal_of(model.config.model_type, known, str(refused))
-        except CodebookError as error:
-            report.reason = _refusal_of(model.config.model_type, known, str(error))
         except Exception as error:  # whatever a model that nobody knows may raise
             text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             report.reason = _refusal_of(model.config.model_type, known, f"the model did not take the pictures ({text})")

@@ -283,7 +283,7 @@ def test_newlines_that_are_misread_are_refused():
     for belief, why in (
         (Belief(grid=(6, 7), shape=(3, 24, 24)), "6 of 42 image tokens change with no picture, where 0 were believed"),
         (Belief(grid=(7, 5), shape=(3, 24, 24), around=Around(newline=1)), "change with no picture"),
-        (Belief(grid=(6, 6), shape=(3, 24, 24)), "a run of 42 image tokens is no multiple of 36"),
+        (Belief(grid=(6, 6), shape=(3, 24, 24)), "a run of 42 image tokens is not a multiple of 36"),
     ):
         family = Generic("unseen", belief, "vision_tower", "multi_modal_projector", 1)
         assert why in examined(target, family).reason
