@@ -21,7 +21,7 @@ from pydantic import TypeAdapter
 from codebook import models
 from codebook.analysis import likelihood
 from codebook.errors import CodebookError, quoted
-from codebook.inference.ask import answer_prompts, ask
+from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import Share, read_record
 from codebook.inference.respond import BATCH_SIZE, remembering
@@ -175,11 +175,10 @@ def candidate_schedules(
     elif not all(first < layer < layers for layer in at):
         raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
     found: dict[str, Schedule] = {}
-    groups: list[tuple[str | None, list[str]]]
     name, semicolon, settings = method.partition(";")
     tried = [f"random@{layer}:{share}" for layer in at for share in SHARES]
     tried += [f"drop@{layer}" for layer in at if drop]
-    groups = [(None, tried)]
+    groups: list[tuple[str | None, list[str]]] = [(None, tried)]
     groups += [(text, _deep_stages(text, at, first, layers)) for text in deep]
     for text, own in groups:
         refused: list[CodebookError] = []
@@ -404,9 +403,8 @@ class _Search:
             rows = todo[start : start + BATCH_SIZE]
             name = f"answers {rows[0]}"
             if name not in self.journal:
-                own = [self.samples[row] for row in rows]
-                answers = ask(self.model, self.processor, [s.pictures() for s in own], [s.question for s in own])
-                self.journal.add(name, [answer.text for answer in answers])
+                answers = self._answers([self.samples[row] for row in rows], Schedule([]))
+                self.journal.add(name, answers)
             texts = read_record(self.journal, name, TEXTS, len(rows))
             for row, text in zip(rows, texts, strict=True):
                 self.samples[row] = self.samples[row].answered(text)
@@ -438,14 +436,16 @@ class _Search:
             group = [self.samples[row] for row in range(start, min(start + BATCH_SIZE, rows.stop))]
             name = f"generated {start} {schedule}"
             if name not in self.journal:
-                answers = ask(
-                    self.model, self.processor, [s.pictures() for s in group], [s.question for s in group], schedule
-                )
-                self.journal.add(name, [s.score(a.text) for s, a in zip(group, answers, strict=True)])
+                answers = self._answers(group, schedule)
+                self.journal.add(name, [s.score(text) for s, text in zip(group, answers, strict=True)])
             found = read_record(self.journal, name, VALUES, len(group))
             scores |= dict(enumerate(found, start))
             self.tick(len(group))
         return self._mean(scores, rows)[0]
+
+    def _answers(self, samples: Sequence[Sample], schedule: Schedule) -> list[str]:
+        prompts = prepare_samples(self.model, self.processor, samples)
+        return [answer.text for answer in answer_prompts(self.model, self.processor, prompts, schedule)]
 
     def mean(self, schedule: Schedule, rows: range) -> float:
         return self._mean(self.values[str(schedule)], rows)[0]

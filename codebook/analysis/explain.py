@@ -107,6 +107,7 @@ def explain_tokens(
     order = redundancy.flip(0).argsort(descending=True, stable=True)
     ranks = torch.empty_like(order)
     ranks[len(order) - 1 - order] = torch.arange(1, len(order) + 1, device=order.device)
+    whole, rank = redundancy.tolist(), ranks.tolist()
     sizes = Counter(record["cluster"] for record in book.provenance)
     out = []
     for token, values, places in zip(tokens, similarity.tolist(), index.tolist(), strict=True):
@@ -114,9 +115,7 @@ def explain_tokens(
             {"similarity": value, **book.provenance[i], "cluster_size": sizes[book.provenance[i]["cluster"]]}
             for value, i in zip(values, places, strict=True)
         ]
-        row, col = divmod(token, grid[1])
-        whole = redundancy.tolist()
-        out.append(Explanation((row, col), grid, whole[token], int(ranks[token]), near, whole))
+        out.append(Explanation(divmod(token, grid[1]), grid, whole[token], rank[token], near, whole))
     return out
 
 

@@ -17,7 +17,7 @@ from typing_extensions import TypedDict
 from codebook import models
 from codebook.analysis.prefill import Cost, Prefill
 from codebook.errors import CodebookError
-from codebook.inference.ask import ask
+from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import answer_ids, check_samples, prepare_samples
 from codebook.inference.records import Share, damaged, read_record
 from codebook.inference.samples import Sample, samples_digest
@@ -448,12 +448,11 @@ def _generate(
     for start in range(0, len(samples), GENERATED_PER_BATCH):
         group = list(samples[start : start + GENERATED_PER_BATCH])
         if str(start + len(group) - 1) not in journal:
-            pictures, questions = [s.pictures() for s in group], [s.question for s in group]
-            answers = {}
+            prompts, answers = prepare_samples(model, processor, group), {}
             with remember(model):
                 for at in [layers, *range(1, layers)]:
                     schedule = Schedule([Stage(at, 0, Drop())] if at < layers else [])
-                    answers[at] = [a.text for a in ask(model, processor, pictures, questions, schedule)]
+                    answers[at] = [a.text for a in answer_prompts(model, processor, prompts, schedule)]
             for i, sample in enumerate(group):
                 own = sample if sample.answer is not None else sample.answered(answers[layers][i])
                 # A schedule keeps one token before the LLM at least: layer 1 is as early as it gets.

@@ -8,7 +8,7 @@ which describes the diagnostic; how the layer is read off the curve is said here
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -205,12 +205,12 @@ def _agreement(
 
 
 @contextlib.contextmanager
-def _overheard(model: Model) -> Any:
-    """Per decoder layer the queries, keys and scaling of the last forward inside, by number of the layer."""
+def _overheard(model: Model) -> Iterator[dict[int, tuple[Tensor, Tensor, float]]]:
+    """A context that gives, by number of the decoder layer, queries, keys and scaling of the last forward inside."""
     heard: dict[int, tuple[Tensor, Tensor, float]] = {}
 
-    def hear(i: int, *found: Any) -> None:
-        heard[i] = found
+    def hear(i: int, query: Tensor, key: Tensor, scaling: float) -> None:
+        heard[i] = query, key, scaling
 
     with contextlib.ExitStack() as undo:
         for i, layer in enumerate(model.get_decoder().layers):

@@ -119,6 +119,4 @@ class _WatchedFrames(_Watched, FramePruner):
 
 def _of_view(image: Image, notes: Sequence[_Note]) -> _Note | None:
     """The note about the image's whole view; None where that was not asked about, or shares its quota with crops."""
-    grids = image.layout.grids
-    number = next((i for i, grid in enumerate(grids) if grid.kind == "view"), 0)
-    return notes[number] if len(notes) == len(grids) else None
+    return notes[image.layout.whole] if len(notes) == len(image.layout.grids) else None

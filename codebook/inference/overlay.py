@@ -93,7 +93,7 @@ def mass_picture(
     for token in kept:
         box = _patch_box(plain, grid, token)
         shown.paste(plain.crop(box), box)
-        draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=colours[token], width=2 * line)
+        _frame(draw, box, colours[token], 2 * line)
     return shown
 
 
@@ -109,8 +109,7 @@ def score_picture(
         shown.paste(Image.blend(shown.crop(box), _filled(box, _heat(share)), 0.7), box)
     draw, line = ImageDraw.Draw(shown), max(2, plain.width // 288)
     for token in kept:
-        left, top, right, bottom = _patch_box(plain, grid, token)
-        draw.rectangle((left, top, right - 1, bottom - 1), outline="white", width=line)
+        _frame(draw, _patch_box(plain, grid, token), "white", line)
     return shown
 
 
@@ -118,8 +117,7 @@ def marked(picture: Image.Image, token: int, grid: tuple[int, int]) -> Image.Ima
     """A picture that one of the functions above drew, with one token framed boldly."""
     left, top, right, bottom = _patch_box(picture, grid, token)
     shown, line = picture.copy(), max(4, picture.width // 120)
-    box = (left - line, top - line, right + line - 1, bottom + line - 1)
-    ImageDraw.Draw(shown).rectangle(box, outline=(255, 0, 160), width=line)
+    _frame(ImageDraw.Draw(shown), (left - line, top - line, right + line, bottom + line), (255, 0, 160), line)
     return shown
 
 
@@ -186,7 +184,7 @@ def _enlarge(image: Image.Image, kept: Iterable[int], grid: tuple[int, int]) -> 
     for token in kept:
         box = _patch_box(plain, grid, token)
         shown.paste(plain.crop(box), box)
-        draw.rectangle((box[0], box[1], box[2] - 1, box[3] - 1), outline=(255, 196, 0), width=line)
+        _frame(draw, box, (255, 196, 0), line)
     return plain, shown
 
 
@@ -194,6 +192,14 @@ def _patch_box(picture: Image.Image, grid: tuple[int, int], token: int) -> tuple
     """Where a token lies in an enlarged picture, in pixels."""
     (top, left), width, height = divmod(token, grid[1]), picture.width // grid[1], picture.height // grid[0]
     return left * width, top * height, (left + 1) * width, (top + 1) * height
+
+
+def _frame(
+    draw: ImageDraw.ImageDraw, box: tuple[int, int, int, int], colour: str | tuple[int, ...], width: int
+) -> None:
+    """Frame a box, inside its edges."""
+    left, top, right, bottom = box
+    draw.rectangle((left, top, right - 1, bottom - 1), outline=colour, width=width)
 
 
 def _patch_centre(picture: Image.Image, grid: tuple[int, int], token: int) -> tuple[int, int]:

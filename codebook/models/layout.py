@@ -78,6 +78,11 @@ class Layout:
         """Visual tokens, structural ones not counted."""
         return sum(grid.count for grid in self.grids)
 
+    @property
+    def whole(self) -> int:
+        """Number of the grid of the whole view; 0, the first, where there is none, as in a video."""
+        return next((i for i, grid in enumerate(self.grids) if grid.kind == "view"), 0)
+
     @classmethod
     def stacked(cls, count: int, rows: int, cols: int, kind: Literal["view", "crop", "frame"], tail: int = 0) -> Layout:
         """The layout of `count` grids of one shape, one after the other, and `tail` structural tokens."""
@@ -132,9 +137,8 @@ class Image:
     def view(self, tokens: Iterable[int]) -> tuple[list[int], tuple[int, int]]:
         """Which of these tokens lie in the whole view (for a video, the first frame), as raster positions, and that
         grid's rows and columns."""
-        number, grid = next(
-            ((i, grid) for i, grid in enumerate(self.layout.grids) if grid.kind == "view"), (0, self.layout.grids[0])
-        )
+        number = self.layout.whole
+        grid = self.layout.grids[number]
         places = [self.locate(token) for token in tokens]
         return [row * grid.cols + col for i, row, col in places if i == number], (grid.rows, grid.cols)
 

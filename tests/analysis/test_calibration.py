@@ -198,7 +198,8 @@ def test_unlabelled_samples_are_answered_by_the_unpruned_model(model, processor,
     run = _Search(model, processor, unlabelled, Journal(None, {}), lambda count: None)
     said = iter(range(14))
     monkeypatch.setattr(
-        "codebook.analysis.calibration.ask", lambda *args: [_Said("" if i == 2 else f"red {i}") for i in said]
+        "codebook.analysis.calibration.answer_prompts",
+        lambda *args: [_Said("" if i == 2 else f"red {i}") for i in said],
     )
     assert run.fill_answers() == 1
     assert [s.answer for s in run.samples] == [f"red {i}" for i in range(14) if i != 2]
