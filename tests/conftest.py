@@ -56,7 +56,8 @@ def refused(run):
 @pytest.fixture(scope="session")
 def language():
     """SmolLM2's file, which `codebook prune eyes` puts into the cache; no test fetches 93 MB."""
-    from codebook.models.smollm2 import GGUF_SHA256, MEMBER, cache_folder, language_file
+    from codebook.models.caching import cache_folder
+    from codebook.models.smollm2 import GGUF_SHA256, MEMBER, language_file
 
     path = cache_folder() / f"{os.path.basename(MEMBER)[:-5]}-{GGUF_SHA256[:8]}.gguf"
     if not path.exists():

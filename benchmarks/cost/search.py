@@ -26,7 +26,8 @@ import torch
 from benchmarks.cost.build import clustered
 from benchmarks.cost.timing import interleaved, machine, quartiles
 from codebook import Codebook
-from codebook.store.inverted import Place, inverted_file, user_cache
+from codebook.models.caching import cache_folder
+from codebook.store.inverted import Place, inverted_file
 from codebook.store.search import PrototypeSearch
 
 IMAGES, TOKENS = 8, 576
@@ -58,7 +59,7 @@ def compare(count: int, folder: Path, seconds: float) -> dict[str, Any]:
     _, made = timed(lambda: inverted_file(faiss, lambda: unit(book.prototypes), place))
     before = memory()
     index, opened = timed(lambda: inverted_file(faiss, lambda: unit(book.prototypes), place))
-    [record] = [json.loads(path.read_text()) for path in user_cache().glob(f"{place.digest}*.json")]
+    [record] = [json.loads(path.read_text()) for path in cache_folder().glob(f"{place.digest}*.json")]
     exact = PrototypeSearch(book.prototypes)
     ways: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
         "inverted file": lambda own: torch.from_numpy(index.search(unit(own), 1)[0][:, 0]),

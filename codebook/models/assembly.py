@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError, remedy_for
+from codebook.models.caching import cache_folder
 from codebook.models.gguf import Gguf, read_gguf
 from codebook.models.smollm2 import (
     GGUF_SHA256,
     LAYERS,
     MATRICES,
-    cache_folder,
     language_file,
     language_tokenizer,
     language_weights,

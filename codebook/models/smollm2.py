@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from codebook.errors import CodebookError, remedy_for
+from codebook.models.caching import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -60,12 +60,6 @@ MATRICES = {
     "down_proj": ("mlp", "ffn_down"),
 }
 """The matrices of a layer, all without a bias: the part of the layer that has it, and its name in GGUF."""
-
-
-def cache_folder() -> Path:
-    """Where what can be fetched or made again is kept; as `user_cache` of the store, which this room cannot import."""
-    given = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or ""
-    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "codebook"
 
 
 def language_file(given: Path | None = None) -> Path:

@@ -22,6 +22,7 @@ from pydantic import ConfigDict, Field
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
+from codebook.models.caching import cache_folder
 from codebook.store.files import locked, read_json, replacing, sha256, write_text
 
 AGREEMENT = 0.999
@@ -88,7 +89,7 @@ def inverted_file(faiss: Any, prototypes: Callable[[], Vectors], place: Place) -
     would be made again by every process.
     """
     try:
-        cache = user_cache()
+        cache = cache_folder()
         cache.mkdir(mode=0o700, parents=True, exist_ok=True)
         name = f"{place.digest}-faiss-{faiss.__version__}"
         record = cache / f"{name}.json"
@@ -105,12 +106,6 @@ def inverted_file(faiss: Any, prototypes: Callable[[], Vectors], place: Place) -
             return _made(faiss, prototypes(), record, files)
     except (OSError, RuntimeError):  # no home, or one that cannot be written; what FAISS cannot map
         return None
-
-
-def user_cache() -> Path:
-    """This package's folder among the caches of the user who runs it."""
-    given = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA") or ""
-    return (Path(given) if os.path.isabs(given) else Path.home() / ".cache") / "codebook"
 
 
 def _made(faiss: Any, prototypes: Vectors, record: Path, files: tuple[Path, ...]) -> Any:
