@@ -1,4 +1,7 @@
-"""Timing side by side, as `codebook bench` does it, and the command line of benchmarks that do nothing else."""
+"""Timing side by side, and the command line of benchmarks that do nothing else.
+
+Every round runs all tasks once, so other load on the machine falls on all of them alike, as in `codebook bench`.
+"""
 
 import argparse
 import functools
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 
-from codebook.evaluation.timing import interleaved, machine, quartiles
+from codebook.evaluation.timing import machine, quartiles
 from codebook.store.files import write_text
 
 __all__ = ["Report", "clocked", "device_seconds", "interleaved", "machine", "measured", "quartiles"]
@@ -69,6 +72,20 @@ def as_text(content: dict[str, Any]) -> str:
 def synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()
+
+
+def interleaved(tasks: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, list[float]]:
+    """Seconds of each task in each round, after a warm-up: 3 to 25 rounds, as many as can start within `seconds`."""
+    times: dict[str, list[float]] = {name: [] for name in tasks}
+    for task in tasks.values():
+        clocked(task, device)
+    start = time.perf_counter()
+    for done in range(25):
+        if done >= 3 and time.perf_counter() - start > seconds:
+            break
+        for name, task in tasks.items():
+            times[name].append(clocked(task, device)[0])
+    return times
 
 
 def clocked(task: Callable[[], Any], device: str) -> tuple[float, float, Any]:

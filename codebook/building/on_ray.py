@@ -10,6 +10,7 @@ from typing import Any
 
 from codebook.building.worker import Engine, ImageTask, Outcome, Worker
 from codebook.errors import CodebookError, install_command
+from codebook.store.files import one_line
 
 PATIENCE = 5.0
 """Seconds to wait for a cluster's address to answer."""
@@ -34,6 +35,20 @@ def check_cluster(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=PATIENCE).close()
     except (OSError, ValueError) as error:
         raise CodebookError(f"no Ray cluster at {address}: {error}; check --address") from None
+
+
+def join_cluster(ray: Any, address: str | None) -> None:
+    """Connect this process to a cluster, or to one of its own that is started for it.
+
+    Raises
+    ------
+    CodebookError
+        If it cannot be reached.
+    """
+    try:
+        ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise CodebookError(f"cannot reach Ray: {one_line(error)}; check --address") from None
 
 
 def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = None, gpus: float = 0) -> Engine:
@@ -82,11 +97,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
             return
         ours = not ray.is_initialized()
         if ours:
-            try:
-                ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-            except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:200]
-                raise CodebookError(f"cannot reach Ray: {reason}; check --address") from None
+            join_cluster(ray, address)
         try:
             ray.data.DataContext.get_current().enable_progress_bars = False
             images = ray.data.from_items(names, override_num_blocks=math.ceil(len(names) / IMAGES_PER_BLOCK))
@@ -101,8 +112,9 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
                     raise CodebookError(outcome)
                 yield outcome
         except ray.exceptions.RayError as error:
-            reason = " ".join(str(error).split())[:200]
-            raise CodebookError(f"a worker on Ray failed: {reason}; run again, finished images are kept") from None
+            raise CodebookError(
+                f"a worker on Ray failed: {one_line(error)}; run again, finished images are kept"
+            ) from None
         finally:
             if ours:
                 ray.shutdown()

@@ -29,6 +29,7 @@ DECODED_TOKENS = 8
 
 
 def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -50,15 +51,18 @@ class Clock:
         self._since = now
 
     def enter(self, phase: str, *_: Any) -> None:
+        """Begin a phase; as a hook of a module, whose arguments do not matter."""
         self._turn()
         self._phases.append(phase)
 
     def leave(self, *_: Any) -> None:
+        """End the innermost phase; as a hook, too."""
         self._turn()
         self._phases.pop()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
+        """A context that is timed as a phase."""
         self.enter(name)
         try:
             yield
@@ -72,15 +76,9 @@ class Clock:
         parts = [("vision", family.tower(model)), ("vision", family.projector(model)), ("prefill", model.get_decoder())]
         with contextlib.ExitStack() as undo:
             for phase, module in parts:
-                undo.callback(module.register_forward_pre_hook(partial(self._before, phase)).remove)
-                undo.callback(module.register_forward_hook(self._after).remove)
+                undo.callback(module.register_forward_pre_hook(partial(self.enter, phase)).remove)
+                undo.callback(module.register_forward_hook(self.leave).remove)
             yield
-
-    def _before(self, phase: str, *_: Any) -> None:
-        self.enter(phase)
-
-    def _after(self, *_: Any) -> None:
-        self.leave()
 
 
 class _SelectorTally(Tally):

@@ -16,6 +16,7 @@ from PIL import Image
 
 from codebook.evaluation.bench import BASELINES, UNPRUNED
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
+from codebook.evaluation.comparisons import RIGHT_FROM
 from codebook.evaluation.remarks import Results, half_width, ranked, remarks
 from codebook.inference.uncertainty import UNKNOWN, plus_minus
 from codebook.pruning.presets import expand
@@ -297,7 +298,7 @@ def _look(i: int, one: Mapping[str, Any], pictures: Sequence[Image.Image], keeps
 
     def tile(row: Mapping[str, Any]) -> dict[str, Any]:
         shots = zip(images, [dropped(kept, grid) for kept, grid in zip(row["kept"], grids, strict=True)], strict=True)
-        verdict = "" if row["score"] is None else "right" if row["score"] >= 0.5 else "wrong"
+        verdict = "" if row["score"] is None else "right" if row["score"] >= RIGHT_FROM else "wrong"
         return {**row, "shots": list(shots), "verdict": verdict, "count": sum(map(len, row["kept"]))}
 
     full = [tile(row) for row in one["rows"] if row["method"] == UNPRUNED]

@@ -1,35 +1,11 @@
-"""Timing side by side: every round runs all tasks once, so other load on the machine falls on all of them alike."""
+"""What a measurement of time is reported with: its quartiles, and the machine."""
 
 import platform
 import statistics
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-
-
-def interleaved(tasks: dict[str, Callable[[], Any]], seconds: float, device: str) -> dict[str, list[float]]:
-    """Seconds of each task in each round, after a warm-up: 3 to 25 rounds, as many as can start within `seconds`."""
-    times: dict[str, list[float]] = {name: [] for name in tasks}
-    for task in tasks.values():
-        _time(task, device)
-    start = time.perf_counter()
-    for done in range(25):
-        if done >= 3 and time.perf_counter() - start > seconds:
-            break
-        for name, task in tasks.items():
-            times[name].append(_time(task, device))
-    return times
-
-
-def _time(task: Callable[[], Any], device: str) -> float:
-    start = time.perf_counter()
-    task()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def quartiles(values: list[float]) -> dict[str, Any]:

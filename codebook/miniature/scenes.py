@@ -412,17 +412,8 @@ def _ink(thing: Thing) -> np.ndarray:
 
 @cache
 def digits() -> tuple[np.ndarray, np.ndarray]:
-    """Handwritten digits, shipped with the package: uint8 (1797, 8, 8) in 0..16, and their values."""
+    """The UCI digits of scikit-learn, shipped with the package: uint8 (1797, 8, 8) in 0..16, and their values."""
     with np.load(Path(__file__).parent / "digits.npz") as stored:
         packed, values = stored["images"], stored["values"]
     flat = np.stack([packed >> 4, packed & 15], -1).reshape(-1, 8, 8)
     return flat + (flat == 15), values  # 15 stands for 16 too: four bits a pixel
-
-
-def pack_digits(path: Path) -> None:
-    """Write ``digits.npz`` from scikit-learn's copy of the UCI digits (needed once, by us)."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    levels = np.minimum(data.images, 15).astype(np.uint8).reshape(-1, 32, 2)
-    np.savez_compressed(path, images=levels[..., 0] << 4 | levels[..., 1], values=data.target.astype(np.uint8))

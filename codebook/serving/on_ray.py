@@ -9,7 +9,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
-from codebook.building.on_ray import check_cluster
+from codebook.building.on_ray import check_cluster, join_cluster
 from codebook.errors import CodebookError, install_command, printable
 from codebook.serving.blueprint import Blueprint
 
@@ -55,7 +55,7 @@ def serve_on_ray(
     from ray import serve
 
     logging.getLogger("ray.serve").setLevel(logging.ERROR)
-    _join_cluster(ray, address)
+    join_cluster(ray, address)
     try:
         _check_room(ray.cluster_resources(), replicas, gpus)
         serve.start(http_options={"host": host, "port": port})
@@ -67,13 +67,6 @@ def serve_on_ray(
         raise CodebookError(f"the service failed on Ray: {_cause(serve, error)}") from None
     finally:
         ray.shutdown()  # Serve itself stays on a cluster that was there before: others may use it
-
-
-def _join_cluster(ray: Any, address: str | None) -> None:
-    try:
-        ray.init(address=address, log_to_driver=False, include_dashboard=False, configure_logging=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise CodebookError(f"cannot reach Ray: {printable(str(error), 200)}; check --address") from None
 
 
 def _check_room(resources: dict[str, float], replicas: int, gpus: int) -> None:

@@ -24,7 +24,7 @@ from vllm.multimodal import MULTIMODAL_REGISTRY
 
 from codebook.integrations.vllm.llava import TOWER_NAMES, anyres_grid, anyres_layout, anyres_pixels, side
 from codebook.integrations.vllm.pruned import Data, PruningModel, PruningProcessor
-from codebook.models.layout import Grid, Layout
+from codebook.models.layout import Layout, crops_and_view
 
 MOST_CROPS = 9
 """Crops whose grid OneVision takes as it is, or nearly; a larger one is shrunk to as many tokens (`anyres_max_9`)."""
@@ -46,12 +46,7 @@ def internvl_layouts(config: Any, data: Data) -> list[Layout]:
         int(size // patch * config.downsample_ratio)
         for size, patch in zip(config.vision_config.image_size, config.vision_config.patch_size, strict=True)
     )
-    found = []
-    for count in torch.as_tensor(data["image_num_patches"]).tolist():
-        kinds = ["crop"] * (count - 1) + ["view"]
-        grids = [Grid(number * rows * cols, rows, cols, kind) for number, kind in enumerate(kinds)]  # type: ignore[arg-type]
-        found.append(Layout(count * rows * cols, tuple(grids), count))
-    return found
+    return [crops_and_view(count, (rows, cols)) for count in torch.as_tensor(data["image_num_patches"]).tolist()]
 
 
 def internvl_pixels(config: Any, data: Data) -> list[Tensor]:
