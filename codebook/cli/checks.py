@@ -11,8 +11,9 @@ from pathlib import Path
 
 from codebook.errors import CodebookError
 from codebook.store.files import cannot_write
+from codebook.store.folder import CARD, CONFIG, PROTOTYPES, PROVENANCE
 
-CODEBOOK_FILES = ("config.json", "prototypes.safetensors", "provenance.jsonl", "README.md")
+CODEBOOK_FILES = (CONFIG, PROTOTYPES, PROVENANCE, CARD)
 """Files of a codebook's folder that a build writes."""
 BESIDE = ".sqlite-journal"
 """Longest ending that is added to an output's name, for the journal beside it and SQLite's own files."""

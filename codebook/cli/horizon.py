@@ -53,7 +53,7 @@ def horizon_command(
     if onset and metric == "generated":
         raise CodebookError("--onset measures the first telling token of answers: leave it out, or --metric generated")
     if out is not None:
-        check_output_folder(out, ("horizon.json", "horizon.png"))
+        check_output_folder(out, (HORIZON_FILE, "horizon.png"))
     loading.check(model)
     samples = mixed(load_samples(data, loading.frame_rule(model), split, seed, count), seed)
     horizon.check_tasks(sample.task for sample in samples)
@@ -95,4 +95,4 @@ def horizon_command(
     if cost.naive:
         note(f"cost: {cost.processed / cost.naive:.1%} of the tokens of a pruned forward for each layer")
     if out is not None:
-        note(f"curves: {out / 'horizon.png'}, {out / 'horizon.json'}")
+        note(f"curves: {out / 'horizon.png'}, {out / HORIZON_FILE}")

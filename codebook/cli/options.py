@@ -36,6 +36,10 @@ QuietOption = Annotated[bool, typer.Option("--quiet", help="Print results and er
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: cuda if there is one.")]
 SeedOption = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything random.")]
 KeepOption = Annotated[float, typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1].")]
+ScheduleKeepOption = Annotated[
+    float | None,
+    typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
+]
 QuestionOption = Annotated[str, typer.Option("--ask", help="The question.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")]
 MethodsOption = Annotated[

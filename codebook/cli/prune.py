@@ -16,6 +16,7 @@ from codebook.cli.options import (
     NewTokensOption,
     PullOption,
     RecipeOption,
+    ScheduleKeepOption,
     SeedOption,
     with_groups,
 )
@@ -28,10 +29,7 @@ from codebook.errors import CodebookError
 def prune_command(
     loading: Loading,
     model: Annotated[str | None, typer.Argument(help=f"{MODEL}; none with --tokens.")] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
-    ] = None,
+    keep: ScheduleKeepOption = None,
     image: Annotated[list[Path] | None, typer.Option(help="Picture to ask about; repeat for several.")] = None,
     video: Annotated[
         list[Path] | None,

@@ -11,7 +11,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from codebook.cli.options import MODEL, AddressOption, Loading, PullOption, RecipeOption, SeedOption, with_groups
+from codebook.cli.options import (
+    MODEL,
+    AddressOption,
+    Loading,
+    PullOption,
+    RecipeOption,
+    ScheduleKeepOption,
+    SeedOption,
+    with_groups,
+)
 from codebook.cli.output import note
 from codebook.errors import CodebookError, install_command
 
@@ -30,10 +39,7 @@ KEY = "CODEBOOK_API_KEY"
 def serve_command(
     loading: Loading,
     model: Annotated[str | None, typer.Argument(help=f"{MODEL}; none to serve codebooks alone.")] = None,
-    keep: Annotated[
-        float | None,
-        typer.Option(help="Visual tokens kept, averaged over the layers, in (0, 1]; default: the schedule's, or 0.2."),
-    ] = None,
+    keep: ScheduleKeepOption = None,
     schedule: Annotated[
         str | None,
         typer.Option("--schedule", "--method", help="As in `codebook prune`: `seeded-middle` (default), or another."),

@@ -28,7 +28,6 @@ from codebook.errors import CodebookError, unknown
 if TYPE_CHECKING:
     from codebook.pruning import Schedule
 
-
 DRAWN = {
     "kept": "framed: kept; dark: dropped",
     "mass": "framed: kept; a line goes from each dropped token to the kept one that stands for it",
