@@ -47,6 +47,7 @@ class Explanation:
 
     @property
     def tokens(self) -> int:
+        """Number of the image's visual tokens."""
         return self.grid[0] * self.grid[1]
 
     def kept(self, count: int) -> bool:

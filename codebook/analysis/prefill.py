@@ -146,6 +146,7 @@ class Prefill:
 
     @property
     def layers(self) -> int:
+        """Number of decoder layers."""
         return len(self.hidden)
 
     def answers(self, layers: Sequence[int], kept: Tensor, batch_size: int = VARIANTS_PER_FORWARD) -> Tensor:

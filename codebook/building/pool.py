@@ -63,10 +63,12 @@ class SurvivorPool:
 
     @property
     def used(self) -> list[str]:
+        """Names of the images that were probed."""
         return [name for name, image in self.images.items() if "funnel" in image]
 
     @property
     def skipped(self) -> list[str]:
+        """Names of the images that cannot be read."""
         return [name for name, image in self.images.items() if "error" in image]
 
     @property

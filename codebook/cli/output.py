@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 LINE_SECONDS = 10.0
 """Least seconds between progress lines where there is no terminal."""
 
-
 P = ParamSpec("P")
 
 
@@ -103,6 +102,8 @@ def fetching_progress(name: str) -> Iterator[Callable[[int], None]]:
 
 
 class Update(Protocol):
+    """What shows the progress of work."""
+
     def __call__(self, done: int, note: str = "") -> None:
         """Show how many units are done in all, and `note` beside it."""
 

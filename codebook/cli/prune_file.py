@@ -42,6 +42,13 @@ def prune_file(
     loading: Loading,
     as_json: bool,
 ) -> None:
+    """Answer the questions of a file with a model, and write its lines with their answers to another.
+
+    Raises
+    ------
+    CodebookError
+        If the file holds no questions, none can be answered, or with `strict` one cannot.
+    """
     lines = list(read_questions(source))
     if not lines:
         raise CodebookError(f"{source} holds no questions: {QUESTION_FORMAT}, one per line")

@@ -17,6 +17,7 @@ from codebook.store.known import find_named
 
 
 def prune_tokens(source: Path, book: Path, keep: float, output: Path, as_json: bool) -> None:
+    """Prune the tensors of a safetensors file by a codebook, and write what stays, and which tokens those are."""
     check_keep(keep)
     pruner = RedundancyCodebook(Codebook.load(find_named(book)))
     remedy = "give a safetensors file"

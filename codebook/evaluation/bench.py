@@ -103,6 +103,7 @@ class Row:
 
     @property
     def name(self) -> str:
+        """Method and budget, as notes and journals name the row."""
         return self.method if self.schedules == (None,) else f"{self.method} {self.keep:g}"
 
 

@@ -64,7 +64,7 @@ def position_axes(model: Model, inputs: dict[str, Any]) -> int:
 
 
 class _Watch:
-    """Watches the layers of a decoder in one forward."""
+    """Hooks that watch the layers of a decoder in one forward."""
 
     def __init__(self, model: Model) -> None:
         self.model, self.layers, self.axes = model, 0, 1

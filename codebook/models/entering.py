@@ -75,6 +75,7 @@ def prompt_inputs(model: Model, processor: Processor, pictures: Sequence[Picture
 
 
 def show(model: Model, processor: Processor, pictures: Sequence[Picture.Image]) -> Entered:
+    """What enters the decoder of prompts with one of these pictures each."""
     return enter_decoder(model, prompt_inputs(model, processor, pictures))
 
 

@@ -46,6 +46,7 @@ class Grid:
 
     @property
     def count(self) -> int:
+        """Number of its tokens."""
         return self.rows * self.cols
 
     @property

@@ -198,6 +198,7 @@ class Schedule:
         return 1 - self.flops(n, **shape) / Schedule([]).flops(n, **shape)
 
     def check_layers(self, layers: int) -> None:
+        """Raise a CodebookError if a stage is at none of the decoder's `layers` layers."""
         for stage in self.stages:
             if stage.layer >= layers:
                 raise CodebookError(

@@ -25,7 +25,7 @@ def tokens_kept(share: float, total: int) -> int:
 
 @dataclass(frozen=True)
 class Stage:
-    """From the input of one decoder layer on, only some visual tokens stay.
+    """One stage of pruning: from the input of one decoder layer on, only some visual tokens stay.
 
     Attributes
     ----------

@@ -96,6 +96,7 @@ class StageText:
         return self.entry.joint
 
     def fail(self, problem: str) -> NoReturn:
+        """Raise a CodebookError that names the part and what is wrong with it."""
         raise CodebookError(f"{self.where}: {problem}")
 
 
@@ -274,6 +275,7 @@ def _read_layer(layer: str) -> int:
 
 
 def read_keep(keep: str) -> int | float:
+    """The count, or with a decimal point the fraction, that a text writes; raises a CodebookError if it is neither."""
     if _WHOLE.fullmatch(keep):
         return _read_whole(keep, "keep")
     if (number := _read_float(keep)) is None:

@@ -22,7 +22,7 @@ from codebook.store.files import one_line
 
 
 class Preparer:
-    """Makes jobs of requests, on any thread.
+    """The maker of jobs from requests, on any thread.
 
     Each thread has a copy of the processor: tokenizers must not be used by two threads at once.
     """
@@ -79,6 +79,7 @@ class Preparer:
 
 
 def unknown_model(state: ModelState) -> ServiceError:
+    """The error of a request that names another model."""
     return ServiceError(404, f"there is no such model here: the model is {state.name!r}", "model_not_found", "model")
 
 

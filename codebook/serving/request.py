@@ -43,16 +43,22 @@ K = TypeVar("K", bound=Strict)
 
 
 class TextPart(Strict):
+    """Text of a message."""
+
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(Strict):
+    """Where an image is: a data URL, or an address."""
+
     url: str
     detail: Literal["auto"] = "auto"
 
 
 class ImagePart(Strict):
+    """An image of a message."""
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
@@ -72,6 +78,8 @@ class Turn(Strict):
 
 
 class StreamOptions(Strict):
+    """What a stream has beside the words of its answer."""
+
     include_usage: bool = False
     include_obfuscation: Literal[False] = False
 

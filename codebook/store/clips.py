@@ -89,7 +89,7 @@ def read_clip(path: Path, rule: FrameRule, check: Callable[[int, int], None]) ->
             info = _info(container, stream)
             check(info.width, info.height)
             numbers = sorted({int(number) for number in rule(info)})
-            if len(numbers) > MOST_FRAMES:  # every so-manieth of them
+            if len(numbers) > MOST_FRAMES:  # as many, at even distances
                 numbers = [numbers[i * len(numbers) // MOST_FRAMES] for i in range(MOST_FRAMES)]
             return tuple(_frames(container, stream, [number / info.fps for number in numbers], 1 / info.fps, check))
     except FileNotFoundError:

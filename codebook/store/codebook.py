@@ -86,6 +86,7 @@ class Codebook:
 
     @property
     def dimension(self) -> int:
+        """Numbers per prototype, d."""
         return self.prototypes.shape[1]
 
     # Similarity

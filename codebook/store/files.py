@@ -243,6 +243,7 @@ def fault_words(error: ValidationError) -> str:
 
 
 def one_line(error: Exception) -> str:
+    """What an error says, in one line of at most 200 characters; of an error without words the name of its class."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 

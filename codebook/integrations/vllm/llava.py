@@ -68,7 +68,7 @@ def next_layouts(config: Any, data: Data) -> list[Layout]:
 
 
 def anyres_pixels(config: Any, data: Data) -> list[Tensor]:
-    """Without the crops that pad an image to the number that another one has."""
+    """The pixels of each image, without the crops that pad it to the number that another one has."""
     sizes, points = torch.as_tensor(data["image_sizes"]).tolist(), config.image_grid_pinpoints
     crops = [image_size_to_num_patches(size, points, config.vision_config.image_size) for size in sizes]
     return [own[:count] for own, count in zip(data["pixel_values"], crops, strict=True)]

@@ -65,6 +65,7 @@ class Attachment:
 
     @property
     def model(self) -> Model:
+        """The model, which the attachment alone does not keep alive."""
         return self._model()
 
     # Contexts: under the lock

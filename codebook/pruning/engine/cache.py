@@ -15,7 +15,6 @@ from codebook.errors import CodebookError, quoted
 PAD = torch.iinfo(torch.int64).max
 """The column of a padding entry: later than any query, so that no query sees it."""
 
-
 CACHE_OPTION = "cache_implementation"
 """The argument of `generate` that names a kind of cache."""
 
@@ -51,22 +50,22 @@ class KeptIndex:
     _latest: list[tuple[str, int | Tensor, KeptIndex]] = field(default_factory=list, init=False, repr=False)
 
     def shown(self, mask: Tensor) -> KeptIndex:
-        """Without columns that a mask (B, logical length or more) hides by now, such as words after an answer's end."""
+        """The index without what a mask (B, logical length or more) hides by now, such as what follows an answer."""
         on = mask.to(self.columns.device).bool().gather(1, self.columns.clamp(max=self.logical - 1))
         hidden = ~on & (self.columns != PAD)
         return replace(self, columns=self.columns.masked_fill(hidden, PAD), padded=True) if bool(hidden.any()) else self
 
     def rows(self, index: Tensor) -> KeptIndex:
-        """These of its rows, (B',) int64."""
+        """The index of some of its rows, (B',) int64."""
         return self._once("rows", index, lambda: self._rows(index.to(self.columns.device)))
 
     def repeated(self, times: int) -> KeptIndex:
-        """Each of its rows so many times."""
+        """The index with each of its rows so many times."""
         places = torch.arange(len(self.columns), device=self.columns.device)
         return self._once("repeated", times, lambda: self._rows(places.repeat_interleave(times)))
 
     def cropped(self, count: int) -> KeptIndex:
-        """Without its last `count` columns.
+        """The index without its last `count` columns.
 
         Raises
         ------
@@ -162,6 +161,7 @@ class PrunedLayer(DynamicLayer):
 
     @property
     def physical(self) -> int:
+        """Number of stored keys per row, padding counted."""
         return super().get_seq_length()
 
     def get_seq_length(self) -> int:

@@ -70,6 +70,7 @@ class Unit:
 
     @property
     def count(self) -> int:
+        """Number of its tokens."""
         return len(self.ordinal)
 
 
@@ -266,7 +267,7 @@ def _film_numbers(found: list[_Found]) -> list[int | None]:
 
 
 def _key(keys: Callable[[], Sequence[Tensor]], image: int, grid: int) -> Tensor:
-    """() int64: of an image and one of its grids, whose number is mixed."""
+    """The key, () int64, of an image and one of its grids, whose number is mixed."""
     return keys()[image] ^ grid
 
 
@@ -278,7 +279,7 @@ def _mixed(grid: int) -> int:
 def _keys(
     found: list[_Found], features: list[Tensor], sources: dict[str, _Source], device: torch.device
 ) -> Sequence[Tensor]:
-    """For each image () int64: of the picture and its place in the prompt, and of nothing that depends on the batch.
+    """For each image its key, () int64: of picture and place in the prompt, and of nothing that depends on the batch.
 
     With the place the same picture shown twice keeps two different random sets. There is one image at least. All go
     through each step together: one by one, a batch would take hundreds of kernels.

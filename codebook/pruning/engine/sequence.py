@@ -34,10 +34,12 @@ class Given:
 
     @property
     def batch(self) -> int:
+        """Number of rows, B."""
         return self.embeds.shape[0]
 
     @property
     def length(self) -> int:
+        """Tokens of each row, L, padding counted."""
         return self.embeds.shape[1]
 
     @property
@@ -79,6 +81,7 @@ class Shortened:
 
     @property
     def padded(self) -> bool:
+        """Whether any row has padding."""
         return min(self.lengths) < self.source.shape[1]
 
     @property

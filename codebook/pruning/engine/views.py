@@ -53,7 +53,7 @@ class Cached(NamedTuple):
 
 @dataclass(frozen=True)
 class Viewer:
-    """Makes views of one forward.
+    """The maker of one forward's views.
 
     Attributes
     ----------
@@ -187,7 +187,7 @@ class Viewer:
     def _rotary(
         self, layer: Any, past: KeptIndex | None, sequence: Shortened | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Kept positions are gathered, compact ones counted anew; what was cached with other ones goes on with them."""
+        """Cosines and sines: kept positions are gathered, compact ones counted anew, and those of a cache go on."""
         behind = None if past is None else past.dropped
         if behind is None and (sequence is None or not self.compact):
             cos, sin = kwargs["position_embeddings"]

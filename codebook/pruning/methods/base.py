@@ -24,7 +24,7 @@ GRAM_ROWS = 288
 
 
 class Pruner(ABC):
-    """Chooses which of one image's visual tokens stay."""
+    """A method of pruning: it chooses which of one image's visual tokens stay."""
 
     uses_attention: ClassVar[bool] = False
     """Whether it needs `tokens.attention`; such a pruner works at layer 1 or later."""
@@ -129,7 +129,7 @@ def beyond_features(pruner: Pruner) -> str:
 
 
 class ScoringPruner(Pruner):
-    """Keeps the tokens with the highest scores."""
+    """A pruner that keeps the tokens with the highest scores."""
 
     @abstractmethod
     def score(self, tokens: VisualTokens) -> Tensor:
@@ -140,7 +140,7 @@ class ScoringPruner(Pruner):
 
 
 class FeaturePruner(Pruner):
-    """Chooses by projector outputs alone, for several images at once, and merges nothing."""
+    """A pruner that chooses by projector outputs alone, for several images at once, and merges nothing."""
 
     @abstractmethod
     def select_each(self, features: Tensor, keep: int) -> Tensor:
@@ -163,7 +163,7 @@ class FeaturePruner(Pruner):
 
 
 class FramePruner(Pruner):
-    """Chooses among all frames of a film at once: one frame may keep more of its tokens than another.
+    """A pruner that chooses among all frames of a film at once: one may keep more of its tokens than another.
 
     A film is a video, or all images of one prompt, since many models are shown a video as several images. How many
     tokens each frame keeps depends on what it shows, so the host waits for the device once per film.

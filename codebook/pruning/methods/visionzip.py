@@ -18,9 +18,9 @@ from codebook.pruning.tokens import VisualTokens, needed
 class VisionZip(Pruner):
     """Keep the dominant tokens, and a few contextual ones into which all others are averaged.
 
-    Dominant are those with most [CLS] attention (`Cls`). Of the others every so-many-th in raster order is a target;
-    each of the rest joins the target whose key in the vision tower, averaged over heads, has the highest cosine
-    similarity to its own. A target becomes the average of its group. The authors merge tower features before the
+    Dominant are those with most [CLS] attention (`Cls`). Of the others, some at even distances in raster order are
+    targets; each of the rest joins the target whose key in the vision tower, averaged over heads, has the highest
+    cosine similarity to its own. A target becomes the average of its group. The authors merge tower features before the
     projector and add that average, the target left out, to the target; here it is the LLM's input, or its hidden
     states, that is averaged, and the target counts as one of its group, so that its norm does not double.
 
