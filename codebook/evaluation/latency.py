@@ -22,6 +22,7 @@ from codebook import models
 from codebook.inference.prompts import prepare
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
+from codebook.pruning.engine.context import Pruning
 from codebook.pruning.engine.statistics import Tally
 
 DECODED_TOKENS = 8
@@ -120,7 +121,9 @@ class TimedPrompt:
 
         return cls(model, make, make(1))
 
-    def generate(self, schedule: Schedule | None, tokens: int, clock: Clock | None = None, **options: Any) -> Any:
+    def generate(
+        self, schedule: Schedule | None, tokens: int, clock: Clock | None = None, **options: Any
+    ) -> tuple[Any, Pruning]:
         """Generate exactly `tokens` tokens, greedily; the output of `generate` and the pruning context.
 
         A clock times the phases: those of `Clock.watching`, and as `selector` what the methods do.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image as Picture
 from torch import Tensor
 
 from codebook.models.base import Family, Model, Processor
@@ -61,7 +62,7 @@ class AnySize(Family):
         """(rows * cols, D): the average of each token's patches, of an image or frame (N, D)."""
         return pool_patches(patches, cols * self.merge(model), self.merge(model))
 
-    def view(self, processor: Processor, picture: Any) -> Tensor:
+    def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
         images = processor.image_processor
         side = VIEW_SIDE * images.merge_size * images.patch_size
         return images(images=picture.resize((side, side)), return_tensors="pt")["pixel_values"]

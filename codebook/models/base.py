@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal
 
 import torch
+from PIL import Image as Picture
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
@@ -266,8 +267,8 @@ class Family:
         """
         return WHOLE_PICTURE
 
-    def view(self, processor: Processor, picture: Any) -> Tensor:
-        """Pixels of the whole view of a PIL picture, as `image_features` takes them."""
+    def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
+        """Pixels of the whole view of a picture, as `image_features` takes them."""
         return processor.image_processor(images=picture, return_tensors="pt", **self.one_view)["pixel_values"]
 
     def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:

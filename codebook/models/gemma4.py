@@ -6,6 +6,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from PIL import Image as Picture
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
@@ -70,7 +71,7 @@ class Gemma4(AnySize):
     def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         return {"mm_token_type_ids": image_types(embeds, start, grid)}
 
-    def view(self, processor: Processor, picture: Any) -> Tensor:
+    def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
         images = processor.image_processor
         side = any_size.VIEW_SIDE * images.pooling_kernel_size
         square = picture.resize((side * images.patch_size, side * images.patch_size))

@@ -10,6 +10,7 @@ import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, NoReturn
 
+from PIL import Image as Picture
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
@@ -173,7 +174,7 @@ class Generic(Family):
     def merge(self, model: Model) -> int:
         return self.belief.unit
 
-    def view(self, processor: Processor, picture: Any) -> NoReturn:
+    def view(self, processor: Processor, picture: Picture.Image) -> NoReturn:
         raise self.unknown("codebooks of it are", "use a method without one, such as farthest+mass or divprune")
 
     def unknown(self, what: str, remedy: str) -> CodebookError:

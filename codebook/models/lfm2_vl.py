@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image as Picture
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
@@ -57,7 +58,7 @@ class Lfm2VL(Lfm2Decoder, AnySize):
     def attended(self, model: Model, encoded: Encoded) -> list[tuple[int, slice]]:
         return [(row, slice(count)) for row, count in enumerate(encoded.given["spatial_shapes"].prod(-1).tolist())]
 
-    def view(self, processor: Processor, picture: Any) -> Tensor:
+    def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
         images = processor.image_processor
         side = VIEW_TOKENS * images.downsample_factor
         size = (side * images.encoder_patch_size,) * 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from PIL import Image as Picture
 from torch import Tensor, nn
 
 from codebook.models import any_size
@@ -42,7 +43,7 @@ class Mistral3(AnySize):
             start = stop
         return out
 
-    def view(self, processor: Processor, picture: Any) -> Tensor:
+    def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
         side = any_size.VIEW_SIDE * processor.spatial_merge_size * processor.patch_size
         return processor.image_processor(
             images=picture.resize((side, side)), patch_size=processor.patch_size, return_tensors="pt"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
+from PIL import Image as Picture
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -30,7 +29,7 @@ class VideoLlava(Llava):
         path = next(name for name, module in self.tower(model).named_modules() if module is image)
         return [image, model.base_model.video_tower.get_submodule(path)]
 
-    def view(self, processor: Processor, picture: Any) -> Tensor:
+    def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
         made = processor.image_processor(images=picture, return_tensors="pt")
         return made["pixel_values"] if "pixel_values" in made else made["pixel_values_images"]  # its older name
 

@@ -19,7 +19,7 @@ from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from codebook.errors import CodebookError, out_of_memory
-from codebook.inference.ask import generate
+from codebook.inference.ask import Generated, generate
 from codebook.inference.prompts import Prompts
 from codebook.models import Image
 from codebook.models.base import Model, Processor
@@ -272,7 +272,7 @@ class ModelThread:
             # The end counts as one of the tokens; what follows it is padding.
             job.answer.set_result(tokens[: int(ends[0]) + 1 if job.ended else job.new_tokens])
 
-    def _generate(self, jobs: list[Job]) -> Any:
+    def _generate(self, jobs: list[Job]) -> Generated:
         first, processors = jobs[0], []
         prompts = join([job.prompts for job in jobs], self._pad)
         rows = Rows(jobs, prompts.inputs["input_ids"].shape[1], self._ends)

@@ -12,6 +12,7 @@ from PIL import Image as Picture
 from codebook.errors import CodebookError, quoted
 from codebook.inference.prompts import check_question, encode_prompts, token_limit
 from codebook.inference.samples import check_asked
+from codebook.models.base import Processor
 from codebook.models.chat import check_special
 from codebook.serving.errors import ServiceError
 from codebook.serving.model_thread import Job
@@ -32,7 +33,7 @@ class Preparer:
         self._own = threading.local()
 
     @property
-    def _processor(self) -> Any:
+    def _processor(self) -> Processor:
         if not hasattr(self._own, "processor"):
             self._own.processor = copy.deepcopy(self._state.processor)
         return self._own.processor

@@ -317,7 +317,7 @@ def parse_book(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -
     return prototypes, [row for _, row in rows]
 
 
-def tensor_of(path: Path, data: bytes, name: str) -> Any:
+def tensor_of(path: Path, data: bytes, name: str) -> Tensor:
     """The one tensor that a file of a codebook holds."""
     tensors = parse_tensors(path, data, "rebuild with `codebook build`")
     if set(tensors) != {name}:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from codebook.errors import CodebookError, install_command
-from codebook.store.inverted import Place, inverted_file
+from codebook.store.inverted import Place, Vectors, inverted_file
 
 # Measured on 2 cores, 576 tokens, d = 160 to 4096: torch and faiss are level up to 10 000 prototypes, and at
 # 20 000 faiss is 1.3 times faster for d >= 1024.
@@ -142,7 +142,7 @@ class PrototypeSearch:
         return self._unit[device]
 
 
-def _query(tokens: Tensor) -> Any:
+def _query(tokens: Tensor) -> Vectors:
     return normalize(tokens.detach().float(), dim=1).cpu().numpy()
 
 

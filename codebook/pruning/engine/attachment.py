@@ -70,7 +70,7 @@ class Attachment:
 
     # Contexts: under the lock
 
-    def add(self, pruning: Pruning, owner: object) -> None:
+    def add(self, pruning: Pruning, owner: tuple[int, Any]) -> None:
         """Open a context of a thread or task, or refuse it beside those that are open."""
         for other in self._pruning:
             if other is pruning:

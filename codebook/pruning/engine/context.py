@@ -82,7 +82,7 @@ class Pruning:
         self.taps = contextlib.ExitStack()
         self.pointed = False  # whether the layers' attention adds what there is to its logits: among the taps
         self.attachment: Attachment | None = None
-        self.owner: Any = None  # the thread and task that opened it
+        self.owner: tuple[int, Any] | None = None  # the thread and task that opened it
         self._latest = _Shown([], [])
         self._own = threading.local()
 

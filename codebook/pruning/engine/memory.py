@@ -7,7 +7,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ class _Memory:
             undo.enter_context(replaced(family.tower(model), "forward", lambda stock: partial(self._forward, stock)))
             self.undo = undo.pop_all().close
 
-    def __reduce_ex__(self, _: Any) -> Any:
+    def __reduce_ex__(self, _: Any) -> NoReturn:
         raise CodebookError("a model inside `remember` cannot be copied or saved: leave the context first")
 
     def _note(self, query: Tensor, key: Tensor, scaling: float) -> None:
