@@ -97,7 +97,7 @@ def load_untested(
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     device = check_loading(name, device, dtype, **options)
-    with _explained(name, options):
+    with _explaining(name, options):
         folder, files, config = _located(name, options)  # before gigabytes are read
         if options.get("quantization_config") or getattr(config, "quantization_config", None):
             options.setdefault("device_map", {"": device})  # packed weights do not move afterwards
@@ -161,7 +161,7 @@ def load_processor(name: str, **options: Any) -> tuple[Family, Processor]:
     """The family and the processor of a model, without its weights; arguments and errors as in `load`."""
     from transformers import AutoProcessor
 
-    with _explained(name, options):
+    with _explaining(name, options):
         folder, files, config = _located(name, options)
         return family_of_config(config), AutoProcessor.from_pretrained(str(folder), **files)
 
@@ -179,7 +179,7 @@ def read_config_of(name: str, **options: Any) -> tuple[Path, PreTrainedConfig]:
     CodebookError
         As `load` does, as far as that shows without the weights.
     """
-    with _explained(name, options):
+    with _explaining(name, options):
         folder, _, config = _located(name, options)
         return folder, config
 
@@ -346,7 +346,7 @@ def _check_processor(name: str, model: Model, processor: Processor) -> None:
 
 
 @contextlib.contextmanager
-def _explained(name: str, options: Mapping[str, Any]) -> Iterator[None]:
+def _explaining(name: str, options: Mapping[str, Any]) -> Iterator[None]:
     """A context whose errors are one line about this model, loaded with these options."""
     try:
         yield
