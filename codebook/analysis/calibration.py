@@ -25,8 +25,8 @@ from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import Share, read_record
 from codebook.inference.respond import BATCH_SIZE, remembering
-from codebook.inference.samples import Sample, mixed, samples_digest
-from codebook.inference.uncertainty import ONE_SIDED_QUANTILE
+from codebook.inference.samples import Sample, image_numbers, mixed, samples_digest
+from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, error_by_image
 from codebook.models.base import Model, Processor
 from codebook.pruning import Pruner, Schedule, remember
 from codebook.pruning.ownership import codebooks_of
@@ -44,7 +44,7 @@ DEEP_LAYERS = 12
 RUNGS = (0.25, 0.5, 1.0)
 """Share of the search samples that a candidate has seen after each round of the search."""
 FRESH = 4
-"""Fewest confirming samples per task: a standard error from two or three is too uncertain for a normal test."""
+"""Fewest images of a task's confirming samples: a standard error from two or three is too uncertain for a test."""
 SEARCH = 3
 """One of every SEARCH samples is used for the search; the others confirm its winner. The search compares dozens of
 schedules; confirming compares two, so it needs more samples and costs less for each."""
@@ -243,8 +243,8 @@ def _deep_stages(text: str, at: Sequence[int], first: int, layers: int) -> list[
 
 
 def most_answers(candidates: int, samples: Sequence[Sample]) -> int:
-    """Upper bound of the number of answers that `calibrate` scores, for a progress bar."""
-    search = len(samples) // SEARCH
+    """Upper bound of the number of answers that `calibrate` scores, of samples in its order, for a progress bar."""
+    search = search_count(samples)
     total, seen = sum(sample.answer is None for sample in samples), 0
     for i, upto in enumerate(_rungs(search)):
         total += (1 + _survivors(candidates, i)) * (upto - seen)
@@ -266,8 +266,9 @@ def calibrate(
     """Search for a candidate that beats the plain method, and confirm it on samples of its own.
 
     Candidates are compared by the mean probability of the answers' tokens, all tasks weighing the same: one prefill and
-    one forward per sample, each image encoded once. A third of the samples serve the search. The others serve one
-    paired one-sided test (5%) of the winner, whose generated answers must also score no less than the plain method's.
+    one forward per sample, each image encoded once. A third of the samples serve the search. The others, about other
+    images, serve one paired one-sided test (5%) of the winner, whose generated answers must also score no less than the
+    plain method's.
 
     Parameters
     ----------
@@ -296,12 +297,23 @@ def calibrate(
     _try(model, processor, samples, [plain, *candidates])
     about = {
         "model": models.identity(model),
-        "data": samples_digest(samples),
+        "data": samples_digest(ordered),
         "seed": seed,
         "codebook": _codebooks([plain, *candidates]),
     }
     with Journal(file, about | {"plain": str(plain)}) as journal:
         return _halve(_Search(model, processor, ordered, journal, done), plain, candidates)
+
+
+def search_count(samples: Sequence[Sample]) -> int:
+    """How many of the samples, in the order of `mixed`, serve the search: one of every SEARCH.
+
+    None of the others is about an image of theirs: it would not be fresh.
+    """
+    count, images = len(samples) // SEARCH, image_numbers(samples)
+    while 0 < count < len(images) and images[count] == images[count - 1]:
+        count += 1
+    return count
 
 
 def check_sample_count(samples: Sequence[Sample]) -> None:
@@ -317,13 +329,18 @@ def check_sample_count(samples: Sequence[Sample]) -> None:
     CodebookError
         If there are too few samples, in all or for one task.
     """
-    count, search = len(samples), len(samples) // SEARCH
+    count, search = len(samples), search_count(samples)
     if search < 2 * len(RUNGS):
         raise CodebookError(f"{count} samples are too few to calibrate with: give {2 * len(RUNGS) * SEARCH} at least")
-    task, fewest = min(Counter(sample.task for sample in samples[search:]).items(), key=lambda item: item[1])
-    if fewest < FRESH:
+    fresh = samples[search:]
+    images = {(sample.task, image) for sample, image in zip(fresh, image_numbers(fresh), strict=True)}
+    counts = Counter(task for task, _ in images)
+    task = min((sample.task for sample in samples), key=counts.__getitem__)
+    if counts[task] < FRESH:
         enough = math.ceil(FRESH * SEARCH / (SEARCH - 1))
-        raise CodebookError(f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task")
+        raise CodebookError(
+            f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task, of as many images"
+        )
 
 
 def _try(model: Model, processor: Processor, samples: Sequence[Sample], schedules: Sequence[Schedule]) -> None:
@@ -351,7 +368,7 @@ def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Cal
     """The rounds of the search, and the test of their winner."""
     skipped = run.fill_answers()
     check_sample_count(run.samples)
-    search = len(run.samples) // SEARCH
+    search = search_count(run.samples)
     fresh = range(search, len(run.samples))
     left, rounds, seen = list(candidates), [], 0
     for i, upto in enumerate(_rungs(search)):
@@ -457,8 +474,13 @@ class _Search:
 
     def _mean(self, values: dict[int, float], rows: range) -> tuple[float, float]:
         """Mean over the tasks of each task's mean, and its standard error."""
-        tasks: dict[str, list[float]] = {}
+        tasks: dict[str, list[int]] = {}
         for row in rows:
-            tasks.setdefault(self.samples[row].task, []).append(values[row])
-        variances = [np.var(own, ddof=min(1, len(own) - 1)) / len(own) for own in tasks.values()]
-        return float(np.mean([np.mean(own) for own in tasks.values()])), float(np.sqrt(np.sum(variances)) / len(tasks))
+            tasks.setdefault(self.samples[row].task, []).append(row)
+        means, errors = [], []
+        for own in tasks.values():
+            found = np.array([values[row] for row in own])
+            error = float(error_by_image(found, image_numbers([self.samples[row] for row in own])))
+            means.append(found.mean())
+            errors.append(error if math.isfinite(error) else 0.0)
+        return float(np.mean(means)), float(np.linalg.norm(errors) / len(errors))

@@ -20,8 +20,8 @@ from codebook.errors import CodebookError
 from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import answer_ids, check_samples, prepare_samples
 from codebook.inference.records import Share, damaged, read_record
-from codebook.inference.samples import Sample, samples_digest
-from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, UNKNOWN, wilson
+from codebook.inference.samples import Sample, image_numbers, samples_digest
+from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, UNKNOWN, error_by_image, sums_by_image, wilson
 from codebook.models.base import Model, Processor
 from codebook.models.finite import check_logits
 from codebook.pruning import Drop, Schedule, Stage, remember
@@ -75,6 +75,8 @@ class Sweep:
     guesses : dict[str, float]
         For each task with known answers the mean score of a guess without the image (`guess_rates`). What is not given
         here, or has no `right`, is taken at face value.
+    images : list[int], optional
+        Number of the image of each sample: those about one are no independent draws. None: each has its own.
     """
 
     tasks: list[str]
@@ -83,6 +85,7 @@ class Sweep:
     start: int = 0
     right: np.ndarray | None = None
     guesses: Mapping[str, float] = field(default_factory=dict)
+    images: Sequence[int] | None = None
 
     @property
     def layers(self) -> int:
@@ -99,6 +102,10 @@ class Sweep:
         named = np.array(self.tasks)
         return {task: np.flatnonzero(named == task) for task in sorted(set(self.tasks))}
 
+    def images_of(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of the images of some samples."""
+        return rows if self.images is None else np.asarray(self.images)[rows]
+
 
 @dataclass(frozen=True)
 class Horizon:
@@ -112,11 +119,11 @@ class Horizon:
         Mean of the unpruned model.
     pruned, loss, error : list[float], list[float], list[float | None]
         For each layer of the sweep the mean with no visual token from there on, the mean loss, and the loss's standard
-        error: None where a task has a single sample.
+        error: None where a task has a single image.
     layer : int
         Smallest l whose loss is at most eps there and at every later layer; L if there is none.
     interval : (int, int)
-        Interval of `layer`, by the bootstrap over samples.
+        Interval of `layer`, by the bootstrap over images.
     safe : int
         Where to prune: upper end of the interval plus a margin. L: nowhere.
     early : list[int]
@@ -171,7 +178,7 @@ def horizons(
     margin
         Layers added for safety: missing the horizon by a few can collapse a model. Default: one in sixteen, at least 1.
     level
-        Level of the bootstrap's percentile interval; samples are resampled within their tasks.
+        Level of the bootstrap's percentile interval; images are resampled within their tasks.
     resamples, seed
         Resamples and seed of the bootstrap.
 
@@ -216,10 +223,8 @@ def horizons(
     by_task, errors = sweep.by_task(), {}
     check_tasks(by_task)
     for task, rows in by_task.items():
-        own, n = sweep.loss[rows], len(rows)
-        drawn[task] = rng.multinomial(n, np.full(n, 1 / n), resamples) @ own / n
-        # One sample says nothing about the spread.
-        errors[task] = own.std(0, ddof=1) / n**0.5 if n > 1 else np.full(own.shape[1], np.inf)
+        own, n, images = sweep.loss[rows], len(rows), sweep.images_of(rows)
+        drawn[task], errors[task] = resampled(own, images, rng, resamples), error_by_image(own, images)
         full, pruned, why = float(sweep.full[rows].mean()), sweep.pruned[rows].mean(0), _why_unknown(sweep, task, rows)
         found[task] = one(n, full, pruned, errors[task], drawn[task], why)
     if len(by_task) > 1:
@@ -231,6 +236,13 @@ def horizons(
         why = f"no horizon is seen in {', '.join(unknown)}" if unknown else None
         found["mean"] = one(len(sweep.tasks), full, pruned, error, boot, why)
     return found
+
+
+def resampled(values: np.ndarray, images: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
+    """Means (count, L) of values (n, L) in resamples of their images."""
+    sums, sizes = sums_by_image(values, images)
+    drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), count)
+    return np.asarray(drawn @ sums / (drawn @ sizes)[:, None])
 
 
 def check_tasks(tasks: Iterable[str]) -> None:
@@ -246,9 +258,9 @@ def check_tasks(tasks: Iterable[str]) -> None:
 
 def _why_unknown(sweep: Sweep, task: str, rows: np.ndarray) -> str | None:
     """Why some samples cannot show a horizon; None if they can."""
-    n = len(rows)
-    if n < 2:
-        return "one sample shows no spread: ask more questions"
+    n, images = len(rows), len(set(sweep.images_of(rows).tolist()))
+    if images < 2:
+        return f"one {'sample' if n == 1 else 'image'} shows no spread: ask more questions"
     if sweep.right is None or task not in sweep.guesses:
         return None
     right, guess = float(sweep.right[rows].sum()), sweep.guesses[task]
@@ -256,7 +268,7 @@ def _why_unknown(sweep: Sweep, task: str, rows: np.ndarray) -> str | None:
     remedy = "ask more questions" if right == n else "ask more questions, or such as it can answer"
     if right < FEWEST_RIGHT:
         return f"{said}: {remedy}"
-    if wilson(right / n, n, ONE_SIDED_QUANTILE)[0] <= guess:
+    if wilson(right / n, images, ONE_SIDED_QUANTILE)[0] <= guess:
         return f"{said}, and a guess {guess:.0%}: {remedy}"
     return None
 
@@ -342,7 +354,7 @@ def sweep(
     full, right = (np.array([r[kind]["full"] for r in records]) for kind in (metric, judge))
     pruned = np.array([r[metric]["pruned"] for r in records])
     tasks = [sample.task for sample in samples]
-    return Sweep(tasks, full, pruned, int(generated), right, guess_rates(samples)), cost
+    return Sweep(tasks, full, pruned, int(generated), right, guess_rates(samples), image_numbers(samples)), cost
 
 
 def telling_tokens(processor: Processor, samples: Sequence[Sample]) -> list[list[int]]:

@@ -22,13 +22,13 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from codebook import models
-from codebook.analysis.horizon import LEVEL, RESAMPLES, check_tasks, telling_prefill, telling_tokens
+from codebook.analysis.horizon import LEVEL, RESAMPLES, check_tasks, resampled, telling_prefill, telling_tokens
 from codebook.analysis.prefill import Prefill
 from codebook.errors import CodebookError
 from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import damaged, read_record
 from codebook.inference.samples import Sample, samples_digest
-from codebook.inference.uncertainty import UNKNOWN
+from codebook.inference.uncertainty import UNKNOWN, error_by_image
 from codebook.models import Image
 from codebook.models.base import Model, Processor
 from codebook.models.finite import check_logits
@@ -69,12 +69,12 @@ class Onset:
         Per layer the mean rank correlation of the attention that regions get from the text with what the answer loses
         without them, under the question itself and under another one.
     error : list[float | None]
-        Standard error of their difference; None where a task has a single sample.
+        Standard error of their difference; None where a task has a single image.
     layer : int or None
         First layer whose difference is at least half of the largest; None if nothing is known. A stage that asks the
         layer before it asks this one at `layer` + 1.
     interval : (int, int) or None
-        Interval of `layer`, by the bootstrap over samples.
+        Interval of `layer`, by the bootstrap over images.
     unknown : str or None
         Why nothing is known.
     """
@@ -230,7 +230,9 @@ def _text_attention(prefill: Prefill, heard: Mapping[int, tuple[Tensor, Tensor, 
     return torch.stack(rows)
 
 
-def onsets(tasks: Sequence[str], found: Sequence[Agreement], *, seed: int = 0) -> dict[str, Onset]:
+def onsets(
+    tasks: Sequence[str], found: Sequence[Agreement], *, images: Sequence[int] | None = None, seed: int = 0
+) -> dict[str, Onset]:
     """The onset of each task and, as `mean`, of the mean over tasks where there are several.
 
     It is the first layer whose difference of the two correlations is at least half of the largest. Nothing is known
@@ -242,6 +244,8 @@ def onsets(tasks: Sequence[str], found: Sequence[Agreement], *, seed: int = 0) -
         Task of each sample.
     found
         What `agreements` gives for them.
+    images
+        Number of the image of each sample: those about one are no independent draws. None: each has its own.
     seed
         Seed of the bootstrap.
     """
@@ -251,10 +255,9 @@ def onsets(tasks: Sequence[str], found: Sequence[Agreement], *, seed: int = 0) -
     curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]] = {}
     for task in sorted(set(tasks)):
         rows = np.flatnonzero(named == task)
-        n, gap = len(rows), own[rows] - swapped[rows]
-        error = gap.std(0, ddof=1) / n**0.5 if n > 1 else np.full(gap.shape[1], np.inf)
-        drawn = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) @ gap / n
-        curves[task] = own[rows].mean(0), swapped[rows].mean(0), error, drawn, n
+        gap, shown = own[rows] - swapped[rows], rows if images is None else np.asarray(images)[rows]
+        error, drawn = error_by_image(gap, shown), resampled(gap, shown, rng, RESAMPLES)
+        curves[task] = own[rows].mean(0), swapped[rows].mean(0), error, drawn, len(rows)
     check_tasks(curves)
     if len(curves) > 1:
         owns, swaps, errors, draws, _ = zip(*curves.values(), strict=True)
@@ -269,7 +272,7 @@ def _onset(own: np.ndarray, swapped: np.ndarray, error: np.ndarray, drawn: np.nd
     top = int(gap.argmax())
     layer = interval = unknown = None
     if not np.isfinite(error).all():
-        unknown = "one sample shows no spread: ask more questions"
+        unknown = f"one {'sample' if samples == 1 else 'image'} shows no spread: ask more questions"
     elif gap[top] <= NormalDist().inv_cdf(1 - TEST / layers) * error[top]:
         unknown = "the attention agrees no better with a question of its own than with another one: ask more questions"
     else:

@@ -75,7 +75,8 @@ def calibrate_command(
     check_codebook(codebook, model, pull)
     loading.check(model)
     samples = load_samples(data, loading.frame_rule(model), "train", seed, count)
-    calibration.check_sample_count(mixed(samples, seed))
+    ordered = mixed(samples, seed)
+    calibration.check_sample_count(ordered)
     loaded, processor = loading.load(model)
     methods = [plan.schedule for plan in plans]
     book = codebook_for(loaded, methods, codebook)
@@ -85,7 +86,7 @@ def calibrate_command(
     )
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
     journal = out.with_suffix(".journal.sqlite")
-    with progress("calibrate", calibration.most_answers(len(found), samples), "answers") as tick:
+    with progress("calibrate", calibration.most_answers(len(found), ordered), "answers") as tick:
         result = calibration.calibrate(
             loaded, processor, samples, plain, found, seed=seed, file=journal, done=tick
         )  # fmt: skip

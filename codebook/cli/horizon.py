@@ -43,7 +43,7 @@ def horizon_command(
     from codebook.analysis import onset as onset_of
     from codebook.cli.checks import check_output_folder
     from codebook.cli.data import load_samples
-    from codebook.inference.samples import mixed
+    from codebook.inference.samples import image_numbers, mixed
     from codebook.models.fingerprint import whole_fingerprint
     from codebook.store.files import replacing
     from codebook.store.folder import HORIZON_FILE
@@ -68,7 +68,7 @@ def horizon_command(
         journal = None if out is None else out / "onset.sqlite"
         with progress("onset", len(alone), "samples") as tick:
             agreed = onset_of.agreements(loaded, processor, alone, journal, tick)
-        begins = onset_of.onsets([sample.task for sample in alone], agreed, seed=seed)
+        begins = onset_of.onsets([s.task for s in alone], agreed, images=image_numbers(alone), seed=seed)
     journal = None if out is None else out / ("generated.sqlite" if metric == "generated" else "first-token.sqlite")
     with progress("horizon", len(samples), "samples") as tick:
         sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)

@@ -209,6 +209,7 @@ def _rehearse(model: str, samples: Sequence[Sample], keep: float, loading: Loadi
 def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, loading: Loading) -> tuple[str, list[str]]:
     """Whose the labels are, and files of the questions to calibrate and to measure with, all of them with answers."""
     from codebook.inference.respond import respond
+    from codebook.inference.samples import image_numbers
 
     files = [out / name for name in TUNE_QUESTIONS]
     open_ones = [sample for sample in samples if sample.answer is None]
@@ -228,25 +229,34 @@ def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, load
         for i, sample in enumerate(samples)
         if (text := texts.get(id(sample), sample.answer)) and text.strip()
     ]
+    numbers = image_numbers(samples)
     for file, half in zip(files, _two_halves([sample for _, sample, _ in answered], count), strict=True):
         lines = []
         for i, sample, text in (answered[row] for row in half):
             answers = list(sample.answers) or [text]
-            record = {"images": _paths(out, i, sample), "question": sample.question, "answers": answers}
+            record = {"images": _paths(out, numbers[i], sample), "question": sample.question, "answers": answers}
             lines.append(json.dumps({**record, "task": sample.task}) + "\n")
         _write(file, "".join(lines))
     return labels, [str(file) for file in files]
 
 
 def _two_halves(samples: Sequence[Sample], count: int) -> tuple[list[int], list[int]]:
-    """Rows of the samples to calibrate and to measure with: of each task in turns, and at most `count` for each."""
+    """Rows of the samples to calibrate and to measure with: of each task in turns, and at most `count` for each.
+
+    No image is in both: what was chosen by questions about it is not measured by others.
+    """
+    from codebook.inference.samples import image_groups
+
     halves: tuple[list[int], list[int]] = [], []
-    seen = Counter[str]()
-    for row, sample in enumerate(samples):
-        if seen[sample.task] < 2 * count:
-            halves[seen[sample.task] % 2].append(row)
-        seen[sample.task] += 1
-    return halves
+    seen = Counter[str](), Counter[str]()
+    for rows in image_groups(samples):
+        task = samples[rows[0]].task
+        half = int(seen[0][task] > seen[1][task])
+        for row in rows:
+            if seen[half][samples[row].task] < count:
+                halves[half].append(row)
+                seen[half][samples[row].task] += 1
+    return sorted(halves[0]), sorted(halves[1])
 
 
 def _image_questions(

@@ -209,6 +209,12 @@ def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
     return list(found.values())
 
 
+def image_numbers(samples: Sequence[Sample]) -> list[int]:
+    """For each sample the number of its group in `image_groups`."""
+    numbers = {row: number for number, rows in enumerate(image_groups(samples)) for row in rows}
+    return [numbers[row] for row in range(len(samples))]
+
+
 def mixed(samples: Sequence[Sample], seed: int = 0) -> list[Sample]:
     """The same samples, shuffled and interleaved: any stretch of them has each task in about its share of the whole.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 NORMAL_QUANTILE = 1.96
 """Standard normal quantile of a 95% interval."""
 
@@ -30,6 +32,26 @@ def wilson(value: float, n: float, z: float = NORMAL_QUANTILE) -> tuple[float, f
     centre, scale = (value + z**2 / (2 * n)) / (1 + z**2 / n), z / (1 + z**2 / n)
     half = scale * (value * (1 - value) / n + z**2 / (4 * n**2)) ** 0.5
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def sums_by_image(values: np.ndarray, images: Sequence[int] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Sums of the values (n, ...) of each image's samples, and how many these are: (k, ...) and (k,) float64."""
+    _, which = np.unique(np.asarray(images), return_inverse=True)
+    sums = np.zeros((which.max() + 1, *values.shape[1:]))
+    np.add.at(sums, which, values)
+    return sums, np.bincount(which).astype(float)
+
+
+def error_by_image(values: np.ndarray, images: Sequence[int] | np.ndarray) -> np.ndarray:
+    """Standard error (...) of the mean of values (n, ...), where samples of one image are no independent draws.
+
+    It is that of `std(ddof=1) / sqrt(n)` where each has its own image; infinite where all have the same.
+    """
+    sums, counts = sums_by_image(values - values.mean(0), images)
+    k = len(counts)
+    if k < 2:
+        return np.full(values.shape[1:], np.inf)
+    return np.asarray(np.sqrt(np.sum(sums**2, 0) * k / (k - 1)) / len(values))
 
 
 def error_over_tasks(errors: Sequence[float], counts: Sequence[int]) -> float | None:

@@ -1,16 +1,24 @@
 """Calibration finds what is behind a known horizon, refuses what is noise, and resumes."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from codebook.analysis import calibrate, likelihood
-from codebook.analysis.calibration import _Search, _survivors, candidate_schedules, most_answers
+from codebook.analysis.calibration import (
+    _Search,
+    _survivors,
+    candidate_schedules,
+    check_sample_count,
+    most_answers,
+    search_count,
+)
 from codebook.errors import CodebookError
 from codebook.inference.prompts import prepare_samples
-from codebook.inference.samples import Sample
+from codebook.inference.samples import Sample, mixed
 from codebook.miniature.samples import of_miniature
 from codebook.pruning import DivPrune, Drop, FastV, Random, Schedule, Stage
 from codebook.store.journal import Journal
@@ -246,8 +254,7 @@ def test_what_cannot_run_is_refused_before_anything_is_scored(model, processor, 
     """EVS keeps a whole frame: a picture alone refuses it, beside films too; three frames refuse a deep stage of it."""
     monkeypatch.setattr(_Search, "score", lambda *_: pytest.fail("scored"))
     monkeypatch.setattr(_Search, "fill_answers", lambda *_: pytest.fail("answered"))
-    [picture] = samples[0].images
-    films = [Sample((picture,) * 3, s.question, None, s.task) for s in samples]
+    films = [Sample(s.images * 3, s.question, None, s.task) for s in samples]
     plain, found = candidate_schedules(model, "random", 0.4, at=[READS])
     alone, deeper = candidate_schedules(model, "evs", 0.4, at=[READS])
     for data in (samples, [samples[0], *films[1:]]):
@@ -266,6 +273,34 @@ def test_halving():
     # 24 samples, 8 to search with: 27, 9 and 3 candidates beside the plain one, with 2, 2 and 4 of them; then
     # the other 16 under two schedules, by probability and by generation.
     assert most_answers(27, [Sample((), "q", "a")] * 24) == 28 * 2 + 10 * 2 + 4 * 4 + 4 * 16
+
+
+def test_what_confirms_is_about_other_images():
+    """Of 14 images with three questions each the search has whole ones: 15 questions, where a third would be 14."""
+    asked = [
+        Sample((Path(f"{i}.png"),), f"{task} {k}", "a", task)
+        for task in "ab"
+        for i in range(7 * (task == "b"), 7 + 7 * (task == "b"))
+        for k in range(3)
+    ]
+    ordered = mixed(asked, seed=2)
+    count = search_count(ordered)
+    searched, fresh = ({sample.images for sample in part} for part in (ordered[:count], ordered[count:]))
+    assert count == 15 and not searched & fresh and len(searched) == 5 and len(fresh) == 9
+    assert search_count(asked[::3]) == 14 // 3
+    check_sample_count(ordered)
+    for spoilt in ([replace(own, images=asked[0].images) for own in asked], [*ordered[:27], *[asked[-1]] * 9]):
+        with pytest.raises(CodebookError, match="too few samples to confirm a gain with: give 6 of each task, of as"):
+            check_sample_count(spoilt)
+
+
+def test_questions_about_one_image_are_one_draw():
+    """Differences 0.1 and 0.3 of two images, asked twice: of two draws the error is 0.1, of four it would be 0.06."""
+    images = [(Path(name),) for name in "aabb"]
+    run = _Search(None, None, [Sample(own, "", "x") for own in images], Journal(None, {}), lambda count: None)
+    one, other = Schedule([Stage(0, 1, Random())]), Schedule([Stage(0, 2, Random())])
+    run.values = {str(one): dict(enumerate((0.5, 0.6, 0.9, 0.8))), str(other): dict(enumerate((0.4, 0.5, 0.6, 0.5)))}
+    assert run.difference(one, other, range(4)) == pytest.approx((0.2, 0.1))
 
 
 def test_paired_differences_by_task():

@@ -75,6 +75,21 @@ def test_the_interval_is_that_of_a_plain_bootstrap():
     assert list(horizons(own, 0.05)) == ["all"]  # one task: no mean over tasks
 
 
+def test_questions_about_one_image_are_one_draw():
+    """Each image's question asked three times over says no more than once."""
+    rng = np.random.default_rng(5)
+    loss = np.clip(rng.normal([0.6, 0.3, 0.06, 0.04, 0.02, 0.0], 0.3, (20, 6)), -1, 1)
+    once = horizons(Sweep(["all"] * 20, np.zeros(20), -loss), 0.05)["all"]
+    told = Sweep(["all"] * 60, np.zeros(60), -np.repeat(loss, 3, 0), images=[i // 3 for i in range(60)])
+    thrice = horizons(told, 0.05)["all"]
+    assert thrice.interval == once.interval and thrice.error == pytest.approx(once.error)
+    assert thrice.error == pytest.approx(loss.std(0, ddof=1) / 20**0.5)
+    apart = horizons(Sweep(["all"] * 60, np.zeros(60), told.pruned), 0.05)["all"]
+    assert all(np.less(apart.error, np.multiply(once.error, 0.6)))
+    alone = horizons(Sweep(["all"] * 3, np.ones(3), np.zeros((3, 2)), images=[7] * 3))["all"]
+    assert "one image shows no spread" in alone.unknown and alone.error == [None, None]
+
+
 def test_the_horizon_of_a_model_that_goes_blind(model, processor, samples):
     own = [Sample(s.images, s.question, None, s.task) for s in samples if s.task != "rel"]
     found = horizons(sweep(model, processor, own)[0], 1e-6, margin=0)

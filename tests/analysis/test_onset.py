@@ -74,6 +74,13 @@ def test_what_does_not_rise_has_no_onset():
         onsets(["a", "mean"], records([0.0, 1.0]))
 
 
+def test_questions_about_one_image_are_one_draw():
+    curves = records([0.0, 0.1, 0.25, 0.4, 0.2], spread=0.03)
+    once, thrice = onsets(["a"] * 2, curves)["a"], onsets(["a"] * 6, curves * 3, images=[0, 1] * 3)["a"]
+    assert thrice.error == pytest.approx(once.error) and thrice.interval == once.interval
+    assert "one image" in onsets(["a"] * 2, curves, images=[4, 4])["a"].unknown
+
+
 @pytest.fixture(scope="module")
 def samples():
     return of_miniature("train", 0, 1, ["exist", "ocr"])

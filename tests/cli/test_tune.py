@@ -19,12 +19,13 @@ def scenes(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def questions(scenes, tmp_path_factory):
-    """48 questions, a few of them without an answer."""
+def questions(tmp_path_factory):
+    """48 questions, two about each of 24 pictures, one after the other, and a few of them without an answer."""
     path = tmp_path_factory.mktemp("questions") / "questions.jsonl"
+    shown = miniature.write_images(path.parent, 24)
     asked = ["is there a red circle?", "how many objects are there?", "read the number."] * 16
     lines = [
-        {"image": str(scenes / f"{i % 8:06d}.png"), "question": text, **({"answer": "yes"} if i % 3 == 0 else {})}
+        {"image": str(shown[i // 2]), "question": text, **({"answer": "yes"} if i % 3 == 0 else {})}
         for i, text in enumerate(asked)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -39,7 +40,9 @@ def test_a_recipe_is_made_resumed_and_used(run, refused, scenes, questions, tmp_
     assert "Where no answer was given, the unpruned model's own is the label." in said
     assert {"codebook", "schedule.json", "horizon", "bench", "README.md"} <= {path.name for path in out.iterdir()}
     halves = [(out / f"questions-{name}.jsonl").read_text().splitlines() for name in ("tune", "bench")]
-    assert [len(half) for half in halves] == [20, 20] and not set(halves[0]) & set(halves[1])
+    assert [len(half) for half in halves] == [20, 20]
+    shown = [{json.loads(line)["images"][0] for line in half} for half in halves]
+    assert [len(own) for own in shown] == [10, 10] and not shown[0] & shown[1]
     results = json.loads((out / "bench" / "results.json").read_text())
     assert {"random", "uniform", "downsample"} < {row["method"] for row in results["rows"]}
 
