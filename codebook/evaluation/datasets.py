@@ -26,7 +26,7 @@ from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, re
 from codebook.store.pictures import even_frames
 
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
-"""LLaVA-1.5's prompt for boxes (arXiv 2310.03744)."""
+"""LLaVA-1.5's prompt for boxes (arXiv 2310.03744); what its answers are fractions of is said in docs/bench.md."""
 
 PERCEPTION = (
     "existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR",
