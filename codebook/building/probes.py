@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from codebook import models
 from codebook.errors import CodebookError, out_of_memory
 from codebook.models import Model, Processor
+from codebook.models.base import special_tokens
 from codebook.models.chat import chat_text
 from codebook.models.finite import check_logits
 from codebook.models.layout import token_runs
@@ -312,7 +313,7 @@ def pad_token(model: Model, processor: Processor, chosen: int | None = None) -> 
 def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int], list[int]]:
     """Token ids of the prompt before the image, between its rows and after it, as the processor makes them."""
     text = chat_text(processor, prompt)
-    options = models.family(model).one_view
+    options = models.family(model).one_view | special_tokens(processor, text)
     inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt", **options)
     ids = inputs["input_ids"][0].tolist()
     image = model.config.image_token_id

@@ -10,7 +10,7 @@ from PIL import Image as Picture
 
 from codebook.errors import CodebookError, quoted
 from codebook.inference.samples import Sample, check_asked
-from codebook.models.base import Model, Processor
+from codebook.models.base import Model, Processor, special_tokens
 from codebook.models.chat import chat_text, check_text
 from codebook.models.wrappers import stock, unwrap
 from codebook.store.files import one_line
@@ -162,7 +162,8 @@ def encode_prompts(
         If an image cannot be read, or a prompt is longer than the model's positions; its `row` says which.
     """
     shown = [_upright(row, own) for row, own in enumerate(images)] if any(images) else None
-    inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt")
+    options = special_tokens(processor, texts[0])  # of one template
+    inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
     limit = token_limit(model, processor)
     for row, length in enumerate(inputs["attention_mask"].sum(1).tolist()):
         if length > limit:
@@ -193,7 +194,7 @@ def prepare_samples(model: Model, processor: Processor, samples: Sequence[Sample
 def text_length(processor: Processor, sample: Sample) -> int:
     """Token count of a sample's prompt before its images are expanded into visual tokens."""
     text = chat_text(processor, sample.question, len(sample.images))
-    return len(processor.tokenizer(text)["input_ids"])
+    return len(processor.tokenizer(text, **special_tokens(processor, text))["input_ids"])
 
 
 def answer_ids(processor: Processor, sample: Sample) -> list[int]:

@@ -365,3 +365,12 @@ def _first_pieces(kind: str, encoded: int, per_row: list[int]) -> list[int]:
         out.append(start)
         start += count if row % repeats == repeats - 1 else 0
     return out
+
+
+def special_tokens(processor: Processor, text: str) -> dict[str, bool]:
+    """Options with which a prompt is tokenized: one that begins with the token of the beginning gets no second one.
+
+    The rule of transformers' own `apply_chat_template(tokenize=True)`.
+    """
+    begin = processor.tokenizer.bos_token
+    return {"add_special_tokens": False} if begin is not None and text.startswith(begin) else {}

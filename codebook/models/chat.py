@@ -6,7 +6,7 @@ In the room of the models because building and inference both make prompts, and 
 from __future__ import annotations
 
 from codebook.errors import CodebookError, quoted
-from codebook.models.base import Processor
+from codebook.models.base import Processor, special_tokens
 from codebook.models.layout import KINDS
 from codebook.models.loading import EXAMPLES, SHIPPED_MODELS
 
@@ -65,7 +65,8 @@ def next_turn(processor: Processor, question: str, images: int, following: str) 
     end = answered.rfind(said) + len(said)
     if said not in answered or whole[:end] != answered[:end]:
         raise CodebookError("the chat template does not show earlier answers: ask each question alone")
-    before, tokens = tokenizer(whole[:end])["input_ids"], tokenizer(whole)["input_ids"]
+    options = special_tokens(processor, whole)
+    before, tokens = (tokenizer(text, **options)["input_ids"] for text in (whole[:end], whole))
     if tokens[: len(before)] == before:
         return list(tokens[len(before) :])
     return list(tokenizer(whole[end:], add_special_tokens=False)["input_ids"])

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image as Picture
 from torch import Tensor
 
-from codebook.models.base import Model, Processor
+from codebook.models.base import Model, Processor, special_tokens
 from codebook.models.encoded import Encoded
 from codebook.models.generic import Unproven, image_token
 from codebook.models.replacing import replaced
@@ -64,12 +64,14 @@ def _prompt_of_a_picture(processor: Processor) -> str:
 
 def prompt_inputs(model: Model, processor: Processor, pictures: Sequence[Picture.Image]) -> dict[str, Any]:
     """The model's inputs of a batch of prompts with one picture each."""
+    text = _prompt_of_a_picture(processor)
     made = processor(
         images=[[picture] for picture in pictures],
-        text=[_prompt_of_a_picture(processor)] * len(pictures),
+        text=[text] * len(pictures),
         padding=True,
         padding_side="left",
         return_tensors="pt",
+        **special_tokens(processor, text),
     )
     return dict(made.to(model.device, model.dtype))
 

@@ -1,18 +1,24 @@
 """What a question may hold, in batches too; token ids of answers are tested with the samples."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 from codebook import ask, miniature, models
+from codebook.building.probes import split_prompt
 from codebook.errors import CodebookError
 from codebook.inference.conversation import converse
 from codebook.inference.overlay import overlay
-from codebook.inference.prompts import QuestionError, answer_ids, check_question, prepare, token_limit
+from codebook.inference.prompts import QuestionError, answer_ids, check_question, prepare, text_length, token_limit
 from codebook.inference.respond import respond
 from codebook.inference.samples import Sample
 from codebook.models import chat
+from codebook.models.chat import next_turn
+from codebook.models.entering import prompt_inputs
 from codebook.store.pictures import read_image
 
 
@@ -176,3 +182,25 @@ def test_a_tokenizer_without_a_token_for_the_unknown_knows_every_word(loaded, mo
     processor = loaded[1]
     monkeypatch.setattr(processor, "tokenizer", stands_in(processor.tokenizer, None))
     chat.check_words(processor, "what zebra?")
+
+
+@pytest.mark.parametrize("written", ["{{ bos_token }}", ""])
+def test_a_prompt_begins_once(loaded, picture, written):
+    """Whether the template writes the token of the beginning, the tokenizer adds it, or both: as transformers does."""
+    model, processor = loaded[0], copy.deepcopy(loaded[1])
+    tokenizer, text = processor.tokenizer, "read the number."
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer._tokenizer.post_processor = TemplateProcessing(single="<s> $A", pair=None, special_tokens=[begin])
+    processor.chat_template = processor.chat_template.replace("{{ bos_token }}", written)
+    turn = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": text}]}
+    theirs = processor.apply_chat_template(
+        [turn], add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )["input_ids"]
+    assert torch.equal(prepare(model, processor, [[picture]], [text]).inputs["input_ids"], theirs)
+    before, _, _ = split_prompt(model, processor, text)
+    entered = prompt_inputs(model, processor, [picture])["input_ids"][0].tolist()
+    for ids in (theirs[0].tolist(), before, entered):
+        assert ids.count(begin[1]) == 1 and ids[0] == begin[1]
+    sample = Sample((), text, "two")
+    assert text_length(processor, sample) == prepare(model, processor, [[]], [text]).inputs["input_ids"].shape[1]
+    assert next_turn(processor, text, 1, text) == next_turn(loaded[1], text, 1, text)
