@@ -34,10 +34,16 @@ def sheet(
     Raises
     ------
     CodebookError
-        If a prototype does not say where it is from, or none of the images is found.
+        If a prototype does not say where it is from, or is from outside of the grid, or none of the images is found.
     """
     if not all({"image", "row", "col"} <= row.keys() for row in provenance):
         raise CodebookError("this codebook does not say which patches its prototypes are: leave --sheet out")
+    for row in provenance:
+        if row["row"] >= grid[0] or row["col"] >= grid[1]:
+            raise CodebookError(
+                f"a prototype is from patch {row['row']},{row['col']} of {row['image']}, outside of the grid of "
+                f"{grid[0]} x {grid[1]}: rebuild with `codebook build`"
+            )
     clusters: dict[int, dict[str, dict[str, Any]]] = {}
     sizes: dict[int, int] = {}
     for row in provenance:

@@ -115,7 +115,10 @@ def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
         if missing := [path for path in files if not is_file(path)]:
             raise CodebookError(f"no such image: {missing[0]}; check the list")
         root = _common([path.parent for path in files])
-        return _source(root, {_relative_name(path, root): partial(_read_picture, path) for path in files})
+        found = Found()
+        for path in dict.fromkeys(files):
+            found[_own_name(_relative_name(path, root), found)] = partial(_read_picture, path)
+        return _source(root, found)
     root = Path(images)
     if is_folder(root):
         if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
@@ -147,11 +150,11 @@ def _folder(root: Path) -> Source:
         elif suffix in LEFT_OUT:
             left_out[suffix] += 1
         elif suffix in SUFFIXES and (path.is_file() or path.is_symlink()):  # a broken link is named when it is read
-            found[name] = partial(_read_picture, path)
+            found[_own_name(name, found)] = partial(_read_picture, path)
         elif suffix in SUFFIXES:
             left_out["that is no regular file"] += 1
         elif path.is_file() and is_picture(_head(path)):
-            found[name] = partial(_read_picture, path)
+            found[_own_name(name, found)] = partial(_read_picture, path)
     return _source(root, found, left_out)
 
 
@@ -174,7 +177,7 @@ def _files_below(root: Path, left_out: Counter[str]) -> Iterator[Path]:
                 entered.add((here.st_dev, here.st_ino))
                 folders.sort()
                 links += [path for name in folders if (path := Path(folder, name)).is_symlink()]
-                yield from (Path(folder, name) for name in files)
+                yield from (Path(folder, name) for name in sorted(files))
         waiting = sorted(links)
 
 
@@ -211,10 +214,7 @@ def _shard(shard: Path, before: str, left_out: Counter[str]) -> Found:
         if suffix in LEFT_OUT:
             left_out[suffix] += 1
         elif suffix in SUFFIXES or is_picture(_slice(shard, offset, min(size, HEAD))):
-            number = 1  # a name may stand in a tar file twice, and only the contents say whether it is one picture
-            while (own := f"{before}{name}" if number == 1 else f"{before}{name}#{number}") in found:
-                number += 1
-            found[own] = partial(_slice, shard, offset, size)
+            found[_own_name(before + name, found)] = partial(_slice, shard, offset, size)
 
     try:
         with tarfile.open(shard, "r:") as tar, contextlib.suppress(tarfile.ReadError):
@@ -270,6 +270,17 @@ def _data_set(root: Path) -> Source:
 
 def _relative_name(path: Path, root: Path) -> str:
     return _printable(path.relative_to(root).as_posix())
+
+
+def _own_name(name: str, found: Found) -> str:
+    """A picture's name, with a number behind it if another one has it: only contents say what is the same picture.
+
+    A name may stand in a tar file twice, and two files' names may be printed alike.
+    """
+    number = 1
+    while (own := name if number == 1 else f"{name}#{number}") in found:
+        number += 1
+    return own
 
 
 def _printable(name: str) -> str:

@@ -18,6 +18,7 @@ from codebook.errors import CodebookError, out_of_memory, printable
 from codebook.evaluation.bench import schedule_key
 from codebook.inference.ask import Answer, ask
 from codebook.inference.prompts import check_question
+from codebook.inference.samples import check_one_kind
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 from codebook.pruning.plan import Plan
@@ -28,7 +29,7 @@ from codebook.store.pictures import read_image
 QUESTION_FORMAT = 'write {"image": "file.png", "question": "..."}'
 
 Line = tuple[int, dict[str, Any]]
-"""A line's number in the file, and its record, in which `images` is a list of paths."""
+"""A line's number in the file, and its record."""
 
 
 def prune_file(
@@ -53,9 +54,9 @@ def prune_file(
     if not lines:
         raise CodebookError(f"{source} holds no questions: {QUESTION_FORMAT}, one per line")
     folder = source.parent
-    if not any(all(is_file(folder / image) for image in line["images"]) for _, line in lines):
+    if not any(all(is_file(folder / image) for image in _line_images(line)) for _, line in lines):
         raise CodebookError(
-            f"no question of {source} has its images, not even {folder / lines[0][1]['images'][0]}: "
+            f"no question of {source} has its images, not even {folder / _line_images(lines[0][1])[0]}: "
             "paths are relative to the file"
         )
     model, processor = loading.load(name)
@@ -87,7 +88,7 @@ def prune_file(
         with replacing(output) as temporary, temporary.open("w") as out:
             for (_, line), result in zip(lines, results, strict=True):
                 # An output may be the next run's input: what it said about its own run is of no interest.
-                given = {k: v for k, v in line.items() if k not in ("images", "answer", "kept", "error")}
+                given = {k: v for k, v in line.items() if k not in ("answer", "kept", "error")}
                 out.write(json.dumps(given | result) + "\n")
         journal.remove()
 
@@ -105,27 +106,36 @@ def prune_file(
 
 
 def read_questions(source: Path) -> Iterator[Line]:
-    """The records of a JSONL file, each with `images` (paths) and `question`; a line of another form is refused."""
+    """The records of a JSONL file, each with `image` or `images`, and `question`; a line of another form is refused."""
     for number, record in read_lines(source, QUESTION_FORMAT):
         try:
-            images = record["images"] if "images" in record else [record["image"]]
-            question = record["question"]
+            images, question = _line_images(record), record["question"]
             good = isinstance(images, list) and images and all(isinstance(image, str) for image in images)
             good = good and isinstance(question, str)
         except (KeyError, TypeError):
             good = False
         if not good:
             raise CodebookError(f"{source}, line {number}: {QUESTION_FORMAT}")
-        yield number, record | {"images": images}
+        check_one_kind(record, source, number)
+        yield number, record
+
+
+def _line_images(line: dict[str, Any]) -> Any:
+    """The names of a line's pictures, from `images` or `image`."""
+    return line["images"] if "images" in line else [line["image"]]
 
 
 def _digest(group: Sequence[Line], folder: Path) -> str:
     """A hash of a batch's questions and of its pictures' bytes."""
     parts = []
     for _, line in group:
-        paths = [folder / image for image in line["images"]]
-        pictures = [sha256(path) if is_file(path) else None for path in paths]
-        parts.append([line["question"], line["images"], pictures])
+        pictures = []
+        for image in _line_images(line):
+            try:
+                pictures.append(sha256(folder / image) if is_file(folder / image) else None)
+            except CodebookError:  # as of a file that may not be read: its line says so
+                pictures.append(None)
+        parts.append([line["question"], _line_images(line), pictures])
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -164,7 +174,7 @@ def _answer_batch(
     for row, (_, line) in enumerate(group):
         try:
             check_question(model, processor, line["question"])
-            pictures[row] = [read_image(folder / image) for image in line["images"]]
+            pictures[row] = [read_image(folder / image) for image in _line_images(line)]
         except (CodebookError, ValueError) as error:
             fail(row, error)
     rows = sorted(pictures)

@@ -27,7 +27,7 @@ from codebook.cli.options import (
     SelectOption,
     with_groups,
 )
-from codebook.cli.output import note, progress, resumable
+from codebook.cli.output import note, progress, resumable, write_picture
 from codebook.errors import CodebookError
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ def _paths(out: Path, number: int, sample: Sample) -> list[str]:
         path = picture if isinstance(picture, Path) else out / TUNE_PICTURES / f"{number:05d}-{i}.png"
         if not isinstance(picture, Path):
             path.parent.mkdir(exist_ok=True)
-            sample.pictures()[i].save(path)
+            write_picture(sample.pictures()[i], path)
         paths.append(str(path.absolute()))
     return paths
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -111,6 +111,17 @@ def check_asked(question: str) -> None:
         raise CodebookError("the question is empty: write one, such as `describe the picture.`")
 
 
+def check_one_kind(record: Mapping[str, object], source: Path, number: int) -> None:
+    """Refuse a line of a file of questions that shows pictures in more than one way: but one would be shown.
+
+    Raises
+    ------
+    CodebookError
+    """
+    if len(record.keys() & {"image", "images", "video"}) > 1:
+        raise CodebookError(f"{source}, line {number}: of image, images and video there is more than one; leave one")
+
+
 def read_samples(source: Path, rule: FrameRule = even_frames) -> list[Sample]:
     """The samples of a JSONL file of {"image" or "images" or "video", "question", "answer" or "answers", "task"}.
 
@@ -180,8 +191,7 @@ class SampleRecord(TypedDict, total=False):
 def _parse_record(
     source: Path, frames: Callable[[Path], tuple[Path | Picture.Image, ...]], number: int, record: SampleRecord
 ) -> Sample:
-    if len(record.keys() & {"image", "images", "video"}) > 1:
-        raise CodebookError(f"{source}, line {number}: of image, images and video there is more than one; leave one")
+    check_one_kind(record, source, number)
     shown = record["images"] if "images" in record else [record["image"]] if "image" in record else []
     if "video" in record:
         images = frames(source.parent / record["video"])

@@ -39,6 +39,7 @@ from codebook.models.assembly import PARTS_FILE, TOWER, read_parts
 from codebook.models.gguf import Gguf, read_gguf
 from codebook.models.loading import SHIPPED_MODELS
 from codebook.models.smollm2 import language_tokenizer
+from codebook.store.files import write_text
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def train_eyes(
         makers = max(1, min(12, (os.cpu_count() or 1) - 2))
     file = read_gguf(language)
     run = EyesRun(out, recipe, file, device)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
     run.play(makers, every)
     if count:
         write_accuracy(out, file, count, device)
@@ -452,7 +453,7 @@ def write_accuracy(out: Path, file: Gguf, count: int, device: str) -> dict[str, 
                 own[family] = _accuracy(model, processor, questions, blind=name == "no image")
             seconds = time.monotonic() - begin
             print(f"{family}: {found['full'][family]:.3f}, no image {found['no image'][family]:.3f}, {seconds:.0f} s")
-            (out / "accuracy.json").write_text(json.dumps({"questions": count, "accuracy": found}, indent=1) + "\n")
+            write_text(out / "accuracy.json", json.dumps({"questions": count, "accuracy": found}, indent=1) + "\n")
     return found
 
 

@@ -41,6 +41,7 @@ from codebook.miniature.optimizer import Muon
 from codebook.miniature.packing import IDS, PackedBatch
 from codebook.miniature.scenes import COLOR_NAMES, GRID, IMAGE_SIDE, SHAPES
 from codebook.miniature.tasks import BINS, CELLS, TASK_FAMILIES
+from codebook.store.files import write_text
 
 NAMES = {"shape": SHAPES, "color": COLOR_NAMES, "digit": tuple("0123456789")}
 STUDIES = {"vision": packing.CROWDED, "words": packing.SCENES, "places": packing.ALL}
@@ -133,7 +134,7 @@ def train(
         (out / "checkpoint.pt").unlink(missing_ok=True)
         (out / "log.jsonl").unlink(missing_ok=True)
     _check(out / "checkpoint.pt", seed=seed, workers=workers)
-    (out / "recipe.json").write_text(json.dumps(asdict(recipe), indent=1) + "\n")
+    write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
     if workers == 1:
         _worker(0, 1, out, recipe, device, "")
     else:

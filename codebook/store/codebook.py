@@ -17,6 +17,7 @@ from codebook.store.files import is_file
 from codebook.store.folder import (
     CONFIG,
     PROTOTYPES,
+    check_lengths,
     packed,
     parse_book,
     read_folder,
@@ -57,8 +58,7 @@ class Codebook:
             raise CodebookError(
                 f"prototypes are {tuple(prototypes.shape)} {prototypes.dtype}: they must be (N, d) float32, N >= 1"
             )
-        if not bool(prototypes.isfinite().all()):
-            raise CodebookError("prototypes hold NaN or infinite values: rebuild with `codebook build`")
+        check_lengths(torch.linalg.vector_norm(prototypes.detach(), dim=1))
         rows = list(provenance) if provenance is not None else [{"cluster": 0} for _ in prototypes]
         if len(rows) != len(prototypes):
             raise CodebookError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,6 +48,8 @@ HORIZON_FILE = "horizon.json"
 """Name of a model's measured horizon, which a folder may hold; not one of the hashed files."""
 OPTIONAL = (IMAGE_RECORDS, SURVIVORS, PROBES)
 """Files that a codebook may have: what `extend` and `merge` need, and what `build --exhaustive` measured."""
+SHORTEST = 1e-12
+"""Length up to which torch does not scale a vector to length 1."""
 REBUILD = "restore the file, or rebuild with `codebook build`"
 OPEN = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 """Rule for the objects in files: what is known is checked, and what other versions add is kept."""
@@ -306,8 +309,7 @@ def parse_book(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -
             f"{path}: prototypes are {prototypes.shape} but {CONFIG} says "
             f"({config['prototypes']}, {config['dimension']}); rebuild with `codebook build`"
         )
-    if not np.isfinite(prototypes).all():
-        raise CodebookError(f"{path}: prototypes hold NaN or infinite values: rebuild with `codebook build`")
+    check_lengths(np.sqrt(np.einsum("nd,nd->n", prototypes, prototypes)), f"{path}: ")
     rows = parse_lines(path / PROVENANCE, files[PROVENANCE], "rebuild with `codebook build`", ProvenanceRecord)
     if len(rows) != len(prototypes):
         raise CodebookError(
@@ -315,6 +317,25 @@ def parse_book(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -
             "`codebook build`"
         )
     return prototypes, [row for _, row in rows]
+
+
+def check_lengths(lengths: Any, where: str = "") -> None:
+    """Refuse prototypes that point nowhere, and so are like no token: by their lengths (N,), an array or a tensor.
+
+    One of NaN or infinite values has no length, one of zeros no direction.
+
+    Raises
+    ------
+    CodebookError
+        Naming the first.
+    """
+    usable = (lengths > SHORTEST) & (lengths < math.inf)
+    if not usable.all():
+        row = usable.tolist().index(False)
+        raise CodebookError(
+            f"{where}prototype {row} points nowhere: its values are NaN, infinite or too large, or all zero; rebuild "
+            "with `codebook build`"
+        )
 
 
 def tensor_of(path: Path, data: bytes, name: str) -> Tensor:

@@ -170,6 +170,9 @@ def test_sheet(tiny, pictures, halves, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")
     with pytest.raises(CodebookError, match="none of the codebook's images is there"):
         sheet(book.provenance, (6, 6), [open_images(tmp_path)], "title")
+    for place in ({"row": 6}, {"col": 2**40}):
+        with pytest.raises(CodebookError, match=r"outside of the grid of 6 x 6: rebuild"):
+            sheet([book.provenance[0] | place], (6, 6), [open_images(pictures)], "title")
 
 
 def test_exhaustive_build_has_the_same_prototypes(tiny, pictures, tmp_path, whole):

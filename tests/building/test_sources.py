@@ -203,6 +203,16 @@ def test_names_that_are_no_text(tmp_path, tiny):
     assert source.names == ("caf\\xe9.png",) and source.read("caf\\xe9.png").getpixel((0, 0)) == (3, 3, 3)
 
 
+def test_names_that_are_printed_alike(tmp_path):
+    (tmp_path / "in").mkdir()
+    for level, name in enumerate((b"\\xe9.png", b"\xe9.png")):  # four characters, and one byte that is no UTF-8
+        save(tmp_path / "x.png", level)
+        os.rename(tmp_path / "x.png", os.fsencode(tmp_path) + b"/in/" + name)
+    for source in (open_images(tmp_path / "in"), open_images(sorted((tmp_path / "in").iterdir()))):
+        assert source.names == ("\\xe9.png", "\\xe9.png#2")
+        assert [source.read(name).getpixel((0, 0))[0] for name in source.names] == [0, 1]
+
+
 def test_tar_with_links_and_repeated_names(tmp_path):
     data = {}
     for level in (1, 2):

@@ -44,6 +44,7 @@ def good(scenes, count=None):
     return [{"id": i, "image": str(image), "question": "describe."} for i, image in enumerate(scenes[:count])]
 
 
+NAMES = ["in.jsonl", "out.jsonl", "plain-out.jsonl", "plain.jsonl", "pointer.png"]
 BAD = {
     "an image token": {"question": "<image>\ndescribe."},
     "a token in the middle": {"question": "what is <image> here?"},
@@ -54,13 +55,17 @@ BAD = {
     "a text for a picture": {"image": "in.jsonl"},
     "too long a question": {"question": "describe " * 20_000},
     "one of two pictures missing": {"images": ["nowhere.png"]},
+    "a pointer of Git LFS for a picture": {"image": "pointer.png"},
 }
 
 
 @pytest.mark.parametrize("bad", BAD.values(), ids=BAD)
 def test_a_bad_line_gets_an_error_and_the_others_their_answers(run, job, scenes, bad):
     lines = good(scenes, 3)
+    if "images" in bad:
+        del lines[2]["image"]
     argv, output = job([*lines[:2], lines[2] | bad])
+    output.with_name("pointer.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
     plain_argv, plain = job(lines[:2], "plain.jsonl")
     plain_argv[plain_argv.index("--output") + 1] = plain.with_name("plain-out.jsonl")
     code, out, err = run(*argv, "--json")
@@ -69,7 +74,7 @@ def test_a_bad_line_gets_an_error_and_the_others_their_answers(run, job, scenes,
     assert found[2]["error"] and "answer" not in found[2] and len(found[2]["error"].splitlines()) == 1
     assert run(*plain_argv)[0] == 0
     assert found[:2] == records(plain.with_name("plain-out.jsonl"))
-    assert sorted(os.listdir(output.parent)) == ["in.jsonl", "out.jsonl", "plain-out.jsonl", "plain.jsonl"]
+    assert sorted(os.listdir(output.parent)) == NAMES
 
 
 @pytest.mark.parametrize("line", [
@@ -81,6 +86,14 @@ def test_a_malformed_line_is_refused_before_the_model_is_loaded(refused, job, sc
     monkeypatch.setattr("codebook.models.load", None)
     argv, output = job([good(scenes)[0], "", line])
     refused(*argv, words=["in.jsonl, line 3", "question"])
+    assert not output.exists()
+
+
+@pytest.mark.parametrize("also", [{"images": ["b.png"]}, {"video": "b.mp4"}])
+def test_pictures_given_in_two_ways(refused, job, scenes, also, monkeypatch):
+    monkeypatch.setattr("codebook.models.load", None)
+    argv, output = job([good(scenes)[0] | also])
+    refused(*argv, words=["in.jsonl, line 1", "more than one; leave one"])
     assert not output.exists()
 
 
@@ -147,6 +160,16 @@ def test_an_output_as_input_forgets_what_went_wrong(run, job, scenes):
     assert run(*argv)[0] == 0
     [record] = records(output)
     assert "error" not in record and record["answer"] != "x" and record["kept"] == [43]
+
+
+def test_an_output_says_which_pictures_it_is_about(run, job, scenes):
+    """As the lines said it, so that it can be the next run's input."""
+    argv, output = job([{"images": [str(scene) for scene in scenes[:2]], "question": "describe."}, *good(scenes, 1)])
+    assert run(*argv)[0] == 0
+    first = output.read_bytes()
+    assert [record.get("images") for record in records(output)] == [[str(scene) for scene in scenes[:2]], None]
+    argv, output = job(records(output))
+    assert run(*argv)[0] == 0 and output.read_bytes() == first
 
 
 def killed(argv, output, by):

@@ -1,6 +1,8 @@
 """Scenes are the same bytes everywhere, and the splits share nothing."""
 
+import errno
 import hashlib
+import os
 
 import numpy as np
 import pytest
@@ -106,6 +108,26 @@ def test_written_images_are_training_scenes(tmp_path):
     assert [p.name for p in paths] == ["000000.png", "000001.png", "000002.png"]
     stored = np.asarray(Image.open(paths[1]))
     assert (stored == scene("train", 2, 4, 1).pixels).all()
+
+
+def test_a_full_disk_leaves_whole_images(tmp_path, monkeypatch):
+    before = write_images(tmp_path, 1, seed=4)[0].read_bytes()
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_images(tmp_path, 2, seed=5)
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("000000.png", before)]
+
+
+def test_images_are_not_written_through_links(tmp_path):
+    (tmp_path / "mine").write_text("kept")
+    (tmp_path / "000000.png").symlink_to("mine")
+    with pytest.raises(CodebookError, match=r"000000\.png is there and no regular file"):
+        write_images(tmp_path, 1)
+    assert (tmp_path / "mine").read_text() == "kept"
 
 
 @pytest.mark.parametrize("family", TASK_FAMILIES)

@@ -76,10 +76,12 @@ def test_chunks_change_nothing(monkeypatch):
         (lambda book: book.search(tokens(), k=0), "k is 0"),
         (lambda book: book.search(tokens(), backend="annoy"), "no search backend 'annoy'"),
         (lambda book: book.extend(torch.zeros(3, 8)), "cannot extend a codebook of dimension 16"),
-        (lambda book: book.extend(torch.zeros(3, 16), [{}]), "1 records for 3 prototypes"),
+        (lambda book: book.extend(torch.ones(3, 16), [{}]), "1 records for 3 prototypes"),
         (lambda book: Codebook(torch.zeros(0, 16)), r"must be \(N, d\) float32, N >= 1"),
         (lambda book: Codebook(torch.zeros(2, 16).half()), "must be .* float32"),
         (lambda book: Codebook(torch.full((2, 16), torch.nan)), "NaN"),
+        (lambda book: Codebook(torch.tensor([[1.0, 0.0], [0.0, 0.0]])), "prototype 1 points nowhere"),
+        (lambda book: Codebook(torch.tensor([[3e38, 3e38], [0.0, 1.0]])), "prototype 0 points nowhere"),
     ],
 )
 def test_wrong_use(call, message):
@@ -158,6 +160,10 @@ DAMAGE = {
     ),
     "another dimension": (lambda f: reseal(f, dimension=17), r"config.json says \(50, 17\)"),
     "nan": (lambda f: tensor(f, prototypes=torch.full((50, 16), torch.nan)), "NaN"),
+    "a row of zeros": (lambda f: tensor(f, prototypes=torch.eye(50, 16)), "prototype 16 points nowhere"),
+    "a row without a length in float32": (
+        lambda f: tensor(f, prototypes=torch.full((50, 16), 1e30)), "prototype 0 points nowhere",
+    ),
     "half precision": (lambda f: tensor(f, prototypes=torch.zeros(50, 16).half()), "float32"),
     "one axis": (lambda f: tensor(f, prototypes=torch.zeros(800)), "float32"),
     "another name": (lambda f: tensor(f, weights=torch.zeros(50, 16)), "one tensor named prototypes"),
