@@ -138,11 +138,18 @@ class Prefill:
             for image in watch.images
             for grid in image.layout.grids
         ]
-        order = range(len(layers))
-        return cls(
-            model, torch.cat(columns), watch.images, out.logits[0, -1].float(), [hidden[i] for i in order],
-            [given[i] for i in order], out.past_key_values, Cost(ids.shape[1] * len(layers)),
+        order, logits = range(len(layers)), out.logits[0, -1].float()
+        found = cls(
+            model, torch.cat(columns), watch.images, logits, [hidden[i] for i in order], [given[i] for i in order],
+            out.past_key_values, Cost(ids.shape[1] * len(layers)),
         )  # fmt: skip
+        with torch.inference_mode():
+            own = found._head(left[len(layers) - 1][:, -1])[0]
+        if (own - logits).abs().max() > 0.02 * logits.abs().max():
+            raise UnsharedError(
+                "this model changes its logits behind its head, as soft caps do: sweep with --metric generated"
+            )
+        return found
 
     @property
     def layers(self) -> int:
@@ -207,7 +214,12 @@ class Prefill:
             out = layer(now, **self.given[i] | own)
             now = out[0] if isinstance(out, tuple) else out
             self.cost.processed += joined * f
-        return self.model.get_output_embeddings()(lm.norm(now[:, -1])).float()
+        return self._head(now[:, -1])
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Logits (r, vocabulary) of what the last decoder layer puts out (r, width)."""
+        logits: Tensor = self.model.get_output_embeddings()(self.model.get_decoder().norm(hidden))
+        return logits.float()
 
 
 class _Prefix:

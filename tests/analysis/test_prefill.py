@@ -56,6 +56,16 @@ def test_unpruned_logits_are_the_models(model):
         assert torch.equal(Prefill.of(model, inputs).logits, model(**inputs, logits_to_keep=1).logits[0, -1])
 
 
+@pytest.mark.parametrize("change", [lambda x: x / 8, lambda x: 30 * (x / 30).tanh()], ids=["scale", "soft cap"])
+def test_logits_that_are_changed_behind_the_head_are_refused(change):
+    """Continuations do not see what the model does there, and their probabilities would be others than the whole's."""
+    own = llava("sdpa")
+    own.lm_head.weight.data *= 100
+    own.register_forward_hook(lambda module, args, out: setattr(out, "logits", change(out.logits)))
+    with pytest.raises(CodebookError, match="behind its head, as soft caps do: sweep with --metric generated"):
+        Prefill.of(own, prompt(own, [PROMPTS["text before"]]))
+
+
 @pytest.mark.parametrize("row", PROMPTS.values(), ids=PROMPTS.keys())
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_token_information_equals_the_masked_reference(model, row, leave_one_out):
