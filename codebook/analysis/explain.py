@@ -16,7 +16,7 @@ from codebook.errors import CodebookError
 from codebook.inference.overlay import comparison, enlarged, marked, score_picture
 from codebook.models.base import Model, Processor
 from codebook.store.codebook import Codebook
-from codebook.store.pictures import upright_rgb
+from codebook.store.pictures import read_image
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def explain(
     row, col = patch
     if not (0 <= row < rows and 0 <= col < cols):
         raise CodebookError(f"no patch {row},{col}: rows are 0 to {rows - 1}, columns 0 to {cols - 1}")
-    pixels = family.view(processor, upright_rgb(picture)).to(model.device, model.dtype)
+    pixels = family.view(processor, read_image(picture)).to(model.device, model.dtype)
     with torch.inference_mode():
         features = family.image_features(model, pixels)[0][0]
     [found] = explain_tokens(book, features, (rows, cols), [row * cols + col], neighbours)

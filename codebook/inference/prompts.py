@@ -13,8 +13,7 @@ from codebook.inference.samples import Sample, check_asked
 from codebook.models.base import Model, Processor, special_tokens
 from codebook.models.chat import chat_text, check_text
 from codebook.models.wrappers import stock, unwrap
-from codebook.store.files import one_line
-from codebook.store.pictures import upright_rgb
+from codebook.store.pictures import read_image
 
 CHARACTERS_PER_TOKEN = 64
 """Longest average token, far above that of any language: a longer question is refused before it is tokenized."""
@@ -181,9 +180,9 @@ def _upright(row: int, pictures: Sequence[Picture.Image]) -> list[Picture.Image]
                 row,
             )
     try:
-        return [upright_rgb(picture) for picture in pictures]
-    except (OSError, ValueError) as error:
-        raise QuestionError(f"an image of question {row + 1} cannot be read: {one_line(error)}", row) from None
+        return [read_image(picture, f"of question {row + 1}") for picture in pictures]
+    except CodebookError as error:
+        raise QuestionError(str(error), row) from None
 
 
 def prepare_samples(model: Model, processor: Processor, samples: Sequence[Sample]) -> Prompts:

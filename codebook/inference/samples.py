@@ -18,7 +18,7 @@ from typing_extensions import TypedDict
 from codebook.errors import CodebookError, quoted
 from codebook.store.clips import FrameRule, within
 from codebook.store.files import is_file, read_lines, sha256
-from codebook.store.pictures import USE_WHOLE, even_frames, is_picture_file, read_image, read_video, upright_rgb
+from codebook.store.pictures import USE_WHOLE, even_frames, is_picture_file, read_image, read_video
 
 Scorer = Callable[[str, Sequence[str]], float]
 """Scores a prediction from 0 (wrong) to 1 (right), given all right answers."""
@@ -84,11 +84,11 @@ class Sample:
             [path] = images
             assert isinstance(path, Path)
             images = read_video(path, within(self.clip.rule, self.clip.start, self.clip.end))
-        return [upright_rgb(image) if isinstance(image, Picture.Image) else self.read(image) for image in images]
+        return [self.read(image) for image in images]
 
-    def read(self, image: Path | bytes) -> Picture.Image:
-        """One of the images, from its file or the bytes of it, as `read_image` gives it."""
-        return read_image(image, f"of the question {quoted(self.question)}" if isinstance(image, bytes) else None)
+    def read(self, image: Picture.Image | Path | bytes) -> Picture.Image:
+        """One of the images as `read_image` gives it."""
+        return read_image(image, None if isinstance(image, Path) else f"of the question {quoted(self.question)}")
 
     def score(self, prediction: str) -> float:
         """Score of a generated answer, from 0 (wrong) to 1 (right)."""

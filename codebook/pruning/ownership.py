@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from weakref import WeakKeyDictionary, WeakSet
 
+from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
 from codebook.pruning.methods import Pruner
 from codebook.pruning.methods.combine import Combination
@@ -18,13 +20,16 @@ def codebooks_of(pruner: Pruner) -> Iterator[Codebook]:
     """The codebooks that a pruner chooses by: its own, and those of the pruners that it is made of."""
     if isinstance(own := getattr(pruner, "codebook", None), Codebook):
         yield own
+    elif isinstance(own, str | Path):
+        raise CodebookError(f"the codebook of {type(pruner).__name__} is {quoted(str(own))}, the name of one: give "
+                            "what codebook.Codebook.load reads there")  # fmt: skip
     if isinstance(pruner, Combination):
         for part in pruner.parts:
             yield from codebooks_of(part)
 
 
 def check_codebooks(model: Model, pruners: Iterable[Pruner]) -> None:
-    """Raise a CodebookError if the pruners choose by a codebook that was built for another model.
+    """Raise a CodebookError if the pruners choose by a codebook that was built for another model, or by none.
 
     Another model's prototypes may have the right dimension, and then prune without an error: by chance.
     """

@@ -45,7 +45,7 @@ class _Beyond(ValueError):
     """What is wrong with a picture that is whole, and what to do: it is beyond the limits."""
 
 
-def read_image(source: Path | str | bytes, name: str | None = None) -> Picture.Image:
+def read_image(source: Path | str | bytes | Picture.Image, name: str | None = None) -> Picture.Image:
     """A picture as RGB, as a person sees it; the same wherever the package reads one.
 
     - turned as its EXIF orientation says;
@@ -57,7 +57,7 @@ def read_image(source: Path | str | bytes, name: str | None = None) -> Picture.I
     Parameters
     ----------
     source
-        A regular file, or a file's contents.
+        A regular file, a file's contents, or a picture that is open; it stays open, and as it is.
     name
         What to call the picture in an error; default: the file's path.
 
@@ -131,11 +131,16 @@ def spaced(found: int, frames: int = VIDEO_FRAMES) -> list[int]:
 
 @contextlib.contextmanager
 def _open_picture(
-    source: Path | str | bytes, name: str | None, kind: str = "image", remedy: str = USE_WHOLE
+    source: Path | str | bytes | Picture.Image, name: str | None, kind: str = "image", remedy: str = USE_WHOLE
 ) -> Iterator[Picture.Image]:
     """Open a picture within the limits; whatever is wrong with it, then or while it is used, is a CodebookError."""
-    name = name or ("of these bytes" if isinstance(source, bytes) else str(source))
+    name = name or (str(source) if isinstance(source, Path | str) else "that was given")
     try:
+        if isinstance(source, Picture.Image):
+            with _decoding():
+                _check_pixels(*source.size, MOST_PIXELS)
+                yield source
+            return
         data = source if isinstance(source, bytes) else read_bytes(Path(source), LARGEST_PICTURE)
         with _open_bytes(data) as picture:
             yield picture
@@ -152,12 +157,18 @@ def _open_bytes(data: bytes, most_pixels: int = MOST_PIXELS) -> Iterator[Picture
     """Open a picture within the limits; whatever a decoder raises, then or while it is used, is a ValueError."""
     if not is_picture(data[:HEAD]):
         raise ValueError("not an image")
+    with _decoding(), Picture.open(io.BytesIO(data), formats=list(_accepted())) as picture:
+        _check_pixels(*picture.size, most_pixels)
+        yield picture
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """A context in which whatever a decoder raises is a ValueError, and what it warns of is not heard."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # PIL warns of sizes that are refused here, and of damaged metadata
-            with Picture.open(io.BytesIO(data), formats=list(_accepted())) as picture:
-                _check_pixels(*picture.size, most_pixels)
-                yield picture
+            yield
     except Picture.UnidentifiedImageError:  # it names the object that held the bytes, which differs from run to run
         raise ValueError("not an image") from None
     except Picture.DecompressionBombError:
@@ -169,6 +180,8 @@ def _open_bytes(data: bytes, most_pixels: int = MOST_PIXELS) -> Iterator[Picture
 
 
 def _check_pixels(width: int, height: int, most: int) -> None:
+    if not width * height:
+        raise _Beyond(f"{width} x {height} pixels, which show nothing: give another one")
     if width * height > most:
         raise _Beyond(f"{width} x {height} pixels, and at most {most:,} are read: scale it down")
     if max(width, height) > LONGEST_SHAPE * min(width, height):
@@ -176,9 +189,7 @@ def _check_pixels(width: int, height: int, most: int) -> None:
 
 
 def upright_rgb(picture: Picture.Image) -> Picture.Image:
-    """An open picture as `read_image` would give it; what it gave stays as it is."""
-    if not all(picture.size):
-        raise ValueError(f"{picture.width} x {picture.height} pixels, which show nothing")
+    """An open picture as `read_image` would give it, whatever its size; what it gave stays as it is."""
     picture.load()
     if picture.mode.startswith(("I", "F")):
         return _turned(_grey(picture)).convert("RGB")

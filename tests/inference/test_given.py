@@ -36,7 +36,12 @@ def loaded():
         ([[PICTURE], [None]], [QUESTION] * 2, "an image of question 2 is a NoneType"),
         ([[np.zeros((9, 9, 3))]], [QUESTION], r"is a ndarray: .* arrays pictures by PIL.Image.fromarray$"),
         ([[torch.zeros(3, 9, 9)]], [QUESTION], "is a Tensor: "),
-        ([[Image.new("RGB", (0, 5))]], [QUESTION], "question 1 cannot be read: 0 x 5 pixels, which show nothing"),
+        ([[Image.new("RGB", (0, 5))]], [QUESTION], "image of question 1: 0 x 5 pixels, which show nothing: give"),
+        (
+            [[Image.new("L", (1, 999))]],
+            [QUESTION],
+            r"of question 1: 1 x 999 pixels, and one side may be 200 .*: cut it$",
+        ),
     ],
 )
 def test_what_are_no_questions_about_pictures(loaded, images, questions, says):

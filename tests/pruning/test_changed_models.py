@@ -8,7 +8,8 @@ import torch
 import codebook
 from codebook.errors import CodebookError
 from codebook.pruning import FastV, Random, Schedule, Stage, Uniform
-from tests.prompts import ONE, prompt
+from tests import reference
+from tests.prompts import ONE, gone_from, mass, prompt
 from tests.tiny import llava
 
 SCHEDULE = Schedule([Stage(0, 0.5, Random(), mass=True), Stage(2, 4, FastV())])
@@ -110,3 +111,18 @@ def test_an_assistant_that_is_pruned_as_well(model, one):
     with SCHEDULE(model), Schedule([Stage(1, 5, Uniform())])(assistant := llava(seed=1)):
         greedy = model.generate(**one, **options)
         assert torch.equal(model.generate(**one, **options, assistant_model=assistant), greedy)
+
+
+@torch.no_grad()
+def test_a_model_that_assists_itself(model, one):
+    """Stock `generate` shows the assistant no images, and its image tokens are text."""
+    seen = []
+    with SCHEDULE(model) as pruning:
+        hook = model.get_decoder().layers[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+        tokens = model.generate(**one, max_new_tokens=8, do_sample=False, assistant_model=model)
+        hook.remove()
+    gone, weight = gone_from(one, pruning, SCHEDULE), mass(one, pruning, SCHEDULE)
+    expected, _ = reference.masked(model, one, gone, 8, mass=weight)
+    length = one["input_ids"].shape[1]
+    assert torch.equal(tokens[:, length:], expected)
+    assert seen[0] == length and seen[1] < length  # the assistant's prompt, whole, and the pruned one

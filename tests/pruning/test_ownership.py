@@ -1,5 +1,7 @@
 """A codebook prunes the model that it was built for, and no other of the same dimension."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -68,3 +70,15 @@ def test_each_pair_is_looked_at_once(models, monkeypatch):
     for _ in range(2):  # what was refused is refused again
         with pytest.raises(CodebookError):
             schedule(models[1])
+
+
+def test_the_name_of_a_codebook_is_none(models):
+    """Of a folder or a name only `for_model` and `load` make one: a pruner has nobody to ask whose it is."""
+    for name in ("indexes/miniature", Path("indexes/miniature")):
+        for pruner in pruners(name):
+            with pytest.raises(
+                CodebookError, match=r"the codebook of \w+ is 'indexes/miniature', the name of one: give"
+            ):
+                Schedule([Stage(0, 3, pruner)])(models[0])
+        with pytest.raises(CodebookError, match="is 'indexes/miniature', the name of one"):
+            Schedule.parse("seeded:0.25", name)(models[0])

@@ -1,10 +1,12 @@
 """Budgets against the figures that the papers print, the text form, and what a schedule refuses."""
 
+import itertools
 import json
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,16 +15,22 @@ from hypothesis import strategies as st
 from codebook.errors import CodebookError
 from codebook.pruning import (
     METHODS,
+    TOPS,
     Alpha,
+    DivPrune,
     Drop,
     FarthestPoint,
     FastV,
+    Merged,
     Pruner,
     Random,
     Schedule,
     SeededFarthestPoint,
     Stage,
     Uniform,
+    Union,
+    Weighted,
+    Window,
 )
 
 VICUNA = {"layers": 32, "hidden": 4096, "intermediate": 11008}
@@ -203,6 +211,41 @@ def test_pruners_refuse_what_their_text_would():
     for make in (FarthestPoint, lambda count: SeededFarthestPoint("book", count)):
         with pytest.raises(CodebookError, match="representatives is -2: give 0 or more"):
             make(-2)
+
+
+ODD = (1.5, -1, True, None, "x", "", math.nan, math.inf, (), [4, 4], (4,), (4, 4.0), np.int64(3), np.float32(0.25),
+       np.float64("nan"), np.bool_(True), torch.tensor(3), torch.tensor([1.0, 2.0]), np.zeros(3))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_options_in_python_are_those_of_the_text(name):
+    """Whatever is given: refused by both in one line, or taken by both, and the same afterwards."""
+    method, book = METHODS[name], ["book"] if METHODS[name].needs_codebook else []
+    for option, value in itertools.product(method.options, ODD):
+        plain = value.item() if isinstance(value, np.generic) else value
+        try:
+            method.check(name, {option: plain})
+        except CodebookError:
+            with pytest.raises(CodebookError, match=option) as caught:
+                method(*book, **{option: value})
+            assert "\n" not in str(caught.value)
+        else:
+            pruner = method(*book, **{option: value})
+            assert getattr(pruner, option) == plain and "np." not in repr(pruner)
+
+
+@pytest.mark.parametrize(("make", "says"), [
+    (lambda: Window("fastv"), r"Window is made of pruners, objects such as Random\(\), not of 'fastv'"),
+    (lambda: Merged(Random), "Merged is made of pruners, .* not of <class"),
+    (lambda: Union(Random(), DivPrune()), "DivPrune ranks no tokens, and Union asks for a ranking: use"),
+    (lambda: TOPS(relevance=DivPrune()), "DivPrune ranks no tokens, and TOPS asks"),
+    (lambda: Weighted([Random(), DivPrune()], [1, 1]), "DivPrune ranks no tokens, and Weighted asks"),
+    (lambda: Weighted([Random()], ["1"]), r"the weights of Weighted are \['1'\]: give numbers, each finite"),
+    (lambda: Weighted([Random()], [math.nan]), "give numbers, each finite"),
+])  # fmt: skip
+def test_methods_are_made_of_pruners_that_can_do_what_is_asked(make, says):
+    with pytest.raises(CodebookError, match=says):
+        make()
 
 
 def test_schedules_print_as_their_text():

@@ -3,6 +3,8 @@
 import asyncio
 import contextlib
 import copy
+import io
+import pickle
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -255,11 +257,32 @@ def test_images_that_no_forward_shows_are_an_error(model, prompts):
             model.get_decoder()(inputs_embeds=model.get_input_embeddings()(ids))
 
 
-def test_a_model_inside_a_context_is_not_copied(model, prompts):
-    for context in (SCHEDULES[1](model), remember(model)):
-        with context, pytest.raises(CodebookError, match="leave the context first"):
-            copy.deepcopy(model)
+COPIES = {"deepcopy": copy.deepcopy, "pickle": pickle.dumps, "torch.save": lambda it: torch.save(it, io.BytesIO())}
+
+
+@pytest.mark.parametrize("copied", COPIES)
+def test_a_model_inside_a_context_is_not_copied(prompts, copied):
+    """Nor are its parts. After a forward stock models hold hooks of transformers' own, which no pickle takes."""
+    model, context = llava(), SCHEDULES[1](llava())
+    parts = [model, model.model, model.get_decoder(), model.get_decoder().layers[1]]
+    for opened, own in ((SCHEDULES[1](model), parts), (remember(model), [model, model.model.vision_tower])):
+        with opened:
+            for part in own:
+                with pytest.raises(CodebookError, match="leave the context first"):
+                    COPIES[copied](part)
+    for part in parts:
+        COPIES[copied](part)
+    with pytest.raises(CodebookError, match="a pruning context cannot be copied or saved: copy its schedule"):
+        COPIES[copied](context)
     assert torch.equal(generated(copy.deepcopy(model), prompts[0]), generated(model, prompts[0]))
+
+
+def test_weights_saved_inside_a_context_are_the_models(model, prompts, tmp_path):
+    with SCHEDULES[2](model):
+        generated(model, prompts[0])
+        model.save_pretrained(tmp_path)
+    read = type(model).from_pretrained(tmp_path).eval()
+    assert torch.equal(read(**prompts[0]).logits, model(**prompts[0]).logits)
 
 
 @pytest.mark.parametrize("under_grad", ["remember", "prune"])

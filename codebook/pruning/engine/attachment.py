@@ -61,6 +61,7 @@ class Attachment:
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
         # The copy's hooks would belong to contexts of the original, and answers of the copy would silently be wrong.
+        # Every hook is a method of the attachment, or holds one, and so brings whoever copies or saves the model here.
         raise CodebookError("a model inside a pruning context cannot be copied or saved: leave the context first")
 
     @property
@@ -151,8 +152,8 @@ class Attachment:
         model, base = self.model, self.model.base_model
         with contextlib.ExitStack() as undo:
             for module, hook in (
-                (base, torch.compiler.disable(self._on_base)),
-                (self.lm, torch.compiler.disable(self._on_decoder)),
+                (base, self._on_base),
+                (self.lm, self._on_decoder),
                 *((layer, partial(self._on_layer, i)) for i, layer in enumerate(self.lm.layers)),
             ):
                 undo.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -160,7 +161,7 @@ class Attachment:
                 undo.callback(tower.register_forward_pre_hook(self._on_tower).remove)
             # Called after an error too, so that no state is left for the next forward.
             for module, hook in ((self.lm, self._after_decoder), (base, self._after_base)):
-                undo.callback(module.register_forward_hook(torch.compiler.disable(hook), always_call=True).remove)
+                undo.callback(module.register_forward_hook(hook, always_call=True).remove)
             for module in dict.fromkeys((model, base, self.lm)):
                 # What torch.compile made of a call may be older than the hooks, and would run without them: it does not
                 # look for new ones, but whether the object has a `forward` of its own.
@@ -213,7 +214,12 @@ class Attachment:
 
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._current() is not None:  # a part of the generation that is running
-            return stock(*args, **kwargs)
+            # Of the model as its own assistant, whose forwards are shown no images: those that wait are not for it.
+            token = ENCODED.set(())
+            try:
+                return stock(*args, **kwargs)
+            finally:
+                ENCODED.reset(token)
         if any(_has_images(kwargs, kind, pixels) for kind, pixels in models.KINDS.items()) and self.in_force():
             given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
             check_cache(kwargs, given, self.model.generation_config)
@@ -294,6 +300,7 @@ class Attachment:
         running = RUNNING.get()
         return running if running is not None and running.call.attachment is self else None
 
+    @torch.compiler.disable
     def _on_base(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.end()
         call = self._current()
@@ -326,6 +333,7 @@ class Attachment:
         running.blocks = blocks if blocks is None or length is None else blocks[:, -length:]
         running.given, running.kinds = given, kinds
 
+    @torch.compiler.disable
     def _on_decoder(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         running, embeds = self._own_running(), kwargs.get("inputs_embeds")
         if running is None:  # text alone, straight to the decoder: only shape and device matter
@@ -451,6 +459,7 @@ class Attachment:
         if forward.stages[layer].pruner.own_layer == LISTENING.get():  # its own layer also runs once it has chosen
             forward.heard = query, key, scaling
 
+    @torch.compiler.disable
     def _after_decoder(self, _: Any, args: tuple[Any, ...], output: Any) -> Any:
         forward, running = FORWARD.get(), self._own_running()
         FORWARD.set(None)
@@ -480,6 +489,7 @@ class Attachment:
             "%d images: %.0f of %d visual tokens, by '%s'", len(images), seen / layers, tokens, call.pruning.schedule
         )
 
+    @torch.compiler.disable
     def _after_base(self, *_: Any) -> None:
         self.end()
 

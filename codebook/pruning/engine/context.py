@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
 from torch import Tensor
 
@@ -90,6 +90,11 @@ class Pruning:
         state = "enabled" if self.enabled else "open" if self.open else "closed"
         so_far = self.tally.read(wait=False)
         return f"<Pruning of {type(self.model).__name__} by '{self.schedule}', scope {self.scope}, {state}: {so_far}>"
+
+    def __reduce_ex__(self, _: Any) -> NoReturn:
+        raise CodebookError(
+            "a pruning context cannot be copied or saved: copy its schedule, and write what it kept by its `save`"
+        )
 
     def __enter__(self) -> Pruning:
         with ATTACHING:

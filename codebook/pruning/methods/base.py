@@ -6,14 +6,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, field, fields, is_dataclass
-from numbers import Real
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
 from codebook.errors import CodebookError, quoted
+from codebook.pruning.methods.registry import is_like
 from codebook.pruning.tokens import VisualTokens, needed
 
 LEAST_LENGTH = 1e-12
@@ -56,6 +57,9 @@ class Pruner(ABC):
     """Whether the pruner itself decides how many tokens stay; its stage's `keep` is then None."""
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, np.generic):  # no text says numpy's numbers
+                object.__setattr__(self, name, value.item())
         check_options(type(self), vars(self))
 
     @abstractmethod
@@ -197,9 +201,9 @@ def whole_frames(frames: Sequence[VisualTokens]) -> Tensor:
 
 
 def option(default: Any, least: float = -math.inf, most: float = math.inf, choices: Sequence[str] = ()) -> Any:
-    """A field of a pruner's dataclass, with the values that it may have: a choice, or numbers from least to most.
+    """A field of a pruner's dataclass, with the values that it may have: a choice, or those of the default's type.
 
-    The bounds of a field that holds several numbers are each number's.
+    Numbers are from least to most; the bounds of a field that holds several are each number's.
     """
     return field(default=default, metadata={"least": least, "most": most, "choices": choices})
 
@@ -212,12 +216,14 @@ def check_options(kind: type[Pruner], values: Mapping[str, Any]) -> None:
             continue
         name, value = known.name, values[known.name]
         least, most, choices = (known.metadata[key] for key in ("least", "most", "choices"))
+        if not is_like(value, known.default):
+            raise CodebookError(f"{name} of {kind.__name__} must be like {known.default!r}, not {quoted(value)}")
         if choices:
             if value not in choices:
                 raise CodebookError(f"{name} is {quoted(value)}: give {' or '.join(map(repr, choices))}")
             continue
         for number in value if isinstance(value, tuple) else (value,):
-            if not (isinstance(number, Real) and least <= number <= most):
+            if not least <= number <= most:
                 bounds = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
                 raise CodebookError(f"{name} is {quoted(value)}: give {bounds}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.pruning.methods.base import Pruner, gram, unit_range
+from codebook.pruning.methods.base import Pruner, gram, option, unit_range
 from codebook.pruning.methods.centring import centred_gate
 from codebook.pruning.methods.question import likeness_to_question
 from codebook.pruning.tokens import VisualTokens
@@ -42,8 +42,8 @@ class CDPruner(Pruner):
     sync.
     """
 
-    negated: bool = False
-    centred: bool = False
+    negated: bool = option(False)
+    centred: bool = option(False)
     uses_text: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from codebook.pruning.methods.base import ScoringPruner
+from codebook.pruning.methods.base import ScoringPruner, option
 from codebook.pruning.tokens import VisualTokens, needed
 
 
@@ -23,7 +23,7 @@ class Cls(ScoringPruner):
         Times the length of the patch's key in that layer, over all heads (Nuwa, arXiv 2602.02951).
     """
 
-    keyed: bool = False
+    keyed: bool = option(False)
     uses_vision: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:

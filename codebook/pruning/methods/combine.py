@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
+from numbers import Real
 
 import torch
 from torch import Tensor
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.pruning.methods.base import FeaturePruner, Pruner, ScoringPruner, option, unit_range
 from codebook.pruning.tokens import VisualTokens
 
@@ -24,16 +26,28 @@ class Combination(Pruner):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        name = type(self).__name__
         for part in self.parts:
+            if not isinstance(part, Pruner):
+                raise CodebookError(f"{name} is made of pruners, objects such as Random(), not of {quoted(part)}")
             merges = type(part).merge is not Pruner.merge and not isinstance(part, ScoringPruner)
             if part.joint or merges:
                 does = "compares frames" if part.joint else "merges tokens"
-                raise CodebookError(f"{type(part).__name__} {does}: use it alone, in no {type(self).__name__}")
+                raise CodebookError(f"{type(part).__name__} {does}: use it alone, in no {name}")
+        for part in self.rankers:
+            if not isinstance(part, ScoringPruner):
+                raise CodebookError(f"{type(part).__name__} ranks no tokens, and {name} asks for a ranking: use a "
+                                    "ScoringPruner, such as Random()")  # fmt: skip
 
     @property
     @abstractmethod
     def parts(self) -> Sequence[Pruner]:
         """The pruners that it is made of."""
+
+    @property
+    def rankers(self) -> Sequence[Pruner]:
+        """Those whose scores it asks for."""
+        return ()
 
     @property
     def uses_attention(self) -> bool:  # type: ignore[override]
@@ -78,9 +92,15 @@ class Weighted(Combination, ScoringPruner):
         super().__post_init__()
         if len(self.pruners) != len(self.weights) or not self.pruners:
             raise CodebookError(f"{len(self.weights)} weights for {len(self.pruners)} pruners: give one for each")
+        if not all(isinstance(weight, Real) and math.isfinite(weight) for weight in self.weights):
+            raise CodebookError(f"the weights of Weighted are {quoted(self.weights)}: give numbers, each finite")
 
     @property
     def parts(self) -> Sequence[Pruner]:
+        return self.pruners
+
+    @property
+    def rankers(self) -> Sequence[Pruner]:
         return self.pruners
 
     def score(self, tokens: VisualTokens) -> Tensor:
@@ -114,6 +134,10 @@ class Union(Combination):
     @property
     def parts(self) -> Sequence[Pruner]:
         return self.first, self.second
+
+    @property
+    def rankers(self) -> Sequence[Pruner]:
+        return (self.second,)
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         score = self.second.score(tokens).float()

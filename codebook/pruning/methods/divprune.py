@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codebook.pruning.methods.base import option
 from codebook.pruning.methods.farthest import Farthest, beginning_at, furthest
 
 
@@ -18,8 +19,8 @@ class DivPrune(Farthest):
     distance to the chosen set is a running minimum, so the cost is keep * n, without a host sync.
     """
 
-    centred: bool = False
-    middle: bool = False
+    centred: bool = option(False)
+    middle: bool = option(False)
 
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         itself = similarity.diagonal()

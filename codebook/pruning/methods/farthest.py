@@ -40,8 +40,8 @@ class Farthest(FeaturePruner):
     """
 
     representatives: int = 0
-    centred: bool = False
-    middle: bool = False
+    centred: bool = option(False)
+    middle: bool = option(False)
 
     @abstractmethod
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
@@ -90,8 +90,8 @@ class FarthestPoint(Farthest):
     """Farthest-point sampling (Gonzalez, 1985), begun with the token least like the image's mean."""
 
     representatives: int = option(0, 0)
-    centred: bool = False
-    middle: bool = False
+    centred: bool = option(False)
+    middle: bool = option(False)
 
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         return beginning_at(_likeness_to_mean(features).argmin(keepdim=True), similarity)
@@ -135,8 +135,8 @@ class SeededFarthestPoint(Farthest):
 
     codebook: Codebook
     representatives: int = option(4, 0)
-    centred: bool = False
-    middle: bool = False
+    centred: bool = option(False)
+    middle: bool = option(False)
 
     def begin(self, features: Tensor, similarity: Tensor, gate: Tensor | None) -> Tensor:
         return self.codebook.redundancy(features)

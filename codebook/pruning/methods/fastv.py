@@ -35,10 +35,10 @@ class FastV(ScoringPruner):
     """
 
     query: Literal["text", "question", "visual"] = option("text", choices=("text", "question", "visual"))
-    rotated: bool = True
-    image_only: bool = False
-    reverse: bool = False
-    own_layer: bool = False
+    rotated: bool = option(True)
+    image_only: bool = option(False)
+    reverse: bool = option(False)
+    own_layer: bool = option(False)
     uses_attention: ClassVar[bool] = True
 
     def score(self, tokens: VisualTokens) -> Tensor:

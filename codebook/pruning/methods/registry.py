@@ -105,7 +105,7 @@ class Method:
             if option not in known:
                 what = f"its options are {', '.join(known)}" if known else "it has none"
                 raise unknown(f"{name} has no option", option, known, what)
-            if not _is_like(value, known[option]):
+            if not is_like(value, known[option]):
                 raise CodebookError(f"option {option} of {name} must be like {known[option]!r}, not {quoted(value)}")
         from codebook.pruning.methods.base import check_options
 
@@ -118,10 +118,10 @@ def _is_pruner(value: Any) -> bool:
     return isinstance(value, Pruner)
 
 
-def _is_like(value: Any, example: Any) -> bool:
+def is_like(value: Any, example: Any) -> bool:
     """Whether a value has the type of an option's default: tuples of the same length, whole numbers for any number."""
     if isinstance(example, tuple):
-        return isinstance(value, tuple) and len(value) == len(example) and all(map(_is_like, value, example))
+        return isinstance(value, tuple) and len(value) == len(example) and all(map(is_like, value, example))
     if isinstance(example, float):
         return type(value) is int or (type(value) is float and math.isfinite(value))
     return type(value) is type(example)

@@ -48,6 +48,10 @@ class TOPS(Combination):
     def parts(self) -> Sequence[Pruner]:
         return (self.relevance,)
 
+    @property
+    def rankers(self) -> Sequence[Pruner]:
+        return self.parts
+
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         relevance = unit_range(self.relevance.score(tokens).float())
         similarity = gram(normalize(tokens.hidden.float(), dim=-1))
