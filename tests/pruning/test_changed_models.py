@@ -1,15 +1,15 @@
 """Models that change while a context is open on them, and models that share their parts: pruned right, or refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
 
 import codebook
 from codebook.errors import CodebookError
-from codebook.pruning import FastV, Random, Schedule, Stage, Uniform
-from tests import reference
-from tests.prompts import ONE, gone_from, mass, prompt
+from codebook.pruning import FastV, Random, Schedule, Stage, Uniform, remember
+from tests.prompts import ONE, prompt
 from tests.tiny import llava
 
 SCHEDULE = Schedule([Stage(0, 0.5, Random(), mass=True), Stage(2, 4, FastV())])
@@ -114,15 +114,39 @@ def test_an_assistant_that_is_pruned_as_well(model, one):
 
 
 @torch.no_grad()
-def test_a_model_that_assists_itself(model, one):
-    """Stock `generate` shows the assistant no images, and its image tokens are text."""
-    seen = []
-    with SCHEDULE(model) as pruning:
-        hook = model.get_decoder().layers[-1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-        tokens = model.generate(**one, max_new_tokens=8, do_sample=False, assistant_model=model)
-        hook.remove()
-    gone, weight = gone_from(one, pruning, SCHEDULE), mass(one, pruning, SCHEDULE)
-    expected, _ = reference.masked(model, one, gone, 8, mass=weight)
-    length = one["input_ids"].shape[1]
-    assert torch.equal(tokens[:, length:], expected)
-    assert seen[0] == length and seen[1] < length  # the assistant's prompt, whole, and the pruned one
+def test_what_is_put_around_a_model_inside_a_context_stays(model, one):
+    """As accelerate puts a `forward` around one, where it casts or moves: leaving took it away."""
+    plain, calls = model(**one).logits, []
+    with SCHEDULE(model), remember(model):
+        pruned, tokens = model(**one).logits, model.generate(**one, max_new_tokens=3, do_sample=False)
+        tower = model.model.vision_tower
+        for owner, name in ((model, "forward"), (model, "generate"), (model.model, "forward"), (tower, "forward")):
+
+            @functools.wraps(stock := getattr(owner, name))
+            def around(*args, stock=stock, name=(owner, name), **kwargs):
+                calls.append(name)
+                return stock(*args, **kwargs)
+
+            setattr(owner, name, around)
+        assert torch.equal(model(**one).logits, pruned)
+    calls.clear()
+    assert torch.equal(model(**one).logits, plain)
+    assert calls == [(model, "forward"), (model.model, "forward"), (tower, "forward")]
+    with SCHEDULE(model), remember(model):
+        assert torch.equal(model(**one).logits, pruned)
+        for use_cache in (True, False):
+            again = model.generate(**one, max_new_tokens=3, do_sample=False, use_cache=use_cache)
+            assert torch.equal(again, tokens)
+    assert (model, "generate") in calls
+
+
+@torch.no_grad()
+def test_a_stage_whose_layer_is_not_run(model, one):
+    with SCHEDULE(model):
+        model.get_decoder().config.num_hidden_layers = 2
+        with pytest.raises(
+            CodebookError, match="layer 2 of the decoder was not run, so that its stage has pruned noth"
+        ):
+            model(**one)
+        model.get_decoder().config.num_hidden_layers = 3
+        model(**one)

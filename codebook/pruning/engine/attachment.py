@@ -178,9 +178,10 @@ class Attachment:
     # Calls
 
     def _begin(self, length: int | None = None) -> Call:
-        """A call that starts now: what prunes it is decided here, once."""
+        """A call that starts now: what prunes it is decided here, once; inside another call it is what prunes that."""
+        outer = self._current()
         with ATTACHING:
-            pruning = self.in_force()
+            pruning = self.in_force() if outer is None else outer.pruning
             if pruning is not None:
                 pruning.calls += 1
         return Call(self, pruning, length)
@@ -213,19 +214,16 @@ class Attachment:
         return call if call is not None and call.attachment is self else None
 
     def _generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if self._current() is not None:  # a part of the generation that is running
-            # Of the model as its own assistant, whose forwards are shown no images: those that wait are not for it.
-            token = ENCODED.set(())
-            try:
-                return stock(*args, **kwargs)
-            finally:
-                ENCODED.reset(token)
-        if any(_has_images(kwargs, kind, pixels) for kind, pixels in models.KINDS.items()) and self.in_force():
+        if not self._pruning:  # the contexts were left, and something that others have put around this stays
+            return stock(*args, **kwargs)
+        outer = self._current()  # such as that of a model which is its own assistant
+        if any(_has_images(kwargs, kind, pixels) for kind, pixels in models.KINDS.items()) and self._pruning_now():
             given = kwargs.get("generation_config", args[1] if len(args) > 1 else None)
             check_cache(kwargs, given, self.model.generation_config)
         ids = kwargs.get("input_ids", kwargs.get("inputs", args[0] if args else None))
         call = self._begin(ids.shape[1] if isinstance(ids, Tensor) and ids.dim() == 2 else None)
-        token, encoded = CALL.set(call), ENCODED.set(ENCODED.get())
+        # What waits to be shown by the generation around this one is not for this one.
+        token, encoded = CALL.set(call), ENCODED.set(ENCODED.get() if outer is None else ())
         try:
             return stock(*args, **kwargs)
         finally:
@@ -369,13 +367,14 @@ class Attachment:
             FORWARD.set(Forward(self.family, self.model, plain, {}, blocks=running.blocks, compact=compact))
             return
         check_mask(mask)
-        whole = Given(embeds, mask, self._extra(running.call, embeds, cache))
+        chosen = self._chosen(running.call, embeds)
+        extra = 0 if chosen is None else self._extra(running.call, embeds, cache)
+        whole = Given(embeds, mask, extra)
         encoded = {kind: self._call_of(kind, given) for kind in running.kinds}
         found = prompt.find(
             self.family, self.model, whole, given["input_ids"], encoded,
             shared=pruning.schedule.quotas == "shared", usual=pruning.schedule.spread,
         )  # fmt: skip
-        chosen = self._chosen(running.call, given["input_ids"])
         forward = Forward(
             self.family, self.model, whole, pruning.stages, found, running.blocks, compact, chosen, pruning.tally
         )
@@ -389,14 +388,17 @@ class Attachment:
         past = 0 if cache is None else int(cache.get_seq_length())
         return min(max(0, past + embeds.shape[1] - call.length), embeds.shape[1] - 1)
 
-    def _chosen(self, call: Call, ids: Tensor) -> Chosen:
-        """What this generation has chosen for this very prompt; empty for a new one, to be filled."""
+    def _chosen(self, call: Call, embeds: Tensor) -> Chosen | None:
+        """What this generation has chosen for its prompt; empty at first, to be filled.
+
+        None for another prompt, or the same with other images, as a logits processor may ask in between.
+        """
         if call.length is None:
-            return {}
-        own = ids[:, : call.length]
-        if call.ids is None or not torch.equal(call.ids, own):
-            call.ids, call.chosen = own, {}
-        return call.chosen
+            return None
+        own = embeds[:, : call.length].detach()
+        if call.prompt is None:
+            call.prompt = own
+        return call.chosen if torch.equal(call.prompt, own) else None
 
     def _on_layer(self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         forward = FORWARD.get()
@@ -465,6 +467,7 @@ class Attachment:
         FORWARD.set(None)
         if forward is not None and output is not None:
             _check_added()
+            _check_ran(forward)
             if running is not None:
                 self._count(running.call, forward)
         if running is not None and running.direct:
@@ -478,9 +481,10 @@ class Attachment:
 
     def _count(self, call: Call, forward: Forward) -> None:
         """Add a forward that ended well to its context's statistics, once for each prompt of a generation."""
-        if call.pruning is None or forward.prompt is None or (call.ids is not None and call.counted is call.ids):
+        if call.pruning is None or forward.prompt is None or (forward.chosen is call.chosen and call.counted):
             return
-        call.counted, images = call.ids, forward.prompt.images
+        call.counted |= forward.chosen is call.chosen
+        images = forward.prompt.images
         tokens = sum(image.count for image in images)
         layers = len(self.lm.layers)
         seen = forward.seen(layers)
@@ -500,6 +504,16 @@ def _check_added() -> None:
         ADDED.set(None)
         raise CodebookError("a layer's attention does not go through transformers' attention functions, so what it "
                             "sees cannot be said: load the model with attn_implementation='eager'")  # fmt: skip
+
+
+def _check_ran(forward: Forward) -> None:
+    """Raise a CodebookError if a stage's layer was not run."""
+    if any(len(stages) < len(forward.stages) for stages in forward.log):
+        layer = sorted(forward.stages)[min(map(len, forward.log))]
+        raise CodebookError(
+            f"layer {layer} of the decoder was not run, so that its stage has pruned nothing: leave the stage out, or "
+            "set num_hidden_layers of the model's config back"
+        )
 
 
 def _around(function: Callable[..., Any], stock: Callable[..., Any]) -> Callable[..., Any]:

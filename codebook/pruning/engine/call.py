@@ -31,18 +31,19 @@ class Call:
         What prunes it; None for a plain call.
     length
         Tokens of the prompt that `generate` was given; None for a lone forward.
-    ids, chosen
-        What its first forward with images showed (B, L), and which tokens were chosen there. Without a KV cache every
-        step shows the whole prompt again: it then keeps the same tokens instead of asking anew.
+    prompt, chosen
+        What entered the decoder for the prompt (B, L, d) in its first forward with images, and which tokens were chosen
+        there. Without a KV cache every step shows the whole prompt again: it then keeps the same tokens instead of
+        asking anew.
     counted
-        Those `ids` that are in the context's statistics already.
+        Whether that prompt is in the context's statistics already.
     """
 
     attachment: Attachment
     pruning: Pruning | None
     length: int | None = None
-    ids: Tensor | None = None
-    counted: Tensor | None = None
+    prompt: Tensor | None = None
+    counted: bool = False
     chosen: Chosen = field(default_factory=dict)
 
 

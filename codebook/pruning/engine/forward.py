@@ -68,7 +68,7 @@ class Forward:
     compact
         Whether positions are renumbered.
     chosen
-        What an earlier forward of the same generation chose. Filled where it is empty.
+        What an earlier forward of the same generation chose, and an attribute. Filled where it is empty.
     tally
         Where the time in which stages choose and merge is added up.
 
@@ -105,7 +105,7 @@ class Forward:
         self.sequence: Shortened | None = None
         self.heard: tuple[Tensor, Tensor, float] | None = None
         self.asked: tuple[Any, tuple[Tensor, Tensor]] | None = None
-        self._chosen: Chosen = {} if chosen is None else chosen
+        self.chosen: Chosen = {} if chosen is None else chosen
         self._tally = tally
         self._norm = family.last_norm(model)
         self._viewer = Viewer(family, model, given, [] if prompt is None else prompt.lengths, blocks, compact)
@@ -138,14 +138,14 @@ class Forward:
         def tokens(number: int) -> VisualTokens:
             return self._tokens(stage, self.units[number], hidden, known[number])
 
-        chosen = self._chosen.get(stage.layer)
+        chosen = self.chosen.get(stage.layer)
         known = [{} for _ in self.units] if chosen is None else chosen.known
         if chosen is None:
             films = any(own.joint for own in self.stages.values() if own.layer <= stage.layer)
             counts = selection.targets(stage, self.prompt.images, self.units, self.prompt.portions, films=films)
             with self._timing(), torch.no_grad():  # a choice has no gradient
                 stays = selection.choose(stage.pruner, self.units, counts, tokens)
-            chosen = self._chosen[stage.layer] = Kept(stays, known)
+            chosen = self.chosen[stage.layer] = Kept(stays, known)
 
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         merged, units, dropped = self._merged(stage, chosen.stays, tokens), list(self.units), [0] * self.given.batch

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag, normalize
 
 from codebook.errors import CodebookError, quoted
-from codebook.pruning.methods.registry import is_like
 from codebook.pruning.tokens import VisualTokens, needed
 
 LEAST_LENGTH = 1e-12
@@ -226,6 +225,15 @@ def check_options(kind: type[Pruner], values: Mapping[str, Any]) -> None:
             if not least <= number <= most:
                 bounds = f"{least:g} or more" if most == math.inf else f"{least:g} to {most:g}"
                 raise CodebookError(f"{name} is {quoted(value)}: give {bounds}")
+
+
+def is_like(value: Any, example: Any) -> bool:
+    """Whether a value has the type of an option's default: tuples of the same length, whole numbers for any number."""
+    if isinstance(example, tuple):
+        return isinstance(value, tuple) and len(value) == len(example) and all(map(is_like, value, example))
+    if isinstance(example, float):
+        return type(value) is int or (type(value) is float and math.isfinite(value))
+    return type(value) is type(example)
 
 
 def unit_range(x: Tensor) -> Tensor:

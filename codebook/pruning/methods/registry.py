@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import fields
 from functools import cached_property
 from importlib import import_module
@@ -100,6 +99,8 @@ class Method:
 
     def check(self, name: str, options: dict[str, Any]) -> None:
         """Raise a CodebookError unless these are options of the method, named `name`, with values that it takes."""
+        from codebook.pruning.methods.base import check_options, is_like
+
         known = self.options
         for option, value in options.items():
             if option not in known:
@@ -107,8 +108,6 @@ class Method:
                 raise unknown(f"{name} has no option", option, known, what)
             if not is_like(value, known[option]):
                 raise CodebookError(f"option {option} of {name} must be like {known[option]!r}, not {quoted(value)}")
-        from codebook.pruning.methods.base import check_options
-
         check_options(self.kind, options)
 
 
@@ -116,12 +115,3 @@ def _is_pruner(value: Any) -> bool:
     from codebook.pruning.methods.base import Pruner
 
     return isinstance(value, Pruner)
-
-
-def is_like(value: Any, example: Any) -> bool:
-    """Whether a value has the type of an option's default: tuples of the same length, whole numbers for any number."""
-    if isinstance(example, tuple):
-        return isinstance(value, tuple) and len(value) == len(example) and all(map(is_like, value, example))
-    if isinstance(example, float):
-        return type(value) is int or (type(value) is float and math.isfinite(value))
-    return type(value) is type(example)
