@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
+from PIL import Image as Picture
 from pydantic import Field
 from torch import Tensor
 
@@ -75,13 +75,17 @@ def router(state: ModelState) -> APIRouter:
 
     @routes.post("/v1/compare")
     async def compare(request: Request) -> Response:
-        asked, deadline = parse_request(await whole_body(request), Comparison), time.monotonic() + state.limits.seconds
-        prepare = asyncio.get_running_loop().run_in_executor
-        job, [picture] = await prepare(pool, preparer.prepare, asked.as_chat, deadline)
-        return await unless_left(request, answered(asked.ways, job, picture.size))
+        return await unless_left(request, answered(await whole_body(request)))
 
-    async def answered(ways: Sequence[Choice], job: Job, size: tuple[int, int]) -> Response:
-        box = models.family(state.model).shown_box(state.processor, size)
+    def read(body: bytes, deadline: float) -> tuple[list[Choice], Job, Picture.Image]:
+        asked = parse_request(body, Comparison)
+        job, [picture] = preparer.prepare(asked.as_chat, deadline)
+        return asked.ways, job, picture
+
+    async def answered(body: bytes) -> Response:
+        deadline = time.monotonic() + state.limits.seconds
+        ways, job, picture = await asyncio.get_running_loop().run_in_executor(pool, read, body, deadline)
+        box = models.family(state.model).shown_box(state.processor, picture.size)
         return JSONResponse({"ways": [await answer(way, job, box) for way in ways]})  # others' between two of them
 
     async def answer(way: Choice, job: Job, box: tuple[float, float, float, float]) -> dict[str, Any]:

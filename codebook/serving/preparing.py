@@ -121,7 +121,7 @@ def _check_shown(turns: list[dict[str, Any]], text: str) -> None:
     """
     for turn in turns:
         hidden = [part["text"] for part in turn["content"] if part.get("text", "").strip() not in text]
-        if turn["role"] != "assistant" and (hidden or str(turn["content"]) in text):
+        if turn["role"] != "assistant" and (hidden or (turn["content"] and str(turn["content"]) in text)):
             raise CodebookError(
                 f"the model's chat template does not show the {turn['role']}'s message "
                 f"{quoted(' '.join(part.get('text', '') for part in turn['content']))}: say it in a user's message"

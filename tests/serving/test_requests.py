@@ -209,7 +209,10 @@ def test_messages_that_a_template_does_not_show_are_refused(loaded):
             "the model's chat template does not show the system's message 'be\\nbrief': say it in a user's message"
         )
     shown = Preparer(Shown(loaded, EVERY)).prepare(
-        ChatRequest.model_validate({"messages": [{"role": "system", "content": " be\nbrief "}]}), 1
+        ChatRequest.model_validate(
+            {"messages": [{"role": "system", "content": []}, {"role": "system", "content": " be\nbrief []"}]}
+        ),
+        1,
     )
     assert shown[0].length > 1
 
