@@ -209,13 +209,23 @@ def _parse_record(
 
 
 def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
-    """Rows of samples by their first image: questions about one image are no independent draws."""
-    found: dict[Hashable, list[int]] = {}
+    """Rows of samples by their images: questions about one image, also as one of several, are no independent draws."""
+    parent, first = list(range(len(samples))), dict[Hashable, int]()
+
+    def root(row: int) -> int:
+        while parent[row] != row:
+            parent[row] = row = parent[parent[row]]
+        return row
+
     for row, sample in enumerate(samples):
-        first = sample.images[0] if sample.images else None
-        # A picture in memory is the same one where it is the same object, or the same bytes of a file.
-        key = row if first is None else id(first) if isinstance(first, Picture.Image) else first
-        found.setdefault(key, []).append(row)
+        for image in sample.images:
+            # A picture in memory is the same one where it is the same object, or the same bytes of a file.
+            key: Hashable = id(image) if isinstance(image, Picture.Image) else image
+            one, other = sorted((root(first.setdefault(key, row)), root(row)))
+            parent[other] = one
+    found: dict[int, list[int]] = {}
+    for row in range(len(samples)):
+        found.setdefault(root(row), []).append(row)
     return list(found.values())
 
 

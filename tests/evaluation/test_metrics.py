@@ -91,6 +91,13 @@ def test_chair_of_the_miniature_by_hand():
     assert found == pytest.approx(expected)
 
 
+def test_samples_that_share_any_image_are_one_group(tmp_path):
+    """The first shares c with the fourth, which shares d with the last; samples without images stand alone."""
+    shown = ["ac", "b", "", "cd", "", "eb", "f", "d"]
+    own = [Sample(tuple(tmp_path / name for name in names), "q", "yes", "t", yes_or_no) for names in shown]
+    assert Task("t", own, ACCURACY).groups() == [[0, 3, 7], [1, 5], [2], [4], [6]]
+
+
 def test_mme_counts_questions_and_images(tmp_path):
     pictures = [tmp_path / name for name in "abc" for _ in range(2)]
     own = [Sample((p,), "q", a, "t", yes_or_no) for p, a in zip(pictures, ["yes", "no"] * 3, strict=True)]
