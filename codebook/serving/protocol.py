@@ -46,9 +46,16 @@ class LimitedProtocol(H11Protocol):
         self._unwatch()
 
     def pause_writing(self) -> None:
-        """Wait for a client that does not read for so long only: it holds a place in the queue."""
+        """Wait for a client that reads nothing for so long only: it holds a place in the queue."""
         super().pause_writing()
-        self._stalled = self.loop.call_later(self._seconds, self.transport.abort)
+        self._wait_for_reader(None)
+
+    def _wait_for_reader(self, before: int | None) -> None:
+        left = self.transport.get_write_buffer_size()  # bytes; meanwhile nothing is added
+        if before is not None and left >= before:
+            self.transport.abort()
+        else:
+            self._stalled = self.loop.call_later(self._seconds, self._wait_for_reader, left)
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import socket
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -170,6 +171,22 @@ def test_a_client_that_does_not_read_is_cut_off(service, target):
                 deaf.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         port = deaf.getsockname()[1]
         wait(lambda: port not in [connection.client[1] for connection in list(connections)])
+
+
+def test_a_client_that_reads_slowly_is_waited_for():
+    """As long as something of an answer goes out in every span of time."""
+    waits, left = [], iter([100, 60, 20, 20])
+    made = protocol.LimitedProtocol.__new__(protocol.LimitedProtocol)
+    made.flow = SimpleNamespace(pause_writing=lambda: None, resume_writing=lambda: None)
+    made.transport = SimpleNamespace(get_write_buffer_size=lambda: next(left), abort=lambda: waits.append("abort"))
+    made.loop = SimpleNamespace(call_later=lambda seconds, *call: waits.append((seconds, *call)))
+    made._seconds, made._stalled = 5, None
+    made.pause_writing()
+    for _ in range(3):
+        seconds, check, before = waits.pop()
+        assert seconds == 5 and not waits
+        check(before)
+    assert waits == ["abort"]
 
 
 class Shown:
