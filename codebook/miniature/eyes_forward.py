@@ -12,6 +12,7 @@ from transformers import LlavaForConditionalGeneration
 
 from codebook.miniature.eyes import RANK, SHAPES_OF
 from codebook.miniature.eyes_packing import VISUAL
+from codebook.miniature.packing import rotate_halves
 from codebook.models.assembly import LORA, PROJECTOR, TOWER
 from codebook.models.smollm2 import HEADS, LLM_WIDTH, MATRICES, SHARED_HEADS
 
@@ -128,8 +129,8 @@ def _before(hidden, norm, qkv, cos, sin, eps: float):
     query, key, value = F.linear(normed, qkv).split(
         [LLM_WIDTH, SHARED_HEADS * HEAD_WIDTH, SHARED_HEADS * HEAD_WIDTH], -1
     )
-    query = _turn_halves(query.view(rows, length, HEADS, HEAD_WIDTH), cos, sin)
-    key = _turn_halves(key.view(rows, length, SHARED_HEADS, HEAD_WIDTH), cos, sin)
+    query = rotate_halves(query.view(rows, length, HEADS, HEAD_WIDTH), cos, sin)
+    key = rotate_halves(key.view(rows, length, SHARED_HEADS, HEAD_WIDTH), cos, sin)
     key, value = (
         x[:, :, :, None].expand(-1, -1, -1, HEADS // SHARED_HEADS, -1).reshape(rows, length, HEADS, HEAD_WIDTH)
         for x in (key, value.view(rows, length, SHARED_HEADS, HEAD_WIDTH))
@@ -141,8 +142,3 @@ def _after(hidden, mixed, out, norm, gate_up, down, eps: float):
     hidden = hidden + F.linear(mixed.transpose(1, 2).flatten(2), out)
     gate, up = F.linear(F.rms_norm(hidden, (LLM_WIDTH,), norm, eps).to(out.dtype), gate_up).chunk(2, -1)
     return hidden + F.linear(F.silu(gate) * up, down)
-
-
-def _turn_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    half = HEAD_WIDTH // 2
-    return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin

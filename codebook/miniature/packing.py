@@ -263,7 +263,7 @@ def plain_layer(layer, hidden, cos, sin, mask, prefix: int, start: int) -> torch
     normed = _norm(layer.input_layernorm, hidden)
     weights = (attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight)
     query, key, value = F.linear(normed, torch.cat(weights)).chunk(3, -1)
-    query, key = _rotate(query.view(shape), cos, sin), _rotate(key.view(shape), cos, sin)
+    query, key = rotate_halves(query.view(shape), cos, sin), rotate_halves(key.view(shape), cos, sin)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value.view(shape)))
     text = F.scaled_dot_product_attention(query[:, :, prefix:], key, value, attn_mask=mask)
     if not start:
@@ -285,7 +285,8 @@ def _norm(norm, hidden: torch.Tensor) -> torch.Tensor:
     return F.rms_norm(hidden, norm.weight.shape, norm.weight, norm.variance_epsilon)
 
 
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Queries or keys (..., d) with rotary embeddings: numbers half of d apart turn together."""
     half = x.shape[-1] // 2
     return x * cos + torch.cat([-x[..., half:], x[..., :half]], -1) * sin
 

@@ -333,16 +333,8 @@ class Attachment:
 
     @torch.compiler.disable
     def _on_decoder(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        running, embeds = self._own_running(), kwargs.get("inputs_embeds")
-        if running is None:  # text alone, straight to the decoder: only shape and device matter
-            call = self._current()
-            running = Running(call or self._begin(), call is None, direct=True)
-            RUNNING.set(running)
-            if running.call.pruning is not None and embeds is not None and embeds.shape[1] > 1:
-                raise CodebookError(
-                    "the decoder was called with inputs_embeds: from those alone the visual tokens cannot be found; "
-                    f"call the {type(self.model).__name__} itself with input_ids and pixels"
-                )
+        embeds = kwargs.get("inputs_embeds")
+        running = self._own_running() or self._on_decoder_alone(embeds)
         pruning, given = running.call.pruning, running.given
         if pruning is None:
             return
@@ -361,23 +353,40 @@ class Attachment:
         flat = isinstance(mask, Tensor) and mask.dim() == 2  # else refused where it is of use
         cache = kwargs.get("past_key_values")
         check_given(cache, mask if flat else None, embeds.shape[1], self._attending, pruned=bool(running.kinds))
-        compact = pruning.schedule.positions == "compact"
         if given is None or not running.kinds:
-            plain = Given(embeds, mask)
+            compact, plain = pruning.schedule.positions == "compact", Given(embeds, mask)
             FORWARD.set(Forward(self.family, self.model, plain, {}, blocks=running.blocks, compact=compact))
             return
         check_mask(mask)
         chosen = self._chosen(running.call, embeds)
-        extra = 0 if chosen is None else self._extra(running.call, embeds, cache)
-        whole = Given(embeds, mask, extra)
+        whole = Given(embeds, mask, 0 if chosen is None else self._extra(running.call, embeds, cache))
+        self._find_images(running, pruning, whole, given, chosen)
+
+    def _on_decoder_alone(self, embeds: Tensor | None) -> Running:
+        """A forward straight to the decoder, of text alone: only its shape and device matter."""
+        call = self._current()
+        running = Running(call or self._begin(), call is None, direct=True)
+        RUNNING.set(running)
+        if running.call.pruning is not None and embeds is not None and embeds.shape[1] > 1:
+            raise CodebookError(
+                "the decoder was called with inputs_embeds: from those alone the visual tokens cannot be found; "
+                f"call the {type(self.model).__name__} itself with input_ids and pixels"
+            )
+        return running
+
+    def _find_images(
+        self, running: Running, pruning: Pruning, whole: Given, given: dict[str, Any], chosen: Chosen | None
+    ) -> None:
+        """Find the images that a forward shows, for its stages to prune, before its first layer."""
         encoded = {kind: self._call_of(kind, given) for kind in running.kinds}
         found = prompt.find(
             self.family, self.model, whole, given["input_ids"], encoded,
             shared=pruning.schedule.quotas == "shared", usual=pruning.schedule.spread,
         )  # fmt: skip
         forward = Forward(
-            self.family, self.model, whole, pruning.stages, found, running.blocks, compact, chosen, pruning.tally
-        )
+            self.family, self.model, whole, pruning.stages, found, running.blocks,
+            pruning.schedule.positions == "compact", chosen, pruning.tally,
+        )  # fmt: skip
         FORWARD.set(forward)
         pruning.show(list(found.images), forward.log)
 
