@@ -84,7 +84,7 @@ def bench_command(
     from codebook.evaluation import bench, report
     from codebook.inference.overlay import shown_part
     from codebook.pruning.plan import Plan
-    from codebook.store.files import replacing
+    from codebook.store.files import write_text
 
     chosen, budgets = parse_methods(methods), _parse_budgets(keep)
     # A schedule file stands for its text in `chosen`; so it does here.
@@ -123,8 +123,7 @@ def bench_command(
     shown = [[shown_part(one, family.shown_box(processor, one.size)) for one in s.pictures()] for s in samples]
     page = report.html(results, shown, curve)
     for file, text in (("results.json", json.dumps(results, indent=1) + "\n"), ("report.html", page)):
-        with replacing(out / file) as temporary:
-            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # a file name may be no UTF-8
+        write_text(out / file, text)
     if as_json:
         print(json.dumps(results))
         return

@@ -45,7 +45,7 @@ def horizon_command(
     from codebook.cli.data import load_samples
     from codebook.inference.samples import image_numbers, mixed
     from codebook.models.fingerprint import whole_fingerprint
-    from codebook.store.files import replacing
+    from codebook.store.files import replacing, write_text
     from codebook.store.folder import HORIZON_FILE
 
     if metric not in get_args(horizon.SweepMetric):
@@ -84,8 +84,7 @@ def horizon_command(
     if out is not None:
         with replacing(out / "horizon.png") as temporary:
             plot.draw_horizons(found, sweep.start, metric, temporary)
-        with replacing(out / HORIZON_FILE) as temporary:
-            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        write_text(out / HORIZON_FILE, json.dumps(report, indent=1) + "\n")
     if as_json:
         print(json.dumps(report))
         return

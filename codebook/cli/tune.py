@@ -86,6 +86,7 @@ def tune_command(
     from codebook.inference.samples import mixed
     from codebook.pruning.presets import DEFAULT
     from codebook.pruning.stage import check_keep
+    from codebook.store.files import write_text
     from codebook.store.horizons import carried_horizon, put_horizon
 
     check_keep(keep)
@@ -108,7 +109,7 @@ def tune_command(
         samples = _samples(model, images, data, count, prompt, seed, loading, probing.strict)
     metric = _rehearse(model, samples, keep, loading)
     out.mkdir(parents=True, exist_ok=True)
-    _write(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
+    write_text(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
 
     common: dict[str, Any] = {"seed": seed, **vars(loading)}
     with contextlib.redirect_stdout(sys.stderr):  # what the steps say is on the way to a result, not the result
@@ -148,8 +149,8 @@ def tune_command(
                 seconds=seconds, seeds=1, **common,
             )  # fmt: skip
     report = _report(out, {**asked, "labels": labels})
-    _write(out / REPORT_PART, report)
-    _write(out / RECIPE_PART, json.dumps({**asked, "labels": labels, "complete": True}, indent=1) + "\n")
+    write_text(out / REPORT_PART, report)
+    write_text(out / RECIPE_PART, json.dumps({**asked, "labels": labels, "complete": True}, indent=1) + "\n")
     print(json.dumps({"folder": str(out), **asked, "labels": labels}) if as_json else report)
     note(f"use it: codebook prune {model} --recipe {out} --image FILE --ask TEXT")
 
@@ -210,6 +211,7 @@ def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, load
     """Whose the labels are, and files of the questions to calibrate and to measure with, all of them with answers."""
     from codebook.inference.respond import respond
     from codebook.inference.samples import image_numbers
+    from codebook.store.files import write_text
 
     files = [out / name for name in TUNE_QUESTIONS]
     open_ones = [sample for sample in samples if sample.answer is None]
@@ -236,7 +238,7 @@ def _labelled(model: str, samples: Sequence[Sample], out: Path, count: int, load
             answers = list(sample.answers) or [text]
             record = {"images": _paths(out, numbers[i], sample), "question": sample.question, "answers": answers}
             lines.append(json.dumps({**record, "task": sample.task}) + "\n")
-        _write(file, "".join(lines))
+        write_text(file, "".join(lines))
     return labels, [str(file) for file in files]
 
 
@@ -320,10 +322,3 @@ def _report(out: Path, asked: dict[str, Any]) -> str:
         f"`codebook push DIR/{CODEBOOK_PART} OWNER/NAME --bench DIR/{BENCH_PART}/results.json`.",
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    from codebook.store.files import replacing
-
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")

@@ -268,9 +268,9 @@ def write_files(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write one file of text, as `write_files` does."""
+    """Write one file of text, as `write_files` does; what is no UTF-8, as in the name of a file, becomes an escape."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path | str, value: Any) -> None:
