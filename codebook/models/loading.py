@@ -56,7 +56,7 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def load(
-    name: str, device: str | None = None, dtype: torch.dtype | str | None = None, **options: Any
+    name: str, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None, **options: Any
 ) -> tuple[Model, Processor]:
     """Load a model and its processor for inference. Code that comes with a model is never run.
 
@@ -91,7 +91,7 @@ def load(
 
 
 def load_untested(
-    name: str, device: str | None = None, dtype: torch.dtype | str | None = None, **options: Any
+    name: str, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None, **options: Any
 ) -> tuple[Model, Processor]:
     """As `load`, without the test of a model whose family no file describes."""
     from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -123,7 +123,10 @@ def load_untested(
 
 
 def check_loading(
-    name: str | None = None, device: str | None = None, dtype: torch.dtype | str | None = None, **options: Any
+    name: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | str | None = None,
+    **options: Any,
 ) -> str:
     """The device that arguments of `load` mean; whatever else is wrong with them is refused, as far as it shows now.
 
@@ -152,9 +155,11 @@ def check_loading(
 
 
 def check_dtype(dtype: torch.dtype | str | None) -> None:
-    """Refuse the name of a dtype that no model is loaded in; None stands for the default."""
-    if isinstance(dtype, str) and dtype not in DTYPES:
-        raise unknown("no dtype", dtype, DTYPES)
+    """Refuse a dtype that no model is loaded in; None stands for the default."""
+    if isinstance(dtype, torch.dtype) and dtype.is_floating_point:
+        return
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("no dtype", str(dtype), DTYPES)
 
 
 def load_processor(name: str, **options: Any) -> tuple[Family, Processor]:
@@ -186,6 +191,9 @@ def read_config_of(name: str, **options: Any) -> tuple[Path, PreTrainedConfig]:
 
 def _located(name: str, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any], PreTrainedConfig]:
     """A model's folder or name on the hub, the arguments with which all its files are read, and its config."""
+    if not isinstance(name, str | Path):
+        raise CodebookError(f"a model is said by its name or folder, not by {quoted(name)}: name `miniature`, a folder "
+                            "or OWNER/NAME")  # fmt: skip
     folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
     files = {"trust_remote_code": False, **{key: options[key] for key in OF_FILES if key in options}}
     if "local_files_only" not in files:
@@ -219,7 +227,7 @@ def _hub_answers(name: str, files: Mapping[str, Any]) -> bool:
     return True
 
 
-def check_device(device: str | None) -> str:
+def check_device(device: torch.device | str | None) -> str:
     """The name of a device; None stands for `cuda` if there is one, else `cpu`.
 
     Raises
@@ -229,6 +237,7 @@ def check_device(device: str | None) -> str:
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = str(device)
     try:
         if torch.device(device).type == "cpu" and device != "cpu":
             raise ValueError("all cores are one device")

@@ -21,7 +21,7 @@ def check_schedule(stages: Sequence[Stage | StageText], positions: str, quotas: 
         raise CodebookError(f"positions must be 'keep' or 'compact', not {quoted(positions)}")
     if quotas not in ("each", "shared"):
         raise CodebookError(f"quotas must be 'each' or 'shared', not {quoted(quotas)}")
-    if spread is not None and not (isinstance(spread, int | float) and 0 < spread < math.inf):
+    if spread is not None and not (isinstance(spread, int | float) and spread is not True and 0 < spread < math.inf):
         raise CodebookError(f"spread must be a number above 0, the usual spread of images, not {quoted(spread)}")
     if spread is not None and any(stage.adaptive for stage in stages):
         raise CodebookError("a stage decides how many tokens stay of each image: leave spread out")

@@ -86,6 +86,9 @@ def find_codebook(model: Model, source: Codebook | Path | str | None) -> Codeboo
     """
     if source is None:
         return prebuilt(model)
+    if not isinstance(source, Codebook | Path | str):
+        raise CodebookError(f"a codebook is a Codebook, its folder or its name, not {quoted(source)}: `codebook list` "
+                            "names those that are here")  # fmt: skip
     book = source if isinstance(source, Codebook) else Codebook.load(find_named(source))
     book.check(model)
     return book

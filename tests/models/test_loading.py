@@ -342,6 +342,10 @@ def test_a_processor_without_its_model_is_that_of_the_same_revision(monkeypatch)
     ("options", "says"),
     [
         ({"dtype": "int8"}, "no dtype 'int8': use float32, bfloat16, float16, auto"),
+        ({"dtype": torch.int8}, "no dtype 'torch.int8': use float32"),
+        ({"dtype": float}, r"no dtype .*float.*use float32"),
+        ({"device": 3}, "cannot use the device '3': .*; use cpu"),
+        ({"device": torch.device("meta")}, "cannot use the device 'meta'"),
         ({"device": "cpu", "device_map": "auto"}, "device and device_map both say where the model goes"),
         ({"device_map": "cuda:7"}, "no device_map 'cuda:7': use auto, .* or name a device instead"),
         ({"revision": "main"}, "miniature is on this machine"),
@@ -353,6 +357,17 @@ def test_arguments_are_refused_before_weights_are_read(options, says, monkeypatc
     monkeypatch.setattr(hf.AutoModelForImageTextToText, "from_pretrained", None)
     with pytest.raises(CodebookError, match=says):
         models.load("miniature", **options)
+
+
+def test_a_device_of_torch():
+    assert models.load("miniature", torch.device("cpu"))[0].device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", [None, 3, ["miniature"], b"miniature"])
+def test_what_is_no_name(name):
+    for load in (models.load, load_processor):
+        with pytest.raises(CodebookError, match=r"a model is said by its name or folder, not by .*: name `miniature`"):
+            load(name)
 
 
 def test_arguments_that_transformers_refuses():

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from codebook import Codebook, CodebookError, Schedule, load, prebuilt
 from codebook.pruning import Drop, FastV, Random, SeededFarthestPoint, Stage
@@ -78,6 +79,14 @@ def test_a_codebook_that_is_given(model, loads):
     for wrong in (folder, book):
         with pytest.raises(CodebookError, match="another tower or projector"):
             Schedule.for_model(llava("sdpa"), codebook=wrong)
+
+
+@pytest.mark.parametrize("given", [3, {}, torch.zeros(2, 2)])
+def test_what_is_no_codebook(model, given):
+    with pytest.raises(
+        CodebookError, match=r"a codebook is a Codebook, its folder or its name, not .*: `codebook list`"
+    ):
+        Schedule.for_model(model, "seeded", 0.2, given)
 
 
 def test_a_model_without_a_codebook():

@@ -102,6 +102,11 @@ def book(**config):
     return Codebook(torch.eye(4), None, config)
 
 
+def test_truth_is_no_spread():
+    with pytest.raises(CodebookError, match="spread must be a number above 0, the usual spread of images, not True"):
+        Schedule([Stage(0, 9, Uniform())], spread=True)
+
+
 def test_text():
     schedule = Schedule.parse("uniform:9, random@2:3; spread=0.25; positions=compact")
     assert schedule == Schedule([Stage(0, 9, Uniform()), Stage(2, 3, Random())], "compact", spread=0.25)
