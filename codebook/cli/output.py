@@ -12,6 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
+from codebook.cli.streams import say
+
 if TYPE_CHECKING:
     from PIL import Image
 
@@ -155,11 +157,7 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
         last[0] = now
         pace = f", {rate:.1f} {unit}/s" if rate else ""  # of what is done at the first sight of it nothing is known
         left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
-        print(
-            f"{label}: {done}/{total}{pace}{left}{'; ' if note else ''}{note}",
-            file=sys.stderr,
-            flush=True,
-        )
+        say(f"{label}: {done}/{total}{pace}{left}{'; ' if note else ''}{note}")
 
     yield write
 

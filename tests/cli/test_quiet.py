@@ -1,6 +1,7 @@
 """Notes and progress go through the logger `codebook`, and `--quiet` leaves results and errors only."""
 
 import logging
+import os
 
 import pytest
 
@@ -59,3 +60,13 @@ def test_progress_says_how_fast_it_is_once_that_is_known(capfd, monkeypatch):
         tick(1, "begun")  # of an earlier run, at 100 s
         tick(9)  # eight more within 102 s
     assert capfd.readouterr().err == "work: 1/9; begun\nwork: 9/9, 0.1 parts/s\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_work_goes_on_where_its_progress_cannot_be_written(monkeypatch):
+    """As where a log is on a full disk, or the reader of a pipe has left."""
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr("sys.stderr", full)
+        with progress("work", 2, "parts") as tick:
+            tick(1)
+            tick(2)
