@@ -140,7 +140,8 @@ def test_what_is_refused_before_it_is_sent():
             client.score("small", features)
     with pytest.raises(CodebookError, match="keep is True"):
         client.score("small", tokens(), keep=True)
-    for tensor in (tokens().to_sparse(), tokens().to("meta"), torch.nested.nested_tensor([tokens(), tokens()[:3]])):
+    nested = torch.nested.nested_tensor([tokens(), tokens()[:3]], layout=torch.jagged)
+    for tensor in (tokens().to_sparse(), tokens().to("meta"), nested):
         with pytest.raises(CodebookError, match="give a dense one"):
             client.score("small", tensor)
     masked = np.ma.masked_array(tokens().numpy(), mask=np.eye(40, 16, dtype=bool))
