@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,7 +42,7 @@ class Columns:
     ----------
     image, question, answer
         Their names. Pictures are the Hub's (bytes in a struct), bytes, or a list of either; an answer is a text or a
-        list of texts; with `options` it may be the letter, the number from 0, or the text of one.
+        list of texts; with `options` they are all the texts, the letters, or the numbers from 0 of some.
     options
         Column of a list of texts, of which one is right; empty: none.
     task
@@ -205,10 +205,11 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
     kinds = {columns.task: TEXT_CELL} if columns.task else {}
     kinds |= {columns.question: TEXT_CELL, columns.answer: ANSWER_CELL}
     kinds |= {columns.options: TEXTS_CELL} if columns.options else {}
+    option = _meaning(files, columns) if columns.options else None
     drawn: dict[str, list[tuple[Path, int, Sample]]] = {}
     for file in files:
         for number, row in enumerate(read_columns(file, kinds), 1):
-            sample = _question(f"{file}, record {number}", columns, row, name)
+            sample = _question(f"{file}, record {number}", columns, row, name, option)
             drawn.setdefault(sample.task, []).append((file, number, sample))
     wanted: dict[Path, dict[int, Sample]] = {}
     for every in drawn.values():
@@ -219,15 +220,14 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
     return [sample for file, own in wanted.items() for sample in _with_pictures(file, own, columns.image)]
 
 
-def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str) -> Sample:
-    """The sample of a row, without its pictures."""
+def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None) -> Sample:
+    """The sample of a row, without its pictures; `option` says which option an answer names, where there are some."""
     question, answer = row[columns.question], row[columns.answer]
     task = (str(row[columns.task]) if columns.task else "") or name
-    if columns.options:
+    if option is not None:
         options = row[columns.options]
-        right = _option(answer, options)
-        if right is None or len(options) > len(LETTERS):
-            raise CodebookError(f"{where}: {quoted(str(answer))} is none of its options; name the right column")
+        right = option(answer, options)
+        assert right is not None
         listed = [f"{LETTERS[i]}. {text}" for i, text in enumerate(options)]
         return Sample((), "\n".join([question, *listed]) + CHOICE, LETTERS[right], task, letter)
     answers = answer if isinstance(answer, list) else [str(answer)]
@@ -243,15 +243,42 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str) -
     return Sample((), question + SHORT, most, task, RULES[columns.rule], tuple(answers))
 
 
-def _option(answer: object, options: Sequence[str]) -> int | None:
-    """Which option an answer names: by its text, its letter, or its number from 0."""
-    if isinstance(answer, str) and answer in options:
-        return options.index(answer)
-    if isinstance(answer, str) and len(answer) == 1 and answer in LETTERS:
-        answer = LETTERS.index(answer)
-    elif isinstance(answer, str) and answer.isascii() and answer.isdigit():
+Meaning = Callable[[object, Sequence[str]], int | None]
+"""Which option an answer names; None: none."""
+
+
+def _by_text(answer: object, options: Sequence[str]) -> int | None:
+    return options.index(answer) if isinstance(answer, str) and answer in options else None
+
+
+def _by_letter(answer: object, options: Sequence[str]) -> int | None:
+    named = isinstance(answer, str) and len(answer) == 1 and answer in LETTERS[: len(options)]
+    return LETTERS.index(str(answer)) if named else None
+
+
+def _by_number(answer: object, options: Sequence[str]) -> int | None:
+    if isinstance(answer, str) and answer.isascii() and answer.isdigit():
         answer = int(answer)
     return answer if isinstance(answer, int) and 0 <= answer < len(options) else None
+
+
+def _meaning(files: Sequence[Path], columns: Columns) -> Meaning:
+    """What the answers of a column are: the first of texts, letters and numbers from 0 that fits every row.
+
+    A row alone does not tell: the answer 2 to the options 3, 2, 4, 5 is the second one, or the third.
+    """
+    left: list[Meaning] = [_by_text, _by_letter, _by_number]
+    for file in files:
+        rows = read_columns(file, {columns.answer: ANSWER_CELL, columns.options: TEXTS_CELL})
+        for number, row in enumerate(rows, 1):
+            answer, options = row[columns.answer], row[columns.options]
+            left = [one for one in left if one(answer, options) is not None]
+            if not left or len(options) > len(LETTERS):
+                raise CodebookError(
+                    f"{file}, record {number}: {quoted(str(answer))} is none of its options, read as the answers "
+                    "before; name the right column"
+                )
+    return left[0]
 
 
 def _with_pictures(file: Path, wanted: Mapping[int, Sample], column: str) -> Iterator[Sample]:

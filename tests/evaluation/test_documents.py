@@ -225,6 +225,25 @@ def test_parquet_with_options(table, answer):
     assert [own.getpixel((0, 0))[0] for own in sample.pictures()] == [1, 2]
 
 
+@pytest.mark.parametrize(
+    ("answers", "last", "right"),
+    [
+        (["2", "0"], ["leaf", "root"], "CA"),  # numbers from 0, as AI2D has them, though the first is a text, too
+        (["2", "0"], ["7", "0"], "BB"),  # texts: no row speaks against it
+        (["B", "A"], ["B", "A"], "BA"),  # letters, though the second is a text, too
+    ],
+)
+def test_answers_of_a_column_have_one_meaning(table, answers, last, right):
+    file = table("a.parquet", image=HUBS[:2], question=["q", "r"], answer=answers, options=[["3", "2", "4"], last])
+    assert "".join(s.answer for s in load_data([f"parquet:{file}?options=options"])[0].samples) == right
+
+
+def test_answers_of_two_meanings_are_refused(table):
+    file = table("a.parquet", image=HUBS[:2], question=["q", "r"], answer=["leaf", "A"], options=[["leaf", "bud"]] * 2)
+    with pytest.raises(CodebookError, match=r"record 2: 'A' is none of its options, read as the answers before; name"):
+        load_data([f"parquet:{file}?options=options"])
+
+
 def test_parquet_with_several_answers(table):
     file = table("a.parquet", image=[HUBS[0]], question=["q"], answers=[["net", "mesh", "net"]])
     sample = load_data([f"parquet:{file}?answer=answers&rule=anls"])[0].samples[0]
