@@ -405,8 +405,9 @@ class Attachment:
         if call.length is None:
             return None
         own = embeds[:, : call.length].detach()
-        if call.prompt is None:
+        if call.prompt is None:  # not compared with itself, for which the host would wait
             call.prompt = own
+            return call.chosen
         return call.chosen if torch.equal(call.prompt, own) else None
 
     def _on_layer(self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
