@@ -101,6 +101,7 @@ def test_what_the_table_itself_must_say(table):
         ("analysis", "evaluation"),
         ("integrations", "serving"),
         "cli",
+        "__main__",
     ]
     floors = {name: i for i, names in enumerate(order) for name in ([names] if isinstance(names, str) else names)}
     for name, others in table.items():

@@ -31,6 +31,11 @@ def test_no_command_that_only_reads_imports_torch():
     assert done.stdout.startswith(f"codebook {__version__}\n") and "469 prototypes" in done.stdout
 
 
+def test_the_package_runs_as_its_command_does():
+    done = subprocess.run([sys.executable, "-m", "codebook", "--version"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"codebook {__version__}\n", "")
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [("codebook ins", {"inspect"}), ("codebook inspect --she", {"--sheet"}), ("codebook miniature im", {"images"})],
