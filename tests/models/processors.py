@@ -91,8 +91,9 @@ class TinyProcessor:
         self.image_processor = PROCESSORS[name]()
         self.patch_size, self.spatial_merge_size = 4, 2  # Mistral 3's processor says so to its image processor
         self.tokenizer = SimpleNamespace(
-            pad_token_id=PAD, unk_token_id=None, added_tokens_decoder={}, all_special_tokens=["<image>"]
-        )
+            pad_token_id=PAD, bos_token=None, unk_token_id=None, added_tokens_decoder={},
+            all_special_tokens=["<image>"],
+        )  # fmt: skip
 
     def apply_chat_template(self, turns, **options):
         [turn] = turns
