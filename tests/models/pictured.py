@@ -1,5 +1,7 @@
 """Processors of the tiny models that take pictures: stock image processors, and a text side that counts for them."""
 
+from types import SimpleNamespace
+
 import torch
 import transformers as hf
 
@@ -23,6 +25,7 @@ class Pictured:
     """The processor of a tiny model: prompts of one picture each, with as many image tokens as the model encodes."""
 
     image_token, chat_template = "<image>", None
+    tokenizer = SimpleNamespace(bos_token=None)
 
     def __init__(self, tiny, target, images=None):
         self.tiny, self.target, self.known = tiny, target, {}
