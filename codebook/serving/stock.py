@@ -175,7 +175,9 @@ class LateStreamer(utils.DirectStreamer):
             raise broken_off()
         self.put(tokens[given:])
         if self._plain:
-            whole = self._state.processor.decode(tokens, skip_special_tokens=True)
+            # Without the spaces that some tokenizers take out of a whole text: these have been streamed.
+            kept = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+            whole = self._state.processor.decode(tokens, **kept)
             if not whole.startswith(self._text):
                 raise broken_off()
             if more := whole[len(self._text) :]:  # as of a character that is cut off in the middle

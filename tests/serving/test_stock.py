@@ -27,16 +27,19 @@ def test_a_missing_name_is_refused_at_the_start():
 def stream():
     """A function: what is streamed of an answer, or of None, after some tokens; the texts, and the event at the end.
 
-    The tokens are a, a euro sign in three bytes, and b.
+    The tokens are a, a euro sign in three bytes, b, and a full stop behind a space, which the tokenizer takes out of
+    whole texts.
     """
-    tokenizer = Tokenizer(WordLevel({"a": 0, "<0xE2>": 1, "<0x82>": 2, "<0xAC>": 3, "b": 4}))
+    tokenizer = Tokenizer(WordLevel({"a": 0, "<0xE2>": 1, "<0x82>": 2, "<0xAC>": 3, "b": 4, " .": 5}))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    processor = PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=True)
+    assert processor.decode([0, 5]) == "a."
 
     def start(early, answer):
         items, job = [], Job(None, 9, 0.0)
         loop = SimpleNamespace(call_soon_threadsafe=lambda function, item: function(item))
         streamer = LateStreamer(tokenizer, loop, SimpleNamespace(put_nowait=items.append))
-        streamer.serve(SimpleNamespace(processor=PreTrainedTokenizerFast(tokenizer_object=tokenizer)), job)
+        streamer.serve(SimpleNamespace(processor=processor), job)
         job.answer.add_done_callback(lambda _: streamer.finish())
         for token in early:
             streamer.put(torch.tensor([token]))
@@ -51,7 +54,8 @@ def stream():
 
 
 @pytest.mark.parametrize(
-    ("answer", "text"), [([0, 1, 2, 3, 4], "a€b"), ([0, 1, 2], "a\ufffd\ufffd"), ([0, 1], "a\ufffd"), ([], "")]
+    ("answer", "text"),
+    [([0, 1, 2, 3, 4], "a€b"), ([0, 1, 2], "a\ufffd\ufffd"), ([0, 1], "a\ufffd"), ([0, 5, 4], "a .b"), ([], "")],
 )
 def test_all_of_an_answer_is_streamed_in_the_end(stream, answer, text):
     """Whatever was streamed of it before, and if it is cut off in the middle of a character."""
