@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext, suppress
 from functools import lru_cache
 from pathlib import Path
 
 from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
-from codebook.pruning import METHODS, Schedule
+from codebook.pruning import METHODS, Pruner, Schedule
 from codebook.pruning.presets import DEFAULT, SCHEDULE_PRESETS, needs_codebook
 from codebook.pruning.text import DISTANCE, UNPRUNED, WITH_MASS
 from codebook.serving.errors import ServiceError
@@ -73,14 +74,24 @@ class Methods:
         return True
 
 
+def _about(kind: type[Pruner], option: str) -> str:
+    """The first sentence about an option in the docstring of a pruner's class, or of the class that it comes from."""
+    docs = (one.__doc__ or "" for one in kind.__mro__)
+    found = (re.search(rf"^    {option}\n\s+(.*?\.)(\s|$)", doc, re.MULTILINE | re.DOTALL) for doc in docs)
+    return next((" ".join(one[1].split()) for one in found if one), f"Here: {option}.")
+
+
 def described() -> dict[str, str]:
     """Every method and preset with one sentence about it, the default method first."""
     found = {}
     for name, method in METHODS.items():
-        options = ", ".join(f"{key}={value}" for key, value in method.options.items() if key in method.given)
-        found[name] = (method.kind.__doc__ or "").partition("\n")[0] + (f" Here: {options}." if options else "")
+        given = {key: value for key, value in method.options.items() if key in method.given}
+        options = [
+            _about(method.kind, key) if value is True else f"Here: {key}={value}." for key, value in given.items()
+        ]
+        found[name] = " ".join([(method.kind.__doc__ or "").partition("\n")[0], *options])
     found |= {name: f"A preset: {text}." for name, text in SCHEDULE_PRESETS.items()}
     for name, (base, mass) in WITH_MASS.items():
-        more = " and RESTORE's distance calibration" if mass == DISTANCE else ""
-        found[name] = f"{found[base]} With mass-preserving attention{more}."
+        distance = " and RESTORE's distance calibration" if mass == DISTANCE else ""
+        found[name] = f"{found[base]} With mass-preserving attention{distance}."
     return {DEFAULT: found.pop(DEFAULT), **found}

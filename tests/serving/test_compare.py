@@ -55,6 +55,16 @@ def test_what_is_offered_works_without_more_than_a_budget(service):
     assert all(method["about"].endswith(".") for method in offer["methods"])
 
 
+def test_what_is_offered_is_described_in_sentences(service):
+    """Methods that differ from their class by an option say what it does, in the option's own words."""
+    offered = {one["name"]: one["about"] for one in httpx.get(f"{service.url}/v1/compare").json()["methods"]}
+    assert offered["seeded-middle"] == (
+        "Farthest-point sampling in which the codebook's prototypes count as chosen. Keep the middle one of those that "
+        "each chosen token stands for in its place (`middles`). With mass-preserving attention."
+    )
+    assert not [name for name, about in offered.items() if "=True" in about and "A preset: " not in about]
+
+
 def test_a_way_that_cannot_answer_says_so_beside_the_others(service, sample):
     found = (
         compare(service, comparison(sample, ("pyramiddrop", 0.1), ("random", 0.1))).raise_for_status().json()["ways"]
