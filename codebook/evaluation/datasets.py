@@ -18,7 +18,7 @@ from codebook.evaluation.clip_sets import check_clips, mvbench, videomme
 from codebook.evaluation.documents import CHOICE, SHORT, chair, chartqa, docvqa, infovqa, ocrbench
 from codebook.evaluation.metrics import ACCURACY, CHAIR, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.parquet import Columns, fetched_files, load_parquet, parquet_files
-from codebook.evaluation.scorers import box_overlap, letter, named, same, vqa
+from codebook.evaluation.scorers import box_overlap, check_people, letter, named, same, vqa
 from codebook.inference.captions import CaptionScorer
 from codebook.inference.samples import Sample, check_images, read_samples
 from codebook.store.clips import FrameRule
@@ -180,6 +180,7 @@ def _by_id(file: Path, records: Sequence[Any], key: str) -> dict[Any, Any]:
 
 def _annotated(image: Path, question: str, answers: Sequence[str], task: str, suffix: str = SHORT) -> Sample:
     """A question with the answers of several people; the most frequent stands for them."""
+    check_people(answers)
     most = Counter(answers).most_common(1)[0][0]
     return Sample((image,), question + suffix, most, task, vqa, tuple(answers))
 

@@ -15,7 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from codebook.errors import CodebookError, install_command, quoted, unknown
 from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
 from codebook.evaluation.metrics import yes_or_no
-from codebook.evaluation.scorers import anls, contains, letter, relaxed, same, vqa
+from codebook.evaluation.scorers import anls, check_people, contains, letter, relaxed, same, vqa
 from codebook.inference.samples import Sample, Scorer
 from codebook.store.files import is_file, is_folder, one_line
 from codebook.store.hub import pull_data_set
@@ -239,6 +239,11 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, o
         answers = [text.strip().lower() for text in answers]
         if not {"yes", "no"}.issuperset(answers):
             raise CodebookError(f"{where}: {quoted(str(answer))} is neither yes nor no; give another rule")
+    if columns.rule == "vqa":
+        try:
+            check_people(answers)
+        except ValueError as error:
+            raise CodebookError(f"{where}: {error}; give rule=same") from None
     most = max(answers, key=answers.count)
     return Sample((), question + SHORT, most, task, RULES[columns.rule], tuple(answers))
 

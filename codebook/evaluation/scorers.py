@@ -42,17 +42,33 @@ def normalised(text: str) -> str:
     return " ".join(CONTRACTIONS.get(word, word) for word in left)
 
 
+FEWEST_PEOPLE = 4
+"""Fewest people of whose answers one can score 1 by `vqa`: three beside the one who is left out."""
+
+
 def vqa(prediction: str, answers: Sequence[str]) -> float:
     """Soft accuracy: a third for each person who gave the answer, at most 1.
 
     It is averaged over leaving each person out in turn. With ten people of whom n agree that is min(1, 0.3 n)
-    (https://visualqa.org/evaluation.html; TextVQA and VizWiz use the same).
+    (https://visualqa.org/evaluation.html; TextVQA and VizWiz use the same). A single answer is right or wrong; from two
+    or three people no answer could score 1, and `check_people` refuses them.
     """
     guess, given = normalised(prediction), [normalised(answer) for answer in answers]
     if len(given) == 1:
         return float(guess == given[0])
     agree = sum(answer == guess for answer in given)
     return sum(min(1.0, (agree - (answer == guess)) / 3) for answer in given) / len(given)
+
+
+def check_people(answers: Sequence[str]) -> None:
+    """Refuse two or three people's answers to a question, by which `vqa` cannot score.
+
+    Raises
+    ------
+    ValueError
+    """
+    if 1 < len(answers) < FEWEST_PEOPLE:
+        raise ValueError(f"by the rule vqa, which is for ten people, no answer of {len(answers)} can score 1")
 
 
 def same(prediction: str, answers: Sequence[str]) -> float:
@@ -108,51 +124,52 @@ def edits(text: str, other: str) -> int:
     return row[-1]
 
 
-LONGEST_SCORED = 1000
-"""Letters of an answer that `anls` reads; the distance takes their product in steps."""
-
-
 def anls(prediction: str, answers: Sequence[str]) -> float:
     """Normalized Levenshtein similarity to the nearest answer, 0 below one half (arXiv 1905.13648, 2007.00398).
 
     The distance is divided by the longer text's length; case and runs of spaces do not count. DocVQA's and InfoVQA's
-    rule; the mean over the questions is ANLS.
+    rule; the mean over the questions is ANLS. One half itself counts, as in the script of the data sets' own site.
     """
-    guess, best = _folded(prediction), 0.0
-    for answer in map(_folded, answers):
-        longer = max(len(guess), len(answer))
-        best = max(best, 1 - edits(guess, answer) / longer if longer else 1.0)
-    return best if best >= 0.5 else 0.0
+    guess = _folded(prediction)
+    return max(_similarity(guess, _folded(answer)) for answer in answers)
 
 
 def _folded(text: str) -> str:
-    return " ".join(text.lower().split())[:LONGEST_SCORED]
+    return " ".join(text.lower().split())
+
+
+def _similarity(text: str, other: str) -> float:
+    shorter, longer = sorted((len(text), len(other)))
+    if 2 * shorter < longer:  # the distance is the difference in length at least: no need to take its steps
+        return 0.0
+    found = 1 - edits(text, other) / longer if longer else 1.0
+    return found if found >= 0.5 else 0.0
 
 
 def relaxed(prediction: str, answers: Sequence[str]) -> float:
     """1 if the prediction is a number within 5% of the answer's, or where one of them is none the same text (ChartQA).
 
-    A percent sign divides by a hundred, as in the evaluation that models are compared by; commas between digits do not
-    count (arXiv 2203.10244).
+    The rule is that of pix2struct's `relaxed_correctness`, by which models are compared: a number is what Python's
+    `float` reads, such as `1e3`, and not `1,000` or `$20`; percent signs at its end divide by a hundred; an answer of 0
+    is compared as a text, and texts whatever their case (arXiv 2203.10244). Infinity and nan are texts here.
     """
-    return float(any(_is_near(prediction.strip(), answer.strip()) for answer in answers))
+    return float(any(_is_near(prediction, answer) for answer in answers))
 
 
 def _is_near(prediction: str, answer: str) -> bool:
     guess, right = _number(prediction), _number(answer)
-    if guess is None or right is None:
-        return prediction.lower().removesuffix(".") == answer.lower().removesuffix(".")
-    return abs(guess - right) <= 0.05 * abs(right)
+    if guess is None or not right:
+        return prediction.strip().lower() == answer.strip().lower()
+    return abs(guess - right) / abs(right) <= 0.05
 
 
 def _number(text: str) -> float | None:
-    found = re.fullmatch(r"([-+]?)\$?((?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+)?)\s*(%?)\.?", text)
-    if found is None or not found[2]:
+    digits = text.strip()
+    try:
+        value = float(digits.rstrip("%")) / (100 if digits.endswith("%") else 1)
+    except ValueError:
         return None
-    value = float(found[1] + found[2].replace(",", ""))
-    if math.isinf(value):  # a row of digits that is no quantity: compared as a text
-        return None
-    return value / 100 if found[3] else value
+    return value if math.isfinite(value) else None
 
 
 def contains(prediction: str, answers: Sequence[str], formula: bool = False) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import unicodedata
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -91,9 +92,13 @@ class Sample:
         return read_image(image, None if isinstance(image, Path) else f"of the question {quoted(self.question)}")
 
     def score(self, prediction: str) -> float:
-        """Score of a generated answer, from 0 (wrong) to 1 (right)."""
+        """Score of a generated answer, from 0 (wrong) to 1 (right).
+
+        Letters with marks may be one character or two, which look alike and mean the same: texts are compared composed.
+        """
         assert self.answer is not None
-        return self.scorer(prediction, self.answers or (self.answer,))
+        answers = [unicodedata.normalize("NFC", answer) for answer in self.answers or (self.answer,)]
+        return self.scorer(unicodedata.normalize("NFC", prediction), answers)
 
     def answered(self, answer: str) -> Sample:
         """The same sample with this one right answer."""
@@ -200,6 +205,8 @@ def _parse_record(
     else:
         raise CodebookError(f"{source}, line {number}: {SAMPLE_FORMAT}")
     answer = record.get("answer")
+    if answer and record.get("answers") and answer not in record["answers"]:
+        raise CodebookError(f"{source}, line {number}: its answer is none of its answers: leave one of the two out")
     answers = [text for text in record.get("answers") or [answer or ""] if text.strip()]  # nothing said is never right
     # The answer that most annotators gave stands for all where one is asked for.
     most = max(answers, key=answers.count) if answers else None

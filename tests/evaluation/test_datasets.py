@@ -40,6 +40,9 @@ def test_textvqa(put, tmp_path):
     put("TextVQA_0.5.1_val.json", {"dataset_type": "val", "data": [record]})
     _, sample = one("textvqa", tmp_path)
     assert sample.score("Dakota") == 1 and sample.score("nikon") == 0
+    put("TextVQA_0.5.1_val.json", {"data": [record | {"answers": ["dakota"] * 2}]})
+    with pytest.raises(CodebookError, match=r"are not those of textvqa: .*no answer of 2 can score 1"):
+        load_data([f"textvqa:{tmp_path}"])
 
 
 def test_vizwiz(put, tmp_path):
@@ -129,6 +132,22 @@ def test_nothing_said_is_not_right_where_an_answer_is_blank(put, tmp_path):
         [task] = load_data([str(put("data.jsonl", {"image": "a.png", "question": "q"} | answers))])
         [sample] = task.samples
         assert (sample.answer, sample.score("X"), sample.score("")) == (*said, 1, 0)
+
+
+def test_one_answer_that_is_none_of_several_is_refused(put, tmp_path):
+    put("a.png")
+    line = {"image": "a.png", "question": "q", "answers": ["crimson", "red"]}
+    assert load_data([str(put("data.jsonl", line | {"answer": "red"}))])[0].samples[0].answers == ("crimson", "red")
+    file = put("data.jsonl", line | {"answer": "scarlet"})
+    with pytest.raises(CodebookError, match=r"data\.jsonl, line 1: its answer is none of its answers: leave one"):
+        load_data([str(file)])
+
+
+def test_letters_with_marks_are_one_text_however_they_are_written(put, tmp_path):
+    put("a.png")
+    for answer, said in ("caf\u00e9", "cafe\u0301"), ("cafe\u0301", "Caf\u00e9"):
+        file = put("data.jsonl", {"image": "a.png", "question": "q", "answer": answer})
+        assert load_data([str(file)])[0].samples[0].score(said) == 1
 
 
 def test_ids_that_repeat_are_refused(put, tmp_path):

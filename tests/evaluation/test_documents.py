@@ -273,6 +273,7 @@ def test_parquet_with_several_answers(table):
         ({"answer": [3.5, 4.5]}, "", "a.parquet, record 1: column 'answer' holds 3.5, where a text, a whole number"),
         ({"answer": ["x", " "]}, "", "question 'r.*has no answer to score against"),  # as test splits have it
         ({"answer": ["Yes", "maybe"]}, "?rule=yesno", "a.parquet, record 2: 'maybe' is neither yes nor no"),
+        ({"answer": [["x"] * 4, ["x"] * 3]}, "?rule=vqa", "record 2: .* no answer of 3 can score 1; give rule=same"),
         ({}, "?rule=vqa&rule=anls", "a key stands twice behind '\\?'"),
         ({}, "?question=answer", "one column is to be two things"),
         ({"options": [["a"], ["b"]]}, "?options=options", "a.parquet, record 1: 'x' is none of its options"),

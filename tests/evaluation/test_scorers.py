@@ -47,6 +47,17 @@ def test_soft_accuracy_of_ten_people(agree, expected):
     assert vqa("2.", answers) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("people", range(4, 11))
+def test_soft_accuracy_leaves_each_person_out(people):
+    """Of any number of people from four on, the answer of all scores 1."""
+    for agree in range(people + 1):
+        given = ["net"] * agree + [f"other {i}" for i in range(people - agree)]
+        left = [given[:i] + given[i + 1 :] for i in range(people)]
+        expected = sum(min(1, own.count("net") / 3) for own in left) / people
+        assert vqa("net", given) == pytest.approx(expected)
+    assert expected == 1
+
+
 def test_one_answer_is_right_or_wrong():
     assert vqa("a dog", ["dog"]) == 1 and vqa("cat", ["dog"]) == 0
 
@@ -120,6 +131,8 @@ def test_the_distance_in_letters(a, b, steps):
         ("cola", ["coca cola"], 0),  # five of nine: 4/9 is below one half
         ("kitten", ["sitting", "mitten"], 5 / 6),  # the nearest of 4/7 and 5/6
         ("ab", ["ac"], 0.5),  # exactly one half counts
+        ("x" * 1200 + "y" * 1300, ["x" * 1200], 0),  # 1200 of 2500 letters
+        ("x" * 1000 + "y" * 200, ["x" * 1200], 5 / 6),
         ("", ["a"], 0),
     ],
 )
@@ -132,12 +145,13 @@ def test_anls_by_hand(said, answers, expected):
     [
         ("105", "100", 1), ("95", "100", 1), ("105.1", "100", 0), ("94", "100", 0),
         ("-10.2", "-10", 1), ("10", "-10", 0), ("0", "0", 1), ("0.01", "0", 0),
-        ("1,050", "1000", 1), ("$20.", "20", 1), ("52%", "50%", 1), ("0.5", "50%", 1), ("50", "50%", 0),
-        ("Yes", "yes", 1), ("yes.", "Yes", 1), ("the yes", "yes", 0), ("", "x", 0), ("12 a", "12", 0),
-        ("50 %", "50%", 1), ("5", "9" * 400, 0),
+        ("1,050", "1000", 0), ("1,000", "1,000", 1), ("$20", "20", 0), ("20.", "20", 1), ("52%", "50%", 1),
+        ("0.5", "50%", 1), ("50", "50%", 0), ("50 %", "50%", 1), ("1e3", "1000", 1), ("1040", "1e3", 1),
+        ("Yes", "yes", 1), ("yes.", "Yes", 0), ("the yes", "yes", 0), ("", "x", 0), ("12 a", "12", 0),
+        ("0.0", "0", 0), ("0%", "0%", 1), ("5", "9" * 400, 0), ("nan", "5", 0), ("Infinity", "infinity", 1),
     ],
 )  # fmt: skip
-def test_relaxed_accuracy_by_hand(said, answer, expected):
+def test_relaxed_accuracy_is_that_of_pix2struct(said, answer, expected):
     assert relaxed(said, [answer]) == expected
 
 
