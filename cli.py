@@ -1,6 +1,6 @@
 """Run the command line from a checkout: `python cli.py ...`."""
 
-from codebook.cli import main
+from codebook.__main__ import start
 
 if __name__ == "__main__":  # training starts processes that import this file again
-    main()
+    start()

@@ -89,6 +89,7 @@ def test_of_a_long_message_both_ends_are_shown():
     assert message.endswith("x; give another") and str(CodebookError(message)) == message
 
 
+BOOK = Path(__file__).parents[2] / "indexes" / "miniature"
 NAMES = {
     "a line end": "a\nb.png",
     "control characters": "\x1b[2J\x07.png",
@@ -197,7 +198,25 @@ def test_a_command_that_keeps_its_work_says_so_when_interrupted(run, monkeypatch
     assert code == 130 and not out and err.endswith(words) and len(err.splitlines()) == 1
 
 
-BOOK = Path(__file__).parents[2] / "indexes" / "miniature"
+@pytest.mark.parametrize("module, press", [("codebook.cli.tune", "press()"),
+                                           ("codebook.store.known", "type('', (), {'__del__': press})()")])  # fmt: skip
+def test_control_c_during_imports(module, press):
+    """While the command line is imported, and in a callback, whose errors Python only prints."""
+    script = (
+        "import runpy, sys\n"
+        "def press(*_):\n"
+        "    raise KeyboardInterrupt\n"
+        "class Finder:\n"
+        "    def find_spec(name, *_):\n"
+        f"        {press} if name == {module!r} else None\n"
+        "sys.meta_path.insert(0, Finder)\n"
+        "sys.argv = ['codebook', 'list']\n"
+        "runpy.run_module('codebook', run_name='__main__')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=BOOK.parents[1], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")
+
+
 RESUMABLE = {
     "build": ["build", "miniature", "--images", "images", "--out", "new"],
     "extend": ["extend", BOOK, "--images", "images", "--out", "new"],
