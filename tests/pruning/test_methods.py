@@ -493,6 +493,8 @@ def test_visionzip_by_hand():
     index = pruner.select(six, 4)
     assert index.tolist() == [0, 2, 3, 5]
     assert pruner.merge(six, index).flatten().tolist() == [15.0, 30.0, 50.0, 50.0]
+    again = replace(six, vision=replace(vision, query=-vision.query))  # another forward, which ranks them otherwise
+    assert pruner.merge(again, index).flatten().tolist() == [15.0, 30.0, 50.0, 50.0]
     assert VisionZip().select(six, 2).tolist() == [2, 5]  # 54/64 of 2 is 2: none is contextual
     assert VisionZip().merge(six, torch.tensor([2, 5])) is None
 

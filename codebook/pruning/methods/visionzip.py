@@ -48,6 +48,10 @@ class VisionZip(Pruner):
         return group_means(tokens.hidden, group, keep)
 
     def _parts(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
+        """The dominant tokens and the targets. Worked out once: another forward may order them in another way."""
+        return tokens.once((self, keep), lambda: self._divided(tokens, keep))
+
+    def _divided(self, tokens: VisualTokens, keep: int) -> tuple[Tensor, Tensor]:
         order = Cls().score(tokens).argsort(descending=True, stable=True)
         count = round(self.dominant * keep)
         others, contextual = order[count:].sort().values, keep - count
