@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -245,10 +247,6 @@ class Family:
         """What the rotary embeddings of a decoder layer turn."""
         return "halves"
 
-    def rotary(self, model: Model, embeds: Tensor, positions: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (B, P, d) of a decoder layer at other positions (B, P) int64."""
-        return model.get_decoder().rotary_emb(embeds, positions)
-
     @contextlib.contextmanager
     def patched_extra_inputs(self, model: Model, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """A context in which inputs that deeper layers add to the hidden states are shortened as those are.
@@ -344,6 +342,20 @@ class Family:
             If the family's tower has one size only.
         """
         raise CodebookError(f"models of type {self.name} cannot encode an image at another size: use another method")
+
+
+def rotary_at(model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (B, P, d) of a decoder layer at positions (B, P) int64, whether or not they differ by layer."""
+    rotary = model.get_decoder().rotary_emb
+    kind = [layer.self_attn.layer_type] if _takes_kind(type(rotary).forward) else []
+    cos, sin = rotary(embeds, positions, *kind)
+    return cos, sin
+
+
+@cache
+def _takes_kind(forward: Callable[..., Any]) -> bool:
+    """Whether rotary embeddings are asked for one kind of layer at a time."""
+    return "layer_type" in inspect.signature(forward).parameters
 
 
 def window(layer: Any) -> int | None:

@@ -5,6 +5,8 @@ In the room of the models because building and inference both make prompts, and 
 
 from __future__ import annotations
 
+from typing import Any
+
 from codebook.errors import CodebookError, quoted
 from codebook.models.base import Processor, special_tokens
 from codebook.models.layout import KINDS
@@ -29,11 +31,10 @@ def chat_text(processor: Processor, question: str, images: int = 1, answer: str 
     if getattr(processor, "chat_template", None) is None:
         raise CodebookError("the processor has no chat template: set processor.chat_template to the model's own")
     check_text(processor, question)
-    shown = [{"type": "image"}] * images
-    turns = [{"role": "user", "content": [*shown, {"type": "text", "text": question}]}]
+    turns = [_turn("user", question, images)]
     if answer is not None:
         check_text(processor, answer, "answer")
-        turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+        turns.append(_turn("assistant", answer))
     return str(processor.apply_chat_template(turns, add_generation_prompt=answer is None, tokenize=False))
 
 
@@ -54,12 +55,7 @@ def next_turn(processor: Processor, question: str, images: int, following: str) 
     """
     check_text(processor, following)
     said, tokenizer = "yes", processor.tokenizer  # it stands for any answer
-    shown = [{"type": "image"}] * images
-    turns = [
-        {"role": "user", "content": [*shown, {"type": "text", "text": question}]},
-        {"role": "assistant", "content": [{"type": "text", "text": said}]},
-        {"role": "user", "content": [{"type": "text", "text": following}]},
-    ]
+    turns = [_turn("user", question, images), _turn("assistant", said), _turn("user", following)]
     answered = str(processor.apply_chat_template(turns[:2], add_generation_prompt=False, tokenize=False))
     whole = str(processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False))
     end = answered.rfind(said) + len(said)
@@ -70,6 +66,11 @@ def next_turn(processor: Processor, question: str, images: int, following: str) 
     if tokens[: len(before)] == before:
         return list(tokens[len(before) :])
     return list(tokenizer(whole[end:], add_special_tokens=False)["input_ids"])
+
+
+def _turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
+    """One message in the form of chat templates, its images before its text."""
+    return {"role": role, "content": [*[{"type": "image"}] * images, {"type": "text", "text": text}]}
 
 
 def check_text(processor: Processor, text: str, name: str = "question") -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codebook.models.base import Model, window
-from codebook.models.generic import Unproven, rotary_of
+from codebook.models.base import Model, rotary_at, window
+from codebook.models.generic import Unproven
 
 ODD_SETTINGS = {
     "attention_chunk_size": "attention in chunks",
@@ -110,7 +110,7 @@ class _Watch:
     def _count_axes(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            own = rotary_of(self.model, hidden, positions, layer)
+            own = rotary_at(self.model, hidden, positions, layer)
             if all(torch.equal(a, b) for a, b in zip(own, kwargs["position_embeddings"], strict=True)):
                 return
         self.axes = 3

@@ -22,10 +22,6 @@ class Gemma3(Family):
         types = given.get("token_type_ids")
         return None if types is None else image_blocks(types == 1)
 
-    def rotary(self, model: Model, embeds: Tensor, positions: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        attention: Any = layer.self_attn
-        return model.get_decoder().rotary_emb(embeds, positions, attention.layer_type)
-
     def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         return {"token_type_ids": image_types(embeds, start, grid)}
 

@@ -14,7 +14,7 @@ from codebook.models import any_size
 from codebook.models.any_size import AnySize
 from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
-from codebook.models.gemma3 import Gemma3, image_blocks, image_types
+from codebook.models.gemma3 import image_blocks, image_types
 from codebook.models.layout import KINDS
 
 
@@ -23,7 +23,6 @@ class Gemma4(AnySize):
     since = "5.23"
     reusable_prefix = False
     window_blocks = True
-    rotary = Gemma3.rotary
 
     def check(self, config: Any) -> Family:
         text = config.get_text_config()

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, NoReturn
@@ -101,6 +100,8 @@ class Generic(Family):
     ----------
     name
         The `model_type`.
+    belief
+        How the tokens of its images are laid out, as the test found it.
     tower, projector
         Paths of these modules in the base model.
     axes
@@ -168,9 +169,6 @@ class Generic(Family):
             return [row[:count] for row, count in zip(pixels, patches, strict=True)]
         return list(pixels.split(patches))
 
-    def rotary(self, model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-        return rotary_of(model, embeds, positions, layer)
-
     def merge(self, model: Model) -> int:
         return self.belief.unit
 
@@ -193,11 +191,3 @@ def may_be_generic(config: Any) -> bool:
     """Whether a config says enough for a test: it has a vision tower, a decoder, and a token of images."""
     has_token = any(isinstance(getattr(config, name, None), int) for name in TOKEN_NAMES)
     return has_token and getattr(config, "vision_config", None) is not None and config.get_text_config() is not config
-
-
-def rotary_of(model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of a decoder layer at positions (B, P) int64, whether or not they depend on the layer."""
-    rotary = model.get_decoder().rotary_emb
-    kind = [layer.self_attn.layer_type] if "layer_type" in inspect.signature(rotary.forward).parameters else []
-    cos, sin = rotary(embeds, positions, *kind)
-    return cos, sin

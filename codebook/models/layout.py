@@ -202,14 +202,10 @@ def crops_and_view(count: int, grid: tuple[int, int], view: int = -1) -> Layout:
 
     How many crops make a row is not known.
     """
-    (rows, cols), kinds = grid, ["crop"] * count
-    kinds[view] = "view"
-    grids = [
-        Grid(i * rows * cols, rows, cols, "view") if kind == "view"
-        else Grid(i * rows * cols, rows, cols, "crop", box=None)
-        for i, kind in enumerate(kinds)
-    ]  # fmt: skip
-    return Layout(count * rows * cols, tuple(grids), count)
+    crops = Layout.stacked(count, *grid, "crop")
+    grids = list(crops.grids)
+    grids[view] = replace(grids[view], kind="view", box=WHOLE_PICTURE)
+    return replace(crops, grids=tuple(grids), pieces=count)
 
 
 def broken_layouts(ids: list[int], token: int, grid: tuple[int, int], view_first: bool = False) -> list[Layout]:

@@ -97,9 +97,5 @@ class Lfm3VL(Lfm2Decoder, Qwen2VL):
         layers: Any = self.tower(model).layers  # attention and convolutions
         return next(layer.self_attn for layer in reversed(layers) if hasattr(layer, "self_attn"))
 
-    def rotary(self, model: Model, embeds: Tensor, positions: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor]:
-        attention: Any = layer.self_attn
-        return model.get_decoder().rotary_emb(embeds, positions, attention.layer_type)
-
     def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         return {}

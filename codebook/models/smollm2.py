@@ -127,9 +127,9 @@ def language_weights(file: Gguf) -> dict[str, np.ndarray]:
     return weights
 
 
-def _halves(matrix: np.ndarray, size: int = LLM_WIDTH // HEADS) -> np.ndarray:
+def _halves(matrix: np.ndarray) -> np.ndarray:
     """The rows of each head in transformers' order: what GGUF rotates as neighbours lies half a head apart there."""
-    rows = matrix.reshape(-1, size // 2, 2, matrix.shape[1])
+    rows = matrix.reshape(-1, LLM_WIDTH // HEADS // 2, 2, matrix.shape[1])
     return np.ascontiguousarray(rows.swapaxes(1, 2).reshape(matrix.shape))
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from codebook.models import Family
-from codebook.models.base import Model, window
+from codebook.models.base import Model, rotary_at, window
 from codebook.pruning.distance import distance_bias
 from codebook.pruning.engine.cache import PAD, KeptIndex, visible
 from codebook.pruning.engine.key_bias import KeyBias
@@ -202,7 +202,7 @@ class Viewer:
             left = on_device([sequence.source.shape[1] - n for n in sequence.lengths], before.device)
             rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
             positions = sequence.gather(positions) - (before - rank)
-        return self.family.rotary(self.model, self.given.embeds, positions, layer)
+        return rotary_at(self.model, self.given.embeds, positions, layer)
 
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
