@@ -311,14 +311,14 @@ class Family:
         -------
         (b, vocabulary)
         """
-        arguments = self.probe_arguments(embeds, start, grid)
+        arguments = self.probe_arguments(model, embeds, start, grid)
         return model(inputs_embeds=embeds, use_cache=False, logits_to_keep=1, **arguments).logits[:, -1]
 
     def words(self, model: Model, ids: Tensor) -> Tensor:
         """(..., hidden size), what enters the LLM for the tokens of text (...) int64 of a prompt with an image."""
         return model.get_input_embeddings()(ids)
 
-    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+    def probe_arguments(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         """Further keyword arguments for the model's forward of a prompt that is laid out as for `answer`."""
         return {}
 

@@ -38,7 +38,7 @@ class Ernie45VLMoe(Qwen2VL):
             values = [torch.stack(values[i : i + pair]).mean(0) for i in range(0, len(values), pair)]
         return super().pack(model, encoded, values)
 
-    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+    def probe_arguments(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         types = torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)
         types[:, max(0, start - 1) : start + grid[0] * grid[1] + 1] = 1  # with the tokens that begin and end an image
-        return super().probe_arguments(embeds, start, grid) | {"moe_mm_token_type_ids": types}
+        return super().probe_arguments(model, embeds, start, grid) | {"moe_mm_token_type_ids": types}

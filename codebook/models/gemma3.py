@@ -22,7 +22,7 @@ class Gemma3(Family):
         types = given.get("token_type_ids")
         return None if types is None else image_blocks(types == 1)
 
-    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+    def probe_arguments(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         return {"token_type_ids": image_types(embeds, start, grid)}
 
 

@@ -67,7 +67,7 @@ class Gemma4(AnySize):
             return None
         return image_blocks((types == 1) | (types == 2))
 
-    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+    def probe_arguments(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         return {"mm_token_type_ids": image_types(embeds, start, grid)}
 
     def view(self, processor: Processor, picture: Picture.Image) -> Tensor:

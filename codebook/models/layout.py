@@ -247,11 +247,8 @@ def tagged_layouts(ids: list[int], token: int, grid: tuple[int, int], rows_known
         if ids[start - 1] == ids[found[-1][0] - 1]:
             out.append(_placed_crops(crops, grid) if rows_known else crops_and_view(len(crops) + 1, grid))
             crops = []
-        elif not crops:
-            crops.append((0, 0))
         else:
-            down, across = crops[-1]
-            crops.append((down, across + 1) if start - after == 2 else (down + 1, 0))
+            crops.append(next_crop(crops, start - after))
         after = start + length
     return out
 
@@ -259,10 +256,22 @@ def tagged_layouts(ids: list[int], token: int, grid: tuple[int, int], rows_known
 def _placed_crops(crops: list[tuple[int, int]], grid: tuple[int, int]) -> Layout:
     """As `crops_and_view`, of an image of which the row and column of each crop are known."""
     plain = crops_and_view(len(crops) + 1, grid)
+    boxes = [*crop_boxes(crops), WHOLE_PICTURE]
+    return replace(plain, grids=tuple(replace(own, box=box) for own, box in zip(plain.grids, boxes, strict=True)))
+
+
+def next_crop(crops: list[tuple[int, int]], gap: int) -> tuple[int, int]:
+    """Row and column of the crop that comes after these, behind `gap` tokens of text: more than two end a row."""
+    if not crops:
+        return 0, 0
+    down, across = crops[-1]
+    return (down, across + 1) if gap == 2 else (down + 1, 0)
+
+
+def crop_boxes(crops: list[tuple[int, int]]) -> list[tuple[float, float, float, float]]:
+    """The part of the picture that each crop shows, of crops at these rows and columns."""
     down, across = (max((place[axis] for place in crops), default=0) + 1 for axis in (0, 1))
-    boxes = [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y, x in crops]
-    placed = (replace(own, box=box) for own, box in zip(plain.grids, [*boxes, WHOLE_PICTURE], strict=True))
-    return replace(plain, grids=tuple(placed))
+    return [(x / across, y / down, (x + 1) / across, (y + 1) / down) for y, x in crops]
 
 
 def layouts_per_row(kind: str, layouts: list[Layout], counts: list[int]) -> list[list[Layout]]:

@@ -97,5 +97,5 @@ class Lfm3VL(Lfm2Decoder, Qwen2VL):
         layers: Any = self.tower(model).layers  # attention and convolutions
         return next(layer.self_attn for layer in reversed(layers) if hasattr(layer, "self_attn"))
 
-    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+    def probe_arguments(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         return {}

@@ -20,5 +20,5 @@ class PaliGemma(Family):
         started = cache is not None and cache.is_initialized and given.get("pixel_values") is None
         return None if types is None or started else torch.where(types == 0, 0, -1)
 
-    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+    def probe_arguments(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         return {"token_type_ids": torch.zeros(embeds.shape[:2], dtype=torch.int64, device=embeds.device)}

@@ -33,7 +33,7 @@ class Qwen2VL(AnySize):
         # The tower takes the patches of a token one after the other.
         return patches.unflatten(0, (-1, self.merge(model) ** 2)).mean(1)
 
-    def probe_arguments(self, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
+    def probe_arguments(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> dict[str, Any]:
         rows, cols = grid
         after = start + max(grid) + torch.arange(embeds.shape[1] - start - rows * cols)
         down, across = (x.flatten() for x in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))

@@ -36,7 +36,7 @@ class Qwen3VL(Qwen2VL):
             use_cache=False,
             visual_pos_masks=torch.ones(embeds.shape[:2], dtype=torch.bool, device=embeds.device),  # zeros to text
             deepstack_visual_embeds=[part.flatten(0, 1) for part in added],
-            **self.probe_arguments(embeds, start, grid),
+            **self.probe_arguments(model, embeds, start, grid),
         ).last_hidden_state
         return model.get_output_embeddings()(hidden[:, -1])
 

@@ -25,6 +25,7 @@ from codebook.models.llava import Llava
 from codebook.models.llava_next import LlavaNext
 from codebook.models.llava_next_video import LlavaNextVideo
 from codebook.models.llava_onevision import LlavaOnevision
+from codebook.models.minicpmv import MiniCPMV46, MiniCPMV47
 from codebook.models.mistral3 import Mistral3
 from codebook.models.ovis2 import Ovis2
 from codebook.models.paddleocr_vl import PaddleOCRVL
@@ -73,6 +74,8 @@ FAMILIES: dict[str, Family] = {
         Gemma4(),
         KimiK25(),
         Ovis2(),
+        MiniCPMV46(),
+        MiniCPMV47(),
     )
 }
 """Supported families by the `model_type` of their config."""
@@ -91,8 +94,6 @@ REFUSED = {
     "gemma3n": "several copies of each hidden state, which its decoder hands from layer to layer",
     "granite4_vision": "image tokens that are empty: what they show is added to them in deeper layers only",
     "llama4": "attention in chunks, which are counted in the unpruned prompt",
-    "minicpmv4_6": "images that share one row of the tower, which is not taken apart here",
-    "minicpmv4_7": "images that share one row of the tower, which is not taken apart here",
     "phi4_multimodal": "images that the decoder itself encodes, where no call shows them",
     "perception_lm": "a vision tower of timm, whose attention and patches are not known",
 }

@@ -27,8 +27,12 @@ PER_IMAGE = {
     "batch_num_images",
     "spatial_shapes",
     "image_position_ids",
+    "target_sizes",
 }
 """Inputs of which one prompt's rows simply follow another's."""
+
+SIZES_IN_A_ROW = "target_sizes"
+"""The input of a model whose pixels are one row: there, one prompt's follow another's along the last dimension."""
 
 LONGEST_TO_SHORTEST = 1.5
 """Ratio of the lengths in a batch: on a CPU the padding of prompts that differ more costs more than company saves."""
@@ -56,5 +60,6 @@ def join(prompts: Sequence[Prompts], pad_token: int) -> Prompts:
             filler = FILLERS[name] if name != "input_ids" else pad_token
             longest = max(part.shape[1] for part in parts)
             parts = [pad(part, (longest - part.shape[1], 0), value=filler) for part in parts]
-        joined[name] = torch.cat(parts)
+        along = -1 if name == "pixel_values" and SIZES_IN_A_ROW in prompts[0].inputs else 0
+        joined[name] = torch.cat(parts, along)
     return Prompts(BatchFeature(joined), [count for one in prompts for count in one.images])

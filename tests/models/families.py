@@ -456,6 +456,42 @@ class Gemma4(Tiny):
         return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
 
+class MiniCPM(Tiny):
+    """Patches of 4 x 4 pixels in one row, 4 x 4 of them a token; of a large image 2 x 2 crops of 2 x 2 tokens."""
+
+    never = (IMAGE, VIDEO, *range(91, 96))
+
+    def image(self, draw):
+        return self.shown(draw, [(4, 4)])
+
+    def large(self, draw):
+        return self.shown(draw, [(2, 4), *[(2, 2)] * 4])
+
+    def video(self, draw):
+        return self.shown(draw, [(4, 2)] * 2, "video")
+
+    def shown(self, draw, grids, kind="image"):
+        ids = []
+        for i, (rows, cols) in enumerate(grids):
+            begin, end = (94, 93) if kind == "video" or not i else (92, 91)
+            ids += [NEWLINE] * (i == 3) + [begin, *[TOKENS[kind]] * (rows * cols), end]
+        name, sizes = ("pixel_values", "target_sizes") if kind == "image" else (
+            "pixel_values_videos", "target_sizes_videos"
+        )  # fmt: skip
+        sides = torch.tensor(grids) * 4
+        return ids, {name: draw(1, 3, 4, 4 * int(sides.prod(-1).sum())), sizes: sides}, grids, []
+
+    def collate(self, rows):
+        given = super().collate([[{k: v for k, v in piece.items() if "sizes" in k} for piece in row] for row in rows])
+        for name in ("pixel_values", "pixel_values_videos"):
+            if pixels := [piece[name] for row in rows for piece in row if name in piece]:
+                given[name] = torch.cat(pixels, -1)
+        return given
+
+    def types(self, ids):
+        return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()} if self.axes > 1 else {}
+
+
 class Gemma3(Fixed):
     side, patches = 32, 8
 
@@ -514,6 +550,13 @@ def _hybrid(cls, **more):
     ids = {"image_token_id": IMAGE, "video_token_id": VIDEO, "vision_start_token_id": 94, "vision_end_token_id": 93}
     vision = {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64, "num_position_embeddings": 64}
     return cls(text_config=text, vision_config=QWEN_VISION | vision, **ids)
+
+
+def _minicpm(cls, **more):
+    vision = SIGLIP | {"image_size": 64}
+    text = _hybrid(hf.Qwen3_5Config).text_config
+    return cls(vision_config=vision, text_config=text, insert_layer_id=0, image_token_id=IMAGE, video_token_id=VIDEO,
+               **more)  # fmt: skip
 
 
 CONVOLUTIONS = {"layer_types": ["full_attention", "conv"] * 2}
@@ -740,6 +783,13 @@ FAMILIES = {
         Gemma4("gemma4", _gemma4, "Gemma4ForConditionalGeneration", videos=True),
         Ovis2("ovis2", _ovis2, "Ovis2ForConditionalGeneration"),
         Kimi("kimi_k25", _kimi, "Kimi_K25ForConditionalGeneration"),
+        MiniCPM("minicpmv4_6", functools.partial(
+            _minicpm, getattr(hf, "MiniCPMV4_6Config", None)
+        ), "MiniCPMV4_6ForConditionalGeneration", True),
+        MiniCPM("minicpmv4_7", functools.partial(
+            _minicpm, getattr(hf, "MiniCPMV4_7Config", None), image_start_id=94, image_end_id=93, slice_start_id=92,
+            slice_end_id=91, newline_id=NEWLINE
+        ), "MiniCPMV4_7ForConditionalGeneration", True, 3),
         Fixed("deepseek_vl", _deepseek_vl, "DeepseekVLForConditionalGeneration"),
     )
     if tiny.name in INSTALLED

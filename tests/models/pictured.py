@@ -11,7 +11,8 @@ from tests.tiny import IMAGE, PAD
 
 TEXT = [21, 22, 23]
 ARGUMENTS = {
-    "pixel_values", "image_sizes", "image_grid_thw", "spatial_shapes", "pixel_attention_mask", "image_position_ids"
+    "pixel_values", "image_sizes", "image_grid_thw", "spatial_shapes", "pixel_attention_mask", "image_position_ids",
+    "target_sizes",
 }  # fmt: skip
 OPTIONS = {
     "lfm2_vl": {"do_image_splitting": False},
@@ -39,9 +40,13 @@ class Pictured:
         given = {
             "input_ids": ids,
             "attention_mask": (ids != PAD).long(),
-            **{name: torch.cat([given[name] for _, given in made]) for name in made[0][1]},
+            **{name: torch.cat([given[name] for _, given in made], self._axis(name)) for name in made[0][1]},
         }
         return hf.BatchFeature(given | self.tiny.types(ids))
+
+    def _axis(self, name):
+        """Along which pictures are joined."""
+        return -1 if name == "pixel_values" and self.tiny.name.startswith("minicpm") else 0
 
     def _one(self, picture):
         given = dict(self.image_processor(images=picture, return_tensors="pt", **OPTIONS.get(self.tiny.name, {})))
@@ -69,6 +74,8 @@ class Pictured:
         if self.tiny.name in ("idefics3", "smolvlm"):
             crops = [token for _ in range(pieces - 1) for token in [SEPARATOR, 80] + [IMAGE] * 16]
             return [*crops, NEWLINE, *self.tiny.image(draw)[0]]
+        if "target_sizes" in given:
+            return self.tiny.shown(draw, (given["target_sizes"] // 4).tolist())[0]
         features = base.get_image_features(**given, return_dict=True).pooler_output
         parts = features if isinstance(features, list | tuple) else features.flatten(0, -2)[None]
         count = sum(len(part.flatten(0, -2)) for part in parts)

@@ -75,6 +75,9 @@ PROCESSORS = {
     "paddleocr_vl": lambda: hf.PaddleOCRVLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "ernie4_5_vl_moe": lambda: hf.Ernie4_5_VLMoeImageProcessor(**PATCHES),
     "kimi_k25": KimiImages,
+    **dict.fromkeys(
+        ("minicpmv4_6", "minicpmv4_7"), lambda: hf.MiniCPMV4_6ImageProcessor(patch_size=4, scale_resolution=64)
+    ),
     "ovis2": lambda: hf.Ovis2ImageProcessor(size={"height": 32, "width": 32}),
     "deepseek_vl": lambda: hf.DeepseekVLImageProcessor(size=SQUARE),
     "paligemma": lambda: hf.SiglipImageProcessor(size=SQUARE),

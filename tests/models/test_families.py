@@ -202,8 +202,13 @@ def test_patches_become_tokens_as_in_the_model(tiny):
             assert (values[..., 0].diff(dim=1).abs() < 1e-3).all() and (values[..., 1].diff(dim=0).abs() < 1e-3).all()
 
 
+SHUFFLED = {"internvl", "aya_vision", "cohere2_vision", "idefics3", "smolvlm", "gemma3"}
+
+
 def merged(tiny, target, values):
     """Where a family shuffles or pools patches by its own function: the average of each token's patches by that."""
+    if tiny.name not in SHUFFLED:
+        return None
     patches, side = torch.stack(values), int(len(values[0]) ** 0.5)
     if tiny.name == "internvl":
         return target.model.pixel_shuffle(patches.unflatten(1, (side, side))).flatten(1, 2).unflatten(2, (4, 2)).mean(2)
@@ -212,10 +217,8 @@ def merged(tiny, target, values):
         return shuffled.flatten(1, 2).unflatten(2, (4, 2)).mean(2)
     if tiny.name in ("idefics3", "smolvlm"):
         return target.model.connector.pixel_shuffle(patches, 2).unflatten(2, (4, 2)).mean(2)
-    if tiny.name == "gemma3":
-        squares = patches.transpose(1, 2).unflatten(2, (side, side))
-        return target.model.multi_modal_projector.avg_pool(squares).flatten(2).transpose(1, 2)
-    return None
+    squares = patches.transpose(1, 2).unflatten(2, (side, side))
+    return target.model.multi_modal_projector.avg_pool(squares).flatten(2).transpose(1, 2)
 
 
 def places(tiny, target, call):
@@ -238,6 +241,9 @@ def places(tiny, target, call):
         return list(position.split([int(h * w) for t, h, w in grid for _ in range(t)]))
     if "spatial_shapes" in call.given:
         return [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in call.given["spatial_shapes"]]
+    sizes = "target_sizes" if call.kind == "image" else "target_sizes_videos"
+    if sizes in call.given:  # of MiniCPM, in squares that the tower has merged
+        return [torch.cartesian_prod(torch.arange(h), torch.arange(w)) for h, w in call.given[sizes] // 2]
     if (at := call.given.get(f"{call.kind}_position_ids")) is not None:
         return [own[(own >= 0).all(-1)].flip(-1) for own in at]
     side = tiny.patches

@@ -27,7 +27,10 @@ REFUSED = {
         ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"),
         "something is added to hidden states between its decoder's layers",
     ),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl"), "its decoder has layers without attention"),
+    **dict.fromkeys(
+        ("qwen3_5", "qwen3_5_moe", "lfm2_vl", "lfm3_vl", "minicpmv4_6", "minicpmv4_7"),
+        "its decoder has layers without attention",
+    ),
     **dict.fromkeys(("gemma3", "paligemma"), "tokens of its prompts do not see just those before them"),
     "ernie4_5_vl_moe": "layers are given moe_mm_token_type_ids for each token",
     "gemma4": "layers are given more than hidden states by position",

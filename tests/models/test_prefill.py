@@ -19,6 +19,8 @@ UNLIKE = (
     "qwen3_5_moe",
     "lfm2_vl",
     "lfm3_vl",
+    "minicpmv4_6",
+    "minicpmv4_7",
 )
 REFUSED = dict.fromkeys(UNLIKE, "--metric generated") | dict.fromkeys(
     ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), "deepstack"
