@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import secrets
 import stat
@@ -160,7 +161,7 @@ def parse(path: Path, data: bytes, remedy: str, schema: Any) -> Any:
     """JSON of a file whose bytes are there already, checked like `read_json`."""
     try:
         return _validated(data.removeprefix(MARK), schema)
-    except ValidationError as error:
+    except ValueError as error:
         raise CodebookError(f"cannot read {path}: {fault_words(error)}; {remedy}") from None
 
 
@@ -171,7 +172,7 @@ def parse_lines(path: Path, data: bytes, remedy: str, schema: Any) -> list[tuple
         if line := line.strip():
             try:
                 found.append((number, _validated(line, schema)))
-            except ValidationError as error:
+            except ValueError as error:
                 raise CodebookError(f"cannot read {path}, line {number}: {remedy} ({fault_words(error)})") from None
     return found
 
@@ -225,9 +226,18 @@ def sha256(path: Path) -> str:
 
 
 def _validated(data: bytes, schema: Any) -> Any:
-    """The value of some JSON, as it is written: with the order of its keys, which the checked copy would lose."""
+    """The value of some JSON, as it is written: with the order of its keys, which the checked copy would lose.
+
+    Raises ValueError, also for numbers that are none, under whatever key: what is written on would be no JSON.
+    """
     _adapter(schema).validate_json(data, strict=True)
-    return json.loads(data.decode())
+    return json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
 
 
 @cache
@@ -235,8 +245,10 @@ def _adapter(schema: Any) -> TypeAdapter[Any]:
     return TypeAdapter(schema)
 
 
-def fault_words(error: ValidationError) -> str:
+def fault_words(error: ValueError) -> str:
     """The first thing that is wrong with some JSON, and where."""
+    if not isinstance(error, ValidationError):
+        return one_line(error)
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg']}"[:200] if place else first["msg"][:200]

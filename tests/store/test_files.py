@@ -119,6 +119,18 @@ def test_lines_end_in_a_line_feed_and_nothing_else(tmp_path):
     assert read_json(path, "") == {"a": 1}
 
 
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_numbers_that_would_be_written_on_as_no_json(tmp_path, number):
+    """Under a key that nobody checks; JSON has no such numbers, and other readers refuse the whole file."""
+    path = tmp_path / "x.json"
+    path.write_text(f'{{"a": [{{"b": {number}}}]}}')
+    for read in (read_json, read_lines):
+        with pytest.raises(CodebookError, match=r"cannot read .*x\.json.*no finite number"):
+            read(path, "fix it")
+    path.write_text('{"a": [1e308, 5e-324, 0.1]}')
+    assert read_json(path, "") == {"a": [1e308, 5e-324, 0.1]}
+
+
 def test_a_header_larger_than_its_file(tmp_path):
     path = tmp_path / "x.safetensors"
     whole = save({"a": torch.zeros(3)})
