@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from codebook.building.presets import Settings
 from codebook.building.worker import Engine, ImageTask, Outcome, Worker
 from codebook.errors import CodebookError, install_command
 from codebook.store.files import one_line
@@ -51,7 +52,7 @@ def join_cluster(ray: Any, address: str | None) -> None:
         raise CodebookError(f"cannot reach Ray: {one_line(error)}; check --address") from None
 
 
-def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = None, gpus: float = 0) -> Engine:
+def ray_engine(make: Callable[[Settings], Worker], workers: int, address: str | None = None, gpus: float = 0) -> Engine:
     """An engine for `build` that probes images on Ray actors, fed by Ray Data.
 
     The driver writes the journal as outcomes come in, so a run that was killed continues, on Ray or not, and ends with
@@ -60,7 +61,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
     Parameters
     ----------
     make
-        Makes a `Worker`, on the actor's machine: it must find the model and the images there.
+        Makes a `Worker` with the build's settings, on the actor's machine: it must find the model and the images there.
     workers
         Actors; each holds the model.
     address
@@ -83,7 +84,7 @@ def ray_engine(make: Callable[[], Worker], workers: int, address: str | None = N
 
     class Probe:
         def __init__(self, task: ImageTask) -> None:
-            self.worker = make()
+            self.worker = make(task.settings)
             self.worker.task = task
 
         def __call__(self, row: dict[str, Any]) -> dict[str, bytes]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +21,7 @@ from codebook.cli.options import (
     with_groups,
 )
 from codebook.cli.output import resumable
+from codebook.errors import CodebookError
 
 
 @resumable()
@@ -77,41 +80,68 @@ def build_command(
     Training images are probed, and the tokens that pass every test become prototypes. A setting that is not given is
     that of --preset; for a model without one, a pilot on the first images finds the thresholds.
     """
-    from dataclasses import replace
-
-    from codebook import building
-    from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
-    from codebook.cli.output import building_progress
-    from codebook.cli.probing import build_options, report_codebook
-    from codebook.errors import CodebookError
-
     if tau_p is not None and tau_j is not None and (pilot is not None or select is not None):
         raise CodebookError("both thresholds are given: leave one out for the pilot to find, or --pilot and --select")
     if agreement is not None and not until_stable:
         raise CodebookError("--agreement says when to stop: add --until-stable")
-    given: dict[str, Any] = {
+    changes: dict[str, Any] = {
         "tau_p": tau_p, "tau_j": tau_j, "candidates": candidates, "prompt": prompt, "pad": pad,
         "clusters_per_image": clusters_per_image, "max_cluster_size": max_cluster_size, "clusters": clusters,
         "min_image_fraction": min_image_fraction,
     }  # fmt: skip
-    changes = {k: v for k, v in given.items() if v is not None}
-    building.Settings(**changes)  # refuses what is out of range before a model is loaded
+    steady = None if not until_stable else {} if agreement is None else {"agreement": agreement}
+    run = prepared_build(model, images, out, probing, loading, changes, pilot, select, preset, steady, exhaustive)
+    run(as_json)
+
+
+def prepared_build(
+    model: str,
+    images: Path,
+    out: Path,
+    probing: Probing,
+    loading: Loading,
+    changes: dict[str, Any],
+    pilot: int | None,
+    select: float | None,
+    preset: str | None = None,
+    steady: dict[str, float] | None = None,
+    exhaustive: bool = False,
+) -> Callable[[bool], None]:
+    """The function that builds, and reports in JSON or in words; what no model is needed to refuse is refused here.
+
+    Parameters
+    ----------
+    changes
+        Fields of `building.Settings` by their names, None where the option is not given.
+    steady
+        Fields of `building.Stability` for a build that stops by itself.
+    """
+    from codebook import building
+    from codebook.cli.checks import CODEBOOK_FILES, check_output_folder
+    from codebook.cli.output import building_progress
+    from codebook.cli.probing import build_options, report_codebook
+
+    changes = {k: v for k, v in changes.items() if v is not None}
+    building.Settings(**changes)  # refuses what is out of range
     base = building.preset(preset) if preset is not None else building.published(model)
     if base is not None and (pilot is not None or select is not None):
         base = replace(base, tau_p=None, tau_j=None)
     asked: dict[str, Any] = {k: v for k, v in (("images", pilot), ("select", select)) if v is not None}
-    stability = building.Stability(*(() if agreement is None else (agreement,))) if until_stable else None
-    trial = building.Pilot(**asked)
+    trial, stability = building.Pilot(**asked), None if steady is None else building.Stability(**steady)
     check_output_folder(out, CODEBOOK_FILES)
     building.check_folder(out)
     loading.check(model)
-    source = building.open_images(images, probing.limit)  # before a model is loaded for nothing
-    loaded, processor = loading.load(model)
-    settings = replace(base or building.settings_for(loaded), **changes)
-    with building_progress() as tick:
-        options = build_options(probing, loading, model, images, settings, exhaustive)
-        book = building.build(
-            loaded, processor, source, out, model_id=model, settings=settings, pilot=trial, stability=stability,
-            progress=tick, **options,
-        )  # fmt: skip
-    report_codebook(book, out, as_json, source)
+    source = building.open_images(images, probing.limit)
+    options = build_options(probing, loading, model, images, exhaustive)
+
+    def run(as_json: bool) -> None:
+        loaded, processor = loading.load(model)
+        settings = replace(base or building.settings_for(loaded), **changes)
+        with building_progress() as tick:
+            book = building.build(
+                loaded, processor, source, out, model_id=model, settings=settings, pilot=trial, stability=stability,
+                progress=tick, **options,
+            )  # fmt: skip
+        report_codebook(book, out, as_json, source)
+
+    return run

@@ -39,8 +39,8 @@ def extend_command(
     name = model_of(book, folder, model)
     loading.check(name)
     source = building.open_images(images, probing.limit)  # before a model is loaded for nothing
+    options = build_options(probing, loading, name, images)
     loaded, processor = loading.load(name)
     with building_progress() as tick:
-        options = build_options(probing, loading, name, images, building.read_settings(book.config["settings"], folder))
         book = building.extend(loaded, processor, folder, source, out, progress=tick, **options)
     report_codebook(book, out, as_json, source)

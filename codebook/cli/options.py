@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from codebook.errors import unknown
+from codebook.errors import CodebookError, unknown
 
 if TYPE_CHECKING:
     from codebook.models.base import Model, Processor
@@ -142,12 +142,15 @@ class Probing:
     engine: Annotated[str, typer.Option(help="Where images are probed: local or ray.")] = "local"
     address: AddressOption = None
     workers: Annotated[
-        int, typer.Option(min=1, help="With --engine ray: actors, each with its own copy of the model.")
-    ] = 2
+        int | None,
+        typer.Option(min=1, help="With --engine ray: actors, each with its own copy of the model; default: 2."),
+    ] = None
 
     def __post_init__(self) -> None:
         if self.engine not in ("local", "ray"):
             raise unknown("no engine", self.engine, ("local", "ray"))
+        if self.engine == "local" and (self.workers is not None or self.address is not None):
+            raise CodebookError("--workers and --address are Ray's: add --engine ray, or leave them out")
 
 
 def with_quiet(command: Callable[..., None]) -> Callable[..., None]:

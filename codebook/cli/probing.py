@@ -17,21 +17,27 @@ from codebook.store.folder import IMAGE_RECORDS, read_folder
 
 
 def build_options(
-    probing: Probing, loading: Loading, name: str, images: Path, settings: building.Settings, exhaustive: bool = False
+    probing: Probing, loading: Loading, name: str, images: Path, exhaustive: bool = False
 ) -> dict[str, Any]:
-    """Keyword arguments of `building.build` and `building.extend`."""
+    """Keyword arguments of `building.build` and `building.extend`.
+
+    Raises
+    ------
+    CodebookError
+        If they are to run on Ray, and it is not installed or not reached.
+    """
     options: dict[str, Any] = {"batch_size": probing.batch, "exhaustive": exhaustive}
     if probing.engine == "local":
         return options | {"strict": probing.strict}
     from codebook.building.on_ray import ray_engine
     from codebook.building.worker import Worker
 
-    def make() -> Worker:
+    def make(settings: building.Settings) -> Worker:
         source = building.open_images(images, probing.limit)
         return Worker(*loading.load(name), source, settings, building.Options(**options))
 
     gpus = 1 if loading.check(name).startswith("cuda") else 0
-    engine = ray_engine(make, probing.workers, probing.address, gpus)
+    engine = ray_engine(make, probing.workers or 2, probing.address, gpus)
     return options | {"strict": probing.strict, "engine": engine}
 
 

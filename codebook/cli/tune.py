@@ -66,10 +66,9 @@ def tune_command(
 
     The schedule is the one that spends the budget best on some questions; the report measures it on others.
     """
-    from codebook import building
     from codebook.analysis.calibration import check_sample_count
     from codebook.cli.bench import bench_command
-    from codebook.cli.build import build_command
+    from codebook.cli.build import prepared_build
     from codebook.cli.calibrate import calibrate_command
     from codebook.cli.checks import check_output_folder
     from codebook.cli.data import is_miniature, load_samples
@@ -90,10 +89,8 @@ def tune_command(
     from codebook.store.horizons import carried_horizon, put_horizon
 
     check_keep(keep)
-    if prompt is not None:
-        building.Settings(prompt=prompt)  # refuses an empty one
     check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))
-    loading.check(model)
+    build = prepared_build(model, images, out / CODEBOOK_PART, probing, loading, {"prompt": prompt}, pilot, select)
     asked = {"format_version": 1, "model": model, "data": data, "keep": keep, "count": count, "seed": seed}
     if (out / RECIPE_PART).exists():
         before = read_recipe(out)
@@ -107,23 +104,14 @@ def tune_command(
         check_sample_count(mixed(samples, seed))
     else:
         samples = _samples(model, images, data, count, prompt, seed, loading, probing.strict)
-    metric = _rehearse(model, samples, keep, loading)
+    metric = _rehearse(model, samples, keep, prompt, loading)
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
 
     common: dict[str, Any] = {"seed": seed, **vars(loading)}
     with contextlib.redirect_stdout(sys.stderr):  # what the steps say is on the way to a result, not the result
         note("tune 1/5: codebook")
-        build_command(
-            model=model,
-            images=images,
-            out=out / CODEBOOK_PART,
-            pilot=pilot,
-            select=select,
-            prompt=prompt,
-            **vars(probing),
-            **vars(loading),
-        )
+        build(False)
         note("tune 2/5: questions and their answers")
         if made:
             labels, files = "given", [str(data)] * 2
@@ -184,18 +172,20 @@ def _samples(
     return samples
 
 
-def _rehearse(model: str, samples: Sequence[Sample], keep: float, loading: Loading) -> str:
+def _rehearse(model: str, samples: Sequence[Sample], keep: float, prompt: str | None, loading: Loading) -> str:
     """Refuse, before the long first step, what a later one would; returns the metric to find the horizon by."""
     from codebook import models
     from codebook.analysis import horizon, plot
     from codebook.analysis.prefill import Prefill, UnsharedError
-    from codebook.inference.prompts import check_samples, prepare_samples
+    from codebook.inference.prompts import check_question, check_samples, prepare_samples
     from codebook.pruning import Schedule
 
     plot.require_matplotlib()
     horizon.check_tasks(sample.task for sample in samples)
     loaded, processor = loading.load(model)
     check_samples(loaded, processor, samples)
+    if prompt is not None:
+        check_question(loaded, processor, prompt)
     size = models.shape(loaded)
     # Any one method before the LLM reaches the budgets that the default one does, which needs the codebook to come.
     Schedule.solve("random", keep=keep, n=size.tokens, layers=size.layers)

@@ -28,7 +28,7 @@ def cluster():
 
 
 def maker(pictures, marker=None):
-    def make():
+    def make(settings):
         import torch
 
         torch.set_num_threads(1)
@@ -39,8 +39,8 @@ def maker(pictures, marker=None):
                 def __call__(self, name):
                     os.kill(os.getpid(), signal.SIGKILL)
 
-            return Dies(model(), processor(), open_images(pictures), settings(), Options())
-        return Worker(model(), processor(), open_images(pictures), settings(), Options())
+            return Dies(model(), processor(), open_images(pictures), settings, Options())
+        return Worker(model(), processor(), open_images(pictures), settings, Options())
 
     return make
 
@@ -67,7 +67,7 @@ def test_a_pilot_on_ray_finds_what_it_finds_locally(tiny, pictures, tmp_path):
 
 
 def test_error_on_a_worker_is_one_line(tiny, pictures, tmp_path):
-    def make():
+    def make(settings):
         raise CodebookError("no such model")
 
     with pytest.raises(CodebookError, match="run again, finished images are kept") as caught:

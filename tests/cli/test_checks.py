@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,8 @@ def test_a_folder_without_a_codebook(refused, place, monkeypatch, command):
     (["bench", "miniature", "--methods", "uniform", "--out", "new", "--horizon", "odd.json"], ["odd.json"]),
     (["build", "miniature", "--images", "images", "--out", "new", "--dtype", "odd"], ["'odd'", "bfloat16"]),
     (["build", "miniature", "--images", "images", "--out", "new", "--engine", "odd"], ["'odd'", "ray"]),
+    (["build", "miniature", "--images", "images", "--out", "new", "--workers", "3"], ["add --engine ray"]),
+    (["extend", BOOK, "--images", "images", "--out", "new", "--address", "a:1"], ["add --engine ray"]),
     (["build", "miniature", "--images", "images", "--out", "new", "--tau-p", "nan"], ["tau_p", "nan"]),
     (["build", "miniature", "--images", "images", "--out", "new", "--prompt", ""], ["the prompt is empty"]),
     (["tune", "miniature", "--images", "images", "--out", "new", "--prompt", " "], ["the prompt is empty"]),
@@ -202,3 +205,10 @@ def test_options_that_make_no_sense(refused, place, monkeypatch, command, words)
     before = everything(place)
     refused(*command, words=words)
     assert everything(place) == before
+
+
+@pytest.mark.parametrize("command", ["build", "extend"])
+def test_without_ray(refused, place, monkeypatch, command):
+    monkeypatch.chdir(place)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused(*FOLDERS[command], "new", "--engine", "ray", words=["ray is not installed"])

@@ -85,7 +85,7 @@ def test_what_cannot_be_tuned(refused, scenes, tmp_path):
 
 
 def test_what_a_later_step_refuses_is_refused_before_the_first(refused, run, scenes, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr("codebook.cli.build.build_command", pytest.fail)
+    monkeypatch.setattr("codebook.building.build", pytest.fail)
     out = tmp_path / "recipe"
     command = ["tune", "miniature", "--images", scenes, "--out", out, *COUNT, "--count", "20", "--data"]
     refused(*command, questions, "--keep", "0.001", words=["keep 0.001 is out of reach", "choose from 0.007"])  # 1/144
@@ -101,6 +101,13 @@ def test_what_a_later_step_refuses_is_refused_before_the_first(refused, run, sce
     with monkeypatch.context() as bare:
         bare.setitem(sys.modules, "matplotlib", None)
         refused(*command, questions, words=["matplotlib"])
+    for options, words in (
+        (["--select", "2"], ["select is 2.0"]),
+        (["--images", tmp_path / "nowhere"], ["no such folder"]),
+        (["--prompt", "is there a <image>?"], ["'<image>', a special token"]),
+        (["--workers", "3"], ["add --engine ray"]),
+    ):
+        refused(*command, questions, *options, words=words)
     assert not out.exists()
 
 
@@ -114,7 +121,7 @@ def test_the_horizon_of_a_model_that_shares_no_prefill(run, scenes, questions, t
     def measure(metric, **_):
         raise Measured(metric)
 
-    monkeypatch.setattr("codebook.cli.build.build_command", lambda **_: None)
+    monkeypatch.setattr("codebook.cli.build.prepared_build", lambda *_: lambda as_json: None)
     monkeypatch.setattr("codebook.cli.tune._labelled", lambda *_: ("given", [questions] * 2))
     monkeypatch.setattr("codebook.cli.horizon.horizon_command", measure)
     command = ["tune", "miniature", "--images", scenes, "--data", questions, *COUNT, "--count", "20", "--out"]
