@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -39,7 +40,15 @@ class Strict(BaseModel):
         return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
+def _off(value: bool) -> bool:
+    if value:
+        raise ValueError("not offered here: leave it out, or give false")
+    return value
+
+
 K = TypeVar("K", bound=Strict)
+Off = Annotated[bool, AfterValidator(_off)]
+"""False and nothing else: a literal would take 0 for it, as it would take true for 1."""
 
 
 class TextPart(Strict):
@@ -81,7 +90,7 @@ class StreamOptions(Strict):
     """What a stream has beside the words of its answer."""
 
     include_usage: bool = False
-    include_obfuscation: Literal[False] = False
+    include_obfuscation: Off = False
 
 
 class ChatRequest(Strict):
@@ -98,11 +107,11 @@ class ChatRequest(Strict):
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
     # Fields that clients send at their neutral values; others would be ignored, and are refused.
-    n: Literal[1] = 1
+    n: int = Field(1, ge=1, le=1)
     frequency_penalty: float = Field(0.0, ge=0, le=0)
     presence_penalty: float = Field(0.0, ge=0, le=0)
-    logprobs: Literal[False] = False
-    store: Literal[False] = False
+    logprobs: Off = False
+    store: Off = False
 
     @field_validator("max_completion_tokens")
     @classmethod

@@ -73,6 +73,10 @@ def refusal(service, **changes):
             "stream_options: only for streams: leave it out, or ask for one",
         ),
         ({"max_completion_tokens": 65}, 422, None, "max_completion_tokens is 65, and an answer has at most 64"),
+        ({"n": True}, 422, None, "n: Input should be a valid integer"),
+        ({"n": 1.0}, 422, None, "n: Input should be a valid integer"),
+        ({"logprobs": 0}, 422, None, "logprobs: Input should be a valid boolean"),
+        ({"store": True}, 422, None, "store: not offered here: leave it out, or give false"),
     ],
 )
 def test_refusals_say_what_is_wrong(service, changes, status, code, words):
