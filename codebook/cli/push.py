@@ -39,9 +39,10 @@ def push_command(
     from codebook.store.files import is_file, read_whole
     from codebook.store.folder import CARD, HORIZON_FILE, OPTIONAL, parse_book, read_folder, sealed
     from codebook.store.horizons import carried_horizon
-    from codebook.store.hub import LARGEST_SHEET, push_files
+    from codebook.store.hub import LARGEST_SHEET, check_hub_name, push_files
     from codebook.store.known import find_named
 
+    check_hub_name(repository)
     path, remedy = find_named(folder), "restore it, or remove it"
     config, found = read_folder(path, OPTIONAL)
     files = {name: found[name] for name in config["sha256"] if name in found}  # in their order, for the same bytes

@@ -12,8 +12,8 @@ from codebook.store.files import is_folder
 
 SHEET = "sheet.png"
 """Picture of the tokens behind the prototypes, which a card shows."""
-HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-"""Form of a repository's name on the Hugging Face Hub, with its owner."""
+HUB_NAME = re.compile(r"(?!.*(?:--|\.\.|\.git$))\w(?:[\w.-]{0,94}\w)?/\w(?:[\w.-]{0,94}\w)?", re.ASCII)
+"""Form of a repository's name on the Hugging Face Hub, with its owner, as the hub's client takes it."""
 LICENCE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
 NO_LICENCE = "unknown"
 """What the Hugging Face Hub calls a licence that is not known."""

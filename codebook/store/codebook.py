@@ -267,7 +267,9 @@ class Codebook:
         """
         path = Path(name_or_path)
         if not is_file(path / CONFIG):
-            path = pull(path.as_posix(), revision, token=token, local_files_only=local_files_only)
+            # A text as it stands: ./a/b is a folder that is not there, and no repository a/b.
+            name = name_or_path if isinstance(name_or_path, str) else path.as_posix()
+            path = pull(name, revision, token=token, local_files_only=local_files_only)
         return cls.load(path)
 
     @classmethod

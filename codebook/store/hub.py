@@ -31,6 +31,12 @@ HUB_WAIT = 60.0
 """Most seconds for a sign from the hub; a commit may take some."""
 
 
+def check_hub_name(name: str) -> None:
+    """Refuse what can be no repository's name on the hub."""
+    if not isinstance(name, str) or not HUB_NAME.fullmatch(name):
+        raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
+
+
 def pull_repository(
     name: str, revision: str | None = None, token: str | bool | None = None, local_files_only: bool = False
 ) -> Path:
@@ -57,8 +63,7 @@ def pull_repository(
         If there is no such repository or revision, it is no codebook or too large, it cannot be fetched, or what it
         holds is damaged.
     """
-    if not HUB_NAME.fullmatch(name):
-        raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
+    check_hub_name(name)
     with _asking(f"pull {name}", name, revision):
         online = not local_files_only and _check_repository(name, revision, token)
         folder = _download(name, revision, token, local_files_only=not online)
@@ -86,8 +91,7 @@ def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    if not HUB_NAME.fullmatch(name):
-        raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
+    check_hub_name(name)
     given: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "library_name": LIBRARY}
     with _asking(f"fetch {name}", name, revision):
         try:
@@ -144,8 +148,7 @@ def push_files(
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
-    if not HUB_NAME.fullmatch(name):
-        raise CodebookError(f"{quoted(name)} is no name of a repository: write OWNER/NAME")
+    check_hub_name(name)
     with _asking(f"push to {name}", name):
         api = HfApi(library_name=LIBRARY, token=token)
         made = api.create_repo(name, private=private, exist_ok=True)

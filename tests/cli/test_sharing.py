@@ -68,7 +68,7 @@ def test_push_and_pull(run, refused, hub, book, tmp_path):
     refused("pull", "someone/other", words=["no such repository"])
     refused("pull", "other", words=["no codebook 'other'", "llava-1.5-7b", "OWNER/NAME"])
     refused("push", tmp_path / "images", NAME, words=["no codebook in"])
-    refused("push", book, "other", words=["no name of a repository"])
+    refused("push", book, "other", "--images", tmp_path / "nowhere", words=["no name of a repository"])
 
 
 def test_a_horizon_goes_along_if_it_may_be_of_the_codebooks_models(run, refused, hub, book):

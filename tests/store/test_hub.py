@@ -1,5 +1,6 @@
 """Codebooks on the hub: the real client, against a server on this machine that answers as the hub does."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -14,6 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 import torch
 from huggingface_hub import constants, get_session
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from codebook.errors import CodebookError
 from codebook.store import hub as sharing
@@ -159,12 +162,28 @@ def test_no_repository(shared, name):
 
 
 @pytest.mark.parametrize(
-    "name", ["nothing", "a/b/c", "a/../b", "-a/b", "a b/c", "https://huggingface.co/a/b", "a/" + 99 * "b"]
-)
+    "name",
+    [
+        "nothing", "a/b/c", "a/../b", "-a/b", "a b/c", "https://huggingface.co/a/b", "a/" + 99 * "b", "a/b-", "a/b.git",
+        "a/b--c", "a/b..c", "a/é", "./a/b", "a/b/",
+    ],
+)  # fmt: skip
 def test_no_name(hub, name):
     with pytest.raises(CodebookError, match="no codebook"):
         Codebook.from_pretrained(name)
     assert not hub.asked
+
+
+@pytest.mark.parametrize(
+    "name", ["a/b", "_a/b_", "A.b-c/1", "a" * 96 + "/b", "a/" + "b" * 97, "a/b.", "a/b.gits", "a/b\n"]
+)
+def test_names_are_those_that_the_hubs_client_takes(name):
+    def taken(check, error):
+        with contextlib.suppress(error):
+            check(name)
+            return True
+
+    assert taken(sharing.check_hub_name, CodebookError) == taken(validate_repo_id, HFValidationError)
 
 
 def test_another_kind_of_repository(hub):
@@ -317,7 +336,7 @@ def test_a_push_that_fails(hub, shared, prepare, says):
     with pytest.raises(CodebookError, match=f"cannot push to {NAME}: {says}"):
         make(seed=1).push_to_hub(NAME)
     assert len(shared.commits) == 1
-    for name in ("nobody", "a/b/c", ""):
+    for name in ("nobody", "a/b/c", "", None):
         with pytest.raises(CodebookError, match="no name of a repository"):
             make().push_to_hub(name)
 
