@@ -268,8 +268,10 @@ def _examples(model: str | None) -> tuple[dict[str, str], ...]:
 def _api_key(file: Path | None) -> str | None:
     from codebook.store.files import read_bytes
 
-    key = os.environ.get(KEY, "") if file is None else read_bytes(file, 4096).decode(errors="replace")
+    key = os.environ.get(KEY, "") if file is None else read_bytes(file, 4096).decode(errors="surrogateescape")
     key = key.strip()
     if file is not None and not key:
         raise CodebookError(f"{file} holds no key: write one into it")
+    if not key.isprintable():
+        raise CodebookError(f"{file or KEY} holds a key that no client can send: write one line of printable characters")
     return key or None

@@ -15,7 +15,7 @@ PARTS = (health, scores)
 
 def build_app(state: State) -> FastAPI:
     """The ASGI app of a service."""
-    app = FastAPI(title="codebook", openapi_url=None)
+    app = FastAPI(title="codebook", openapi_url=None, redirect_slashes=False)
     add_error_handlers(app)
     for part in PARTS:
         app.include_router(part.router(state))

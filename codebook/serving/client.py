@@ -186,7 +186,7 @@ class Client:
             data = answer.read(largest + 1)
         except TimeoutError:
             raise CodebookError(f"{self._where} did not answer for {self._timeout:g} s: raise timeout") from None
-        except (OSError, http.client.HTTPException) as error:
+        except (OSError, http.client.HTTPException, UnicodeError) as error:  # the last: a host that can be no name
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             raise CodebookError(f"cannot reach {self._where}: {reason}; is `codebook serve` running there?") from None
         finally:

@@ -13,12 +13,14 @@ def router(state: State) -> APIRouter:
     """Whether the service lives, whether it takes requests, and what it has counted."""
     routes = APIRouter()
 
+    @routes.head("/health")
     @routes.get("/health")
     async def health() -> dict[str, str]:
         if isinstance(state, ModelState) and state.model_thread.broken:
             raise ServiceError(503, "the model cannot answer any more: start the service anew", "broken")
         return {"status": "ok"}
 
+    @routes.head("/ready")
     @routes.get("/ready")
     async def ready() -> dict[str, str]:
         if state.draining:

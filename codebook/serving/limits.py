@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import ipaddress
 import re
 import secrets
 import time
@@ -25,8 +27,6 @@ LIVENESS = {"/health", "/ready"}
 KEYLESS = LIVENESS | {"/"}
 """Paths that need no API key; the page asks its reader for it."""
 ANSWERED_WHILE_DRAINING = LIVENESS | {"/metrics"}
-LOCAL_NAMES = {"localhost", "127.0.0.1", "[::1]"}
-"""Names under which a service of this machine alone is asked: a page of another name would be a web site's."""
 PORT = re.compile(r":[0-9]*$")
 UPLOADS = 16
 """The bytes of all requests that are arriving together, as a multiple of the largest one."""
@@ -144,7 +144,7 @@ class Guard:
         state, headers = self._state, dict(scope["headers"])
         if state.api_key is None:
             host = headers.get(b"host", b"").decode("latin-1")
-            if state.local and host and PORT.sub("", host).lower() not in LOCAL_NAMES:
+            if state.local and host and not is_own_name(PORT.sub("", host)):
                 raise ServiceError(403, "this service answers to names of this machine only, such as localhost")
             origin = headers.get(b"origin", b"").decode("latin-1")
             if origin and origin.partition("://")[2] != host:
@@ -195,6 +195,15 @@ class Guard:
             ) from None
         finally:
             self._arriving -= size
+
+
+def is_own_name(host: str) -> bool:
+    """Whether every machine calls itself so: a page of another name than these would be a web site's."""
+    if host.lower() == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host[1:-1] if host.startswith("[") and host.endswith("]") else host).is_loopback
+    return False
 
 
 async def whole_body(request: Request) -> bytes:

@@ -30,8 +30,8 @@ def listen(host: str, port: int) -> socket.socket:
     try:
         [family, *_, found] = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return socket.create_server(found[:2], family=family, backlog=2048)
-    except OSError as error:
-        reason = (error.strerror or str(error)).partition(" (")[0]
+    except (OSError, UnicodeError) as error:  # UnicodeError: a part of the name is empty or too long
+        reason = (getattr(error, "strerror", None) or str(error)).partition(" (")[0]
         raise CodebookError(
             f"cannot listen on {host}, port {port}: {reason}; choose another --host or --port"
         ) from None

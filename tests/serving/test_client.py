@@ -179,6 +179,8 @@ def test_times_that_nobody_can_wait(timeout):
 def test_nobody_there():
     with pytest.raises(CodebookError, match=r"cannot reach http://127\.0\.0\.1:9: Connection refused"):
         Client("http://127.0.0.1:9").codebooks()
+    with pytest.raises(CodebookError, match=r"cannot reach http://a\.\.b: "):
+        Client("http://a..b").codebooks()
 
 
 GOOD = {"redundancy": torch.zeros(40), "kept": torch.zeros(8, dtype=torch.int64)}

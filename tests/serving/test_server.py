@@ -4,13 +4,15 @@ import os
 import socket
 import subprocess
 import sys
+from urllib.parse import urlsplit
 
 import pytest
 
 from benchmarks.faults import serve_hostile
 from benchmarks.served import ServiceProcess
 from codebook.cli import serve
-from codebook.serving.server import is_local, listen
+from codebook.serving.limits import is_own_name
+from codebook.serving.server import address, is_local, listen
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,7 @@ from codebook.serving.server import is_local, listen
         (["--method", "nothing"], ["nothing"]),
         (["--keep", "2"], ["keep"]),
         (["--host", "192.0.2.1"], ["cannot listen on 192.0.2.1, port 8000"]),
+        (["--host", "a" * 64 + ".example"], ["port 8000: ", "choose another --host or --port"]),
     ],
 )
 def test_mistakes_are_refused_before_a_model_is_loaded(refused, monkeypatch, options, words):
@@ -45,6 +48,9 @@ def test_a_key_file_without_a_key(refused, tmp_path):
     (tmp_path / "key").write_text(" \n")
     refused("serve", "miniature", "--api-key-file", tmp_path / "key", words=["holds no key"])
     refused("serve", "miniature", "--api-key-file", tmp_path / "none", words=["none"])
+    for unsendable in (b"one\ntwo", b"\xff\xfe", b"a\0b"):
+        (tmp_path / "key").write_bytes(unsendable)
+        refused("serve", "miniature", "--api-key-file", tmp_path / "key", words=["a key that no client can send"])
 
 
 def test_arguments_are_checked_without_torch():
@@ -57,9 +63,10 @@ def test_arguments_are_checked_without_torch():
 
 
 def test_this_machine_alone_is_told_from_others():
-    for host, local in (("127.0.0.1", True), ("localhost", True), ("0.0.0.0", False)):
+    for host, local in (("127.0.0.1", True), ("127.0.0.2", True), ("localhost", True), ("0.0.0.0", False)):
         with listen(host, 0) as bound:
             assert is_local(bound) is local
+            assert is_own_name(urlsplit(address(bound)).netloc.rpartition(":")[0]) is local
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals")
