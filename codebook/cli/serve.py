@@ -273,5 +273,5 @@ def _api_key(file: Path | None) -> str | None:
     if file is not None and not key:
         raise CodebookError(f"{file} holds no key: write one into it")
     if not key.isprintable():
-        raise CodebookError(f"{file or KEY} holds a key that no client can send: write one line of printable characters")
+        raise CodebookError(f"{file or KEY} holds a key that no client can send: write one line of text")
     return key or None

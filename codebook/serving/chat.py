@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 import uuid
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
@@ -16,6 +14,7 @@ from codebook.serving.model_thread import Job
 from codebook.serving.preparing import Preparer, unknown_model
 from codebook.serving.request import ChatRequest, parse_request, without_query
 from codebook.serving.state import ModelState
+from codebook.serving.threads import Threads
 
 PREPARERS = min(4, os.cpu_count() or 1)
 """Threads that make prompts of requests."""
@@ -26,8 +25,7 @@ def router(state: ModelState) -> APIRouter:
     from codebook.serving.stock import Completion
 
     routes, preparer = APIRouter(dependencies=[Depends(without_query)]), Preparer(state)
-    pool = ThreadPoolExecutor(PREPARERS, thread_name_prefix="codebook-prepare")
-    free = asyncio.Semaphore(PREPARERS)  # what waits for a thread is let go when its client leaves
+    threads = Threads(PREPARERS, "codebook-prepare")
     started = int(time.time())
     model = {"id": state.name, "object": "model", "created": started, "owned_by": "codebook"}
 
@@ -38,10 +36,9 @@ def router(state: ModelState) -> APIRouter:
     async def answered(body: bytes) -> Response:
         deadline = time.monotonic() + state.limits.seconds
         with state.model_thread.expecting():
-            async with free:
-                reading = asyncio.get_running_loop().run_in_executor(pool, read, body, deadline)
-                del body  # of megabytes, while the answer is waited for
-                job, asked = await reading
+            reading = threads.run(read, body, deadline)
+            del body  # of megabytes, while the answer is waited for
+            job, asked = await reading
         name = f"chatcmpl-{uuid.uuid4().hex}"
         return await Completion(state, job).respond(name, asked.stream, asked.stream_options.include_usage)
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import JSONResponse
 from PIL import Image as Picture
 from pydantic import Field
-from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
@@ -24,6 +21,7 @@ from codebook.serving.model_thread import Job
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import ChatRequest, Strict, parse_request, without_query
 from codebook.serving.state import ModelState
+from codebook.serving.threads import Threads
 
 MOST_WAYS = 4
 """Ways of answering that a request compares."""
@@ -61,7 +59,7 @@ def router(state: ModelState) -> APIRouter:
     """Comparisons, and what can be compared."""
     routes, preparer = APIRouter(dependencies=[Depends(without_query)]), Preparer(state)
     methods = Methods(state.model, state.codebook, state.seed)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="codebook-compare")
+    threads = Threads(1, "codebook-compare")
 
     @routes.get("/v1/compare")
     async def offered() -> dict[str, Any]:
@@ -84,7 +82,9 @@ def router(state: ModelState) -> APIRouter:
 
     async def answered(body: bytes) -> Response:
         deadline = time.monotonic() + state.limits.seconds
-        ways, job, picture = await asyncio.get_running_loop().run_in_executor(pool, read, body, deadline)
+        reading = threads.run(read, body, deadline)
+        del body  # of megabytes, while the answers are waited for
+        ways, job, picture = await reading
         box = models.family(state.model).shown_box(state.processor, picture.size)
         return JSONResponse({"ways": [await answer(way, job, box) for way in ways]})  # others' between two of them
 
@@ -94,7 +94,7 @@ def router(state: ModelState) -> APIRouter:
         try:
             schedule = methods.schedule(way.method, way.keep)
             own = Job(job.prompts, job.new_tokens, job.deadline, schedule=schedule)
-            tokens = await ask(own)
+            tokens = await state.model_thread.result_of(own)
         except ServiceError:
             raise
         except CodebookError as error:
@@ -109,13 +109,5 @@ def router(state: ModelState) -> APIRouter:
             "seconds": round(own.seconds, 4),
             **kept_map(image, schedule, stages, box),
         }
-
-    async def ask(job: Job) -> Tensor:
-        state.model_thread.submit(job)
-        try:
-            return await asyncio.wrap_future(job.answer)
-        except asyncio.CancelledError:
-            state.model_thread.withdraw(job)
-            raise
 
     return routes

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import io
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,7 +15,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image as Picture
 from pydantic import Field
 from torch import Tensor
-from transformers import MaxTimeCriteria, StoppingCriteriaList
+from transformers import StoppingCriteriaList
 
 from codebook import models
 from codebook.analysis.explain import explain_tokens
@@ -31,10 +29,11 @@ from codebook.pruning.kept_map import kept_map
 from codebook.pruning.ownership import codebooks_of
 from codebook.serving.errors import ServiceError
 from codebook.serving.limits import unless_left, whole_body
-from codebook.serving.model_thread import Job, too_late
+from codebook.serving.model_thread import Errand, Job, Rows, too_late
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import MOST_PARTS, ChatRequest, ImagePart, Strict, Turn, parse_request, without_query
 from codebook.serving.state import ModelState
+from codebook.serving.threads import Threads
 from codebook.store.codebook import Codebook
 from codebook.store.folder import PROTOTYPES
 
@@ -102,13 +101,12 @@ def explain_job(
     ServiceError
         If the job's time is over.
     """
-    left = job.deadline - time.monotonic()
-    if left <= 0:
+    if time.monotonic() > job.deadline:
         raise too_late()
     with _entering(model) as entered:
         generated = generate(
             model, job.prompts, schedule, max_new_tokens=job.new_tokens, do_sample=False,
-            stopping_criteria=StoppingCriteriaList([MaxTimeCriteria(left)]),
+            stopping_criteria=StoppingCriteriaList([Rows([job], job.length)]),
         )  # fmt: skip
     if time.monotonic() > job.deadline:
         raise too_late()
@@ -211,7 +209,7 @@ def _codebook(schedule: Schedule) -> Codebook | None:
 def router(state: ModelState) -> APIRouter:
     """Explanations, as JSON or as a picture."""
     routes, preparer = APIRouter(dependencies=[Depends(without_query)]), Preparer(state)
-    pool = ThreadPoolExecutor(1, thread_name_prefix="codebook-explain")
+    threads = Threads(1, "codebook-explain")
 
     def prepare(body: bytes) -> tuple[ExplainRequest, Job, Schedule, Picture.Image]:
         asked = parse_request(body, ExplainRequest)
@@ -233,15 +231,15 @@ def router(state: ModelState) -> APIRouter:
         return await unless_left(request, answered(await whole_body(request), wants_picture))
 
     async def answered(body: bytes, wants_picture: bool) -> Response:
-        on_pool = asyncio.get_running_loop().run_in_executor
-        asked, job, schedule, picture = await on_pool(pool, prepare, body)
+        reading = threads.run(prepare, body)
+        del body  # of megabytes, while the answer is waited for
+        asked, job, schedule, picture = await reading
         book = _codebook(schedule)
-        found = await state.model_thread.run(
-            partial(explain_job, state.model, job, schedule, book, asked.patches, asked.neighbours)
-        )
+        explain = partial(explain_job, state.model, job, schedule, book, asked.patches, asked.neighbours)
+        found = await state.model_thread.result_of(Errand(explain, job.left))
         box = models.family(state.model).shown_box(state.processor, picture.size)
         if wants_picture:
-            return Response(await on_pool(pool, drawing, shown_part(picture, box), found), media_type="image/png")
+            return Response(await threads.run(drawing, shown_part(picture, box), found), media_type="image/png")
         text = state.processor.decode(found.tokens, skip_special_tokens=True).strip()
         return JSONResponse(report(state, found, schedule, book, text, box))
 

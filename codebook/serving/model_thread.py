@@ -7,11 +7,11 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +39,6 @@ MOST_TOKENS_TOGETHER = 2**17
 DEVICE_ERRORS: tuple[type[Exception], ...] = (torch.AcceleratorError,) if hasattr(torch, "AcceleratorError") else ()
 """Errors after which a GPU computes nothing more for this process."""
 logger = logging.getLogger(__name__)
-R = TypeVar("R")
 
 
 @dataclass(eq=False)
@@ -107,9 +106,10 @@ class Job:
 
 @dataclass(eq=False)
 class Errand:
-    """Any other work that needs the model."""
+    """Any other work that needs the model; a long one looks whether `left` is set, as in a `Job`."""
 
     function: Callable[[], Any]
+    left: threading.Event = field(default_factory=threading.Event)
     answer: Future[Any] = field(default_factory=Future)
 
 
@@ -134,7 +134,7 @@ class ModelThread:
         self._ready = threading.Condition()
         self._expected = 0  # requests that prompts are being made of
         self._stopping = False
-        self._running: list[Job] = []
+        self._running: list[Job | Errand] = []
         self._device_failed = False
         self._thread = threading.Thread(target=self._run, name="codebook-model", daemon=True)
         self._thread.start()
@@ -164,8 +164,8 @@ class ModelThread:
             self._expected += more
             self._ready.notify()
 
-    def withdraw(self, job: Job) -> None:
-        """Let go of a prompt whose client has left: it is not answered, or no further."""
+    def withdraw(self, job: Job | Errand) -> None:
+        """Let go of what a client that has left waited for: it is not answered, or no further."""
         job.left.set()
         with self._ready:
             if job in self._queue:
@@ -173,11 +173,14 @@ class ModelThread:
                 self._metrics.waiting.set(len(self._queue))
         job.answer.cancel()
 
-    async def run(self, function: Callable[[], R]) -> R:
-        """The result of a function that needs the model, called between two batches."""
-        errand = Errand(function)
-        self.submit(errand)
-        return await asyncio.wrap_future(errand.answer)
+    async def result_of(self, job: Job | Errand) -> Any:
+        """The answer to a prompt, or what a task gives; withdrawn if nobody waits for it any more."""
+        self.submit(job)
+        try:
+            return await asyncio.wrap_future(job.answer)
+        except asyncio.CancelledError:
+            self.withdraw(job)
+            raise
 
     def stop(self) -> None:
         """End the thread, and what it is answering with it."""
@@ -196,7 +199,7 @@ class ModelThread:
                         work.answer.set_result(work.function())
                     except BaseException as error:
                         self._device_failed |= isinstance(error, DEVICE_ERRORS)
-                        work.answer.set_exception(error)
+                        work.answer.set_exception(_failed(error))
             elif work:
                 self._answer(work)
             work, self._running = None, []  # nothing of it is held while the next one is waited for
@@ -213,25 +216,26 @@ class ModelThread:
                 first = self._queue.popleft() if self._queue else None  # all may have been withdrawn meanwhile
             if first is None or self._stopping:
                 return None
-            batch = [first] if isinstance(first, Job) else []
-            if batch and not batch[0].alone:
-                self._gather(batch)
+            work = first if isinstance(first, Errand) else [job for job in self._batch(first) if self._begins(job)]
+            self._running = [work] if isinstance(work, Errand) else [*work]
             self._metrics.waiting.set(len(self._queue))
-            self._running = [job for job in batch if self._begins(job)]
-        return first if isinstance(first, Errand) else self._running
+            return work
 
-    def _gather(self, batch: list[Job]) -> None:
-        """Take from the queue what can be answered together with the first prompt of a batch."""
-        longest = batch[0].length
+    def _batch(self, first: Job) -> list[Job]:
+        """A prompt, and what can be answered together with it, which is taken from the queue."""
+        batch, longest = [first], first.length
+        if first.alone:
+            return batch
         most = TOKENS_TOGETHER.get(self._model.device.type, MOST_TOKENS_TOGETHER)
         for job in [job for job in self._queue if isinstance(job, Job) and not job.alone]:
             if len(batch) == MOST_TOGETHER:
-                return
+                break
             widest = max(longest, job.length)
-            if (len(batch) + 1) * widest <= most and alike(batch[0].prompts, job.prompts):
+            if (len(batch) + 1) * widest <= most and alike(first.prompts, job.prompts):
                 batch.append(job)
                 self._queue.remove(job)
                 longest = widest
+        return batch
 
     def _begins(self, job: Job) -> bool:
         """Whether a prompt is to be answered: not if its client left, or has waited too long."""
@@ -275,7 +279,7 @@ class ModelThread:
     def _generate(self, jobs: list[Job]) -> Generated:
         first, processors = jobs[0], []
         prompts = join([job.prompts for job in jobs], self._pad)
-        rows = Rows(jobs, prompts.inputs["input_ids"].shape[1], self._ends)
+        rows = Rows(jobs, prompts.inputs["input_ids"].shape[1], self._ends.tolist())
         options: dict[str, Any] = {"do_sample": False, **first.options}
         with ExitStack() as stack:
             if options["do_sample"]:
@@ -304,8 +308,8 @@ class Rows(StoppingCriteria, BaseStreamer):
     A row ends at its own length, at its deadline, and when its client has left.
     """
 
-    def __init__(self, jobs: list[Job], length: int, ends: Tensor) -> None:
-        self._jobs, self._length, self._ends = jobs, length, set(ends.tolist())
+    def __init__(self, jobs: list[Job], length: int, ends: Iterable[int] = ()) -> None:
+        self._jobs, self._length, self._ends = jobs, length, set(ends)
         self._done = [False] * len(jobs)
         self._known: tuple[list[bool], Tensor] | None = None
         self._streams = [job.streamer is not None for job in jobs]
@@ -341,8 +345,8 @@ def too_late() -> ServiceError:
     return ServiceError(503, "no answer within the time limit: ask for fewer tokens, or try again later", "timeout")
 
 
-def _failed(error: Exception) -> CodebookError:
-    """The error of a prompt that the model could not answer; what is not meant for readers stays in the log."""
+def _failed(error: BaseException) -> CodebookError:
+    """The error of what the model could not answer; what is not meant for readers stays in the log."""
     if isinstance(error, CodebookError):
         return error
     logger.error("a prompt could not be answered", exc_info=error)

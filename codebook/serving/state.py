@@ -61,7 +61,7 @@ class ModelState(State):
     schedule
         What prunes every prompt.
     model_thread
-        The thread that the model runs on; `await state.model_thread.run(function)` is for other work with the model.
+        The thread that the model runs on; whatever else needs the model waits there, too, as an `Errand`.
     codebook, seed
         Folder of the codebook and the seed for the methods of a comparison; None: the codebook that ships.
     examples

@@ -93,12 +93,7 @@ class Completion(chat_completion.ChatCompletionHandler):
         self, model: Any, processor: Any, inputs: Any, config: Any, request_id: str
     ) -> tuple[str, int, Any]:
         """(text, tokens of the prompt, tokens of the answer), as the stock manager gives them."""
-        self._state.model_thread.submit(self._job)
-        try:
-            tokens = await asyncio.wrap_future(self._job.answer)
-        except asyncio.CancelledError:
-            self._state.model_thread.withdraw(self._job)
-            raise
+        tokens = await self._state.model_thread.result_of(self._job)
         return processor.decode(tokens, skip_special_tokens=True), inputs["input_ids"].shape[-1], tokens
 
     def generate_streaming(

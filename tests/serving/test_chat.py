@@ -127,15 +127,17 @@ def test_lengths_sampling_and_conversations(client):
     assert again.choices[0].message.content == whole.choices[0].message.content
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_slot(service, monkeypatch, stream):
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/explain", "a stream"])
+def test_a_client_that_leaves_frees_its_slot(service, monkeypatch, path):
     """Before the answer, and in the middle of a stream; an answer that has no end would take long."""
+    stream = path == "a stream"
+    path = "/v1/chat/completions" if stream else path
     thread = service.state.model_thread
     monkeypatch.setattr(service.state.model.generation_config, "eos_token_id", None)
     monkeypatch.setattr(thread, "_ends", thread._ends[:0])
     [sample] = of_miniature("test", 0, 1, ["cap"])
-    content = json.dumps(body(sample, stream=stream)).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
+    content = json.dumps(body(sample) | ({"stream": True} if stream else {})).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(content)}\r\n\r\n"
     place = urlsplit(service.url)
     with socket.create_connection((place.hostname, place.port)) as connection:
         connection.sendall(head.encode() + content)
@@ -145,7 +147,7 @@ def test_a_client_that_leaves_frees_its_slot(service, monkeypatch, stream):
         assert service.state.active == 1
     wait(lambda: not service.state.active and not thread._running)
     if not stream:
-        assert scrape(service)['codebook_requests_total{endpoint="/v1/chat/completions",status="499"}'] == 1
+        assert scrape(service)[f'codebook_requests_total{{endpoint="{path}",status="499"}}'] == 1
 
 
 def test_a_stream_that_fails_says_so_in_the_shape_of_errors(client, monkeypatch):

@@ -1,5 +1,7 @@
 """The thread that the model runs on: batches, failures, deadlines, clients that leave."""
 
+import asyncio
+import contextlib
 import threading
 import time
 from concurrent.futures import CancelledError
@@ -170,6 +172,24 @@ def test_a_client_that_leaves_is_not_answered(loaded, thread, held):
     with pytest.raises(CancelledError):
         left.answer.result(0)
     assert sizes(thread) == (1, 1)
+
+
+def test_a_task_that_nobody_waits_for_is_let_go(thread, held):
+    """While it waits, and in the middle of it; also when the thread is to end."""
+
+    async def leave():
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(thread.result_of(Errand(lambda: pytest.fail("it was done"))), 0.01)
+
+    asyncio.run(leave())
+    assert not thread._queue
+    long = Errand(lambda: long.left.wait(30))
+    thread.submit(long)
+    held.set()
+    while not long.answer.running():
+        time.sleep(0.001)
+    thread.stop()
+    assert long.answer.result(0)
 
 
 def test_all_clients_may_leave_while_a_batch_waits_for_company(loaded, thread):

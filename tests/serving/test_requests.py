@@ -148,8 +148,8 @@ def test_headers_that_cannot_be_meant(service):
 def test_a_wrong_address_or_method_says_what_there_is(service):
     refused = httpx.post(f"{service.url}/v1/embeddings", json={})
     assert refused.status_code == 404 and "POST '/v1/embeddings'; see docs/serving.md" in refused.text
-    refused = httpx.post(f"{service.url}/v1/chat/completions/", json={})  # a redirection would leave https behind a proxy
-    assert refused.status_code == 404 and "see docs/serving.md" in refused.text
+    refused = httpx.post(f"{service.url}/v1/chat/completions/", json={})
+    assert refused.status_code == 404 and "see docs/serving.md" in refused.text  # a redirection could leave https
     refused = httpx.put(f"{service.url}/v1/chat/completions", json={})
     assert refused.status_code == 405 and "PUT '/v1/chat/completions'; ask by POST" in refused.text
 
