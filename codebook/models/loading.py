@@ -16,6 +16,7 @@ from codebook.errors import CodebookError, did_you_mean, is_unreachable, quoted,
 from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
+from codebook.models.foreign import foreign_type_error
 from codebook.models.generic import Untested, image_token
 from codebook.models.registry import check_model, family_of_config
 
@@ -253,7 +254,7 @@ def check_device(device: torch.device | str | None) -> str:
 
 def _check_config(name: str, folder: Path, options: dict[str, Any]) -> PreTrainedConfig:
     """The model's config; refuses a model that cannot be loaded, as far as that shows without its weights."""
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -261,11 +262,8 @@ def _check_config(name: str, folder: Path, options: dict[str, Any]) -> PreTraine
         for file in sorted(folder.iterdir()):
             _check_file(file)
     written, _ = PreTrainedConfig.get_config_dict(str(folder), **options)
-    if written.get("auto_map"):
-        raise CodebookError(
-            f"{name} comes with code of its own (auto_map in its config.json), which is never run: use a model whose "
-            "class transformers itself has"
-        )
+    if isinstance(kind := written.get("model_type"), str) and kind not in CONFIG_MAPPING:
+        raise foreign_type_error(name, kind)
     config = AutoConfig.from_pretrained(str(folder), **options)
     config = getattr(config, "thinker_config", None) or config  # of what also speaks, the part that sees
     family_of_config(config)
@@ -318,6 +316,12 @@ def _check_fit(name: str, model: Model, found: dict[str, Any]) -> None:
     """Refuse a model of which some weights were not in the checkpoint, or the checkpoint has layers that it lacks."""
     missing = sorted(found["missing_keys"])
     misshapen = sorted(key if isinstance(key, str) else key[0] for key in found["mismatched_keys"])
+    if found["unexpected_keys"] and getattr(model.config, "auto_map", None):
+        raise CodebookError(
+            f"{name} comes with code of its own (auto_map in its config.json), which is never run, and holds weights "
+            f"that transformers' own class has no place for: {some(sorted(found['unexpected_keys']))}; use a "
+            "checkpoint that was converted for transformers"
+        )
     # Of what the model has no place for, more layers are a fault; heads and buffers of other programs are not.
     surplus = sorted(key for key in found["unexpected_keys"] if _is_surplus_layer(model, key))
     for names, what in (

@@ -143,7 +143,7 @@ DAMAGE = {
     "deep config": (file("config.json", b'{"a":' * 10**5 + b"1" + b"}" * 10**5), "cannot load"),
     "bytes for config": (file("config.json", b"\xff\xfe\x00"), "cannot load.*config.json"),
     "no config": (removed("config.json"), "holds no config.json"),
-    "unknown type": (config(model_type="nothing"), "cannot load.*`nothing`"),
+    "unknown type": (config(model_type="nothing"), "is of type .nothing., which transformers has no class for"),
     "empty words": (file("tokenizer.json", b""), "cannot load"),
     "other words": (file("tokenizer.json", b"{}"), "cannot load"),
     "no words": (removed("tokenizer.json"), "cannot load.*tokenizer"),
@@ -232,8 +232,20 @@ def test_code_that_comes_with_a_model_never_runs(tmp_path):
     assert not marker.exists() and done.returncode == 0 and "[y/N]" not in done.stdout + done.stderr, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(folders)
-    for i in (0, -1):
-        assert "comes with code of its own" in lines[i]
+    assert (
+        "is of type 'mine', which transformers has no class for, and code that comes with a model is never" in lines[0]
+    )
+    assert lines[-1].startswith("loaded <class 'transformers.models.llava.")  # transformers' own class, not theirs
+
+
+def test_weights_that_only_code_of_their_own_has_a_place_for(folder):
+    (folder / "config.json").write_text(
+        json.dumps(json.loads((folder / "config.json").read_text()) | {"auto_map": CODES["config.json"]})
+    )
+    held = load_file(folder / "model.safetensors") | {"gate.weight": torch.zeros(3)}
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CodebookError, match=r"code of its own .*no place for: gate.weight; use a checkpoint that was"):
+        models.load(str(folder), "cpu")
 
 
 @pytest.mark.parametrize("device", ["cuda:7", "cuda:-1", "mps", "xpu", "gpu", "", "meta", "cpu:x", "hpu", "x" * 999])

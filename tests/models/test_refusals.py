@@ -1,5 +1,6 @@
 """What cannot work is refused, by one sentence that says why and what to use instead."""
 
+import json
 import re
 from contextlib import nullcontext
 
@@ -9,6 +10,7 @@ import transformers as hf
 
 from codebook import models
 from codebook.errors import CodebookError
+from codebook.models.foreign import INSTEAD
 from codebook.pruning import METHODS, Downsample, Random, Schedule, Stage, remember
 from tests.models.cells import model
 from tests.models.families import FAMILIES, VIDEO
@@ -48,6 +50,25 @@ def test_models(config, why, tmp_path):
     config.save_pretrained(tmp_path)
     with refused(why):
         models.load(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("kind", "instead"),
+    [
+        ("internvl_chat", "use a checkpoint of type internvl, such as OpenGVLab/InternVL3-1B-hf$"),
+        ("qwen5_vl", "did you mean qwen2_5_vl.*use a checkpoint that was converted to a type of docs/models.md$"),
+    ],
+)
+@pytest.mark.parametrize("code", [{}, {"auto_map": {"AutoConfig": "mine.Mine"}}], ids=["", "code"])
+def test_types_that_transformers_has_no_class_for(kind, instead, code, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind} | code))
+    with refused(f"is of type '{kind}', which transformers has no class for, .*never run: {instead}"):
+        models.load(str(tmp_path))
+
+
+def test_what_to_use_instead_is_supported():
+    assert {instead.split(",")[0] for instead in INSTEAD.values()} <= models.FAMILIES.keys()
+    assert not INSTEAD.keys() & hf.CONFIG_MAPPING.keys()
 
 
 @pytest.mark.skipif("qwen3_5" not in FAMILIES, reason="an old transformers")
