@@ -165,8 +165,6 @@ def horizons(
     eps: float = EPS,
     *,
     margin: int | None = None,
-    level: float = LEVEL,
-    resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, Horizon]:
     """The horizon of each task and, as `mean`, of the mean over tasks where there are several.
@@ -177,10 +175,8 @@ def horizons(
         Largest loss that counts as none, in the sweep's unit (probability or accuracy).
     margin
         Layers added for safety: missing the horizon by a few can collapse a model. Default: one in sixteen, at least 1.
-    level
-        Level of the bootstrap's percentile interval; images are resampled within their tasks.
-    resamples, seed
-        Resamples and seed of the bootstrap.
+    seed
+        Seed of the bootstrap, which resamples images within their tasks.
 
     Raises
     ------
@@ -193,7 +189,7 @@ def horizons(
     drawn: dict[str, np.ndarray] = {}
     found: dict[str, Horizon] = {}
 
-    tail = (1 - level) / 2
+    tail = (1 - LEVEL) / 2
 
     def quantile(loss: np.ndarray, q: float, side: Literal["lower", "higher"]) -> int:
         return start + int(np.quantile(first_safe(loss, eps), q, method=side))
@@ -224,7 +220,7 @@ def horizons(
     check_tasks(by_task)
     for task, rows in by_task.items():
         own, n, images = sweep.loss[rows], len(rows), sweep.images_of(rows)
-        drawn[task], errors[task] = resampled(own, images, rng, resamples), error_by_image(own, images)
+        drawn[task], errors[task] = resampled(own, images, rng, RESAMPLES), error_by_image(own, images)
         full, pruned, why = float(sweep.full[rows].mean()), sweep.pruned[rows].mean(0), _why_unknown(sweep, task, rows)
         found[task] = one(n, full, pruned, errors[task], drawn[task], why)
     if len(by_task) > 1:

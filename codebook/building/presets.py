@@ -14,6 +14,7 @@ from codebook import models
 from codebook.building.candidates import auto
 from codebook.errors import CodebookError
 from codebook.models import Model
+from codebook.store.files import fault_words
 
 PROMPT = "What does this image show? You must provide a single word that best describes the image."
 
@@ -108,10 +109,8 @@ def read_settings(settings: dict[str, Any], folder: Path | str) -> Settings:
     try:
         return TypeAdapter(Settings).validate_json(json.dumps(settings))
     except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False, include_context=False)[0]
         raise CodebookError(
-            f"the settings of {folder} are not of this version ({'.'.join(map(str, first['loc']))}: {first['msg']}): "
-            "build the codebook again"
+            f"the settings of {folder} are not of this version ({fault_words(error)}): build the codebook again"
         ) from None
 
 

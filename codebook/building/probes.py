@@ -124,7 +124,6 @@ class Prober:
         prompt: str,
         grid: tuple[int, int],
         batch_size: int | None = None,
-        whole: bool = False,
         pad: int | None = None,
     ) -> Prober:
         """Put the prompt into the model's own chat template, and embed it; `pad` as in `Settings`."""
@@ -145,7 +144,7 @@ class Prober:
         with torch.inference_mode():
             ends = vectors(row_end)[None] if row_end else None
             text = vectors(before)[None], vectors(after)[None]
-            return cls(model, *text, vectors([pad]), grid, batch_size, whole, ends)
+            return cls(model, *text, vectors([pad]), grid, batch_size, row_end=ends)
 
     def one_by_one(self) -> Prober:
         """The same probes, each in a forward pass of its own: values that no batch and no sharing has touched."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,10 +46,9 @@ def sheet(
                 f"{grid[0]} x {grid[1]}: rebuild with `codebook build`"
             )
     clusters: dict[int, dict[str, dict[str, Any]]] = {}
-    sizes: dict[int, int] = {}
     for row in provenance:
         clusters.setdefault(row["cluster"], {}).setdefault(row["image"], row)  # one token per image
-        sizes[row["cluster"]] = sizes.get(row["cluster"], 0) + 1
+    sizes = Counter(row["cluster"] for row in provenance)
     chosen = sorted(clusters, key=lambda cluster: (-sizes[cluster], cluster))[:SHEET_ROWS]
     width = LABEL + SHEET_COLUMNS * (TILE_SIDE + GAP) + GAP
     page = Image.new("RGB", (width, 60 + len(chosen) * (TILE_SIDE + GAP) + GAP), "white")

@@ -114,7 +114,7 @@ def _find_images(images: Path | str | Sequence[Path | str]) -> Source:
         files = [Path(path).absolute() for path in images]
         if missing := [path for path in files if not is_file(path)]:
             raise CodebookError(f"no such image: {missing[0]}; check the list")
-        root = _common([path.parent for path in files])
+        root = Path(os.path.commonpath([path.parent for path in files]) if files else "")
         found = Found()
         for path in dict.fromkeys(files):
             found[_own_name(_relative_name(path, root), found)] = partial(_read_picture, path)
@@ -286,10 +286,3 @@ def _own_name(name: str, found: Found) -> str:
 def _printable(name: str) -> str:
     """A file's name as text: bytes of it that are no UTF-8 are written as `\\xff`, so that any file can hold it."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _common(folders: list[Path]) -> Path:
-    common = folders[0] if folders else Path()
-    while not all(folder.is_relative_to(common) for folder in folders):
-        common = common.parent
-    return common

@@ -194,6 +194,7 @@ def _screen(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _wrapped(label: str, words: list[str], per_line: int = 5) -> list[str]:
-    rows = [", ".join(words[i : i + per_line]) for i in range(0, len(words), per_line)] or ["not known"]
+def _wrapped(label: str, words: list[str]) -> list[str]:
+    """A label and words in lines of five."""
+    rows = [", ".join(words[i : i + 5]) for i in range(0, len(words), 5)] or ["not known"]
     return [f"{label if i == 0 else '':<11} {row}" for i, row in enumerate(rows)]

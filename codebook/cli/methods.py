@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from codebook.errors import CodebookError
-from codebook.evaluation.bench import UNPRUNED
 from codebook.models.base import Model
 from codebook.pruning.plan import Plan
 from codebook.pruning.presets import needs_codebook
-from codebook.pruning.text import split
+from codebook.pruning.text import UNPRUNED, split
 from codebook.store.codebook import Codebook
 from codebook.store.shipped import find_codebook
 

@@ -17,7 +17,7 @@ from codebook.evaluation.scorers import letter
 from codebook.inference.samples import ClipPart, Sample
 from codebook.store.clips import FrameRule
 from codebook.store.files import is_folder
-from codebook.store.pictures import is_clip, spaced
+from codebook.store.pictures import frame_files, is_clip, spaced
 
 CLIPS = "mp4 or webm"
 TVQA_FPS = 3
@@ -84,9 +84,8 @@ def clip_question(path: Path, question: str, options: Sequence[str], answer: str
     """A question about a clip, or about a folder of frames, whose options are `A. text`; `answer` is a letter."""
     asked = "\n".join([question, *options]) + CHOICE
     if is_folder(path):
-        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
         stop = None if part.end is None else round(part.end * TVQA_FPS) + 1
-        files = files[round(part.start * TVQA_FPS) : stop]
+        files = frame_files(path)[round(part.start * TVQA_FPS) : stop]
         if not files:
             raise CodebookError(f"{path} holds no frames of seconds {part.start:g} to {part.end}: unpack it again")
         return Sample(tuple(files[i] for i in spaced(len(files))), asked, answer, task, letter)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,14 +14,14 @@ from pydantic import TypeAdapter
 
 from codebook.errors import CodebookError, quoted, unknown
 from codebook.evaluation.clip_sets import check_clips, mvbench, videomme
-from codebook.evaluation.documents import CHOICE, SHORT, chair, chartqa, docvqa, infovqa, ocrbench
+from codebook.evaluation.documents import CHOICE, SHORT, chair, chartqa, docvqa, infovqa, ocrbench, read_checked
 from codebook.evaluation.metrics import ACCURACY, CHAIR, MME, POPE, Task, says_yes, yes_or_no
 from codebook.evaluation.parquet import Columns, fetched_files, load_parquet, parquet_files
 from codebook.evaluation.scorers import box_overlap, check_people, letter, named, same, vqa
 from codebook.inference.captions import CaptionScorer
 from codebook.inference.samples import Sample, check_images, read_samples
 from codebook.store.clips import FrameRule
-from codebook.store.files import LARGEST_LINES, is_file, is_folder, one_line, read_json, read_lines, read_whole
+from codebook.store.files import is_file, is_folder, one_line, read_lines, read_whole
 from codebook.store.pictures import even_frames
 
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -157,7 +156,7 @@ def _read_dataset(kind: str, folder: Path, loader: Loader) -> list[Sample]:
 
 
 def _json(path: Path) -> Any:
-    return read_json(_there(path), "download it again", largest=LARGEST_LINES)
+    return read_checked([path], Any)
 
 
 def _text(path: Path) -> str:
@@ -181,8 +180,7 @@ def _by_id(file: Path, records: Sequence[Any], key: str) -> dict[Any, Any]:
 def _annotated(image: Path, question: str, answers: Sequence[str], task: str, suffix: str = SHORT) -> Sample:
     """A question with the answers of several people; the most frequent stands for them."""
     check_people(answers)
-    most = Counter(answers).most_common(1)[0][0]
-    return Sample((image,), question + suffix, most, task, vqa, tuple(answers))
+    return Sample((image,), question + suffix, max(answers, key=answers.count), task, vqa, tuple(answers))
 
 
 def _vqav2(folder: Path) -> Iterator[Sample]:

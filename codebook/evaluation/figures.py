@@ -7,10 +7,11 @@ from pathlib import Path
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from codebook.errors import CodebookError, printable
-from codebook.evaluation.bench import BASELINES, UNPRUNED
+from codebook.evaluation.bench import BASELINES
 from codebook.inference.uncertainty import plus_minus
 from codebook.models import same_fingerprint
 from codebook.pruning.presets import needs_codebook
+from codebook.pruning.text import UNPRUNED
 from codebook.store.files import LARGEST_LINES, read_json
 
 

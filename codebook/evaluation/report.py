@@ -14,13 +14,13 @@ from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
 
-from codebook.evaluation.bench import BASELINES, UNPRUNED
+from codebook.evaluation.bench import BASELINES
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
 from codebook.evaluation.comparisons import RIGHT_FROM
 from codebook.evaluation.remarks import Results, half_width, ranked, remarks
 from codebook.inference.uncertainty import UNKNOWN, plus_minus
 from codebook.pruning.presets import expand
-from codebook.pruning.text import DISTANCE
+from codebook.pruning.text import DISTANCE, UNPRUNED
 
 THUMBNAIL = 336
 """Longest side of a picture in the report, in pixels."""

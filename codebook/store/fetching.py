@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import shutil
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from codebook.errors import CodebookError, unknown
@@ -89,7 +88,7 @@ def fetch_entry(entry: RegistryEntry, local_files_only: bool = False, tick: Tick
             done = 0
             tick(done)
             for name, file in entry.files.items():
-                _fetch_file(file, parts / name, partial(_tick_from, tick, done))
+                _fetch_file(file, parts / name, tick, done)
                 done += file.size
             _convert(entry, parts, folder)
             shutil.rmtree(parts, ignore_errors=True)
@@ -111,23 +110,19 @@ def _is_whole(folder: Path) -> bool:
     return True
 
 
-def _tick_from(tick: Tick, before: int, size: int) -> None:
-    tick(before + size)
-
-
 def _is_offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def _fetch_file(file: RegistryFile, path: Path, tick: Tick) -> None:
-    """Fetch one file; it appears under its name only if its size and SHA-256 are those of the registry."""
+def _fetch_file(file: RegistryFile, path: Path, tick: Tick, before: int) -> None:
+    """Fetch one file, `before` bytes being there; it appears only if its size and SHA-256 are those of the registry."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
     if is_file(path) and sha256(path) == file.sha256:
-        tick(file.size)
+        tick(before + file.size)
         return
     again = "run the same command again"
     wrong = f"{file.url} is not the file of the registry: "
@@ -149,7 +144,7 @@ def _fetch_file(file: RegistryFile, path: Path, tick: Tick) -> None:
                         raise CodebookError(f"{wrong}it has more than {file.size} bytes; report it")
                     digest.update(chunk)
                     out.write(chunk)
-                    tick(size)
+                    tick(before + size)
         except (CodebookError, OSError):
             raise
         except Exception as error:  # of the HTTP library, which differs between versions of the hub's client

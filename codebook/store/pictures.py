@@ -88,15 +88,20 @@ def read_video(path: Path, rule: FrameRule = even_frames) -> tuple[Path | Pictur
     `VIDEO_FRAMES`, evenly spaced.
     """
     if is_folder(path):
-        files = sorted(file for file in path.iterdir() if not file.name.startswith("."))
+        files = frame_files(path)
         if not files:
             raise CodebookError(f"{path} holds no frames: give a folder of pictures")
         return tuple(files[i] for i in spaced(len(files)))
-    if is_file(path) and container_of(_first_bytes(path)) is not None:
+    if is_clip(path):
         return read_clip(path, rule, partial(_check_pixels, most=MOST_PIXELS))
     with _open_picture(path, None, "video", SHOWN_AS_VIDEO) as picture:
         wanted = set(spaced(getattr(picture, "n_frames", 1)))
         return tuple(upright_rgb(frame) for i, frame in enumerate(ImageSequence.Iterator(picture)) if i in wanted)
+
+
+def frame_files(folder: Path) -> list[Path]:
+    """The files of a video that is a folder of frames, in order of their names."""
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
 def is_picture(head: bytes) -> bool:

@@ -126,15 +126,15 @@ def index_folder() -> Path:
 
 
 @cache
-def read_registry(path: Path | None = None) -> tuple[RegistryEntry, ...]:
-    """The entries of a registry; by default those of the one that ships.
+def read_registry() -> tuple[RegistryEntry, ...]:
+    """The entries of the registry.
 
     Raises
     ------
     CodebookError
         If the file is missing or an entry is not as it must be.
     """
-    path = path or index_folder() / REGISTRY
+    path = index_folder() / REGISTRY
     try:
         found = Registry.model_validate_json(read_whole(path, "install the package again"))
     except ValidationError as error:

@@ -28,7 +28,6 @@ VALUES = [
     None, True, -1, 0, 1, 2**31, 2**63, 10**40, 0.5, -0.0, 1e308, float("nan"), float("inf"), "", "x", "\u2028",
     "\ud800", "../../etc/passwd", "0" * 64, [], [[]], {}, {"a": 1}, [1, "a", None], "x" * 5000,
 ]  # fmt: skip
-INSERTED = (b"\n", b"\0", b"\xef\xbb\xbf", "\u2028".encode(), b"{", b"[" * 300, b'"', b"1e999")
 JSON_FILES = ("config.json", "provenance.jsonl", "images.jsonl")
 JOURNAL = ".build/journal.sqlite"
 FILES = (*JSON_FILES, JOURNAL, "prototypes.safetensors", "survivors.safetensors", "README.md")
