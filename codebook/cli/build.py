@@ -78,7 +78,7 @@ def build_command(
     """Build a codebook of tokens that never change an answer.
 
     Training images are probed, and the tokens that pass every test become prototypes. A setting that is not given is
-    that of --preset; for a model without one, a pilot on the first images finds the thresholds.
+    that of --preset; for a model without one, a pilot on some of the images finds the thresholds.
     """
     if tau_p is not None and tau_j is not None and (pilot is not None or select is not None):
         raise CodebookError("both thresholds are given: leave one out for the pilot to find, or --pilot and --select")
