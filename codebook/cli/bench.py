@@ -104,7 +104,6 @@ def bench_command(
     rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
     if chosen and not any(row.method in chosen for row in rows):
         raise CodebookError(f"no method is left to measure: {skipped[0]['reason']}")
-    out.mkdir(parents=True, exist_ok=True)
     if share is not None:
         i, n = share
         with progress(f"bench, part {i} of {n}", bench.count_answers(tasks, rows, settings, share), "answers") as tick:

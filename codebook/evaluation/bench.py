@@ -24,6 +24,7 @@ from codebook.evaluation.latency import Clock, TimedPrompt
 from codebook.evaluation.metrics import Task
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.conversation import answer_sample
+from codebook.inference.prompts import check_samples
 from codebook.inference.records import damaged, read_record
 from codebook.inference.respond import Policy, Response, Shard, batches, remembering, respond
 from codebook.inference.samples import Sample, samples_digest
@@ -246,6 +247,7 @@ def measure(
     model = models.unwrap(model)
     settings = settings or BenchSettings()
     samples = [sample for task in tasks for sample in task.samples]
+    check_samples(model, processor, samples)
     timed = _prompt(samples)
     bench = TimedPrompt.of(model, processor, timed.pictures(), timed.question)
     films = timed.clip is None and any(one.clip or len(one.images) > len(timed.images) for one in samples)

@@ -78,7 +78,7 @@ class Journal:
     """Records by name, in memory and, unless `file` is None, in a database that the next run reads.
 
     Use it in a `with` statement. While it is open no other process can write the database; others may read it, also
-    while it grows. A journal that is closed without a record leaves no file behind.
+    while it grows. A journal that is closed without a record leaves neither a file nor a folder behind.
 
     Parameters
     ----------
@@ -109,6 +109,7 @@ class Journal:
         self.file, self.records = file, dict[str, Any]()
         self._remedy = f"choose another {output}, or delete it"
         self._tensors: dict[str, str] = {}
+        self._made: list[Path] = []  # folders, the innermost first
         self._begun: bool | None = None  # whether the file has records; until that is known, it is never removed
         self._lock: int | None = None
         self._database: _Database | None = None
@@ -178,6 +179,10 @@ class Journal:
             _delete(self.file)
         with contextlib.suppress(OSError):
             _beside(self.file, LOCK).unlink()  # before it is let go: whoever waits for it looks whether it is there
+        if self._begun is False:
+            with contextlib.suppress(OSError):  # as of one that holds something else by now
+                for folder in self._made:
+                    folder.rmdir()
         os.close(self._lock)
         self._lock = None
 
@@ -193,6 +198,7 @@ class Journal:
 
     def _open(self, file: Path) -> None:
         """Lock the database and take in its records. One that is not there yet is made with the first record."""
+        self._made = [folder for folder in file.parents if not folder.exists()]
         file.parent.mkdir(parents=True, exist_ok=True)
         self._check(file)
         self._lock = self._hold(_beside(file, LOCK))

@@ -66,6 +66,15 @@ def test_bench_refuses(refused, tmp_path, options, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_bench_names_a_question_that_cannot_be_asked_before_it_writes(refused, scene, tmp_path):
+    texts = ["read the number.", "is there a <image>?"]
+    lines = [json.dumps({"image": str(scene), "question": text, "answer": "yes"}) for text in texts]
+    (tmp_path / "odd.jsonl").write_text("\n".join(lines))
+    options = ["--data", tmp_path / "odd.jsonl", "--methods", "uniform", "--out", tmp_path / "out"]
+    refused("bench", "miniature", *options, words=["question 2", "'<image>', a special token"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_show(run, refused, scene, tmp_path):
     ask = ["show", "miniature", "--image", scene, "--ask", "describe.", "--out", tmp_path / "show.png"]
     code, out, err = run(*ask, "--methods", "uniform,codebook", "--keep", 0.25)

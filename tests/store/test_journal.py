@@ -95,6 +95,16 @@ def test_without_a_record_it_leaves_no_file(file):
         file.touch()  # killed while it was made
 
 
+def test_without_a_record_it_leaves_no_folder_that_it_made(file):
+    (file.parent / "mine").mkdir()
+    with Journal(file.parent / "new" / "er" / file.name, ABOUT), Journal(file.parent / "mine" / file.name, ABOUT):
+        assert listing(file.parent) == ["mine", "new"]
+    assert listing(file.parent) == ["mine"]
+    with Journal(file.parent / "new" / "er" / file.name, ABOUT):
+        (file.parent / "new" / "other").touch()
+    assert listing(file.parent / "new") == ["other"]
+
+
 @pytest.mark.parametrize(
     ("about", "what"),
     [
