@@ -28,6 +28,7 @@ from codebook.pruning.engine.kernels import check_attention
 from codebook.pruning.engine.key_bias import ADDED
 from codebook.pruning.engine.sequence import Given
 from codebook.pruning.engine.tap import LISTENING, point, tap
+from codebook.pruning.engine.transforms import check_plain_call
 from codebook.pruning.engine.views import Cached, View
 
 if TYPE_CHECKING:
@@ -306,6 +307,7 @@ class Attachment:
         RUNNING.set(running)
         if (pruning := running.call.pruning) is None:
             return
+        check_plain_call()
         if self.model.get_decoder() is not self.lm or list(self.lm.layers) != self._layers:
             raise CodebookError(
                 "parts of the decoder were replaced since this pruning context was opened, and have no hooks: leave it "
@@ -411,8 +413,13 @@ class Attachment:
         return call.chosen if torch.equal(call.prompt, own) else None
 
     def _on_layer(self, i: int, layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        forward = FORWARD.get()
-        if forward is None or (running := self._own_running()) is None:
+        forward, running = FORWARD.get(), self._own_running()
+        if forward is None or running is None:
+            if self._pruning_now() is not None:  # else what nobody prunes
+                raise CodebookError(
+                    f"layer {i} of the decoder was run past the decoder's hooks, as by a call of its `forward`, and "
+                    f"would not be pruned: call the {type(self.model).__name__} itself"
+                )
             return None
         _check_added()
         hidden, before, cache = args[0], ENCODED.get(), kwargs.get("past_key_values")
