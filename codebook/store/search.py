@@ -71,7 +71,8 @@ class PrototypeSearch:
         -------
         (n, N) float32, on the tokens' device
         """
-        return normalize(tokens.float(), dim=1) @ self._on(tokens.device).T
+        with torch.autocast(tokens.device.type, enabled=False):  # whose products would be in half precision
+            return normalize(tokens.float(), dim=1) @ self._on(tokens.device).T
 
     def nearest(self, tokens: Tensor, k: int, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
         """The `k` most similar prototypes of each token, best first.

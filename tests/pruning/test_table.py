@@ -1,6 +1,7 @@
 """Every method on every tower: exact counts, and the same tokens alone, in a batch, under sdpa and eager, and again."""
 
 import contextlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -71,6 +72,43 @@ def test_with_gradients_the_same_tokens_stay(name):
         loss = model(**BATCH, position_ids=positions).logits[:, -1].sum()
     assert all(map(torch.equal, expected, (stages[-1] for stages in pruning.kept)))
     assert torch.autograd.grad(loss, weight)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "step"), [*((name, "choose") for name in SINGLE), ("uniform", "mass")])
+def test_under_autocast_methods_compute_in_float32(name, step, monkeypatch):
+    """With what the model has computed in half precision: products of tokens that are alike would be equal in it."""
+    stage, calls, stock = schedule(name, "clip").stages[0], [], getattr(selection, step)
+    monkeypatch.setattr(selection, step, lambda *given: calls.append((given, stock(*given))) or calls[-1][1])
+    with torch.autocast("cpu", torch.bfloat16):
+        kept("clip", "sdpa", Schedule([replace(stage, mass=step == "mass")]), BATCH)
+    for given, found in calls:
+        for number in range(len(found)) if step == "choose" else ():
+            given[-1](number).known.clear()
+        assert all(map(torch.equal, found, stock(*given)))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+@pytest.mark.parametrize("name", SINGLE)
+def test_an_image_that_is_no_numbers_gives_an_answer_that_is_none(name, value, monkeypatch):
+    """As unpruned: methods choose anything among such tokens, some of them one token nine times. Others' rows stay."""
+    plan, model, whole = schedule(name, "clip"), MODELS["clip", "sdpa"], Schedule([])
+    projector = model.model.multi_modal_projector
+
+    def logits(schedule):
+        with schedule(model):
+            return model(**BATCH).logits[:, -1]
+
+    def damaged(features, stock=projector.forward):
+        out = stock(features)
+        out[0, 7] = value if len(out) == 3 else out[0, 7]  # `downsample` encodes each of the three once more
+        return out
+
+    sound = logits(plan)
+    monkeypatch.setattr(projector, "forward", damaged)
+    assert logits(whole)[0].isnan().all()
+    first, second = logits(plan)
+    assert first.isnan().all() and torch.equal(second, sound[1])
 
 
 class NoSync(TorchDispatchMode):

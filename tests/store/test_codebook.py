@@ -23,6 +23,9 @@ def test_redundancy_is_the_highest_cosine():
     assert book.redundancy(x[:0]).shape == (0, 3)
     torch.testing.assert_close(book.redundancy(3 * book.prototypes[:5]), torch.ones(5))
     assert book.redundancy(torch.zeros(1, 16)).item() == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        found = book.redundancy(x)
+    assert torch.equal(book.redundancy(x), found)
 
 
 @pytest.mark.parametrize("k", [1, 3, 50])

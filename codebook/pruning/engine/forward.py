@@ -125,7 +125,9 @@ class Forward:
         """What a layer gets of its input (B, P, d), once the stage at this layer, if there is one, has pruned it."""
         if self.prompt is None or layer not in self.stages:
             return hidden
-        hidden, self.heard = self.prune(self.stages[layer], hidden), None
+        # Methods compute in float32, whatever the layers do: in half precision tokens that are alike are equal.
+        with torch.autocast(hidden.device.type, enabled=False):
+            hidden, self.heard = self.prune(self.stages[layer], hidden), None
         for log, kept in zip(self.log, self.kept, strict=True):
             log.append(kept)
         return hidden

@@ -294,8 +294,7 @@ def nearest_kept(values: Tensor, index: Tensor) -> Tensor:
     """
     values = values.float()
     # A token's own length does not change which kept one is nearest.
-    with torch.autocast(values.device.type, enabled=False):  # whose products would be in half precision
-        nearest = (values @ normalize(values.index_select(0, index), dim=-1).T).argmax(1)
+    nearest = (values @ normalize(values.index_select(0, index), dim=-1).T).argmax(1)
     return nearest.index_copy_(0, index, torch.arange(len(index), device=index.device))
 
 
