@@ -67,6 +67,11 @@ def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
     return f"{line[: kept - kept // 2]} ... {line[-(kept // 2) :]}"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things in words: `1 image`, `12 images`; of a noun whose plural ends in s."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def remedy_for(error: OSError, otherwise: str = "choose another folder") -> str:
     """What to do about an error of the operating system."""
     return REMEDIES.get(error.errno or 0, otherwise)

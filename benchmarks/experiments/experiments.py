@@ -199,7 +199,10 @@ def show(questions: list[Sample], said: dict[str, list[Response]], keeps: list[f
 
 def _apart(scores: Scores, other: Scores) -> str:
     """The paired difference of two rows' means, in points, with its 95% interval."""
-    apart = {task: [a - b for a, b in zip(own, other[task], strict=True)] for task, own in scores.items()}
+    apart = {
+        task: replace(own, values=[a - b for a, b in zip(own.values, other[task].values, strict=True)])
+        for task, own in scores.items()
+    }
     error = standard_error(apart)
     return f"{100 * mean(apart):+.1f} ± {'unknown' if error is None else format(100 * NORMAL_QUANTILE * error, '.1f')}"
 

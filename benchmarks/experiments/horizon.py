@@ -89,7 +89,7 @@ def answers(model, processor, options: argparse.Namespace, seed: int, plans: lis
                 for plan in plans:
                     if (name := f"{i} {plan}") not in journal:
                         [scores] = evaluate(model, processor, group, plan).values()
-                        journal.add(name, scores)
+                        journal.add(name, scores.values)
                     values.setdefault(str(plan), []).extend(journal[name])
                     tick(done := done + len(group))
     return {plan: np.array(scores) for plan, scores in values.items()}

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from codebook.cli.output import progress
-from codebook.evaluation import Scores, accuracy_table, compare, mean
+from codebook.evaluation import Scores, TaskScores, accuracy_table, compare, mean
 from codebook.miniature import TASK_FAMILIES, tasks
 from codebook.miniature.model import load_weights
 from codebook.miniature.samples import of_questions
@@ -75,7 +75,7 @@ def main() -> None:
     kinds = {"full": "plain", BLIND: "plain"} | {look: look for look in LOOKS if look != "plain"}
     counts = {name: options.count if look == "plain" else options.others for name, look in kinds.items()}
     jobs = [(options.run, name, f, look, counts[name]) for name, look in kinds.items() for f in reversed(TASK_FAMILIES)]
-    rows: dict[str, Scores] = {name: {family: [] for family in TASK_FAMILIES} for name in kinds}
+    rows: dict[str, Scores] = {name: {family: TaskScores() for family in TASK_FAMILIES} for name in kinds}
     with ProcessPoolExecutor(os.cpu_count(), get_context("spawn")) as pool, progress("ask", len(jobs), "parts") as tick:
         for i, (job, found) in enumerate(zip(jobs, pool.map(ask, jobs), strict=True), 1):
             rows[job[1]] |= found

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter
 
 from codebook import models
 from codebook.analysis import likelihood
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, counted, quoted
 from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import Share, read_record
@@ -331,7 +331,7 @@ def check_sample_count(samples: Sequence[Sample]) -> None:
     """
     count, search = len(samples), search_count(samples)
     if search < 2 * len(RUNGS):
-        raise CodebookError(f"{count} samples are too few to calibrate with: give {2 * len(RUNGS) * SEARCH} at least")
+        raise CodebookError(f"{counted(count, 'sample')} cannot calibrate: give {2 * len(RUNGS) * SEARCH} at least")
     fresh = samples[search:]
     images = {(sample.task, image) for sample, image in zip(fresh, image_numbers(fresh), strict=True)}
     counts = Counter(task for task, _ in images)

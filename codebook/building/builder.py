@@ -16,13 +16,13 @@ from typing_extensions import TypedDict
 from codebook import models
 from codebook.building import pilot as pilots
 from codebook.building.drawing import draw_pilot, draw_stability
-from codebook.building.pool import STEPS, SurvivorPool, images_digest, is_digest, one_of_each, unread
+from codebook.building.pool import STEPS, SurvivorPool, images_digest, is_digest, names_clash, one_of_each, unread
 from codebook.building.presets import Settings, published, read_settings, settings_for
 from codebook.building.sources import GONE, Images, Source, open_images
 from codebook.building.stability import Stability, agreement, is_stable, kept_tokens, set_aside, sizes
 from codebook.building.unfinished import UNFINISHED, finished, forget, open_journal, requested
 from codebook.building.worker import ImageTask, Options, Progress, Worker
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 from codebook.models import Model, Processor
 from codebook.store.codebook import Codebook
 from codebook.store.folder import PROBES, Count, TokenRecord
@@ -184,10 +184,7 @@ def _free_names(source: Source, pool: SurvivorPool) -> tuple[Source, dict[str, s
                 "noted no more of an image: rename it, or build the codebook again"
             )
         if (other := before + name) in digests or pool.images.get(other, {"stamp": digest})["stamp"] != digest:
-            raise CodebookError(
-                f"1 names, {other} first, are of different images in the two: rename the images of one, or give their "
-                "folders a common one and build from that"
-            )
+            raise names_clash([other])
         names[other] = name
     renamed = replace(source, names=tuple(sorted(names)), find=lambda name: source.find(names[name]))
     return renamed, {name: digests[names[name]] for name in renamed.names}
@@ -225,7 +222,7 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
         made = both.codebook(settings, {**config, "grid": a.config["grid"]})
         if made is None:
             forget(out, [journal])
-            raise CodebookError(f"no prototype left of {len(both.rows)} survivors: {REMEDY['recurrent']}")
+            raise CodebookError(f"no prototype left of {counted(len(both.rows), 'survivor')}: {REMEDY['recurrent']}")
         put_horizon(out, carried[0] or carried[1])
         made[0].save(out, {**made[1], **_pictures(made[0].config)})
         forget(out, [journal])

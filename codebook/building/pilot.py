@@ -11,7 +11,7 @@ from typing import Any
 
 from codebook.building.cascade import divergence
 from codebook.building.presets import Settings
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 
 QUANTILES = (0.01, 0.03, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
 """Shares of the isolated tokens below the values that a pilot reports."""
@@ -84,7 +84,7 @@ def choose_thresholds(
     isolated = [token for token in tokens if token["cluster_size"] <= settings.max_cluster_size]
     if not isolated:
         raise CodebookError(
-            f"pilot: none of {len(tokens)} tokens is isolated in its image: raise max_cluster_size (now "
+            f"pilot: none of {counted(len(tokens), 'token')} is isolated in its image: raise max_cluster_size (now "
             f"{settings.max_cluster_size}) or clusters_per_image (now {settings.clusters_per_image})"
         )
     values = {

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from codebook.building.clustering import dpc_knn
 from codebook.building.presets import Settings
 from codebook.building.sources import GONE
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 from codebook.store.codebook import Codebook
 from codebook.store.files import parse_lines
 from codebook.store.folder import IMAGE_RECORDS, OPEN, SURVIVORS, Count, TokenRecord, read_folder, tensor_of
@@ -107,10 +107,7 @@ class SurvivorPool:
             if not _same(self.images[name], ours.get(name), other.images[name], theirs.get(name))
         ]  # fmt: skip
         if different:
-            raise CodebookError(
-                f"{len(different)} names, {different[0]} first, are of different images in the two: rename the images "
-                "of one, or give their folders a common one and build from that"
-            )
+            raise names_clash(different)
         taken = {name for name in other.images if unread(self.images.get(name, {"stamp": GONE})["stamp"])}
         images = {**self.images, **{name: other.images[name] for name in taken}}
         for name in both - taken:  # where this one knows an image by its size only, the other's digest says more
@@ -189,6 +186,14 @@ class SurvivorPool:
             raise CodebookError(f"cannot read {folder / IMAGE_RECORDS}: it does not fit the prototypes; {remedy}")
         both = torch.cat([book.prototypes, features])
         return book, in_order(cls(images, both, rows))
+
+
+def names_clash(names: Sequence[str]) -> CodebookError:
+    """The error for names that stand for an image in one place and for another image in the other."""
+    return CodebookError(
+        f"different images have the same name in the two ({counted(len(names), 'name')}, {names[0]} first): rename the "
+        "images of one, or give their folders a common one and build from that"
+    )
 
 
 def one_of_each(pool: SurvivorPool) -> SurvivorPool:

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from codebook.building.sources import Source
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 
 SHEET_ROWS, SHEET_COLUMNS = 12, 8
 """Most rows (clusters) and columns (images) of the picture."""
@@ -58,7 +58,7 @@ def sheet(
     for i, cluster in enumerate(chosen):
         top = 60 + i * (TILE_SIDE + GAP)
         rows = list(clusters[cluster].values())
-        words = (f"cluster {cluster}", f"{sizes[cluster]} prototypes", f"{len(rows)} images")
+        words = (f"cluster {cluster}", counted(sizes[cluster], "prototype"), counted(len(rows), "image"))
         for line, (text, colour) in enumerate(zip(words, (TEXT_COLOUR, LABEL_COLOUR, LABEL_COLOUR), strict=True)):
             draw.text((GAP, top + TILE_SIDE // 2 - 36 + 24 * line), text, colour, font)
         count = min(SHEET_COLUMNS, len(rows))

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 from codebook.store.codebook import Codebook
 
 KEPT_SHARE = 0.2
@@ -47,7 +47,7 @@ def set_aside(order: Sequence[str]) -> tuple[list[str], list[str]]:
     held = min(max(round(SET_ASIDE * len(order)), FEWEST), MOST)
     if len(order) - held <= FIRST:
         raise CodebookError(
-            f"{len(order)} different images are too few to see whether more would change anything: give more than "
+            f"{counted(len(order), 'different image')} cannot show whether more would change anything: give more than "
             f"{FIRST + FEWEST}, or leave --until-stable out"
         )
     return list(order[:-held]), list(order[-held:])

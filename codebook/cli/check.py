@@ -6,7 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from codebook.cli.options import JsonOption, Loading, ModelOption, with_groups
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 
 if TYPE_CHECKING:
     from codebook.models import Report
@@ -46,7 +46,7 @@ def _report_lines(report: Report) -> str:
     by = "a file of its own describes it" if report.known else "no file describes it; the generic family is tried"
     lines = [f"{report.model_type}: {by}", f"image token: {report.token}"]
     for shown in report.shown:
-        (height, width), (rows, cols), tokens = shown.size, shown.grid, f"{shown.tokens} image tokens"
+        (height, width), (rows, cols), tokens = shown.size, shown.grid, counted(shown.tokens, "image token")
         lines.append(
             f"picture of {width} x {height} pixels: {tokens}, {shown.structural} of them structural; "
             f"grid of {rows} x {cols}: {shown.right} of {rows * cols} are where their patches are"

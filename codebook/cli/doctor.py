@@ -13,7 +13,7 @@ from typing import Any
 
 from codebook import __version__
 from codebook.cli.options import JsonOption
-from codebook.errors import DISTRIBUTION, install_command
+from codebook.errors import DISTRIBUTION, counted, install_command
 
 MODULES = {"pillow": "PIL"}
 """Modules that are not named as their distributions are."""
@@ -143,7 +143,7 @@ def _faiss(warnings: list[str]) -> dict[str, Any]:
 def _devices(torch: Any, warnings: list[str]) -> list[str]:
     if torch is None:
         return []
-    devices = [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)"]
+    devices = [f"cpu ({counted(os.cpu_count() or 1, 'core')}, {counted(torch.get_num_threads(), 'thread')})"]
     if torch.cuda.is_available():
         for i in range(torch.cuda.device_count()):
             found = torch.cuda.get_device_properties(i)

@@ -11,7 +11,7 @@ import typer
 
 from codebook.cli.options import CountOption, DataOption, JsonOption, Loading, ModelOption, SeedOption, with_groups
 from codebook.cli.output import note, progress, resumable
-from codebook.errors import CodebookError, unknown
+from codebook.errors import CodebookError, counted, unknown
 
 
 @resumable("out")
@@ -64,7 +64,7 @@ def horizon_command(
     if onset:
         alone = [sample for sample in samples if len(sample.images) == 1]
         if len(alone) < len(samples):
-            note(f"onset: without the {len(samples) - len(alone)} questions about several images")
+            note(f"onset: without {counted(len(samples) - len(alone), 'question')} about several images")
         journal = None if out is None else out / "onset.sqlite"
         with progress("onset", len(alone), "samples") as tick:
             agreed = onset_of.agreements(loaded, processor, alone, journal, tick)

@@ -12,7 +12,7 @@ import typer
 
 from codebook.cli.options import JsonOption, NamedModelOption
 from codebook.cli.output import write_picture
-from codebook.errors import CodebookError, printable
+from codebook.errors import CodebookError, counted, printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -118,5 +118,5 @@ def draw_sheet(book: Codebook, folder: Path, images: list[Path], named: str | No
         model, _ = models.load(model_of(book, folder, named), "cpu")
         book.check(model)
         grid = models.family(model).grid(model)
-    title = f"{len(book)} prototypes for {book.config['model']}: tokens that change no answer, and recur"
+    title = f"{counted(len(book), 'prototype')} for {book.config['model']}: tokens that change no answer, and recur"
     return sheet(book.provenance, tuple(grid), [building.open_images(path) for path in images], title)

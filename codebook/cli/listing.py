@@ -8,7 +8,7 @@ import textwrap
 from typing import Any
 
 from codebook.cli.options import JsonOption
-from codebook.errors import CodebookError, printable
+from codebook.errors import CodebookError, counted, printable
 
 
 def list_command(as_json: JsonOption = False) -> None:
@@ -84,4 +84,4 @@ def _book_words(row: dict[str, Any]) -> str:
     if "damaged" in row:
         return f"damaged ({row['damaged']})"
     revision = f", {row['origin']} at {row['revision'][:12]}" if "origin" in row and "revision" in row else ""
-    return f"{row['prototypes']} prototypes of dimension {row['dimension']} for {row['model']}{revision}"
+    return f"{counted(row['prototypes'], 'prototype')} of dimension {row['dimension']} for {row['model']}{revision}"

@@ -196,7 +196,8 @@ def summary(report: dict[str, Any], kept: list[int]) -> str:
     for count, group in groupby(report["counts"]):
         end = start + len(list(group))
         of = "" if runs else f" of {n} visual tokens"
-        runs.append(f"{count}{of} in layers {start}-{end - 1}")
+        where = f"layer {start}" if end - start == 1 else f"layers {start}-{end - 1}"
+        runs.append(f"{count}{of} in {where}")
         start = end
     cost = f"{report['flops']:.1%} of their prefill FLOPs, {report['kv_bytes'] / 1024:.0f} KiB of KV cache per image"
     return f"schedule {report['schedule']}: {', '.join(runs)}; averaged {report['keep']:.1%}; {cost}"

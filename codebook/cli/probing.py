@@ -10,7 +10,7 @@ from codebook import building, models
 from codebook.building.pool import ImageRecord
 from codebook.cli.options import Loading, Probing
 from codebook.cli.output import note
-from codebook.errors import CodebookError, printable
+from codebook.errors import CodebookError, counted, printable
 from codebook.store.codebook import Codebook
 from codebook.store.files import parse_lines
 from codebook.store.folder import IMAGE_RECORDS, read_folder
@@ -91,4 +91,4 @@ def report_codebook(book: Codebook, out: Path, as_json: bool, source: building.S
         report = {"folder": str(out), "prototypes": len(book), "funnel": book.config["funnel"], **used, **taus, **found}
         print(json.dumps(report))
     else:
-        print(printable(f"{len(book)} prototypes from {used['used']} images in {out}"))
+        print(printable(f"{counted(len(book), 'prototype')} from {counted(used['used'], 'image')} in {out}"))

@@ -14,7 +14,7 @@ from PIL import Image
 from codebook import models
 from codebook.cli.options import Loading
 from codebook.cli.output import describe, note, progress, summary
-from codebook.errors import CodebookError, out_of_memory, printable
+from codebook.errors import CodebookError, counted, out_of_memory, printable
 from codebook.evaluation.bench import schedule_key
 from codebook.inference.ask import Answer, ask
 from codebook.inference.prompts import check_question
@@ -99,7 +99,7 @@ def prune_file(
     if as_json:
         print(json.dumps(report))
     else:
-        print(printable(f"{len(lines) - len(failed)} answers in {output}, {len(failed)} skipped"))
+        print(printable(f"{counted(len(lines) - len(failed), 'answer')} in {output}, {len(failed)} skipped"))
         note(summary(report, []))
     if len(failed) == len(lines):
         raise CodebookError(f"no question of {source} was answered; {failed[0]}")

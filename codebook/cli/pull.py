@@ -9,6 +9,7 @@ import typer
 
 from codebook.cli.options import JsonOption
 from codebook.cli.output import fetching_progress, note, resumable
+from codebook.errors import counted
 
 
 @resumable()
@@ -31,5 +32,5 @@ def pull_command(
         found = {key: config[key] for key in ("model", "prototypes", "dimension")}
         print(json.dumps({"name": name, "folder": str(folder)} | found))
         return
-    note(f"{config['prototypes']} prototypes of dimension {config['dimension']} for {config['model']}")
+    note(f"{counted(config['prototypes'], 'prototype')} of dimension {config['dimension']} for {config['model']}")
     print(folder)

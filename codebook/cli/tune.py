@@ -28,7 +28,7 @@ from codebook.cli.options import (
     with_groups,
 )
 from codebook.cli.output import note, progress, resumable, write_picture
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 
 if TYPE_CHECKING:
     from codebook.inference.samples import Sample
@@ -165,7 +165,7 @@ def _samples(
     usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
     if usable < FEWEST_QUESTIONS:
         raise CodebookError(
-            f"{usable} questions are too few to tune with: give {FEWEST_QUESTIONS} images, or more --data, and a "
+            f"{counted(usable, 'question')} cannot tune: give {FEWEST_QUESTIONS} images, or more --data, and a "
             f"--count of {FEWEST_QUESTIONS // 2} at least"
         )
     check_sample_count(mixed([samples[row] for row in _two_halves(samples, count)[0]], seed))

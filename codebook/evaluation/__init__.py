@@ -2,6 +2,7 @@
 
 from codebook.evaluation.scores import (
     Scores,
+    TaskScores,
     accuracy_table,
     compare,
     evaluate,
@@ -14,6 +15,7 @@ from codebook.evaluation.scores import (
 
 __all__ = [
     "Scores",
+    "TaskScores",
     "accuracy_table",
     "compare",
     "evaluate",

@@ -100,6 +100,10 @@ def _tasks(
     elif kind in TABLES and folder:
         place, _, rest = folder.partition("?")
         columns = Columns.parse(rest)
+        if kind == "parquet" and (columns.split or columns.config):
+            raise CodebookError(
+                f"split and config choose files of hub:, and all of {place} are read: name those to read"
+            )
         files = fetched_files(place, columns) if kind == "hub" else parquet_files(Path(place))
         samples = load_parquet(files, columns, Path(place).stem, count, seed)
         count = None

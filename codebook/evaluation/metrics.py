@@ -7,6 +7,7 @@ compared on the same groups, so a group that is hard for both does not widen the
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -47,9 +48,13 @@ class Task:
     samples: list[Sample]
     metric: Metric
 
+    @functools.cached_property
+    def _groups(self) -> list[list[int]]:
+        return image_groups(self.samples)  # which looks at files, and is asked for by every row of a benchmark
+
     def groups(self) -> list[list[int]]:
         """Rows of samples by image: questions about one image are no independent draws."""
-        return image_groups(self.samples)
+        return self._groups
 
     def sums(self, texts: Sequence[str]) -> np.ndarray:
         """(groups, sums) float64 of the predictions; the sums of several runs, such as seeds, may be averaged."""

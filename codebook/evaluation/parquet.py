@@ -16,7 +16,7 @@ from codebook.errors import CodebookError, install_command, quoted, unknown
 from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
 from codebook.evaluation.metrics import yes_or_no
 from codebook.evaluation.scorers import anls, check_people, contains, letter, relaxed, same, vqa
-from codebook.inference.samples import Sample, Scorer
+from codebook.inference.samples import Sample, Scorer, task_name
 from codebook.store.files import is_file, is_folder, one_line
 from codebook.store.hub import pull_data_set
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture
@@ -50,7 +50,8 @@ class Columns:
     rule
         Name among RULES; with `options` it is always the letter's.
     split, config
-        Which files of `hub:`, by their name's beginning and by their folder; files on disk are all read.
+        Which files of `hub:`, by their name's beginning (empty: test) and by their folder (empty: any). Files on disk
+        are all read.
     """
 
     image: str = "image"
@@ -59,7 +60,7 @@ class Columns:
     options: str = ""
     task: str = ""
     rule: str = "same"
-    split: str = "test"
+    split: str = ""
     config: str = ""
 
     @classmethod
@@ -109,7 +110,7 @@ def fetched_files(name: str, columns: Columns) -> list[Path]:
 
     def wanted(file: str) -> bool:
         folder, _, last = file.rpartition("/")
-        in_split = re.fullmatch(rf"{re.escape(columns.split)}(?:[-.].*)?\.parquet", last)
+        in_split = re.fullmatch(rf"{re.escape(columns.split or 'test')}(?:[-.].*)?\.parquet", last)
         return in_split is not None and columns.config in ("", folder.rpartition("/")[2])
 
     return pull_data_set(repository, wanted, revision or None)
@@ -223,7 +224,7 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
 def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None) -> Sample:
     """The sample of a row, without its pictures; `option` says which option an answer names, where there are some."""
     question, answer = row[columns.question], row[columns.answer]
-    task = (str(row[columns.task]) if columns.task else "") or name
+    task = task_name(row[columns.task] if columns.task else None, name, where)
     if option is not None:
         options = row[columns.options]
         right = option(answer, options)

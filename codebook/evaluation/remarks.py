@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from codebook.errors import counted
 from codebook.evaluation.comparisons import DOWNSAMPLED, GATES
 from codebook.inference.uncertainty import plus_minus
 from codebook.pruning.text import UNPRUNED
@@ -27,12 +28,14 @@ def half_width(interval: Sequence[float] | None) -> str:
 def remarks(results: Results, keep: float) -> list[str]:
     """Sentences below the table of a budget."""
     rows = ranked(results["rows"], keep)
-    return [text for text in (_ahead(results, rows), _about_group(results, keep, rows), _warning(rows)) if text]
+    return [text for text in (_ahead(results, keep, rows), _about_group(results, keep, rows), _warning(rows)) if text]
 
 
-def _ahead(results: Results, rows: Sequence[Mapping[str, Any]]) -> str:
+def _ahead(results: Results, keep: float, rows: Sequence[Mapping[str, Any]]) -> str:
     """A sentence that names the rows above the one they are compared with, beyond the interval, and the tasks."""
     rival, found = results.get("against"), []
+    if rival and all(row["method"] != rival for row in rows):
+        return f"No row is compared with {rival} at this budget{_why_missing(results, rival, keep)}."
     for row in rows:
         tasks = row["against"]["tasks"] if "against" in row else {}
         better = [
@@ -50,15 +53,20 @@ def _about_group(results: Results, keep: float, rows: Sequence[Mapping[str, Any]
     if found := next((row["group_a"] for row in rows if "group_a" in row), None):
         total = sum(task["samples"] for task in results["tasks"].values())
         return (
-            f"Group A: {found['samples']} of {total} questions, which the unpruned model answers right and "
+            f"Group A: {found['samples']} of {counted(total, 'question')}, which the unpruned model answers right and "
             f"{DOWNSAMPLED} at this budget does not."
         )
     if any(row["method"] == DOWNSAMPLED for row in rows):
         return ""  # measured by an earlier version
-    skipped = results.get("skipped", ())
-    reasons = [one["reason"] for one in skipped if (one["method"], one["keep"]) == (DOWNSAMPLED, keep)]
-    why = f", which was left out: {reasons[0]}" if reasons else ""
+    why = _why_missing(results, DOWNSAMPLED, keep)
     return f"Group A is not known at this budget: it needs the row {DOWNSAMPLED}{why}."
+
+
+def _why_missing(results: Results, method: str, keep: float) -> str:
+    """Why a row was left out, as the end of a sentence; empty where nothing says so."""
+    skipped = results.get("skipped", ())
+    reasons = [one["reason"] for one in skipped if (one["method"], one["keep"]) == (method, keep)]
+    return f", which was left out: {reasons[0]}" if reasons else ""
 
 
 def _warning(rows: Sequence[Mapping[str, Any]]) -> str:

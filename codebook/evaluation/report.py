@@ -14,6 +14,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 from PIL import Image
 
+from codebook.errors import counted
 from codebook.evaluation.bench import BASELINES
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
 from codebook.evaluation.comparisons import RIGHT_FROM
@@ -51,7 +52,7 @@ def html(
     facts = [
         ("model", results["name"]), ("data", ", ".join(results["data"])),
         ("visual tokens", f"{results['tokens']} x {results['layers']} layers"), ("budgets", ", ".join(map(str, keeps))),
-        ("machine", f"{machine['machine']}, {machine['threads']} threads"),
+        ("machine", f"{machine['machine']}, {counted(machine['threads'], 'thread')}"),
         ("precision, torch", f"{results['dtype']}, {machine['torch']}"), ("seed", results["seed"]),
     ]  # fmt: skip
     series = [_series(rows, method, styles[method], "cost") for method in styles]
@@ -59,7 +60,7 @@ def html(
         title=f"Visual-token pruning of {results['name']}", r=results, keeps=keeps, middle=len(keeps) // 2, facts=facts,
         samples=sum(task["samples"] for task in results["tasks"].values()),
         rounds=rows[0]["cost"]["first_token"]["rounds"],
-        legend=[{"method": m, "mark": Markup(_legend_mark(style))} for m, style in styles.items()],
+        legend=[{"method": m, "mark": Markup(_legend_mark(style))} for m, style in styles.items()], counted=counted,
         frontier=Markup(scatter(series, "time to first token, share of the unpruned model's", "accuracy, %",
                                 pareto([point for own in series for point in own.points]))),
         budgets=Markup(scatter([_series(rows, method, styles[method], "kept") for method in styles],
@@ -169,7 +170,8 @@ def _tables(results: Results) -> list[dict[str, Any]]:
         own, changes = ranked(rows, keep), _changes(results, keep)
         ranges = {task: _range([row["tasks"][task]["score"] for row in [rows[0], *own]]) for task in tasks}
         best = {task: max((row["tasks"][task]["score"] for row in own), default=0) for task in tasks}
-        quality = [_table_row(row, _quality(row, changes, ranges, best, row in own[:1])) for row in [rows[0], *own]]
+        top = max((row["mean"]["score"] for row in own), default=None)
+        quality = [_table_row(row, _quality(row, changes, ranges, best, top)) for row in [rows[0], *own]]
         columns = [(name, "") for name in ("mean", *changes)]
         columns += [(name, str(task["samples"])) for name, task in results["tasks"].items()]
         title = f"keep {keep:g}: accuracy, %; below each task the number of its questions"
@@ -199,18 +201,24 @@ def _quality(
     row: Mapping[str, Any],
     changes: Mapping[str, str],
     ranges: Mapping[str, tuple[float, float]],
-    top: Mapping[str, float],
-    best: bool,
+    best: Mapping[str, float],
+    top: float | None,
 ) -> list[dict[str, Any]]:
-    mean = row["mean"]
+    mean, is_pruned = row["mean"], row["method"] != UNPRUNED
     # Seeds that agree on too few questions for an interval do not show that they agree.
     apart = None if mean["interval"] is None else 100 * mean.get("spread", 0.0)
     spread = f" {row['seeds']} seeds {plus_minus(apart)}" if "spread" in mean else ""
-    cells = [_cell(f"{100 * mean['score']:.1f}", f"{half_width(mean['interval'])}{spread}", best=best)]
+    cells = [
+        _cell(
+            f"{100 * mean['score']:.1f}",
+            f"{half_width(mean['interval'])}{spread}",
+            best=is_pruned and mean["score"] == top,
+        )
+    ]
     cells += [_cell(*_change(row, key)) for key in changes.values()]
     for task, (low, high) in ranges.items():
         own = row["tasks"][task]
-        is_top = row["method"] != UNPRUNED and own["score"] == top[task]
+        is_top = is_pruned and own["score"] == best[task]
         shade = (own["score"] - low) / (high - low)
         cells.append(_cell(f"{100 * own['score']:.1f}", half_width(own["interval"]), best=is_top, shade=shade))
     return cells
@@ -219,9 +227,9 @@ def _quality(
 def _changes(results: Results, keep: float) -> dict[str, str]:
     """The columns beside the mean: title, and the key that a row has them under."""
     rival = results.get("against")
-    columns = {"against full": "mean"} | ({} if rival is None else {f"against {rival}": "against"})
-    has_group = any("group_a" in row for row in ranked(results["rows"], keep))
-    return columns | ({"group A": "group_a"} if has_group else {})
+    columns = {"against full": "mean", f"against {rival}": "against", "group A": "group_a"}
+    rows = ranked(results["rows"], keep)
+    return {title: key for title, key in columns.items() if any(key in row for row in rows)}
 
 
 def _change(row: Mapping[str, Any], key: str) -> tuple[str, str]:
@@ -351,8 +359,9 @@ def markdown(results: Results) -> str:
     machine = results["machine"]
     counts = ", ".join(f"{name} {task['samples']}" for name, task in results["tasks"].items())
     lines.append(
-        f"Timed on {machine['machine']}, {machine['threads']} threads, torch {machine['torch']}, {results['dtype']}; "
-        f"{rows[0]['cost']['first_token']['rounds']} rounds. Questions: {counts}. Seed {results['seed']}."
+        f"Timed on {machine['machine']}, {counted(machine['threads'], 'thread')}, torch {machine['torch']}, "
+        f"{results['dtype']}; {rows[0]['cost']['first_token']['rounds']} rounds. Questions: {counts}. Seed "
+        f"{results['seed']}."
     )
     return "\n".join(lines) + "\n"
 
@@ -362,4 +371,5 @@ def _header(columns: Sequence[str]) -> list[str]:
 
 
 def _markdown_row(name: str, cells: Sequence[str]) -> str:
-    return f"| {' | '.join([name, *cells])} |"
+    row = " | ".join(cell.replace("|", "\\|") for cell in (name, *cells))
+    return f"| {row} |"

@@ -4,16 +4,36 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from codebook.inference.respond import Policy, Response, respond
-from codebook.inference.samples import Sample
-from codebook.inference.uncertainty import UNKNOWN, error_over_tasks, plus_minus
+from codebook.inference.samples import Sample, image_numbers
+from codebook.inference.uncertainty import UNKNOWN, error_by_image, error_over_tasks, plus_minus
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
-Scores = dict[str, list[float]]
-"""For each task the scores of its samples, from 0 to 1."""
+
+@dataclass(frozen=True)
+class TaskScores:
+    """Scores of a task's answers.
+
+    Attributes
+    ----------
+    values
+        Score of each sample, from 0 to 1.
+    images
+        Number of the image of each sample: those about one are no independent draws.
+    """
+
+    values: list[float] = field(default_factory=list)
+    images: list[int] = field(default_factory=list)
+
+
+Scores = dict[str, TaskScores]
+"""The scores of each task."""
 
 
 def compare(
@@ -34,8 +54,10 @@ def compare(
 def scored(samples: Sequence[Sample], responses: Sequence[Response]) -> Scores:
     """The scores of the responses to the samples, by task."""
     scores: Scores = {}
-    for sample, one in zip(samples, responses, strict=True):
-        scores.setdefault(sample.task, []).append(sample.score(one.text))
+    for sample, one, image in zip(samples, responses, image_numbers(samples), strict=True):
+        own = scores.setdefault(sample.task, TaskScores())
+        own.values.append(sample.score(one.text))
+        own.images.append(image)
     return scores
 
 
@@ -55,7 +77,7 @@ def evaluate(
 
 def task_means(scores: Scores) -> dict[str, float]:
     """Mean accuracy of each task."""
-    return {task: statistics.fmean(values) for task, values in scores.items()}
+    return {task: statistics.fmean(own.values) for task, own in scores.items()}
 
 
 def mean(scores: Scores) -> float:
@@ -64,12 +86,12 @@ def mean(scores: Scores) -> float:
 
 
 def standard_error(scores: Scores) -> float | None:
-    """Standard error of that mean, from the spread of the questions within each task.
+    """Standard error of that mean, from the spread of the images within each task.
 
-    None where a task has a single question, which shows no spread; see `error_over_tasks`.
+    None where a task has a single image, which shows no spread; see `error_over_tasks`.
     """
-    errors = [(statistics.pvariance(own) / len(own)) ** 0.5 for own in scores.values()]
-    return error_over_tasks(errors, [len(own) for own in scores.values()])
+    errors = [float(error_by_image(np.array(own.values), own.images)) for own in scores.values()]
+    return error_over_tasks(errors, [len(set(own.images)) for own in scores.values()])
 
 
 def mean_text(scores: Scores) -> str:

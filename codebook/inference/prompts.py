@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image as Picture
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, counted, quoted
 from codebook.inference.samples import Sample, check_asked
 from codebook.models.base import Model, Processor, special_tokens
 from codebook.models.chat import chat_text, check_text
@@ -51,7 +51,7 @@ def check_question(model: Model, processor: Processor, question: str) -> None:
     check_asked(question)
     limit = token_limit(model, processor)
     if len(question) > limit * CHARACTERS_PER_TOKEN or len(question.split()) > limit:
-        raise CodebookError(f"the question of {len(question.split())} words is too long: {_at_most(limit)}")
+        raise CodebookError(f"the question of {counted(len(question.split()), 'word')} is too long: {_at_most(limit)}")
     check_text(processor, question)
 
 
@@ -145,9 +145,8 @@ def _check_given(processor: object, images: object, questions: Sequence[str]) ->
     if not isinstance(images, list | tuple) or not all(isinstance(own, list | tuple) for own in images):
         raise CodebookError(f"images are a list with a list for each question, not {quoted(images)}: write [[image]]")
     if len(images) != len(questions):
-        raise CodebookError(
-            f"there are {len(questions)} questions, and lists of images for {len(images)}: give each question its own"
-        )
+        asked, lists = counted(len(questions), "question"), counted(len(images), "list")
+        raise CodebookError(f"{asked} cannot have {lists} of images: give each its own")
 
 
 def encode_prompts(

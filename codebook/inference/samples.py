@@ -6,7 +6,7 @@ import hashlib
 import json
 import random
 import unicodedata
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -116,6 +116,20 @@ def check_asked(question: str) -> None:
         raise CodebookError("the question is empty: write one, such as `describe the picture.`")
 
 
+def task_name(given: str | None, otherwise: str, where: str) -> str:
+    """The name of a task as it was given, without white space around it.
+
+    Raises
+    ------
+    CodebookError
+        If it would break the tables that it stands in.
+    """
+    name = (given or "").strip() or otherwise
+    if not name.isprintable():
+        raise CodebookError(f"{where}: the task {quoted(name)} has characters that cannot be shown: rename it")
+    return name
+
+
 def check_one_kind(record: Mapping[str, object], source: Path, number: int) -> None:
     """Refuse a line of a file of questions that shows pictures in more than one way: but one would be shown.
 
@@ -210,7 +224,7 @@ def _parse_record(
     answers = [text for text in record.get("answers") or [answer or ""] if text.strip()]  # nothing said is never right
     # The answer that most annotators gave stands for all where one is asked for.
     most = max(answers, key=answers.count) if answers else None
-    task = record.get("task") or "all"
+    task = task_name(record.get("task"), "all", f"{source}, line {number}")
     every, earlier = tuple(answers) if len(answers) > 1 else (), tuple(record.get("earlier", ()))
     return Sample(images, record["question"], most, task, answers=every, earlier=earlier)
 
@@ -218,6 +232,7 @@ def _parse_record(
 def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
     """Rows of samples by their images: questions about one image, also as one of several, are no independent draws."""
     parent, first = list(range(len(samples))), dict[Hashable, int]()
+    known = _same_files({image for sample in samples for image in sample.images if isinstance(image, Path)})
 
     def root(row: int) -> int:
         while parent[row] != row:
@@ -226,14 +241,23 @@ def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
 
     for row, sample in enumerate(samples):
         for image in sample.images:
-            # A picture in memory is the same one where it is the same object, or the same bytes of a file.
-            key: Hashable = id(image) if isinstance(image, Picture.Image) else image
+            # An open picture is the same one where it is the same object, a file where it has the same bytes.
+            key: Hashable = id(image) if isinstance(image, Picture.Image) else known.get(image, image)
             one, other = sorted((root(first.setdefault(key, row)), root(row)))
             parent[other] = one
     found: dict[int, list[int]] = {}
     for row in range(len(samples)):
         found.setdefault(root(row), []).append(row)
     return list(found.values())
+
+
+def _same_files(paths: Collection[Path]) -> dict[Hashable, Hashable]:
+    """For each file that may be a copy of another one, being of its size, what is the same for all its copies."""
+    sizes: dict[int, list[Path]] = {}
+    for path in paths:
+        if is_file(path):
+            sizes.setdefault(path.stat().st_size, []).append(path)
+    return {path: sha256(path) for alike in sizes.values() if len(alike) > 1 for path in alike}
 
 
 def image_numbers(samples: Sequence[Sample]) -> list[int]:

@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 
 WHOLE_PICTURE = (0.0, 0.0, 1.0, 1.0)
 """Box of a view of the whole picture."""
@@ -120,7 +120,7 @@ class Image:
             for name, group in groupby(shapes)
             for number in [len(list(group))]
         )
-        return f"<{self.kind} of {self.count} visual tokens: {grids}>"
+        return f"<{self.kind} of {counted(self.count, 'visual token')}: {grids}>"
 
     @property
     def count(self) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, counted
 from codebook.models import Model, adapter_words, fingerprint, same_fingerprint, shape
 from codebook.store.card import make_card
 from codebook.store.fetching import pull
@@ -75,8 +75,8 @@ class Codebook:
     def __repr__(self) -> str:
         clusters = len({row["cluster"] for row in self.provenance})
         used = self.config.get("images", {}).get("used")
-        images = f", from {used} images" if used else ""
-        kinds = f"{len(self)} prototypes of dimension {self.dimension} in {clusters} cluster{'s'[: clusters > 1]}"
+        images = f", from {counted(used, 'image')}" if used else ""
+        kinds = f"{counted(len(self), 'prototype')} of dimension {self.dimension} in {counted(clusters, 'cluster')}"
         return f"<Codebook for {self.config['model']}: {kinds}{images}>"
 
     @property

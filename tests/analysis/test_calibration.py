@@ -244,7 +244,7 @@ def test_a_search_goes_on_where_it_was(model, processor, samples, tmp_path, monk
 
 
 def test_too_few_samples(model, processor, samples):
-    with pytest.raises(CodebookError, match="too few"):
+    with pytest.raises(CodebookError, match="17 samples cannot calibrate: give 18"):
         calibrate(model, processor, samples[:17], Schedule([Stage(0, 9, Random())]), [])
     with pytest.raises(CodebookError, match="too few samples to confirm a gain with: give 6 of each task"):
         calibrate(model, processor, [*samples[:15], *samples[-3:]], Schedule([Stage(0, 9, Random())]), [])

@@ -76,7 +76,7 @@ def test_data_as_for_bench(run, refused, tmp_path, monkeypatch):
     (["calibrate", "miniature", "--data", "miniature:turns", "--keep", "0.1", "--out", "s.json"],
      ["miniature:turns has earlier questions", "leave them out"]),
     (["calibrate", "miniature", "--data", "miniature:ocr", "--count", "17", "--keep", "0.1", "--out", "s.json"],
-     ["17 samples are too few", "18 at least"]),
+     ["17 samples cannot calibrate", "18 at least"]),
     (["calibrate", "miniature", "--count", "5", "--keep", "0.1", "--out", "s.json"], ["too few samples to confirm"]),
     (["horizon", "miniature", "--data", "miniature", "--split", "all"], ["all"]),
     (["calibrate", "miniature", "--data", "DATA", "--keep", "0.1", "--out", "schedule"], ["name a .json file"]),

@@ -32,7 +32,7 @@ def test_a_file_of_samples(tmp_path, picture):
     name = str(picture.relative_to(tmp_path))
     file = write(
         tmp_path,
-        {"image": name, "question": "q", "answer": "a b", "task": "t", "more": 1},
+        {"image": name, "question": "q", "answer": "a b", "task": " t ", "more": 1},
         "",
         {"images": [name, name], "question": "r"},
     )
@@ -49,6 +49,12 @@ WRONG = [
     "[]",
     "{",
 ]
+
+
+def test_a_task_that_breaks_tables_is_refused(tmp_path):
+    file = write(tmp_path, {"image": "a.png", "question": "q", "task": "a\nb"})
+    with pytest.raises(CodebookError, match=r"line 1: the task 'a\\nb' has characters that cannot be shown: rename it"):
+        data.read_samples(file)
 
 
 @pytest.mark.parametrize("record", WRONG)

@@ -77,7 +77,7 @@ def test_equal_values_pass_together():
 @pytest.mark.parametrize(
     ("tokens", "changes", "sentence"),
     [
-        ([token(0.1, 0.1, 9)], {}, "none of 1 tokens is isolated in its image: raise max_cluster_size"),
+        ([token(0.1, 0.1, 9)], {}, "none of 1 token is isolated in its image: raise max_cluster_size"),
         ([token(1.0, 0.1)], {}, r"same answer with certainty \(P1 is 1\), so none is redundant: give another prompt"),
         ([token(0.3, 0.1)], {"tau_p": 0.2}, r"no isolated token is below tau_p 0\.2, the lowest is 0\.3: raise it"),
     ],

@@ -31,7 +31,7 @@ def test_numbers_of_images_double():
     order = [str(i) for i in range(120)]
     build, held = stability.set_aside(order)
     assert (build, held) == (order[:108], order[108:])
-    with pytest.raises(CodebookError, match=r"36 different images are too few.*more than 36, or leave --until-stable"):
+    with pytest.raises(CodebookError, match=r"36 different images cannot show.*more than 36, or leave --until-stable"):
         stability.set_aside(order[:36])
 
 

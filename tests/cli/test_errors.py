@@ -15,7 +15,7 @@ from PIL import Image
 import codebook.cli
 from codebook import miniature
 from codebook.cli.output import resumable
-from codebook.errors import LONGEST_MESSAGE, CodebookError, printable
+from codebook.errors import LONGEST_MESSAGE, CodebookError, counted, printable
 from codebook.evaluation.datasets import load_tasks
 from codebook.evaluation.parquet import Columns
 from codebook.models.loading import check_dtype
@@ -69,6 +69,16 @@ def test_a_misspelt_name_is_answered_by_the_nearest_ones(name):
     with pytest.raises(CodebookError) as caught:
         look_up(name)
     assert words in str(caught.value) and len(str(caught.value)) < 250
+
+
+def test_one_is_no_plural():
+    from codebook.cli.output import summary
+    from codebook.pruning.engine.statistics import Statistics
+
+    assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
+    report = {"schedule": "s", "tokens": 9, "counts": [9, 4, 4], "keep": 0.6, "flops": 0.5, "kv_bytes": 0}
+    assert "s: 9 of 9 visual tokens in layer 0, 4 in layers 1-2; averaged" in summary(report, [])
+    assert str(Statistics(1, 1, 9, 4.0)).startswith("1 image, 4 of 9 visual tokens")
 
 
 @pytest.mark.parametrize("text, shown", [

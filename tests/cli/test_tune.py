@@ -81,7 +81,7 @@ def test_what_cannot_be_tuned(refused, scenes, tmp_path):
     refused(
         "tune", "miniature", "--images", scenes, "--out", tmp_path / "full", words=["not empty and holds no recipe"]
     )
-    refused("tune", "miniature", "--images", scenes, "--out", tmp_path / "x", *COUNT, words=["questions are too few"])
+    refused("tune", "miniature", "--images", scenes, "--out", tmp_path / "x", *COUNT, words=["cannot tune: give"])
 
 
 def test_what_a_later_step_refuses_is_refused_before_the_first(refused, run, scenes, questions, tmp_path, monkeypatch):

@@ -129,7 +129,7 @@ def test_scores_are_those_of_asking_one_way_after_the_other(loaded, measured):
     for i in (0, 1):
         own = evaluate(model, processor, samples, rows[i].schedules[0])
         found = {task: one["score"] for task, one in measured[0]["rows"][i]["tasks"].items()}
-        assert found == pytest.approx({task: np.mean(values) for task, values in own.items()})
+        assert found == pytest.approx({task: np.mean(scores.values) for task, scores in own.items()})
     row = measured[0]["rows"][4]
     assert row["seeds"] == 2 and "spread" in row["mean"]
 
@@ -140,7 +140,7 @@ def test_rows_are_compared_with_the_one_asked_for_on_the_same_questions(loaded, 
     model, processor, tasks, rows, _ = loaded
     samples = [sample for task in tasks for sample in task.samples]
     ours, theirs = (evaluate(model, processor, samples, rows[i].schedules[0]) for i in (1, 3))  # codebook, uniform
-    apart = {task: np.subtract(ours[task], theirs[task]) for task in ours}
+    apart = {task: np.subtract(ours[task].values, theirs[task].values) for task in ours}
     assert any(own.any() for own in apart.values())
     found = measured[0]["rows"][1]["against"]
     assert {t: one["change"] for t, one in found["tasks"].items()} == pytest.approx(
@@ -534,6 +534,32 @@ def test_markdown_says_who_is_ahead_of_the_row_compared_with(measured):
     text = report.markdown(results)
     assert "others are above uniform beyond the interval: codebook (ocr +12.5).\n" in text
     assert text.count("beyond the interval: none.") == 1  # at the other budget
+
+
+def test_a_row_compared_with_that_was_left_out_is_not_said_to_be_ahead(measured):
+    """At the small budget `fastv` is out of reach."""
+    results = json.loads(json.dumps(measured[0])) | {"against": "fastv"}
+    for row in results["rows"]:
+        if row["keep"] < 0.1 or row["method"] == "fastv":
+            row.pop("against", None)
+    above, below = report.markdown(results).split("## keep 0.05")
+    assert "| against fastv |" in above and "beyond the interval: " in above
+    assert "against fastv |" not in below and "beyond the interval: " not in below
+    assert "No row is compared with fastv at this budget, which was left out: " in below
+
+
+def test_rows_that_are_equally_good_are_all_the_best(measured):
+    results = json.loads(json.dumps(measured[0]))
+    for row in results["rows"][1:4]:
+        row["mean"]["score"] = 1.0
+    quality = report._tables(results)[0]["rows"]
+    assert {row["method"] for row in quality if row["cells"][0]["best"]} == {"codebook", "fastv", "uniform"}
+
+
+def test_a_task_with_a_bar_in_its_name_is_one_column(measured):
+    text = json.dumps(measured[0]).replace('"ocr"', '"o|cr"')
+    lines = [line.replace("\\|", "") for line in report.markdown(json.loads(text)).splitlines() if line[:1] == "|"]
+    assert {line.count("|") for line in lines} == {2 + 2 + 4, 2 + len(report.COSTS)}
 
 
 def test_what_is_shown_is_what_pruning_keeps(loaded, measured):

@@ -88,6 +88,7 @@ def test_without_the_row_of_downsampling_group_a_is_not_known():
     results, found, _ = compared({own: said for own, said in TABLE.items() if own[0] != "downsample"})
     assert not any("group_a" in row for row in found.values())
     assert "Group A is not known at this budget: it needs the row downsample." in remarks(results, 0.1)
+    assert remarks(results | {"against": "nuwa"}, 0.1)[0] == "No row is compared with nuwa at this budget."
     results["skipped"] = [{"method": "downsample", "keep": 0.1, "reason": "images have one size"}]
     assert "row downsample, which was left out: images have one size." in remarks(results, 0.1)[0]
 

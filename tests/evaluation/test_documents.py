@@ -274,6 +274,8 @@ def test_parquet_with_several_answers(table):
         ({"answer": ["x", " "]}, "", "question 'r.*has no answer to score against"),  # as test splits have it
         ({"answer": ["Yes", "maybe"]}, "?rule=yesno", "a.parquet, record 2: 'maybe' is neither yes nor no"),
         ({"answer": [["x"] * 4, ["x"] * 3]}, "?rule=vqa", "record 2: .* no answer of 3 can score 1; give rule=same"),
+        ({}, "?split=validation", "split and config choose files of hub:, and all of .*a.parquet are read: name those"),
+        ({"kind": ["a", "b\tc"]}, "?task=kind", "a.parquet, record 2: the task 'b.*tc' has characters that cannot"),
         ({}, "?rule=vqa&rule=anls", "a key stands twice behind '\\?'"),
         ({}, "?question=answer", "one column is to be two things"),
         ({"options": [["a"], ["b"]]}, "?options=options", "a.parquet, record 1: 'x' is none of its options"),

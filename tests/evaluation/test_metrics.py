@@ -15,8 +15,9 @@ from codebook.evaluation.metrics import (
     says_yes,
     yes_or_no,
 )
-from codebook.evaluation.scores import accuracy_table, mean_text, standard_error
+from codebook.evaluation.scores import TaskScores, accuracy_table, mean_text, scored, standard_error
 from codebook.inference.captions import CaptionScorer, Vocabulary
+from codebook.inference.respond import Response
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import SCORERS
 
@@ -98,6 +99,14 @@ def test_samples_that_share_any_image_are_one_group(tmp_path):
     assert Task("t", own, ACCURACY).groups() == [[0, 3, 7], [1, 5], [2], [4], [6]]
 
 
+def test_copies_of_a_file_are_one_image(tmp_path):
+    """As where a data set was unpacked into a file per question."""
+    for name, content in {"a": b"one", "b": b"two", "c": b"one", "d": b"three"}.items():
+        (tmp_path / name).write_bytes(content)
+    own = [Sample((tmp_path / name,), "q", "yes", "t", yes_or_no) for name in "abcd"]
+    assert Task("t", own, ACCURACY).groups() == [[0, 2], [1], [3]]
+
+
 def test_mme_counts_questions_and_images(tmp_path):
     pictures = [tmp_path / name for name in "abc" for _ in range(2)]
     own = [Sample((p,), "q", a, "t", yes_or_no) for p, a in zip(pictures, ["yes", "no"] * 3, strict=True)]
@@ -147,10 +156,31 @@ def test_seeds_are_averaged():
     assert found.value == pytest.approx(0.5) and found.error == pytest.approx(0)
 
 
+def alone(**tasks):
+    """Scores of samples each of which has its own image."""
+    return {task: TaskScores(values, list(range(len(values)))) for task, values in tasks.items()}
+
+
 def test_the_standard_error_of_few_samples():
-    assert standard_error({"a": [1.0, 0.0] * 8, "b": [1.0, 0.0] * 8}) == pytest.approx(0.5 / 4 / 2**0.5)
-    assert standard_error({"a": [1.0, 0.0], "b": [1.0]}) is None
-    assert standard_error({"a": [1.0] * 30}) == pytest.approx(0.1 / 1.96)  # 3 in 30
-    table = accuracy_table({"one": {"a": [1.0]}, "more": {"a": [1.0] * 30}})
+    assert standard_error(alone(a=[1.0, 0.0] * 8, b=[1.0, 0.0] * 8)) == pytest.approx(0.5 / 15**0.5 / 2**0.5)
+    assert standard_error(alone(a=[1.0, 0.0], b=[1.0])) is None
+    assert standard_error(alone(a=[1.0] * 30)) == pytest.approx(0.1 / 1.96)  # 3 in 30
+    table = accuracy_table({"one": alone(a=[1.0]), "more": alone(a=[1.0] * 30)})
     assert "| one | 100.0 | 100.0 ± unknown |" in table and "| more | 100.0 | 100.0 ± 5.1 |" in table
-    assert mean_text({"a": [1.0]}) == "1.000 (unknown)" and mean_text({"a": [0.0, 1.0] * 50}) == "0.500 (0.050)"
+    assert mean_text(alone(a=[1.0])) == "1.000 (unknown)" and mean_text(alone(a=[0.0, 1.0] * 50)) == "0.500 (0.050)"
+
+
+def test_questions_about_one_image_are_one_draw_in_tables_too(tmp_path):
+    """As a bootstrap over images has it, and as the estimates of the bench."""
+    rng = np.random.default_rng(0)
+    shown = [tmp_path / str(i // 3) for i in range(120)]
+    own = [Sample((path,), "q", "yes", "t", yes_or_no) for path in shown]
+    hard = rng.random(40) < 0.4
+    texts = ["yes" if rng.random() < (0.1 if hard[i // 3] else 0.9) else "no" for i in range(120)]
+    scores = scored(own, [Response(text, []) for text in texts])
+    error = standard_error(scores)
+    drawn = np.array(scores["t"].values).reshape(40, 3).mean(1)[rng.integers(40, size=(4000, 40))].mean(1)
+    assert error == pytest.approx(drawn.std(), rel=0.06)
+    assert error == pytest.approx(estimate(ACCURACY, Task("t", own, ACCURACY).sums(texts)).error, rel=1e-5)
+    assert error > 1.3 * standard_error(alone(t=scores["t"].values))
+    assert standard_error(scored(own[:3], [Response("yes", [])] * 3)) is None  # of one image

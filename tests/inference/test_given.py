@@ -31,7 +31,7 @@ def loaded():
         (PICTURE, [QUESTION], r"images are a list .*: write \[\[image\]\]"),
         ([PICTURE], [QUESTION], r"images are a list with a list for each question, not .*: write \[\[image\]\]"),
         ("a.png", [QUESTION], r"a list for each question, not 'a.png'"),
-        ([[PICTURE], [PICTURE]], [QUESTION], "there are 1 questions, and lists of images for 2: give"),
+        ([[PICTURE], [PICTURE]], [QUESTION], "1 question cannot have 2 lists of images: give each its own"),
         ([["a.png"]], [QUESTION], r"an image of question 1 is a str: open files by PIL.Image.open"),
         ([[PICTURE], [None]], [QUESTION] * 2, "an image of question 2 is a NoneType"),
         ([[np.zeros((9, 9, 3))]], [QUESTION], r"is a ndarray: .* arrays pictures by PIL.Image.fromarray$"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
+from codebook.errors import counted
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -42,7 +44,7 @@ class Statistics:
         return self.kept / self.tokens if self.tokens else 1.0
 
     def __str__(self) -> str:
-        return f"{self.images} images, {self.kept:.0f} of {self.tokens} visual tokens kept ({self.keep:.1%})"
+        return f"{counted(self.images, 'image')}, {self.kept:.0f} of {self.tokens} visual tokens kept ({self.keep:.1%})"
 
 
 class Tally:
