@@ -26,6 +26,7 @@ from safetensors.torch import load, save
 from sqlitedict import SqliteDict, SqliteMultithread
 from torch import Tensor
 
+from codebook import __version__
 from codebook.errors import CodebookError, remedy_for
 from codebook.store.files import (
     NOT_FOLLOWED,
@@ -85,7 +86,8 @@ class Journal:
     file
         The database, a `.sqlite` file; made with its folder. Tensors lie beside it, in a folder of that name.
     about
-        What the records depend on, as JSON. A database about something else is refused.
+        What the records depend on, as JSON. A database about something else is refused, and one that another version
+        of this package has written: its methods may choose other tokens.
     others
         Databases of other parts of the work, which may still be growing: their records are read, none is added.
     output
@@ -105,7 +107,7 @@ class Journal:
     def __init__(
         self, file: Path | None, about: dict[str, Any], others: Iterable[Path] = (), *, output: str = "file"
     ) -> None:
-        self.about = json.loads(json.dumps(about))
+        self.about = json.loads(json.dumps({**about, "version": __version__}))
         self.file, self.records = file, dict[str, Any]()
         self._remedy = f"choose another {output}, or delete it"
         self._tensors: dict[str, str] = {}

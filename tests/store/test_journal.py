@@ -19,6 +19,7 @@ import numpy
 import pytest
 import torch
 
+from codebook import __version__
 from codebook.errors import CodebookError
 from codebook.store.journal import Journal
 
@@ -78,7 +79,7 @@ def test_records_are_json_in_a_database_in_write_ahead_mode(file):
     with closing(sqlite3.connect(file)) as database:
         rows = dict(database.execute("SELECT key, value FROM records"))
     assert [json.loads(key) for key in rows] == [None, "0"]
-    assert [json.loads(text)["value"] for text in rows.values()] == [ABOUT, 0]
+    assert [json.loads(text)["value"] for text in rows.values()] == [ABOUT | {"version": __version__}, 0]
 
 
 def test_without_a_file_it_only_remembers():
@@ -120,6 +121,15 @@ def test_about_something_else(file, about, what):
     assert file.read_bytes() == data and listing(file.parent) == ["run.sqlite"]
     with pytest.raises(CodebookError, match=rf"run\.sqlite is from a run with {what}"):
         Journal(None, about, [file])
+
+
+def test_another_version_is_another_run(file, monkeypatch):
+    """Its methods may choose other tokens: answers of both in one table would be compared as if they were of one."""
+    monkeypatch.setattr("codebook.store.journal.__version__", "0.1.0")
+    written(file)
+    monkeypatch.undo()
+    with pytest.raises(CodebookError, match=r"run\.sqlite is from a run with another version: choose another file, or"):
+        Journal(file, ABOUT)
 
 
 def test_one_writer_and_any_reader(tmp_path):
