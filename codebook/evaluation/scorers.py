@@ -82,9 +82,13 @@ def named(prediction: str, answers: Sequence[str], among: Sequence[str]) -> floa
     return float(said.intersection(among) == set(answers))
 
 
+LED = re.compile(r"\W*(?:(?i:(?:the )?(?:best |correct )?(?:answer|option)(?: is)?\b)\W*)?([A-Z])(?![A-Za-z'])")
+"""An option's letter, and the words that may lead up to it: those of Video-MME's own script (arXiv 2405.21075)."""
+
+
 def letter(prediction: str, answers: Sequence[str]) -> float:
-    """1 if the prediction names the right option: its letter alone, or first, as in "B", "(B)" or "B. leaf"."""
-    found = re.match(r"\W*([A-Z])(?![A-Za-z'])", prediction.strip())
+    """1 if the prediction names the right option: its letter alone, or first, as in "(B)", "B. leaf" or "Answer: B"."""
+    found = LED.match(prediction)
     return float(found is not None and found[1] == answers[0])
 
 

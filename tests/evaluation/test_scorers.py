@@ -80,12 +80,17 @@ def test_the_one_word_named_of_a_few(said, expected):
     assert named(said, ["red"], ("red", "blue")) == expected
 
 
-@pytest.mark.parametrize("said", ["B", "B.", "(B)", "B. leaf", " B) leaf", "B: it is B"])
+LED = ["Answer: B", "The answer is B.", "the best answer is: (B)", "The correct option is **B**", "Option B"]
+
+
+@pytest.mark.parametrize("said", ["B", "B.", "(B)", "B. leaf", " B) leaf", "B: it is B", *LED])
 def test_the_letter_of_an_option(said):
     assert letter(said, ["B"]) == 1 and letter(said, ["A"]) == 0
 
 
-@pytest.mark.parametrize("said", ["leaf", "Because", "b", "", "A B"])
+@pytest.mark.parametrize(
+    "said", ["leaf", "Because", "b", "", "A B", "Answer", "The answer is leaf", "The answer is not B"]
+)
 def test_no_letter_or_another(said):
     assert letter(said, ["B"]) == 0
 
