@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -196,8 +196,24 @@ def with_groups(command: Callable[..., None]) -> Callable[..., None]:
     return _signed(wrapped, parameters)
 
 
+def path(text: str | Path) -> Path:
+    """A path of the command line. An empty one, as of a variable that is not set, is not the folder that we are in."""
+    if not str(text):
+        raise typer.BadParameter("the path is empty: name one")
+    return Path(text)
+
+
+def _names_paths(kind: Any) -> bool:
+    """Whether a type is `Path`, or has it inside, as a list of paths has."""
+    return kind is Path or any(map(_names_paths, get_args(kind)))
+
+
 def _signed(wrapped: Callable[..., None], options: list[inspect.Parameter]) -> Callable[..., None]:
     """A command whose options, for the command line, are these."""
+    for parameter in options:
+        kind, described = get_args(parameter.annotation)
+        if _names_paths(kind):
+            described.parser = path
     options = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in options]
     wrapped.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {parameter.name: parameter.annotation for parameter in options}

@@ -136,6 +136,8 @@ def check_loading(
     CodebookError
         If there is no such device or dtype, or an argument does not go with the model, the others or this package.
     """
+    if name == "":  # as a variable that is not set; it would mean the folder that we are in
+        raise CodebookError("the model's name is empty: name one")
     check_dtype(dtype)
     if taken := sorted(set(options).intersection(DECIDED)):
         raise CodebookError(f"{taken[0]} is not for users to say: leave it out (for precision there is dtype)")

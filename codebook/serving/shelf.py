@@ -94,6 +94,8 @@ def named_folders(given: Iterable[str]) -> tuple[dict[str, Path], list[Path]]:
     unnamed: list[Path] = []
     for text in given:
         name, equals, folder = text.partition("=")
+        if not text or (equals and not folder):  # the folder that we are in is not meant
+            raise CodebookError(f"{quoted(text)} names no folder: write NAME=DIR, or DIR")
         if not equals or "/" in name:  # the sign is part of a path
             unnamed.append(Path(text))
             own = NOT_IN_NAMES.sub("-", unnamed[-1].resolve().name).strip("-.")

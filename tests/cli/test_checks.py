@@ -207,6 +207,28 @@ def test_options_that_make_no_sense(refused, place, monkeypatch, command, words)
     assert everything(place) == before
 
 
+@pytest.mark.parametrize("command", (FILES | FOLDERS).values(), ids=FILES | FOLDERS)
+def test_an_empty_path_is_not_the_folder_that_we_are_in(refused, place, monkeypatch, command):
+    monkeypatch.chdir(place)
+    before = everything(place)
+    refused(*command, "", words=[command[-1], "the path is empty"])
+    assert everything(place) == before
+
+
+@pytest.mark.parametrize("command, words", [
+    (["build", "miniature", "--out", "new", "--images", ""], ["the path is empty"]),
+    (["inspect", ""], ["the path is empty"]),
+    (["prune", "miniature", "--ask", "?", "--image", ""], ["the path is empty"]),
+    (["prune", "", "--ask", "?", "--image", IMAGE], ["the model's name is empty"]),
+    (["check", ""], ["the model's name is empty"]),
+    (["serve", "--port", "0", "--codebook", ""], ["'' names no folder"]),
+    (["serve", "--port", "0", "--codebook", "a="], ["'a=' names no folder"]),
+])  # fmt: skip
+def test_an_empty_input_is_none(refused, place, monkeypatch, command, words):
+    monkeypatch.chdir(place)
+    refused(*command, words=words)
+
+
 @pytest.mark.parametrize("command", ["build", "extend"])
 def test_without_ray(refused, place, monkeypatch, command):
     monkeypatch.chdir(place)
