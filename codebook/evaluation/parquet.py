@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -17,6 +19,7 @@ from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
 from codebook.evaluation.metrics import yes_or_no
 from codebook.evaluation.scorers import anls, check_people, contains, letter, relaxed, same, vqa
 from codebook.inference.samples import Sample, Scorer, task_name
+from codebook.models.finite import some
 from codebook.store.files import is_file, is_folder, one_line
 from codebook.store.hub import pull_data_set
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture
@@ -104,16 +107,34 @@ PICTURES_CELL = Cell(list[Mapping[str, Any] | bytes] | Mapping[str, Any] | bytes
 def fetched_files(name: str, columns: Columns) -> list[Path]:
     """The Parquet files of a data set on the Hub, `OWNER/NAME` or `OWNER/NAME@REVISION`; fetched if they are not there.
 
-    Those whose name begins with the split, as in `test-00000-of-00001.parquet`, in any folder or in the config's.
+    Those of one split and one config, as `files_of_split` chooses them.
     """
     repository, _, revision = name.partition("@")
+    return pull_data_set(repository, partial(files_of_split, columns), revision or None)
 
-    def wanted(file: str) -> bool:
-        folder, _, last = file.rpartition("/")
-        in_split = re.fullmatch(rf"{re.escape(columns.split or 'test')}(?:[-.].*)?\.parquet", last)
-        return in_split is not None and columns.config in ("", folder.rpartition("/")[2])
 
-    return pull_data_set(repository, wanted, revision or None)
+def files_of_split(columns: Columns, names: Sequence[str]) -> list[str]:
+    """The files whose names begin with the split, as in `test-00000-of-00001.parquet`, in the config's folder.
+
+    Raises
+    ------
+    CodebookError
+        If no config is named where several have the split, or some of its files are missing.
+    """
+    split, found = re.escape(columns.split or "test"), dict[str, list[str]]()
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if re.fullmatch(rf"{split}(?:[-.].*)?\.parquet", file) and columns.config in ("", folder.rpartition("/")[2]):
+            found.setdefault(folder, []).append(name)
+    if len(found) > 1 and not columns.config:
+        configs = some([folder.rpartition("/")[2] or "." for folder in sorted(found)])
+        raise CodebookError(f"several configs have this split, {configs}: name one behind '?', as in config=NAME")
+    chosen = [file for files in found.values() for file in files]
+    numbered = (re.match(r"(.*)-\d{5}-of-(\d{5})", file) for file in chosen)
+    for (_, total), there in Counter(number.groups() for number in numbered if number).items():
+        if there < int(total):
+            raise CodebookError(f"of the {int(total)} files of this split {there} are here: connect, and fetch all")
+    return chosen
 
 
 def parquet_files(place: Path) -> list[Path]:

@@ -81,8 +81,13 @@ def pull_repository(
         return folder
 
 
-def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None = None) -> list[Path]:
-    """The files of a data set's repository whose names are wanted, in the hub's cache; fetched if they are not there.
+def pull_data_set(name: str, choose: Callable[[list[str]], list[str]], revision: str | None = None) -> list[Path]:
+    """Files of a data set's repository, in the hub's cache; fetched if they are not there.
+
+    Parameters
+    ----------
+    choose
+        Those that are wanted, of the names of all; without a connection of all that are in the cache.
 
     Raises
     ------
@@ -100,18 +105,18 @@ def pull_data_set(name: str, wanted: Callable[[str], bool], revision: str | None
             if not is_unreachable(error):
                 raise
             folder = Path(snapshot_download(name, local_files_only=True, **given))
-            names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
-            sizes = {file: 0 for file in names if wanted(file)}
+            chosen = choose([file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()])
         else:
-            sizes = {file.rfilename: file.size or 0 for file in found.siblings or () if wanted(file.rfilename)}
-            if (total := sum(sizes.values())) > LARGEST_DATA_SET:
+            sizes = {file.rfilename: file.size or 0 for file in found.siblings or ()}
+            chosen = choose(list(sizes))
+            if (total := sum(sizes[file] for file in chosen)) > LARGEST_DATA_SET:
                 raise CodebookError(
                     f"{name} has {total:,} bytes of such files: at most {LARGEST_DATA_SET:,} are fetched"
                 )
-            folder = Path(snapshot_download(name, allow_patterns=list(sizes), **given)) if sizes else Path()
-        if not sizes:
+            folder = Path(snapshot_download(name, allow_patterns=chosen, **given)) if chosen else Path()
+        if not chosen:
             raise CodebookError(f"{name} has no such files: look at their names on the hub, and say split and config")
-        return [folder / file for file in sorted(sizes)]
+        return [folder / file for file in sorted(chosen)]
 
 
 def push_files(

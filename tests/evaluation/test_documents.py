@@ -344,7 +344,8 @@ def test_a_data_set_of_the_hub(table, tmp_path, monkeypatch):
     import huggingface_hub
     from huggingface_hub import hf_api
 
-    for name in ("plain/test-00000-of-00001", "plain/train-00000-of-00001", "other/test", "plain/testing-0"):
+    parts = [f"plain/part-0000{i}-of-00003" for i in (0, 2)]
+    for name in ("plain/test-00000-of-00001", "plain/train-00000-of-00001", "other/test", "plain/testing-0", *parts):
         table(f"{name}.parquet", image=HUBS[:1], question=[name], answer=["x"])
     asked = []
 
@@ -363,6 +364,8 @@ def test_a_data_set_of_the_hub(table, tmp_path, monkeypatch):
     assert asked == [("owner/set", "dataset", "abc", ["plain/test-00000-of-00001.parquet"])]
     for name, words in {
         "hub:owner/set?split=val": "owner/set has no such files",
+        "hub:owner/set": "several configs have this split, other, plain: name one behind '\\?', as in config=NAME",
+        "hub:owner/set?split=part": "of the 3 files of this split 2 are here: connect, and fetch all",
         "hub:set": "write OWNER/NAME",
         "hub": "--data hub:OWNER/NAME",
     }.items():
