@@ -37,6 +37,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF", "
 """What may be decoded, in PIL's names, where PIL has the decoder. EPS is not among them: decoding it runs a program."""
 ORIENTATION = 0x0112
 """Tag of EXIF."""
+BITS, WHITE_OR_BLACK, SAMPLE_FORMAT = 258, 262, 339
+"""Tags of TIFF: bits per level; 0 if its level 0 is white; 1, which is the default, if its levels have no sign."""
 HEAD = 32
 """Bytes of a file that tell its format."""
 
@@ -95,7 +97,8 @@ def read_video(path: Path, rule: FrameRule = even_frames) -> tuple[Path | Pictur
     if is_clip(path):
         return read_clip(path, rule, partial(_check_pixels, most=MOST_PIXELS))
     with _open_picture(path, None, "video", SHOWN_AS_VIDEO) as picture:
-        wanted = set(spaced(getattr(picture, "n_frames", 1)))
+        still = int(picture.info.get("default_image", False))  # in front of an animated PNG, for who cannot play it
+        wanted = {still + frame for frame in spaced(getattr(picture, "n_frames", 1) - still)}
         return tuple(upright_rgb(frame) for i, frame in enumerate(ImageSequence.Iterator(picture)) if i in wanted)
 
 
@@ -164,7 +167,18 @@ def _open_bytes(data: bytes, most_pixels: int = MOST_PIXELS) -> Iterator[Picture
         raise ValueError("not an image")
     with _decoding(), Picture.open(io.BytesIO(data), formats=list(_accepted())) as picture:
         _check_pixels(*picture.size, most_pixels)
+        if picture.format == "PNG":
+            _scale_key(picture, bits=data[24])
         yield picture
+
+
+def _scale_key(picture: Picture.Image, bits: int) -> None:
+    """Bring the transparent colour of a PNG file from its scale to that of PIL's levels, as PIL does not."""
+    key = picture.info.get("transparency")
+    if isinstance(key, int) and picture.mode == "L":
+        picture.info["transparency"] = key * 255 // (2**bits - 1)
+    elif isinstance(key, tuple) and bits == 16:
+        picture.info["transparency"] = tuple(level >> 8 for level in key)
 
 
 @contextlib.contextmanager
@@ -217,18 +231,29 @@ def _grey(picture: Picture.Image) -> Picture.Image:
     """Grey levels of more than 8 bits on the scale of 8.
 
     What is white is not in the file where PIL gives 32-bit integers or floats. Integers up to 65535 are 16-bit levels.
-    White among floats is the first of 1, 255 and 65535 that none exceeds. Beyond 65535 white is the largest level.
+    White among floats is the first of 1, 255 and 65535 that none exceeds. Beyond 65535 white is the largest level. PIL
+    leaves it to us that TIFF files may have 12 bits, no sign in 32, or white for 0, and PNG files a transparent level.
     """
+    tags = getattr(picture, "tag_v2", {})
     turned = 1
     with contextlib.suppress(Exception):  # as of damaged metadata
         turned = picture.getexif().get(ORIENTATION, 1)
-    levels = np.asarray(picture).astype(np.float64)
+    stored = np.asarray(picture)
+    if tags and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:
+        stored = stored.astype(np.uint32)
+    levels = stored.astype(np.float64)
     if not np.isfinite(levels).all():
         raise ValueError("it holds levels that are no numbers")
     largest = float(levels.max(initial=0))
-    scales = (1.0, 255.0, 65535.0) if picture.mode == "F" else (65535.0,)
+    whole = 4095.0 if tags.get(BITS) == (12,) else 65535.0
+    scales = (1.0, 255.0, 65535.0) if picture.mode == "F" else (whole,)
     white = next((scale for scale in scales if largest <= scale), largest)
-    grey = Picture.fromarray(np.rint(levels.clip(0) * (255 / white)).astype(np.uint8), "L")
+    shown = np.rint(levels.clip(0) * (255 / white)).astype(np.uint8)
+    if tags.get(WHITE_OR_BLACK) == 0:
+        shown = 255 - shown
+    if (key := picture.info.get("transparency")) is not None:
+        shown[stored == key] = 255
+    grey = Picture.fromarray(shown, "L")
     grey.getexif()[ORIENTATION] = turned
     return grey
 

@@ -48,6 +48,34 @@ def test_floats(given, expected):
     assert levels(encoded(picture, "TIFF"))[0, :, 0].tolist() == expected
 
 
+def tiff(stored, kind, **tags):
+    """A TIFF file of one row of grey levels, little-endian, by hand: PIL writes none of these."""
+    data = bytes.fromhex(stored.replace(" ", "")) if kind is None else np.array(stored).astype(kind).tobytes()
+    given = {"bits": 32, "black": 1, "format": 1} | tags
+    entries = [
+        (256, 3), (257, 1), (258, given["bits"]), (259, 1), (262, given["black"]), (273, 8 + 2 + 10 * 12 + 4), (277, 1),
+        (278, 1), (279, len(data)), (339, given["format"]),
+    ]  # fmt: skip
+    listed = b"".join(struct.pack("<HHII", tag, 4 if tag in (273, 279) else 3, 1, value) for tag, value in entries)
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", len(entries)) + listed + bytes(4) + data
+
+
+@pytest.mark.parametrize(
+    ("stored", "kind", "tags", "expected"),
+    [
+        ([0, 2**15, 2**16 - 1], "<u2", {"bits": 16}, [0, 128, 255]),
+        ([0, 2**15, 2**16 - 1], "<u2", {"bits": 16, "black": 0}, [255, 127, 0]),
+        ("000 800 fff 0", None, {"bits": 12}, [0, 128, 255]),
+        ([0, 2**31, 2**32 - 1], "<u4", {}, [0, 128, 255]),
+        ([-9, 2**30, 2**31 - 1], "<i4", {"format": 2}, [0, 128, 255]),
+        ([0.0, 0.25, 1.0], "<f4", {"format": 3}, [0, 64, 255]),
+        ([0.0, 0.25, 1.0], "<f4", {"format": 3, "black": 0}, [255, 191, 0]),
+    ],
+)
+def test_the_scale_of_a_tiff_file(stored, kind, tags, expected):
+    assert levels(tiff(stored, kind, **tags))[0, :, 0].tolist() == expected
+
+
 def test_values_that_are_no_numbers():
     picture = Image.fromarray(np.array([[0, np.nan, 1]], dtype=np.float32))
     with pytest.raises(CodebookError, match="no numbers"):
@@ -99,6 +127,31 @@ def test_other_modes():
     assert np.abs(red.astype(int) - [255, 0, 0]).max() <= 3
 
 
+@pytest.mark.parametrize(
+    ("bits", "row", "key", "expected"),
+    [
+        (2, b"\x1b", 2, [0, 85, 255, 255]),
+        (4, b"\x07\x8f", 7, [0, 255, 136, 255]),
+        (8, b"\0\x07\x08\xff", 7, [0, 255, 8, 255]),
+        (16, b"\0\0\0\x07\x80\x80\xff\xff", 7, [0, 255, 128, 255]),
+    ],
+)
+def test_the_transparent_level_is_on_the_scale_of_the_file(bits, row, key, expected):
+    """By the standard of PNG: a sample of so many bits, and over white here."""
+    header = struct.pack(">IIBBBBB", 4, 1, bits, 0, 0, 0, 0)
+    body = chunk(b"IHDR", header) + chunk(b"tRNS", struct.pack(">H", key)) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    assert levels(b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b""))[0, :, 0].tolist() == expected
+
+
+def test_the_transparent_colour_of_sixteen_bits():
+    row = struct.pack(">9H", 1, 2, 3, 0x1234, 0x5678, 0x9ABC, 0xFFFF, 0, 0)
+    header = struct.pack(">IIBBBBB", 3, 1, 16, 2, 0, 0, 0)
+    key = struct.pack(">3H", 0x1234, 0x5678, 0x9ABC)
+    body = chunk(b"IHDR", header) + chunk(b"tRNS", key) + chunk(b"IDAT", zlib.compress(b"\0" + row))
+    found = levels(b"\x89PNG\r\n\x1a\n" + body + chunk(b"IEND", b""))
+    assert found.tolist() == [[[0, 0, 0], [255, 255, 255], [255, 0, 0]]]
+
+
 def test_an_animation_is_its_first_frame():
     frames = [Image.new("RGB", (4, 4), colour) for colour in ("red", "blue", "green")]
     for form in ("GIF", "WEBP", "PNG", "TIFF"):
@@ -115,6 +168,10 @@ def test_frames_of_a_video_are_read_alike(tmp_path):
         tmp_path / "a.webp", save_all=True, append_images=[Image.new("RGB", (4, 2))], exif=exif
     )
     assert {frame.size for frame in read_video(tmp_path / "a.webp")} == {(2, 4)}
+    frames = [Image.new("RGB", (4, 2), colour) for colour in ("white", "red", "blue")]
+    for still, colours in ((True, [(255, 0, 0), (0, 0, 255)]), (False, [(255, 255, 255), (255, 0, 0), (0, 0, 255)])):
+        frames[0].save(tmp_path / "c.png", save_all=True, default_image=still, append_images=frames[1:])
+        assert [frame.getpixel((0, 0)) for frame in read_video(tmp_path / "c.png")] == colours
     (tmp_path / "b.webp").write_bytes(b"no video")
     with pytest.raises(
         CodebookError, match=r"cannot read video .*b\.webp: not an image; give an mp4 or webm file, a folder of frames"
