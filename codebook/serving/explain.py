@@ -49,7 +49,7 @@ class ExplainRequest(Strict):
     messages: list[Turn] = Field(min_length=1, max_length=MOST_PARTS)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
-    method: str | None = Field(None, pattern=r"^[a-z][a-z-]{0,63}$")
+    method: str | None = Field(None, pattern=r"^[a-z][a-z0-9-]{0,63}$")
     keep: int | float | None = None
     patches: int = Field(16, ge=0, le=100)
     neighbours: int = Field(3, ge=1, le=10)

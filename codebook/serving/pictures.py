@@ -71,7 +71,9 @@ def _data(url: str) -> bytes:
     try:
         return base64.b64decode(data, validate=True)
     except binascii.Error as error:
-        raise ValueError(f"the data URL is no base64: {one_line(error)}") from None
+        raise ValueError(
+            f"the data URL is no base64: {one_line(error)}; write + and /, the = at the end, no line ends and no escapes"
+        ) from None
 
 
 def fetch(url: str, limits: Limits, hosts: tuple[str, ...]) -> bytes:

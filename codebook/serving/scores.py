@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import anyio
 import torch
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Depends, Query, Request, Response
 from pydantic import BaseModel, ConfigDict
 from safetensors.torch import save
 from torch import Tensor
@@ -20,6 +20,7 @@ from codebook.pruning.presets import KEEP
 from codebook.pruning.text import WITH_MASS, read_keep
 from codebook.serving.errors import ServiceError
 from codebook.serving.limits import unless_left, whole_body
+from codebook.serving.request import without_query
 from codebook.serving.state import State
 from codebook.serving.wire import (
     FEATURES_NAME,
@@ -119,7 +120,7 @@ def router(state: State) -> APIRouter:
     routes, shelf = APIRouter(), state.shelf
     limiter = anyio.CapacityLimiter(SCORED_AT_ONCE)
 
-    @routes.get("/v1/codebooks")
+    @routes.get("/v1/codebooks", dependencies=[Depends(without_query)])
     async def codebooks() -> dict[str, Any]:
         return {"object": "list", "data": shelf.listing()}
 

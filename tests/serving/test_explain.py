@@ -73,6 +73,7 @@ def test_the_services_schedule(asked, loaded, sample):
         ({"keep": 36}, None),
         ({"keep": 1.0}, None),
         ({"method": "divprune", "keep": 0.25}, "divprune"),
+        ({"method": "s2prune", "keep": 0.25}, "s2prune"),
     ],
 )
 def test_another_method_or_budget(asked, loaded, sample, fields, text):
@@ -82,7 +83,7 @@ def test_another_method_or_budget(asked, loaded, sample, fields, text):
     expected = kept_by_ask(loaded, sample, schedule)
     assert found["schedule"] == str(schedule)
     assert found["stages"][-1]["kept"] == expected.kept and found["answer"] == expected.text
-    if text == "divprune":
+    if text in ("divprune", "s2prune"):
         assert found["codebook"] is None and found["dropped"] is None
     else:
         assert [len(one["neighbours"]) for one in found["dropped"]] == ([] if fields.get("keep") == 1 else [1, 1])

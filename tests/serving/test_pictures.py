@@ -6,6 +6,7 @@ import http.server
 import socket
 import threading
 import time
+from urllib.parse import quote
 
 import pytest
 from PIL import Image as Picture
@@ -71,6 +72,16 @@ def test_a_data_url_is_read_whatever_it_calls_its_contents():
     url = data_url(RED).replace("image/png", "text/html;charset=x")
     [picture] = read_pictures([url], LIMITS, ())
     assert picture.size == (6, 4) and picture.getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "encode",
+    [base64.urlsafe_b64encode, base64.encodebytes, lambda data: quote(base64.b64encode(data), safe="").encode(),
+     lambda data: base64.b64encode(data).rstrip(b"=")],
+)  # fmt: skip
+def test_a_data_url_in_another_kind_of_base64_is_refused(encode):
+    message = refused(f"data:image/png;base64,{encode(bytes([0xFF, 0xFE] * 40)).decode()}")
+    assert "no base64: " in message and "no line ends" in message
 
 
 def test_a_named_host_is_asked(server):

@@ -119,9 +119,10 @@ def test_the_last_message_asks_something(service):
         assert (status, param) == (422, "messages") and message.startswith("the question is empty")
 
 
-@pytest.mark.parametrize("path", ["chat/completions", "compare", "explain"])
+@pytest.mark.parametrize("path", ["chat/completions", "compare", "explain", "codebooks", "models"])
 def test_options_in_an_address_that_has_none_are_refused(service, path):
-    refused = httpx.post(f"{service.url}/v1/{path}?keep=0.5", json={})
+    ask = "GET" if path in ("codebooks", "models") else "POST"
+    refused = httpx.request(ask, f"{service.url}/v1/{path}?keep=0.5", json={})
     assert refused.status_code == 422 and refused.json()["error"]["param"] == "keep"
 
 
