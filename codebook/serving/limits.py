@@ -99,18 +99,22 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.monotonic(), CLIENT_LEFT
+        start, status, begun = time.monotonic(), CLIENT_LEFT, False
 
         async def noting(message: Message) -> None:
-            nonlocal status
+            nonlocal status, begun
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, begun = message["status"], True
             await send(message)
 
         try:
             await self._pass(scope, receive, noting)
         except ServiceError as error:
             await response_to(error)(scope, receive, noting)
+        except asyncio.CancelledError:  # the service ends, and waits no longer
+            if not begun:
+                ended = ServiceError(503, "the service ended before the answer was there: ask another one", "draining")
+                await response_to(ended)(scope, receive, noting)
         except Exception:
             status = 500  # as what stands before this answers
             raise

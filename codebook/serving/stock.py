@@ -150,7 +150,8 @@ class LateStreamer(utils.DirectStreamer):
 
     def _enqueue(self, item: Any) -> None:
         self._text += item if isinstance(item, str) else ""
-        super()._enqueue(item)
+        with contextlib.suppress(RuntimeError):  # the loop has ended: what was cut off is read by nobody
+            super()._enqueue(item)
 
     def end(self) -> None:
         pass

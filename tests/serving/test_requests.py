@@ -4,6 +4,7 @@ import contextlib
 import copy
 import json
 import socket
+import threading
 from types import SimpleNamespace
 
 import httpx
@@ -15,6 +16,7 @@ from codebook.miniature.samples import of_miniature
 from codebook.serving import chat, protocol
 from codebook.serving.errors import ServiceError
 from codebook.serving.limits import Limits
+from codebook.serving.model_thread import Errand
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import ChatRequest
 from tests.serving.running import Service, wait
@@ -307,6 +309,23 @@ def test_a_full_queue_refuses_and_draining_refuses(loaded):
             assert client.post("/v1/chat/completions", content=body).status_code == 503
     finally:
         running.stop()
+
+
+def test_what_is_cut_off_when_the_service_ends_is_told_so(loaded, capfd):
+    running = Service(*loaded, limits=Limits(upload_seconds=1))
+    held, got = threading.Event(), []
+    body = sample_body(of_miniature("test", 0, 1, ["ocr"])[0])
+    running.state.model_thread.submit(Errand(lambda: held.wait(30)))
+    url = f"{running.url}/v1/chat/completions"
+    asking = threading.Thread(target=lambda: got.append(httpx.post(url, json=body, timeout=60)))
+    asking.start()
+    wait(lambda: running.state.active)
+    running.server.should_exit = True
+    asking.join(60)
+    held.set()
+    running.stop()
+    assert got[0].status_code == 503 and got[0].json()["error"]["code"] == "draining"
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_connections_are_limited(service, target, monkeypatch):
