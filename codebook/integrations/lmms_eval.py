@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from codebook import models
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
 from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import prepare
 from codebook.pruning.plan import Plan
@@ -62,6 +62,8 @@ class PrunedModel(lmms):
         max_batch_size: int | None = None,
     ) -> None:
         super().__init__()
+        if not (str(batch_size).isdecimal() and int(batch_size)):
+            raise CodebookError(f"batch_size is {quoted(batch_size)}: give how many questions share a batch, as in 8")
         plan = Plan(schedule, keep, positions, None if codebook is None else Path(codebook), int(seed))
         self.model, self.processor = models.load(pretrained, device, dtype)
         self.schedule = plan.apply(self.model)

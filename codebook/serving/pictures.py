@@ -72,7 +72,7 @@ def _data(url: str) -> bytes:
         return base64.b64decode(data, validate=True)
     except binascii.Error as error:
         raise ValueError(
-            f"the data URL is no base64: {one_line(error)}; write + and /, the = at the end, no line ends and no escapes"
+            f"the data URL is no base64: {one_line(error)}; write + and /, the = at the end, no line ends, no escapes"
         ) from None
 
 

@@ -37,7 +37,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "AVIF", "HEIF", "
 """What may be decoded, in PIL's names, where PIL has the decoder. EPS is not among them: decoding it runs a program."""
 ORIENTATION = 0x0112
 """Tag of EXIF."""
-BITS, WHITE_OR_BLACK, SAMPLE_FORMAT = 258, 262, 339
+BITS, WHITE_OR_BLACK, LEVEL_KIND = 258, 262, 339
 """Tags of TIFF: bits per level; 0 if its level 0 is white; 1, which is the default, if its levels have no sign."""
 HEAD = 32
 """Bytes of a file that tell its format."""
@@ -239,7 +239,7 @@ def _grey(picture: Picture.Image) -> Picture.Image:
     with contextlib.suppress(Exception):  # as of damaged metadata
         turned = picture.getexif().get(ORIENTATION, 1)
     stored = np.asarray(picture)
-    if tags and tags.get(SAMPLE_FORMAT, (1,))[0] == 1:
+    if tags and tags.get(LEVEL_KIND, (1,))[0] == 1:
         stored = stored.astype(np.uint32)
     levels = stored.astype(np.float64)
     if not np.isfinite(levels).all():

@@ -80,6 +80,9 @@ def test_what_is_wrong_is_said(plugin):
         plugin.PrunedModel(schedule="magic")
     with pytest.raises(CodebookError, match="no dtype 'int3'"):
         plugin.PrunedModel(dtype="int3")
+    for size in ("auto", 0, "-1", 1.5):
+        with pytest.raises(CodebookError, match=r"batch_size is .*: give how many"):
+            plugin.PrunedModel(batch_size=size)
 
 
 TASK = """
