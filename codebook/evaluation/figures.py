@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
-from codebook.errors import CodebookError, printable
+from codebook.errors import CodebookError, counted, printable
 from codebook.evaluation.bench import BASELINES
 from codebook.inference.uncertainty import plus_minus
 from codebook.models import same_fingerprint
@@ -70,8 +70,8 @@ def read_figures(path: Path, fingerprint: str | None) -> str:
         lines.append(f"| {shown} | {' | '.join(cells.get((method, keep), '-') for keep in keeps)} |")
     unpruned = next((_figure(row.mean) for row in found.rows if row.method == UNPRUNED), "not measured")
     return "\n".join([
-        f"Accuracy in percent, mean over {len(found.tasks)} tasks with 95% intervals, by visual tokens kept; unpruned: "
-        f"{unpruned}. Measured by `codebook bench` on {printable(found.name, 100)}.",
+        f"Accuracy in percent, mean over {counted(len(found.tasks), 'task')} with 95% intervals, by visual tokens "
+        f"kept; unpruned: {unpruned}. Measured by `codebook bench` on {printable(found.name, 100)}.",
         "", *lines,
     ])  # fmt: skip
 

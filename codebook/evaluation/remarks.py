@@ -50,7 +50,7 @@ def _ahead(results: Results, keep: float, rows: Sequence[Mapping[str, Any]]) -> 
 
 def _about_group(results: Results, keep: float, rows: Sequence[Mapping[str, Any]]) -> str:
     """What group A is at this budget, or why it is not known."""
-    if found := next((row["group_a"] for row in rows if "group_a" in row), None):
+    if found := next((row["group_a"] for row in rows if "group_a" in row and "samples" not in row), None):
         total = sum(task["samples"] for task in results["tasks"].values())
         return (
             f"Group A: {found['samples']} of {counted(total, 'question')}, which the unpruned model answers right and "

@@ -11,7 +11,7 @@ import numpy as np
 
 from codebook.inference.respond import Policy, Response, respond
 from codebook.inference.samples import Sample, image_numbers
-from codebook.inference.uncertainty import UNKNOWN, error_by_image, error_over_tasks, plus_minus
+from codebook.inference.uncertainty import UNKNOWN, error_by_image, error_over_tasks
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
@@ -96,17 +96,20 @@ def standard_error(scores: Scores) -> float | None:
 
 def mean_text(scores: Scores) -> str:
     """Mean accuracy with its standard error, for people: `0.912 (0.011)`, or `0.912 (unknown)`."""
+    return _mean_text(1, scores, 3)
+
+
+def _mean_text(scale: float, scores: Scores, digits: int) -> str:
     error = standard_error(scores)
-    return f"{mean(scores):.3f} ({UNKNOWN if error is None else format(error, '.3f')})"
+    shown = UNKNOWN if error is None else format(scale * error, f".{digits}f")
+    return f"{scale * mean(scores):.{digits}f} ({shown})"
 
 
 def accuracy_table(rows: Mapping[str, Scores]) -> str:
     """A Markdown table in percent: one row per policy, one column per task, and the mean with its standard error."""
     tasks = next(iter(rows.values()))
-    lines = [f"| | {' | '.join(tasks)} | mean |", f"|---|{'---|' * (len(tasks) + 1)}"]
+    lines = [f"| | {' | '.join(tasks)} | mean (standard error) |", f"|---|{'---|' * (len(tasks) + 1)}"]
     for name, scores in rows.items():
         cells = [f"{100 * value:.1f}" for value in task_means(scores).values()]
-        error = standard_error(scores)
-        half = plus_minus(None if error is None else 100 * error)
-        lines.append(f"| {name} | {' | '.join(cells)} | {100 * mean(scores):.1f} {half} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {_mean_text(100, scores, 1)} |")
     return "\n".join(lines)

@@ -79,6 +79,10 @@ def test_a_warning_names_what_is_below_a_gate_beyond_the_interval():
         "Group A: 5 of 10 questions, which the unpruned model answers right and downsample at this budget does not."
     )
     assert warning.startswith("Warning, beyond the paired interval below random: bad (-62.5 ± ")
+    first = max(results["rows"], key=lambda row: row["keep"] == 0.1 and row["mean"]["score"])
+    later = first | {"samples": 4, "group_a": first["group_a"] | {"samples": 2}}  # measured again on fewer questions
+    again = results | {"rows": [later if row is first else row for row in results["rows"]]}
+    assert remarks(again, 0.1)[0] == group
     assert "good" not in warning and "below downsample" not in warning  # -47.5 ± 52.7 there: two tasks, one of two
     fine, _, _ = compared({own: said for own, said in TABLE.items() if own[0] != "bad"})
     assert len(remarks(fine, 0.1)) == 1

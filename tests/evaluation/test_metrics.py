@@ -166,7 +166,7 @@ def test_the_standard_error_of_few_samples():
     assert standard_error(alone(a=[1.0, 0.0], b=[1.0])) is None
     assert standard_error(alone(a=[1.0] * 30)) == pytest.approx(0.1 / 1.96)  # 3 in 30
     table = accuracy_table({"one": alone(a=[1.0]), "more": alone(a=[1.0] * 30)})
-    assert "| one | 100.0 | 100.0 ± unknown |" in table and "| more | 100.0 | 100.0 ± 5.1 |" in table
+    assert "| one | 100.0 | 100.0 (unknown) |" in table and "| more | 100.0 | 100.0 (5.1) |" in table
     assert mean_text(alone(a=[1.0])) == "1.000 (unknown)" and mean_text(alone(a=[0.0, 1.0] * 50)) == "0.500 (0.050)"
 
 
