@@ -40,7 +40,10 @@ def test_one_image(run, scenes, tmp_path):
     assert report["kept"] == [[12 * row + col for row in side for col in side]]
     assert Image.open(tmp_path / "kept.png").width > 576 and os.listdir(tmp_path) == ["kept.png"]
     code, out, err = run(*ask)
-    assert code == 0 and out.strip() == report["answer"] and "36 of 144" in err
+    assert code == 0 and out.strip() == report["answer"]
+    plan, cost = err.splitlines()[-2:]
+    assert plan.endswith(": 36 of 144 visual tokens in layers 0-11")
+    assert cost.startswith("on average 25.0% of the tokens, ") and cost.endswith(" KiB of KV cache per image")
 
 
 def test_prebuilt_codebook_is_found_by_default(run, scenes):

@@ -20,7 +20,7 @@ from codebook.cli.options import (
     SeedOption,
     with_groups,
 )
-from codebook.cli.output import describe, note, progress, resumable, summary
+from codebook.cli.output import describe, note, note_costs, progress, resumable
 from codebook.errors import CodebookError
 from codebook.pruning.presets import DEFAULT
 
@@ -100,4 +100,5 @@ def calibrate_command(
         print(json.dumps(report | {"output": str(out)}))
         return
     print(result)
-    note(f"{out}: {summary(report, [])}")
+    note_costs(report, [])
+    note(f"saved to {out}")

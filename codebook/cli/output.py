@@ -185,12 +185,16 @@ def describe(model: Model, schedule: Schedule) -> dict[str, Any]:
     }
 
 
-def summary(report: dict[str, Any], kept: list[int]) -> str:
-    """A report of `describe` in one line; `kept` has the tokens that each image kept, if they differ by image."""
+def note_costs(report: dict[str, Any], kept: list[int]) -> None:
+    """Say a report of `describe`: what each layer sees, and on another line what that costs.
+
+    `kept` has the tokens that each image kept, if they differ by image; then nobody knows what it costs.
+    """
     n = report["tokens"]
     if "counts" not in report:
         numbers = f"kept {', '.join(map(str, kept))}" if kept else "images keep numbers of their own"
-        return f"schedule {report['schedule']}: {numbers} of {n} visual tokens"
+        note(f"schedule {report['schedule']}: {numbers} of {n} visual tokens")
+        return
     runs: list[str] = []
     start = 0
     for count, group in groupby(report["counts"]):
@@ -199,8 +203,9 @@ def summary(report: dict[str, Any], kept: list[int]) -> str:
         where = f"layer {start}" if end - start == 1 else f"layers {start}-{end - 1}"
         runs.append(f"{count}{of} in {where}")
         start = end
-    cost = f"{report['flops']:.1%} of their prefill FLOPs, {report['kv_bytes'] / 1024:.0f} KiB of KV cache per image"
-    return f"schedule {report['schedule']}: {', '.join(runs)}; averaged {report['keep']:.1%}; {cost}"
+    note(f"schedule {report['schedule']}: {', '.join(runs)}")
+    cache = f"{report['kv_bytes'] / 1024:.0f} KiB of KV cache per image"
+    note(f"on average {report['keep']:.1%} of the tokens, {report['flops']:.1%} of their prefill FLOPs, {cache}")
 
 
 def write_picture(picture: Image.Image, path: Path) -> None:

@@ -20,7 +20,7 @@ from codebook.cli.options import (
     SeedOption,
     with_groups,
 )
-from codebook.cli.output import describe, note, resumable, summary, write_picture
+from codebook.cli.output import describe, note, note_costs, resumable, write_picture
 from codebook.errors import CodebookError
 
 
@@ -144,7 +144,7 @@ def prune_command(
         print(json.dumps(report))
         return
     print(answer.text)
-    note(summary(report, [len(kept) for kept in answer.kept]))
+    note_costs(report, [len(kept) for kept in answer.kept])
     if show is not None:
         note(f"picture: {', '.join(map(str, shown))}")
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from codebook import models
 from codebook.cli.options import Loading
-from codebook.cli.output import describe, note, progress, summary
+from codebook.cli.output import describe, note, note_costs, progress
 from codebook.errors import CodebookError, counted, out_of_memory, printable
 from codebook.evaluation.bench import schedule_key
 from codebook.inference.ask import Answer, ask
@@ -100,7 +100,7 @@ def prune_file(
         print(json.dumps(report))
     else:
         print(printable(f"{counted(len(lines) - len(failed), 'answer')} in {output}, {len(failed)} skipped"))
-        note(summary(report, []))
+        note_costs(report, [])
     if len(failed) == len(lines):
         raise CodebookError(f"no question of {source} was answered; {failed[0]}")
 
