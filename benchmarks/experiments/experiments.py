@@ -78,6 +78,12 @@ GROUPS = {
     ),
     "demand": ("seeded-middle", *(f"seeded-middle, demand {power}" for power in (0.5, 1.0))),
     "anchor": ("seeded-middle", *(f"seeded-middle, anchor {most}" for most in (0.125, 0.25))),
+    "asked-middle": (
+        *("seeded-middle", *(f"seeded-middle, asked {power}" for power in (0.5, 1.0, 2.0))),
+        *("seeded-middle, not asked 1.0", "cdpruner", "cdpruner+mass"),
+    ),
+    "asked-plain": ("seeded-middle", "codebook-middle", "codebook-middle, asked 1.0", "codebook-farthest, asked 1.0"),
+    "volume": ("seeded-middle", "codebook-middle", "codebook-middle, asked 1.0", "cdpruner"),
     "gate": (
         OWN[1],
         *(f"{OWN[1]}, gate {power}" for power in (1.0, 2.0, 3.0)),
@@ -115,13 +121,14 @@ def schedules(
         if kind == "gain":
             return trials.ByGain(shipped, float(number)), keep
         if kind == "asked":
-            return trials.Asked(shipped, float(number)), keep
+            return trials.Asked(shipped, float(number), middle=_in_the_middle(pruner)), keep
         if kind == "demand":
             return trials.Demanded(shipped, float(number)), keep
         if kind == "anchor":
             return trials.Anchored(shipped, float(number)), keep
         if kind == "not asked":
-            return trials.Asked(shipped, float(number), model.get_input_embeddings().weight.detach()), keep
+            words = model.get_input_embeddings().weight.detach()
+            return trials.Asked(shipped, float(number), words, middle=_in_the_middle(pruner)), keep
         assert isinstance(pruner, SeededFarthestPoint)
         if kind == "gate":
             return trials.Gated(shipped, pruner.representatives, power=float(number)), keep
@@ -144,6 +151,10 @@ def schedules(
                 schedule = replace(schedule, stages=[replace(stage, pruner=pruner, keep=count)])
             found[f"{keep} {row.format(h=horizon)}"] = schedule
     return found
+
+
+def _in_the_middle(pruner: Pruner) -> bool:
+    return isinstance(pruner, SeededFarthestPoint) and pruner.middle
 
 
 def main() -> None:

@@ -90,13 +90,16 @@ class Asked(Pruner):
     """`SeededFarthestPoint` whose distances count times the tokens' relevance to the question, to the `power`.
 
     The relevance is CDPruner's: cosine similarity of what enters the LLM to the mean of the question's word embeddings,
-    or of `words` (w, d), the same for every question, scaled to [0, 1] in the image.
+    or of `words` (w, d), the same for every question, scaled to [0, 1] in the image. With `middle` what is chosen gives
+    way to the middle of its group.
     """
 
     codebook: Codebook
     power: float
     words: Tensor | None = None
     representatives: int = 4
+    middle: bool = False
+    uses_text: ClassVar[bool] = True
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
         words = tokens.sequence[tokens.question] if self.words is None else self.words
@@ -109,7 +112,8 @@ class Asked(Pruner):
             far[chosen] = -1.0
             chosen.append(int(far.argmax()))
             nearest = torch.maximum(nearest, similarity[chosen[-1]])
-        return torch.tensor(sorted(_represented(similarity, chosen, keep, torch.ones(len(unit)))))
+        chosen = _represented(similarity, chosen, keep, torch.ones(len(unit)))
+        return _to_middles(tokens.features, chosen) if self.middle else torch.tensor(sorted(chosen))
 
 
 @dataclass(frozen=True)
