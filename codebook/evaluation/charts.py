@@ -56,7 +56,7 @@ def tag(name: str, content: str = "", **attributes: object) -> str:
     return f"<{name}{given}>{content}</{name}>"
 
 
-def path(points: Sequence[tuple[float, float]]) -> str:
+def point_list(points: Sequence[tuple[float, float]]) -> str:
     """Points as SVG writes them."""
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
@@ -81,7 +81,7 @@ def mark(shape: str, x: float, y: float, colour: str, text: str = "") -> str:
         "triangle": [(0, -6), (6, 5), (-6, 5)],
         "diamond": [(0, -6.3), (6.3, 0), (0, 6.3), (-6.3, 0)],
     }
-    return tag("polygon", title, points=path([(x + a, y + b) for a, b in shapes[shape]]), **style)
+    return tag("polygon", title, points=point_list([(x + a, y + b) for a, b in shapes[shape]]), **style)
 
 
 def frame(x: Axis, y: Axis, percent: bool, counts: tuple[int, int]) -> list[str]:
@@ -108,10 +108,10 @@ def scatter(series: Sequence[Series], x_label: str, y_label: str, frontier: Sequ
     parts.append(tag("text", escape(x_label), x=(x.start + x.stop) / 2, y=HEIGHT - 8, text_anchor="middle"))
     parts.append(tag("text", escape(y_label), x=LEFT + 4, y=TOP + 10))
     if frontier:
-        line = path([(x(p.x), y(p.y)) for p in frontier])
+        line = point_list([(x(p.x), y(p.y)) for p in frontier])
         parts.append(tag("polyline", class_="frontier", points=line))
     for own in series:
-        line = path([(x(p.x), y(p.y)) for p in own.points])
+        line = point_list([(x(p.x), y(p.y)) for p in own.points])
         drawn = [tag("polyline", class_="dashed" if own.dashed else "joined", points=line, stroke=own.colour)]
         for p in own.points:
             drawn.append(tag("line", class_="bar", x1=x(p.x), x2=x(p.x), y1=y(p.low), y2=y(p.high), stroke=own.colour))
@@ -146,8 +146,8 @@ def curve(
     band = [*zip(at, map(y, high), strict=True), *reversed(list(zip(at, map(y, low), strict=True)))]
     parts = frame(x, y, False, (5, 3))
     if None not in errors:
-        parts.append(tag("polygon", class_="band", points=path(band)))
-    parts.append(tag("polyline", class_="loss", points=path(list(zip(at, map(y, values), strict=True)))))
+        parts.append(tag("polygon", class_="band", points=point_list(band)))
+    parts.append(tag("polyline", class_="loss", points=point_list(list(zip(at, map(y, values), strict=True)))))
     for place, kind in ((layer, "horizon"), (safe, "safe")):
         if place is not None and start <= place <= last:
             parts.append(tag("line", class_=kind, x1=x(place), x2=x(place), y1=y.start, y2=y.stop))
