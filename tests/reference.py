@@ -93,9 +93,8 @@ def _dropping(model, valid, gone_from, compact, edit, mass):
             changed = {"attention_mask": mask.clamp(min=low)}
             if compact:
                 positions = (stays.cumsum(1) - 1).clamp(min=0)
-                kind = (
-                    [layer.self_attn.layer_type] if model.config.model_type in ("gemma3", "gemma4", "lfm3_vl") else []
-                )
+                by_layer = model.config.model_type in ("gemma3", "gemma4", "gemma4_unified", "lfm3_vl")
+                kind = [layer.self_attn.layer_type] if by_layer else []
                 changed["position_embeddings"] = lm.rotary_emb(hidden, positions, *kind)
             return (hidden, *args[1:]), kwargs | changed
 

@@ -347,7 +347,8 @@ class Family:
 def rotary_at(model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
     """Cosines and sines (B, P, d) of a decoder layer at positions (B, P) int64, whether or not they differ by layer."""
     rotary = model.get_decoder().rotary_emb
-    kind = [layer.self_attn.layer_type] if _takes_kind(type(rotary).forward) else []
+    kinds = (getattr(layer.self_attn, "layer_type", None), getattr(layer, "attention_type", None))
+    kind = [kinds[0] or kinds[1]] if _takes_kind(type(rotary).forward) else []
     cos, sin = rotary(embeds, positions, *kind)
     return cos, sin
 

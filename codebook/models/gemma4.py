@@ -1,9 +1,12 @@
-"""Gemma 4: images of any size, pooled; in sliding windows the tokens of an image see each other in both directions."""
+"""Gemma 4: images of any size, pooled; in sliding windows the tokens of an image see each other in both directions.
+
+The unified one (12B) has no tower: patches, each of them a token, are projected as they are.
+"""
 
 from __future__ import annotations
 
 from itertools import accumulate
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image as Picture
@@ -26,9 +29,9 @@ class Gemma4(AnySize):
 
     def check(self, config: Any) -> Family:
         text = config.get_text_config()
-        if text.num_kv_shared_layers or text.hidden_size_per_layer_input:
+        if text.num_kv_shared_layers or getattr(text, "hidden_size_per_layer_input", 0):
             raise CodebookError(
-                "gemma4 whose layers share keys and values, or have inputs of their own (E2B and E4B), is not "
+                f"{self.name} whose layers share keys and values, or have inputs of their own (E2B and E4B), is not "
                 "supported; use a larger one"
             )
         return self
@@ -75,9 +78,29 @@ class Gemma4(AnySize):
         side = any_size.VIEW_SIDE * images.pooling_kernel_size
         square = picture.resize((side * images.patch_size, side * images.patch_size))
         made = images(images=square, do_resize=False, max_soft_tokens=1120, return_tensors="pt")
-        return made["pixel_values"][:, : side**2]
+        return made["pixel_values"][:, : int((made["image_position_ids"] >= 0).all(-1).sum())]  # without padding
 
     def view_arguments(self, model: Model, pixel_values: Tensor) -> dict[str, Any]:
         side = torch.arange(any_size.VIEW_SIDE * self.merge(model), device=pixel_values.device)
         places = torch.stack(torch.meshgrid(side, side, indexing="xy"), -1).flatten(0, 1)
         return {"image_position_ids": places.expand(len(pixel_values), -1, -1)}
+
+
+class Gemma4Unified(Gemma4):
+    name = "gemma4_unified"
+    window_blocks = False  # the stock class, unlike Gemma4's, lets them see each other in every layer,
+    window_last = False  # and beyond the window
+
+    def tower(self, model: Model) -> nn.Module:
+        return model.base_model.embed_vision
+
+    def projector(self, model: Model) -> nn.Module:
+        return model.base_model.embed_vision.multimodal_embedder
+
+    def tower_layers(self, model: Model) -> NoReturn:
+        raise CodebookError(
+            f"{self.name} has no vision tower that methods could ask: use one that compares features, such as divprune"
+        )
+
+    def merge(self, model: Model) -> int:
+        return 1

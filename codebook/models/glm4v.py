@@ -22,5 +22,10 @@ class Glm46v(Glm4v):
     name = "glm46v"
 
 
+class Glmga(Glm4v):
+    name = "glmga"
+    since = "5.23"
+
+
 class Glm4vMoe(Glm4v):
     name = "glm4v_moe"

@@ -1,4 +1,4 @@
-"""MiniCPM-V 4.6 and 4.7: the whole view of an image, then crops of it; all of them share one row of the tower.
+"""MiniCPM-V 4.6 and 4.7, MiniCPM-OCR: the whole view of an image, then crops of it, in one row of the tower.
 
 Its decoder is Qwen3.5's. In 4.7, positions have three axes, and crops share those of the view that they are cut from.
 """
@@ -75,6 +75,10 @@ class MiniCPMV46(AnySize):
         side = any_size.VIEW_SIDE * self.merge(model)
         sizes = torch.full((len(pixel_values), 2), side, device=pixel_values.device)
         return {"pixel_values": _one_row(pixel_values), "target_sizes": sizes}
+
+
+class MiniCPMOcr(MiniCPMV46):
+    name = "minicpm_ocr"
 
 
 class MiniCPMV47(MiniCPMV46):

@@ -1,6 +1,6 @@
 """Qwen3-VL: Qwen2-VL with text between frames, and visual features added to the first decoder layers (deepstack).
 
-Qwen3.5 has no deepstack, and a decoder of mostly linear attention.
+The reasoner of Cosmos 3 is one. Qwen3.5 has no deepstack, and a decoder of mostly linear attention.
 """
 
 from __future__ import annotations
@@ -58,6 +58,11 @@ class Qwen3VL(Qwen2VL):
 
 class Qwen3VLMoe(Qwen3VL):
     name = "qwen3_vl_moe"
+
+
+class Cosmos3Omni(Qwen3VL):
+    name = "cosmos3_omni"
+    since = "5.23"
 
 
 class Qwen35(Qwen2VL):

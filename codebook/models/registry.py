@@ -14,9 +14,9 @@ from codebook.models.base import Family, Model, Processor
 from codebook.models.deepseek_vl import DeepseekVL
 from codebook.models.ernie4_5_vl_moe import Ernie45VLMoe
 from codebook.models.gemma3 import Gemma3
-from codebook.models.gemma4 import Gemma4
+from codebook.models.gemma4 import Gemma4, Gemma4Unified
 from codebook.models.generic import Untested, may_be_generic
-from codebook.models.glm4v import Glm4v, Glm4vMoe, Glm46v
+from codebook.models.glm4v import Glm4v, Glm4vMoe, Glm46v, Glmga
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
 from codebook.models.kimi_k25 import KimiK25
@@ -25,13 +25,13 @@ from codebook.models.llava import Llava
 from codebook.models.llava_next import LlavaNext
 from codebook.models.llava_next_video import LlavaNextVideo
 from codebook.models.llava_onevision import LlavaOnevision
-from codebook.models.minicpmv import MiniCPMV46, MiniCPMV47
+from codebook.models.minicpmv import MiniCPMOcr, MiniCPMV46, MiniCPMV47
 from codebook.models.mistral3 import Mistral3
 from codebook.models.ovis2 import Ovis2
 from codebook.models.paddleocr_vl import PaddleOCRVL
 from codebook.models.paligemma import PaliGemma
 from codebook.models.qwen2_vl import Qwen2VL, Qwen25VL
-from codebook.models.qwen3_vl import Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
+from codebook.models.qwen3_vl import Cosmos3Omni, Qwen3VL, Qwen3VLMoe, Qwen35, Qwen35Moe
 from codebook.models.qwen_omni import Qwen3OmniMoeThinker, Qwen25OmniThinker
 from codebook.models.trial import Report, learned, try_model
 from codebook.models.video_llava import VideoLlava
@@ -48,6 +48,7 @@ FAMILIES: dict[str, Family] = {
         Qwen25VL(),
         Qwen3VL(),
         Qwen3VLMoe(),
+        Cosmos3Omni(),
         Qwen25OmniThinker(),
         Qwen3OmniMoeThinker(),
         Qwen35(),
@@ -67,15 +68,18 @@ FAMILIES: dict[str, Family] = {
         VideoLlava(),
         Glm4v(),
         Glm46v(),
+        Glmga(),
         Glm4vMoe(),
         PaddleOCRVL(),
         Ernie45VLMoe(),
         DeepseekVL(),
         Gemma4(),
+        Gemma4Unified(),
         KimiK25(),
         Ovis2(),
         MiniCPMV46(),
         MiniCPMV47(),
+        MiniCPMOcr(),
     )
 }
 """Supported families by the `model_type` of their config."""
@@ -89,8 +93,17 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention"}
 RECURRENT_LAYERS = {"linear_attention", "conv"}
 """Kinds that carry a state from token to token: shown a shorter sequence, they never hear of what was dropped."""
 
+LEARNED_QUERIES = "visual tokens that are learned queries, without a place in the picture"
+
 REFUSED = {
-    "deepseek_ocr2": "visual tokens that are learned queries, without a place in the picture",
+    "aria": LEARNED_QUERIES,
+    "blip-2": LEARNED_QUERIES,
+    "diffusion_gemma": "answers that are written in whole blocks, by diffusion",
+    "florence2": "images that go through an encoder of text, to which the decoder cross-attends",
+    "idefics2": LEARNED_QUERIES,
+    "instructblip": LEARNED_QUERIES,
+    "instructblipvideo": LEARNED_QUERIES,
+    "deepseek_ocr2": LEARNED_QUERIES,
     "gemma3n": "several copies of each hidden state, which its decoder hands from layer to layer",
     "granite4_vision": "image tokens that are empty: what they show is added to them in deeper layers only",
     "llama4": "attention in chunks, which are counted in the unpruned prompt",

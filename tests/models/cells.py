@@ -58,7 +58,8 @@ def expected(cell):
     tiny = FAMILIES[cell.family]
     if cell.show == "video" and not tiny.videos:
         return "none"
-    return "refused" if cell.positions == "compact" and tiny.axes > 1 else "works"
+    unknown = (cell.positions == "compact" and tiny.axes > 1) or (cell.method == "tower" and not tiny.tower)
+    return "refused" if unknown else "works"
 
 
 @functools.cache

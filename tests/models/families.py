@@ -47,6 +47,8 @@ class Tiny:
         Most crops of an image, where its pixels are (1, 1 + crops, 3, H, W), the whole view first; else None.
     resizes
         Whether the tower takes images of any size, so that `downsample` works.
+    tower
+        Whether it has a vision tower, which methods can ask how it attends.
     never
         Tokens that are not to be generated: in a forward of the whole sequence they would mean something else.
     tolerance
@@ -59,7 +61,7 @@ class Tiny:
     videos: bool = False
     axes: int = 1
     seed: int = 0
-    patches, crops, resizes, tolerance = 8, None, False, 2e-5
+    patches, crops, resizes, tower, tolerance = 8, None, False, True, 2e-5
     never = (IMAGE, VIDEO)
 
     @property
@@ -73,7 +75,10 @@ class Tiny:
         config._attn_implementation = attention
         model = getattr(hf, self.cls)(config).eval()
         for name, weight in model.named_parameters():  # stock initialisation leaves these at zero
-            if any(word in name for word in ("mm_input_projection_weight", "cls_token", "position_embeddings")):
+            if any(
+                word in name
+                for word in ("mm_input_projection_weight", "cls_token", "position_embeddings", "pos_embedding")
+            ):
                 weight.data.normal_(std=0.5)
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None  # never stops early
         return model
@@ -425,10 +430,14 @@ class Ernie(Qwen):
 class Gemma4(Tiny):
     """Patches in rows with their places, padded to the longest; 4 x 4 tokens, 6 x 2, and two frames of 4 x 2."""
 
+    side = 2
+
     def image(self, draw, kind="image", frames=1, rows=4, cols=4):
-        places = torch.stack(torch.meshgrid(torch.arange(2 * cols), torch.arange(2 * rows), indexing="xy"), -1)
-        count, more = 4 * rows * cols, 64 - 4 * rows * cols
-        pixels = torch.nn.functional.pad((draw(frames, count, 3 * 4 * 4) + 1) / 2, (0, 0, 0, more))
+        down, across = (torch.arange(self.side * count) for count in (rows, cols))
+        places = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1)
+        count, width = len(down) * len(across), 3 * (8 // self.side) ** 2
+        more = 64 - count
+        pixels = torch.nn.functional.pad((draw(frames, count, width) + 1) / 2, (0, 0, 0, more))
         places = torch.nn.functional.pad(places.flatten(0, 1).expand(frames, -1, -1), (0, 0, 0, more), value=-1)
         ids = [token for i in range(frames) for token in [SEPARATOR] * (i > 0) + [TOKENS[kind]] * (rows * cols)]
         name = "pixel_values" if kind == "image" else "pixel_values_videos"
@@ -456,8 +465,17 @@ class Gemma4(Tiny):
         return {"mm_token_type_ids": (ids == IMAGE).long() + 2 * (ids == VIDEO).long()}
 
 
+class Gemma4Unified(Gemma4):
+    """Each patch is a token."""
+
+    side, patches, tower = 1, 4, False
+
+
 class MiniCPM(Tiny):
-    """Patches of 4 x 4 pixels in one row, 4 x 4 of them a token; of a large image 2 x 2 crops of 2 x 2 tokens."""
+    """Patches of 4 x 4 pixels in one row, 4 x 4 of them a token; of a large image 2 x 2 crops of 2 x 2 tokens.
+
+    For MiniCPM-OCR the tower merges none, and 2 x 2 are a token.
+    """
 
     never = (IMAGE, VIDEO, *range(91, 96))
 
@@ -470,6 +488,10 @@ class MiniCPM(Tiny):
     def video(self, draw):
         return self.shown(draw, [(4, 2)] * 2, "video")
 
+    @property
+    def merge(self):
+        return 2 if self.name == "minicpm_ocr" else 4
+
     def shown(self, draw, grids, kind="image"):
         ids = []
         for i, (rows, cols) in enumerate(grids):
@@ -478,7 +500,7 @@ class MiniCPM(Tiny):
         name, sizes = ("pixel_values", "target_sizes") if kind == "image" else (
             "pixel_values_videos", "target_sizes_videos"
         )  # fmt: skip
-        sides = torch.tensor(grids) * 4
+        sides = torch.tensor(grids) * self.merge
         return ids, {name: draw(1, 3, 4, 4 * int(sides.prod(-1).sum())), sizes: sides}, grids, []
 
     def collate(self, rows):
@@ -703,14 +725,31 @@ def _gemma3():
     )  # fmt: skip
 
 
+GEMMA4_IDS = {
+    "image_token_id": IMAGE, "video_token_id": VIDEO, "boi_token_id": 92, "eoi_token_id": 91, "boa_token_id": 90,
+    "eoa_token_index": 89, "audio_token_id": 88,
+}  # fmt: skip
+GEMMA4_TEXT = TEXT | {
+    "head_dim": 16, "global_head_dim": 32, "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+}  # fmt: skip
+
+
+def _gemma4_unified():
+    vision = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": 64, "mm_posemb_size": 64}
+    vision |= {"output_proj_dims": 64}
+    return hf.Gemma4UnifiedConfig(text_config=GEMMA4_TEXT, vision_config=vision, audio_config=None, **GEMMA4_IDS)
+
+
 def _gemma4():
-    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
-    text = TEXT | {"head_dim": 16, "global_head_dim": 32, "sliding_window": 12, "layer_types": kinds}
-    text |= {"hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision", "enable_moe_block": True}
+    text = GEMMA4_TEXT | {
+        "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision",
+        "enable_moe_block": True,
+    }
     text |= {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32}
     vision = SIGLIP | {"head_dim": 8, "num_key_value_heads": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
-    ids = {"boi_token_id": 92, "eoi_token_id": 91, "boa_token_id": 90, "eoa_token_index": 89, "audio_token_id": 88}
-    return hf.Gemma4Config(text_config=text, vision_config=vision, image_token_id=IMAGE, video_token_id=VIDEO, **ids)
+    return hf.Gemma4Config(text_config=text, vision_config=vision, **GEMMA4_IDS)
 
 
 def _paligemma():
@@ -745,6 +784,11 @@ FAMILIES = {
             QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
                            "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}, True
         ), "Qwen3VLMoeForConditionalGeneration", True, 3),
+        Qwen3("cosmos3_omni", functools.partial(
+            _qwen, getattr(hf, "Cosmos3OmniConfig", None), None,
+            QWEN_VISION | {"hidden_size": 32, "out_hidden_size": 64, "intermediate_size": 64,
+                           "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1, 2]}, True
+        ), "Cosmos3OmniForConditionalGeneration", True, 3),
         Omni("qwen2_5_omni_thinker", functools.partial(
             _omni, hf.Qwen2_5OmniThinkerConfig, window_size=16, fullatt_block_indexes=[2]
         ), "Qwen2_5OmniThinkerForConditionalGeneration", True, 3),
@@ -775,17 +819,26 @@ FAMILIES = {
         VideoLlava("video_llava", _video_llava, "VideoLlavaForConditionalGeneration", videos=True),
         Glm("glm4v", functools.partial(_glm, hf.Glm4vConfig), "Glm4vForConditionalGeneration", True, 3),
         Glm("glm46v", functools.partial(_glm, hf.Glm46VConfig), "Glm46VForConditionalGeneration", True, 3),
+        Glm("glmga", functools.partial(
+            _glm, getattr(hf, "GlmgaConfig", None)
+        ), "Glm46VForConditionalGeneration", True, 3),
         Glm("glm4v_moe", functools.partial(
             _glm, hf.Glm4vMoeConfig, **EXPERTS, n_routed_experts=4, first_k_dense_replace=1
         ), "Glm4vMoeForConditionalGeneration", True, 3),
         Paddle("paddleocr_vl", _paddle, "PaddleOCRVLForConditionalGeneration", axes=3),
         Ernie("ernie4_5_vl_moe", _ernie, "Ernie4_5_VLMoeForConditionalGeneration", True, 3),
         Gemma4("gemma4", _gemma4, "Gemma4ForConditionalGeneration", videos=True),
+        Gemma4Unified(
+            "gemma4_unified", _gemma4_unified, "Gemma4UnifiedForConditionalGeneration", videos=True
+        ),
         Ovis2("ovis2", _ovis2, "Ovis2ForConditionalGeneration"),
         Kimi("kimi_k25", _kimi, "Kimi_K25ForConditionalGeneration"),
         MiniCPM("minicpmv4_6", functools.partial(
             _minicpm, getattr(hf, "MiniCPMV4_6Config", None)
         ), "MiniCPMV4_6ForConditionalGeneration", True),
+        MiniCPM("minicpm_ocr", functools.partial(
+            _minicpm, getattr(hf, "MiniCPMOcrConfig", None), tie_word_embeddings=False
+        ), "MiniCPMOcrForConditionalGeneration", True, seed=1),
         MiniCPM("minicpmv4_7", functools.partial(
             _minicpm, getattr(hf, "MiniCPMV4_7Config", None), image_start_id=94, image_end_id=93, slice_start_id=92,
             slice_end_id=91, newline_id=NEWLINE

@@ -12,7 +12,7 @@ from tests.tiny import IMAGE, PAD
 TEXT = [21, 22, 23]
 ARGUMENTS = {
     "pixel_values", "image_sizes", "image_grid_thw", "spatial_shapes", "pixel_attention_mask", "image_position_ids",
-    "target_sizes",
+    "target_sizes", "image_merge_sizes", "high_res_pixel_values",
 }  # fmt: skip
 OPTIONS = {
     "lfm2_vl": {"do_image_splitting": False},
@@ -75,7 +75,7 @@ class Pictured:
             crops = [token for _ in range(pieces - 1) for token in [SEPARATOR, 80] + [IMAGE] * 16]
             return [*crops, NEWLINE, *self.tiny.image(draw)[0]]
         if "target_sizes" in given:
-            return self.tiny.shown(draw, (given["target_sizes"] // 4).tolist())[0]
+            return self.tiny.shown(draw, (given["target_sizes"] // self.tiny.merge).tolist())[0]
         features = base.get_image_features(**given, return_dict=True).pooler_output
         parts = features if isinstance(features, list | tuple) else features.flatten(0, -2)[None]
         count = sum(len(part.flatten(0, -2)) for part in parts)

@@ -37,6 +37,23 @@ class KimiImages:
         return {"pixel_values": pixels.permute(0, 2, 4, 1, 3).flatten(0, 1), "image_grid_thw": grid}
 
 
+class UnifiedImages:
+    """As transformers', which needs torchvision, makes a picture of a size that it keeps: 8 x 8 pixels a token."""
+
+    patch_size, pooling_kernel_size = 4, 2
+
+    def __call__(self, images, return_tensors, do_resize=False, max_soft_tokens=280):
+        width, height = images.size
+        pixels = torch.from_numpy(np.array(images)).float().view(height // 8, 8, width // 8, 8, 3) / 255
+        patches = pixels.transpose(1, 2).reshape(1, -1, 8 * 8 * 3)
+        across, down = torch.arange(width // 8), torch.arange(height // 8)
+        places = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1).view(1, -1, 2)
+        return {
+            "pixel_values": torch.nn.functional.pad(patches, (0, 0, 0, 16)),
+            "image_position_ids": torch.nn.functional.pad(places, (0, 0, 0, 16), value=-1),
+        }
+
+
 SQUARE = {"height": 16, "width": 16}
 PATCHES = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 10**6}}
 PROCESSORS = {
@@ -52,6 +69,7 @@ PROCESSORS = {
         lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     ),
     "qwen3_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
+    "cosmos3_omni": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "qwen3_5": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "qwen3_5_moe": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "lfm2_vl": Lfm2VlImages,
@@ -61,6 +79,7 @@ PROCESSORS = {
     "idefics3": lambda: hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
     "smolvlm": lambda: hf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
     "gemma4": lambda: hf.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2),
+    "gemma4_unified": UnifiedImages,
     "gemma3": lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
     "mistral3": lambda: hf.PixtralImageProcessor(size={"longest_edge": 10000}),
     "vipllava": lambda: hf.CLIPImageProcessor(size=SQUARE, do_center_crop=False),
@@ -72,12 +91,14 @@ PROCESSORS = {
     "video_llava": lambda: hf.VideoLlavaImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE),
     **dict.fromkeys(("glm4v", "glm4v_moe"), lambda: hf.Glm4vImageProcessor(**PATCHES)),
     "glm46v": lambda: hf.Glm46VImageProcessor(**PATCHES),
+    "glmga": lambda: hf.GlmgaImageProcessor(**PATCHES),
     "paddleocr_vl": lambda: hf.PaddleOCRVLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "ernie4_5_vl_moe": lambda: hf.Ernie4_5_VLMoeImageProcessor(**PATCHES),
     "kimi_k25": KimiImages,
     **dict.fromkeys(
         ("minicpmv4_6", "minicpmv4_7"), lambda: hf.MiniCPMV4_6ImageProcessor(patch_size=4, scale_resolution=64)
     ),
+    "minicpm_ocr": lambda: hf.MiniCPMV4_6ImageProcessor(patch_size=4, scale_resolution=64, downsample_mode="4x"),
     "ovis2": lambda: hf.Ovis2ImageProcessor(size={"height": 32, "width": 32}),
     "deepseek_vl": lambda: hf.DeepseekVLImageProcessor(size=SQUARE),
     "paligemma": lambda: hf.SiglipImageProcessor(size=SQUARE),

@@ -12,6 +12,7 @@ from tests.models.families import FAMILIES
 UNLIKE = (
     "gemma3",
     "gemma4",
+    "gemma4_unified",
     "paligemma",
     "aya_vision",
     "cohere2_vision",
@@ -19,11 +20,12 @@ UNLIKE = (
     "qwen3_5_moe",
     "lfm2_vl",
     "lfm3_vl",
+    "minicpm_ocr",
     "minicpmv4_6",
     "minicpmv4_7",
 )
 REFUSED = dict.fromkeys(UNLIKE, "--metric generated") | dict.fromkeys(
-    ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker"), "deepstack"
+    ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni"), "deepstack"
 )
 
 

@@ -32,6 +32,8 @@ def refused(match):
             "chunked_attention layers, which nobody has checked; use",
         ),
         (hf.DeepseekOcr2Config(), "deepseek_ocr2 are not supported, with visual tokens that are learned queries.*use"),
+        (hf.Idefics2Config(), "idefics2 are not supported, with visual tokens that are learned queries.*use"),
+        (hf.Florence2Config(), "florence2 are not supported, with images that go through an encoder of text.*use"),
         (hf.Gemma3nConfig(), "gemma3n are not supported, with several copies of each hidden state.*use"),
         (hf.Granite4VisionConfig(), "granite4_vision are not supported, with image tokens that are empty.*use"),
         (hf.Phi4MultimodalConfig(), "phi4_multimodal are not supported, with images that the decoder itself.*use"),
