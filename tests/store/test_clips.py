@@ -1,6 +1,7 @@
 """Clips as people have them: which frames are shown, known by their colour, and what is refused by name."""
 
 import json
+import struct
 import types
 
 import numpy as np
@@ -44,6 +45,26 @@ def test_frames_are_found_by_their_time(tmp_path):
     """A clip that stands still for a second: its frames are of different lengths."""
     path = clip(tmp_path / "a.webm", count=4, times=[0, 2, 12, 14])
     assert numbers(read_video(path, lambda info: [0, 3, 8, 13])) == [0, 1, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "corner"),
+    [((1, 0, 0, 1), "top left"), ((0, 1, -1, 0), "top right"), ((-1, 0, 0, -1), "bottom right"),
+     ((0, -1, 1, 0), "bottom left")],
+)  # fmt: skip
+def test_a_clip_is_turned_as_phones_say(tmp_path, matrix, corner):
+    """By the matrix (a, b, c, d) of its track: x' = a x + c y, y' = b x + d y. The corner that was top left is bright."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:16, :16] = 255
+    path = clip(tmp_path / "a.mp4", count=3, picture=picture)
+    data, (a, b, c, d) = path.read_bytes(), (2**16 * value for value in matrix)
+    start = data.index(b"tkhd") + 44  # version and flags, five numbers, and what precedes the matrix
+    assert data[start : start + 36] == struct.pack(">9i", 2**16, 0, 0, 0, 2**16, 0, 0, 0, 2**30)
+    path.write_bytes(data[:start] + struct.pack(">9i", a, b, 0, c, d, 0, 0, 0, 2**30) + data[start + 36 :])
+    [frame, *_] = read_video(path)
+    assert frame.size == ((64, 48) if b == 0 else (48, 64))
+    row, col = (-5 if word in ("bottom", "right") else 4 for word in corner.split())
+    assert np.asarray(frame)[row, col].min() > 200 and np.asarray(frame).mean() < 60
 
 
 def test_few_frames_of_a_long_clip_are_decoded(tmp_path, monkeypatch):
