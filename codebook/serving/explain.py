@@ -211,14 +211,14 @@ def router(state: ModelState) -> APIRouter:
     routes, preparer = APIRouter(dependencies=[Depends(without_query)]), Preparer(state)
     threads = Threads(1, "codebook-explain")
 
-    def prepare(body: bytes) -> tuple[ExplainRequest, Job, Schedule, Picture.Image]:
+    def prepare(body: bytes, deadline: float) -> tuple[ExplainRequest, Job, Schedule, Picture.Image]:
         asked = parse_request(body, ExplainRequest)
         parts = [part for turn in asked.messages for part in turn.content if isinstance(part, ImagePart)]
         if len(parts) != 1:
             raise ServiceError(422, f"{len(parts)} images: an explanation is of one", None, "messages")
         shared = {"messages": asked.messages, "model": asked.model, "max_tokens": asked.max_tokens}
         chat = ChatRequest.model_validate(shared)
-        job, [picture] = preparer.prepare(chat, time.monotonic() + state.limits.seconds)
+        job, [picture] = preparer.prepare(chat, deadline)
         try:
             schedule = chosen_schedule(state, asked.method, asked.keep)
         except CodebookError as error:
@@ -231,7 +231,7 @@ def router(state: ModelState) -> APIRouter:
         return await unless_left(request, answered(await whole_body(request), wants_picture))
 
     async def answered(body: bytes, wants_picture: bool) -> Response:
-        reading = threads.run(prepare, body)
+        reading = threads.run(prepare, body, time.monotonic() + state.limits.seconds)
         del body  # of megabytes, while the answer is waited for
         asked, job, schedule, picture = await reading
         book = _codebook(schedule)

@@ -22,7 +22,7 @@ from codebook.serving.limits import Limits
 from codebook.store.files import one_line
 from codebook.store.pictures import MOST_PIXELS, decode_image
 
-PORTS = {"http": 80, "https": 443}
+PORTS, LAST_PORT = {"http": 80, "https": 443}, 65535
 HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
 
 
@@ -36,7 +36,7 @@ def read_hosts(names: Iterable[str]) -> tuple[str, ...]:
     """
     names = tuple(name.lower() for name in names)
     for name in names:
-        if not HOST.fullmatch(name):
+        if not HOST.fullmatch(name) or int(name.rpartition("]")[2].partition(":")[2] or 0) > LAST_PORT:
             raise CodebookError(f"{quoted(name)} is no host: give a name or an address, with a port if need be")
     return names
 

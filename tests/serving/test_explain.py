@@ -1,7 +1,9 @@
 """Explanations over HTTP: the kept tokens and answers of `ask`, and the prototypes that dropped patches are like."""
 
 import io
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx2 as httpx
 import numpy as np
@@ -21,10 +23,13 @@ from codebook.pruning.methods.base import ScoringPruner
 from codebook.pruning.stage import Stage
 from codebook.serving.errors import ServiceError
 from codebook.serving.explain import explain_job
+from codebook.serving.limits import Limits
 from codebook.serving.model_thread import Job
+from codebook.serving.preparing import Preparer
 from codebook.store.codebook import Codebook
 from codebook.store.shipped import prebuilt
 from tests.models.families import FAMILIES
+from tests.serving.running import Service, wait
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +124,30 @@ def test_what_is_refused(asked, sample):
         assert answer.status_code == status and words in answer.json()["error"]["message"], answer.text
     answer = asked({"Accept": "image/png"}, messages=turns)
     assert answer.status_code == 422 and "too long to be drawn" in answer.json()["error"]["message"]
+
+
+def test_the_time_counts_from_the_acceptance(loaded, sample, monkeypatch):
+    """Also while the thread is not free that reads the request: here a first one has it for longer than the limit."""
+    stock, release, seen = Preparer.prepare, threading.Event(), []
+
+    def slow(*given):
+        seen.append(given)
+        release.wait(30)
+        return stock(*given)
+
+    monkeypatch.setattr(Preparer, "prepare", slow)
+    running = Service(*loaded, limits=Limits(seconds=1))
+    try:
+        with ThreadPoolExecutor(2) as clients:
+            asked = [
+                clients.submit(httpx.post, f"{running.url}/v1/explain", json=body(sample), timeout=60) for _ in range(2)
+            ]
+            wait(lambda: seen and running.state.active == 2)
+            time.sleep(1.1)
+            release.set()
+            assert [one.result().status_code for one in asked] == [503, 503]
+    finally:
+        running.stop()
 
 
 class Spy(ScoringPruner):

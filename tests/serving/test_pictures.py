@@ -154,7 +154,8 @@ def test_a_name_that_is_not_there_is_one_line(monkeypatch):
     assert "cannot fetch it: " in refused("https://images.example/a.png", ["images.example"])
 
 
-@pytest.mark.parametrize("name", ["https://images.example", "a/b", "", "*", "a b", "images.example:", "user@host"])
+@pytest.mark.parametrize("name", ["https://images.example", "a/b", "", "*", "a b", "images.example:", "user@host",
+                                  "a:65536", "[::1]:99999"])  # fmt: skip
 def test_hosts_that_are_none(name):
     with pytest.raises(CodebookError, match="is no host"):
         read_hosts([name])

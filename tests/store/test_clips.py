@@ -53,7 +53,7 @@ def test_frames_are_found_by_their_time(tmp_path):
      ((0, -1, 1, 0), "bottom left")],
 )  # fmt: skip
 def test_a_clip_is_turned_as_phones_say(tmp_path, matrix, corner):
-    """By the matrix (a, b, c, d) of its track: x' = a x + c y, y' = b x + d y. The corner that was top left is bright."""
+    """By the matrix (a, b, c, d) of its track: x' = a x + c y, y' = b x + d y. What was top left is bright."""
     picture = np.zeros((48, 64, 3), np.uint8)
     picture[:16, :16] = 255
     path = clip(tmp_path / "a.mp4", count=3, picture=picture)
