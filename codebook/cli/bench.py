@@ -84,11 +84,14 @@ def bench_command(
     from codebook.evaluation import bench, report
     from codebook.inference.overlay import shown_part
     from codebook.pruning.plan import Plan
+    from codebook.pruning.text import UNPRUNED
     from codebook.store.files import write_text
 
     chosen, budgets = parse_methods(methods), _parse_budgets(keep)
     # A schedule file stands for its text in `chosen`; so it does here.
     opponent = None if against is None else Plan(against).schedule
+    if opponent == UNPRUNED:
+        raise CodebookError("every row is compared with the unpruned model as it is: leave --against out")
     if opponent not in (None, *chosen, *bench.BASELINES):
         raise CodebookError(f"--against {against} is none of the methods: add it to --methods")
     sizes = () if throughput is None else _parse_sizes(throughput)

@@ -58,6 +58,7 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
         (["--methods", "uniform", "--part", "3/2"], ["'3/2'", "1/4"]),
         (["--methods", "uniform", "--throughput", "1,0"], ["'1,0'", "1,8,32"]),
         (["--methods", "fastv@11, divprune@11", "--keep", "0.1"], ["no method is left to measure", "out of reach"]),
+        (["--methods", "uniform", "--against", "unpruned"], ["every row is compared with the unpruned model as it is"]),
         (["--methods", "uniform", "--against", "codebook"], ["--against codebook", "--methods"]),
     ],
 )
