@@ -87,9 +87,7 @@ def calibrate_command(
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
     journal = out.with_suffix(".journal.sqlite")
     with progress("calibrate", calibration.most_answers(len(found), ordered), "answers") as tick:
-        result = calibration.calibrate(
-            loaded, processor, samples, plain, found, seed=seed, file=journal, done=tick
-        )  # fmt: skip
+        result = calibration.calibrate(loaded, processor, samples, plain, found, seed=seed, file=journal, done=tick)
     report = describe(loaded, result.schedule) | {"plain": str(plain), "data": data, "samples": len(samples)}
     report |= {"confirmed": result.confirmed, "result": str(result), **result.evidence()}
     with replacing(out) as temporary:

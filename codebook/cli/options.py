@@ -46,7 +46,7 @@ MethodsOption = Annotated[
     str, typer.Option(help="Methods, presets, hybrids or schedule files, separated by commas (see `codebook list`).")
 ]
 
-DATA = "`miniature`, miniature:FAMILY, or JSONL of {image | images, question, answer, task}; the last two are optional."
+DATA = "`miniature`, miniature:FAMILY, or JSONL of {image|images|video, question, answer, task}, the last two optional."
 DataOption = Annotated[str, typer.Option(help=DATA)]
 CountOption = Annotated[int, typer.Option(min=1, help="Samples per task family of the miniature's.")]
 SecondsOption = Annotated[

@@ -54,7 +54,9 @@ def prune_command(
     show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option("--input", help="JSONL of {image | images, question}; paths relative to it. Run again to resume."),
+        typer.Option(
+            "--input", help="JSONL of {image|images|video, question}; paths relative to it. Run again to resume."
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of answers, or safetensors with --tokens.")] = None,
     tokens: Annotated[

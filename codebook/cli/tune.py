@@ -119,9 +119,7 @@ def tune_command(
             labels, files = _labelled(model, samples, out, count, loading)
         note("tune 3/5: information horizon")
         if not (out / HORIZON_PART / "horizon.json").exists():
-            horizon_command(
-                model=model, data=files[0], out=out / HORIZON_PART, metric=metric, count=count, **common
-            )  # fmt: skip
+            horizon_command(model=model, data=files[0], out=out / HORIZON_PART, metric=metric, count=count, **common)
         put_horizon(out / CODEBOOK_PART, carried_horizon(out / HORIZON_PART, None))
         note("tune 4/5: schedule")
         if not (out / SCHEDULE_PART).exists():
