@@ -329,8 +329,7 @@ def make_datasets(folder: Path) -> None:
     for part in ("human", "augmented"):
         put(f"chartqa/test/test_{part}.json", [{"imgname": "c.png", "query": "q", "label": "7"}])
     put("ocrbench/OCRBench_Images/o.png")
-    put("ocrbench/OCRBench.json",
-        [{"dataset_name": "svt", "image_path": "o.png", "question": "q", "answers": ["red"]}])  # fmt: skip
+    put("ocrbench/OCRBench.json", [{"dataset_name": "svt", "image_path": "o.png", "question": "q", "answers": ["red"]}])
     put("chair/val2014/1.jpg")
     put("chair/instances_val2014.json", {
         "images": [{"id": 1, "file_name": "1.jpg"}], "categories": [{"id": 2, "name": "cat"}],

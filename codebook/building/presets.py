@@ -170,4 +170,4 @@ def settings_for(model: Model) -> Settings:
     kind, probed = auto(family.grid(model), family.has_cls(model))
     return Settings(
         candidates=kind, tau_p=None, tau_j=None, max_cluster_size=max(1, round(probed * 8 / 96)), clusters=None
-    )  # fmt: skip
+    )

@@ -1,7 +1,7 @@
 """A small vision-language model of our own, on which visual-token pruning can be measured anywhere.
 
-A stock ``LlavaForConditionalGeneration``, trained from scratch on procedural scenes; see ``docs/miniature.md``.
-``codebook.load("miniature")`` loads it. Importing this module does not import torch.
+A stock `LlavaForConditionalGeneration`, trained from scratch on procedural scenes; see `docs/miniature.md`.
+`codebook.load("miniature")` loads it. Importing this module does not import torch.
 """
 
 from __future__ import annotations

@@ -1,18 +1,16 @@
 """`eyes`: the miniature's vision tower before a real, pretrained language model; architecture, processor and parts.
 
-A stock ``LlavaForConditionalGeneration``: the tower, a projector of two layers, and SmolLM2-135M-Instruct with a
+A stock `LlavaForConditionalGeneration`: the tower, a projector of two layers, and SmolLM2-135M-Instruct with a
 low-rank update (LoRA, https://arxiv.org/abs/2106.09685) on every matrix of its layers. What was trained is small and
-ships with the package; `assemble` puts it onto the language model. See ``docs/miniature.md``.
+ships with the package; `assemble` puts it onto the language model. See `docs/miniature.md`.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from codebook.miniature.model import VISION, scene_processor
+from codebook.miniature.model import VISION, drafting, scene_processor
 from codebook.miniature.scenes import GRID, IMAGE_SIDE, PATCH
 from codebook.miniature.tasks import PLACES
 from codebook.models.assembly import PARTS_FILE, PROJECTOR, TOWER, merged
@@ -116,17 +114,12 @@ def write_weights(built: LlavaForConditionalGeneration, file: Gguf, parts: dict[
     """Write a folder that `load` puts together: what was trained, in half precision, and all small files."""
     from safetensors.torch import save_file
 
-    draft = folder.with_name(folder.name + ".writing")
-    shutil.rmtree(draft, ignore_errors=True)
-    eyes_processor(file).save_pretrained(draft)
-    (draft / "tokenizer.json").unlink()  # of the language model, and large
-    built.config.dtype = "float32"
-    built.config.architectures = [type(built).__name__]
-    built.config.save_pretrained(draft)
-    built.generation_config.save_pretrained(draft)
-    halves = {name: part.detach().half().cpu().contiguous() for name, part in parts.items()}
-    save_file(halves, draft / PARTS_FILE, metadata={"format": "pt", "language_model": GGUF_SHA256})
-    folder.mkdir(parents=True, exist_ok=True)
-    for made in draft.iterdir():
-        os.replace(made, folder / made.name)
-    draft.rmdir()
+    with drafting(folder) as draft:
+        eyes_processor(file).save_pretrained(draft)
+        (draft / "tokenizer.json").unlink()  # of the language model, and large
+        built.config.dtype = "float32"
+        built.config.architectures = [type(built).__name__]
+        built.config.save_pretrained(draft)
+        built.generation_config.save_pretrained(draft)
+        halves = {name: part.detach().half().cpu().contiguous() for name, part in parts.items()}
+        save_file(halves, draft / PARTS_FILE, metadata={"format": "pt", "language_model": GGUF_SHA256})

@@ -98,10 +98,10 @@ class Packer:
 
         Returns
         -------
-        kind, and arrays of R rows with N places for images and L tokens: ``pixels`` uint8 (R * N, 96, 96, 3);
-        int64 (R, L) ``tokens``, ``segment`` (0 the prefix, then the questions, -1 nothing), ``position``, ``target``
-        (-100 where nothing is learned), ``family`` (index into LABELS, -1 for none); ``hidden`` bool (R, L);
-        ``weight`` float32 (R, L), of the target in the loss; ``where`` int64 (T,), the places that have a target,
+        kind, and arrays of R rows with N places for images and L tokens: `pixels` uint8 (R * N, 96, 96, 3);
+        int64 (R, L) `tokens`, `segment` (0 the prefix, then the questions, -1 nothing), `position`, `target`
+        (-100 where nothing is learned), `family` (index into LABELS, -1 for none); `hidden` bool (R, L);
+        `weight` float32 (R, L), of the target in the loss; `where` int64 (T,), the places that have a target,
         counted through all rows.
         """
         kind = kind or self.kind(step)

@@ -94,11 +94,11 @@ def train_eyes(
     every: float = 60.0,
     **options: Any,
 ) -> Path:
-    """Train, write ``out/weights`` and, unless `count` is 0, ``out/accuracy.json``; return the folder of the weights.
+    """Train, write `out/weights` and, unless `count` is 0, `out/accuracy.json`; return the folder of the weights.
 
     Parameters
     ----------
-    out : folder for ``checkpoint.pt``, ``recipe.json`` and ``log.jsonl``, too; run again to go on
+    out : folder for `checkpoint.pt`, `recipe.json` and `log.jsonl`, too; run again to go on
     language : SmolLM2's GGUF
     device : "cpu" or "cuda"; default a GPU if there is one
     makers : processes that draw scenes; 0 for none but this one; default: up to 12

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,15 +159,15 @@ def initialise(built: LlavaForConditionalGeneration) -> None:
         embeddings.position_embedding.weight[1:] = _sines(VISION["hidden_size"])
 
 
-def _mimetic(query, key, heads: int, noise: float = 0.7, identity: float = 0.7) -> None:
-    """Factor ``noise * Z + identity * I`` into each head's query and key, Z of unit spectral scale."""
+def _mimetic(query, key, heads: int) -> None:
+    """Factor `0.7 * Z + 0.7 * I` into each head's query and key, Z of unit spectral scale."""
     import torch
 
     width = query.in_features
     size = width // heads
     with torch.no_grad():
         for head in range(heads):
-            target = noise * torch.randn(width, width) / width**0.5 + identity * torch.eye(width)
+            target = 0.7 * torch.randn(width, width) / width**0.5 + 0.7 * torch.eye(width)
             left, scale, right = torch.linalg.svd(target)
             rows = slice(head * size, (head + 1) * size)
             root = scale[:size].sqrt()
@@ -186,22 +188,28 @@ def _sines(width: int):
 
 
 def save(built: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write a folder that ``from_pretrained`` loads: weights rounded to float16, computed in float32.
+    """Write a folder that `from_pretrained` loads: weights rounded to float16, computed in float32.
 
     float16 halves the file and keeps 11 bits; config.json says float32, so that nobody computes in half
     precision on a processor without it.
     """
     from safetensors.torch import load_file, save_file
 
-    folder = Path(folder)
+    with drafting(Path(folder)) as draft:
+        built.save_pretrained(draft)
+        processor().save_pretrained(draft)
+        weights = draft / "model.safetensors"
+        save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+        config = json.loads((draft / "config.json").read_text())
+        assert config["dtype"] == "float32", config["dtype"]
+
+
+@contextlib.contextmanager
+def drafting(folder: Path) -> Iterator[Path]:
+    """A folder to write into; its files take their places in `folder` when all of them are whole."""
     draft = folder.with_name(folder.name + ".writing")
     shutil.rmtree(draft, ignore_errors=True)
-    built.save_pretrained(draft)
-    processor().save_pretrained(draft)
-    weights = draft / "model.safetensors"
-    save_file({k: v.half() for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    config = json.loads((draft / "config.json").read_text())
-    assert config["dtype"] == "float32", config["dtype"]
+    yield draft
     folder.mkdir(parents=True, exist_ok=True)
     for file in draft.iterdir():
         os.replace(file, folder / file.name)

@@ -80,13 +80,13 @@ class Muon:
             buffer.copy_(saved)
 
 
-def orthogonal(matrices: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """Push the singular values of each matrix (N, rows, columns) towards 1 by Newton-Schulz steps."""
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Push the singular values of each matrix (N, rows, columns) towards 1 by five Newton-Schulz steps."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):
         square = x @ x.mT
         x = a * x + (b * square + c * square @ square) @ x
     return x.mT if tall else x

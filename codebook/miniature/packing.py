@@ -217,7 +217,7 @@ def answer_logits(built: LlavaForConditionalGeneration, visual: torch.Tensor, pa
 
     Parameters
     ----------
-    visual : float (B * N, 144, 160), the projected tokens; those not in ``packed.kept`` are left out
+    visual : float (B * N, 144, 160), the projected tokens; those not in `packed.kept` are left out
 
     Returns
     -------

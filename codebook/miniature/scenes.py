@@ -1,6 +1,6 @@
 """Procedural scenes: coloured shapes and handwritten numbers on a textured background, alone, in albums and in films.
 
-Everything is integer arithmetic over ``numpy.random.Generator(PCG64)``, so that a scene is the same
+Everything is integer arithmetic over `numpy.random.Generator(PCG64)`, so that a scene is the same
 bytes on every machine: a measurement on seed 7 can be repeated anywhere.
 """
 
@@ -199,8 +199,8 @@ def labels(picture: Scene) -> dict[str, np.ndarray]:
 
     Returns
     -------
-    dict of int64 arrays of shape (144,), -1 where there is nothing: ``shape`` (index into SHAPES),
-    ``color`` (index into COLORS), ``digit``; and ``box``, float32 (144, 4): the distances from the
+    dict of int64 arrays of shape (144,), -1 where there is nothing: `shape` (index into SHAPES),
+    `color` (index into COLORS), `digit`; and `box`, float32 (144, 4): the distances from the
     patch's centre to the left, top, right, bottom of what it shows, in sides of the image.
     """
     out = {name: np.full(GRID * GRID, -1) for name in ("shape", "color", "digit")}

@@ -103,13 +103,13 @@ def train(
     workers: int | None = None,
     **options,
 ) -> Path:
-    """Train a miniature and return the folder of its weights, ``out/weights``.
+    """Train a miniature and return the folder of its weights, `out/weights`.
 
     Parameters
     ----------
-    out : folder for ``checkpoint.pt``, ``recipe.json``, ``log.jsonl`` and ``weights/``
+    out : folder for `checkpoint.pt`, `recipe.json`, `log.jsonl` and `weights/`
     steps : steps of the last stage; the others take no more than that
-    resume : go on from ``out/checkpoint.pt`` if there is one
+    resume : go on from `out/checkpoint.pt` if there is one
     device : "cpu" or "cuda"; default a GPU if there is one
     workers : processes of one thread each (on a CPU, two of one thread are faster than one of two); default: 1 on a
         GPU, else up to 2
@@ -283,7 +283,7 @@ class Run:
         self.save(export=True)
 
     @torch.no_grad()
-    def _settle(self, norm: float = 12.0) -> None:
+    def _settle(self) -> None:
         """Scale the projector, so that visual tokens enter the language model with a mean norm of 12.
 
         The vision stage asks for directions only and leaves norms near 100: far more than what a layer
@@ -291,7 +291,7 @@ class Run:
         """
         packed = packing.batch(32, self.recipe.seed, 0, 0).to(self.device)
         projector = self.model.model.multi_modal_projector
-        factor = norm / projector(packing.see(self.model, packed.pixels)[0]).norm(dim=-1).mean()
+        factor = 12 / projector(packing.see(self.model, packed.pixels)[0]).norm(dim=-1).mean()
         projector.linear_2.weight.mul_(factor)
         projector.linear_2.bias.mul_(factor)
 

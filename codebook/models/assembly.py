@@ -35,7 +35,7 @@ LARGEST_PARTS = 2**26
 """Most bytes of one."""
 
 TOWER, PROJECTOR, LORA = "vision_tower.", "multi_modal_projector.", "lora."
-"""Beginnings of the parts' names; a low-rank factor is ``lora.q_proj.a`` or ``.b``, all layers in one tensor."""
+"""Beginnings of the parts' names; a low-rank factor is `lora.q_proj.a` or `.b`, all layers in one tensor."""
 
 HASHES = "assembled.json"
 """Name of the file with the hashes of the others, by which damage is seen."""

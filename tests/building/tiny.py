@@ -56,4 +56,4 @@ def build_tiny(images, out, told):
     torch.set_num_threads(1)
     build(
         model(), processor(), images, out, model_id="tiny", settings=settings(), progress=lambda state: told(state.done)
-    )  # fmt: skip
+    )

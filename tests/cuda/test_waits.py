@@ -81,9 +81,9 @@ def test_a_pruned_forward_waits_only_to_find_its_images(name, capsys):
     target, inputs = model(name, "sdpa", DEVICE), moved(FAMILIES[name].inputs(ROWS["several"][:1]))
     width = target.get_input_embeddings().weight.shape[1]
     book = Codebook(torch.randn(7, width, generator=torch.Generator().manual_seed(5)))
-    schedule = Schedule([
-        Stage(0, 0.5, SeededFarthestPoint(book), mass=True), Stage(1, 0.4, FastV()), Stage(2, 0.25, Random())
-    ])  # fmt: skip
+    schedule = Schedule(
+        [Stage(0, 0.5, SeededFarthestPoint(book), mass=True), Stage(1, 0.4, FastV()), Stage(2, 0.25, Random())]
+    )
     step = {"input_ids": inputs["input_ids"][:, -1:]}
 
     def run():

@@ -156,7 +156,7 @@ DAMAGE = {
     "a gigabyte of zeros": (sparse("config.json"), "config.json has 1,073,741,824 bytes, more than"),
     "a huge template": (sparse("chat_template.jinja"), "chat_template.jinja has 1,073,741,824 bytes, more than"),
     "no processor": (removed("processor_config.json"), "cannot load.*processor"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", DAMAGE)

@@ -258,9 +258,7 @@ def test_before_the_llm_equals_tokens_removed_by_hand_bit_for_bit(model, one):
 def test_compact_positions_equal_a_genuinely_short_prompt(model, one):
     schedule = Schedule(SCHEDULES["pre"].stages, positions="compact")
     with schedule(model) as pruning:
-        out = model.generate(
-            **one, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
-        )  # fmt: skip
+        out = model.generate(**one, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True)
     columns = (one["input_ids"][0] == model.config.image_token_id).nonzero().flatten()[pruning.kept[0][0]]
     left = torch.cat([(one["input_ids"][0] != model.config.image_token_id).nonzero().flatten(), columns]).sort().values
     embeds = reference.merged(model, one["input_ids"], one["pixel_values"])[:, left]
