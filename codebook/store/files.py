@@ -205,15 +205,12 @@ def read_tensor_bytes(path: Path, remedy: str) -> bytes:
     The header of a large file is looked at before the rest is read: one that is full of nothing is refused at once.
     """
     try:
-        os.close(open_regular(path, LARGEST_TENSORS))
-        if path.stat().st_size > LARGEST_JSON:
+        if is_file(path) and LARGEST_JSON < path.stat().st_size <= LARGEST_TENSORS:
             with safe_open(path, framework="pt"):
                 pass
-        return read_bytes(path, LARGEST_TENSORS)
-    except FileNotFoundError:
-        raise CodebookError(f"cannot read {path}: no {path.name} in {path.parent}; {remedy}") from None
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
+    return read_whole(path, remedy, LARGEST_TENSORS)
 
 
 def sha256(path: Path) -> str:
