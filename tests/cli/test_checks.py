@@ -185,7 +185,7 @@ def test_a_folder_without_a_codebook(refused, place, monkeypatch, command):
 
 
 @pytest.mark.parametrize("command, words", [
-    (["calibrate", "miniature", "--data", "miniature", "--keep", ".2", "--count", "1", "--out", "new.json"], ["few"]),
+    (["calibrate", "miniature", "--data", "miniature", "--keep", ".2", "--count", "1", "--out", "a.json"], ["give 18"]),
     (["miniature", "evaluate", "--look", "odd"], ["'odd'", "plain"]),
     (["horizon", "miniature", "--data", "miniature", "--split", "odd"], ["'odd'", "train"]),
     (["bench", "miniature", "--methods", "uniform", "--out", "new", "--data", "miniature:odd"], ["'odd'"]),
