@@ -67,9 +67,17 @@ class MiniCPMV46(AnySize):
 
     def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
         images = processor.image_processor
-        side = any_size.VIEW_SIDE * {"16x": 4, "4x": 2}[images.downsample_mode] * images.patch_size
+        patches = any_size.VIEW_SIDE * {"16x": 4, "4x": 2}[images.downsample_mode]
+        side = patches * images.patch_size
+        # do_resize=False would end in an error of some of the stock classes.
         square = picture.resize((side, side))
-        return images(images=square, do_resize=False, slice_mode=False, return_tensors="pt")["pixel_values"]
+        made = images(images=square, scale_resolution=side, slice_mode=False, return_tensors="pt")
+        if made["target_sizes"].tolist() != [[patches, patches]]:
+            raise CodebookError(
+                f"the processor makes other sizes of a picture of {side} x {side} pixels: let it keep them, by "
+                "small_image_upsize='always'"
+            )
+        return made["pixel_values"]
 
     def view_arguments(self, model: Model, pixel_values: Tensor) -> dict[str, Any]:
         side = any_size.VIEW_SIDE * self.merge(model)

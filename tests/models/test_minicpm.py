@@ -1,9 +1,14 @@
 """What only MiniCPM-V has: crops with places, frames and crops of one video, and another mode for a call."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import transformers as hf
+from PIL import Image
 
 from codebook import models
+from codebook.errors import CodebookError
 from codebook.models import any_size
 from codebook.pruning import Random, Schedule, Stage
 from tests import reference
@@ -78,3 +83,19 @@ def test_a_probe_has_the_positions_of_the_tokens_around_its_image(tiny, after, m
     embeds[:, at : at + 16] = family.image_features(target, inputs["pixel_values"])[0]
     answer = family.answer(target, embeds, at, (4, 4))
     assert (answer - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+class Larger(hf.MiniCPMV4_6ImageProcessor if NAMES else object):
+    """As MiniCPM-OCR's where it enlarges small letters."""
+
+    def __call__(self, images, scale_resolution, **options):
+        return super().__call__(images, scale_resolution=2 * scale_resolution, **options)
+
+
+def test_a_processor_that_enlarges_the_view_is_refused(tiny, monkeypatch):
+    monkeypatch.setattr(any_size, "VIEW_SIDE", 4)
+    processor = SimpleNamespace(image_processor=Larger(patch_size=4))
+    with pytest.raises(
+        CodebookError, match="other sizes of a picture of 64 x 64 pixels: .*small_image_upsize='always'"
+    ):
+        models.family(model(tiny.name, "sdpa")).view(processor, Image.new("RGB", (50, 30)))
