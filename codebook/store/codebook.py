@@ -97,6 +97,9 @@ class Codebook:
         For tokens on the CPU and codebooks of 20 000 prototypes or more, loaded from a folder, FAISS searches a part of
         the codebook: at least 0.999 of all keep decisions are those of the exact search (docs/building.md).
 
+        A token is like nothing if its length is below 1e-12, or above 1e18, whose square float32 may not hold. To scale
+        such tokens first would copy all tokens of every image; the normalisation of a decoder takes them for zeros too.
+
         Parameters
         ----------
         tokens : (..., d) float of any precision, on any device
