@@ -5,6 +5,7 @@ import copy
 import json
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import httpx
@@ -16,7 +17,7 @@ from codebook.miniature.samples import of_miniature
 from codebook.serving import chat, protocol
 from codebook.serving.errors import ServiceError
 from codebook.serving.limits import Limits
-from codebook.serving.model_thread import Errand
+from codebook.serving.model_thread import ModelThread
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import ChatRequest
 from tests.serving.running import Service, wait
@@ -311,21 +312,32 @@ def test_a_full_queue_refuses_and_draining_refuses(loaded):
         running.stop()
 
 
-def test_what_is_cut_off_when_the_service_ends_is_told_so(loaded, capfd):
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_cut_off_when_the_service_ends_is_told_so(loaded, monkeypatch, capfd, caplog, stream):
+    """A stream that has begun breaks off; and what the model goes on to say finds nobody, quietly."""
+    stock, begun, held = ModelThread._generate, threading.Event(), threading.Event()
+
+    def slow(*given):
+        begun.set()
+        held.wait(30)
+        return stock(*given)
+
+    monkeypatch.setattr(ModelThread, "_generate", slow)
     running = Service(*loaded, limits=Limits(upload_seconds=1))
-    held, got = threading.Event(), []
-    body = sample_body(of_miniature("test", 0, 1, ["ocr"])[0])
-    running.state.model_thread.submit(Errand(lambda: held.wait(30)))
-    url = f"{running.url}/v1/chat/completions"
-    asking = threading.Thread(target=lambda: got.append(httpx.post(url, json=body, timeout=60)))
-    asking.start()
-    wait(lambda: running.state.active)
-    running.server.should_exit = True
-    asking.join(60)
+    body = sample_body(of_miniature("test", 0, 1, ["ocr"])[0], stream=stream)
+    with ThreadPoolExecutor(1) as client:
+        asked = client.submit(httpx.post, f"{running.url}/v1/chat/completions", json=body, timeout=60)
+        wait(begun.is_set)
+        running.server.should_exit = True
+        if stream:
+            with pytest.raises(httpx.RemoteProtocolError):
+                asked.result(60)
+        else:
+            assert asked.result(60).status_code == 503 and asked.result().json()["error"]["code"] == "draining"
+    running._thread.join(30)
     held.set()
     running.stop()
-    assert got[0].status_code == 503 and got[0].json()["error"]["code"] == "draining"
-    assert "Traceback" not in capfd.readouterr().err
+    assert "Traceback" not in capfd.readouterr().err and not [one for one in caplog.records if one.exc_info]
 
 
 def test_connections_are_limited(service, target, monkeypatch):
