@@ -96,6 +96,6 @@ def test_a_processor_that_enlarges_the_view_is_refused(tiny, monkeypatch):
     monkeypatch.setattr(any_size, "VIEW_SIDE", 4)
     processor = SimpleNamespace(image_processor=Larger(patch_size=4))
     with pytest.raises(
-        CodebookError, match="other sizes of a picture of 64 x 64 pixels: .*small_image_upsize='always'"
+        CodebookError, match=r"other sizes of a picture of 64 x 64 pixels: .*small_image_upsize='always'"
     ):
         models.family(model(tiny.name, "sdpa")).view(processor, Image.new("RGB", (50, 30)))
