@@ -158,6 +158,12 @@ def extend(
         raise CodebookError(
             f"{folder} was built in {book.config['dtype']} and the model is {model.dtype}: change --dtype"
         )
+    grid = models.family(model).grid(model)
+    if book.config["grid"] != list(grid):
+        raise CodebookError(
+            f"{folder} was built with {' x '.join(map(str, book.config['grid']))} visual tokens of an image, and this "
+            f"model makes {grid[0]} x {grid[1]}: load it with the image size of then"
+        )
     if Path(out).resolve() == Path(folder).resolve():
         raise CodebookError(f"{out} is the codebook to extend: choose another --out")
     horizon = carried_horizon(Path(folder), book.config["fingerprint"])
@@ -201,7 +207,7 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
             "model": book.config["model"], "fingerprint": book.config["fingerprint"], "dtype": book.config["dtype"],
             "settings": asdict(read_settings(book.config["settings"], folder)),
             # earlier versions do not say
-            "pad": book.config.get("pad", a.config.get("pad", b.config.get("pad"))),
+            "pad": book.config.get("pad", a.config.get("pad", b.config.get("pad"))), "grid": book.config["grid"],
         } for book, folder in ((a, first), (b, second))
     ]  # fmt: skip
     keys[1]["model"] = keys[0]["model"]  # only a name
@@ -214,12 +220,13 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
     found = [book.config["pilot"] for book in (a, b) if "pilot" in book.config]
     report = {"pilot": found[0]} if found and found[0] == found[-1] else {}
     both, out, settings = pool.join(other), Path(out), read_settings(a.config["settings"], first)
+    grid = keys[0].pop("grid")
     config = {k: v for k, v in keys[0].items() if v is not None} | report
     key = {**config, "images_sha256": both.digest}
     if (complete := finished(out, requested(key))) is not None:
         return complete
     with open_journal(out, IMAGES_JOURNAL, key, _PROBED) as journal:
-        made = both.codebook(settings, {**config, "grid": a.config["grid"]})
+        made = both.codebook(settings, {**config, "grid": grid})
         if made is None:
             forget(out, [journal])
             raise CodebookError(f"no prototype left of {counted(len(both.rows), 'survivor')}: {REMEDY['recurrent']}")

@@ -180,6 +180,8 @@ class SurvivorPool:
             and features.shape == (len(rest), book.dimension)
             and len(images) == len(lines)
             and all({"image", "row", "col"} <= row.keys() and row["image"] in images for row in rows)
+            and all(row["row"] < book.config["grid"][0] and row["col"] < book.config["grid"][1] for row in rows)
+            and bool(features.isfinite().all())
             and all(_complete_record(image, images) for image in images.values())
         )
         if not fits:

@@ -108,9 +108,10 @@ def read_settings(settings: dict[str, Any], folder: Path | str) -> Settings:
     """
     try:
         return TypeAdapter(Settings).validate_json(json.dumps(settings))
-    except ValidationError as error:
+    except (ValidationError, CodebookError) as error:
+        wrong = str(error) if isinstance(error, CodebookError) else fault_words(error)
         raise CodebookError(
-            f"the settings of {folder} are not of this version ({fault_words(error)}): build the codebook again"
+            f"the settings of {folder} are not of this version ({wrong}): build the codebook again"
         ) from None
 
 

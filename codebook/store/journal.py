@@ -323,13 +323,15 @@ def differences(a: Any, b: Any) -> str:
     if not isinstance(a, dict) or not isinstance(b, dict):
         return "purpose"
     flat_a, flat_b = (_flat(record) for record in (a, b))
-    return ", ".join(k for k in flat_b if flat_a.get(k) != flat_b[k]) or "purpose"
+    return ", ".join(dict.fromkeys(k[-1] for k in flat_b if flat_a.get(k) != flat_b[k])) or "purpose"
 
 
-def _flat(record: dict[str, Any]) -> dict[str, Any]:
+def _flat(record: dict[str, Any]) -> dict[tuple[str, ...], Any]:
+    """The entries by their names, and those of `settings` by that word and theirs: both may have a `pad`."""
     settings = record.get("settings")
     inner = settings if isinstance(settings, dict) else {}
-    return {**record, **inner, "settings": None if isinstance(settings, dict) else settings}
+    outer = {(k,): v for k, v in record.items() if not (inner and k == "settings")}
+    return outer | {("settings", k): v for k, v in inner.items()}
 
 
 # Files

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from codebook import models
 from codebook.building import SurvivorPool, build, extend, merge, open_images
@@ -159,6 +160,28 @@ def test_what_cannot_grow(tiny, halves, parts, pictures, tmp_path):
         (damaged / name).write_bytes(data)
         with pytest.raises(CodebookError, match=f"{name} is damaged|images.jsonl is damaged"):
             SurvivorPool.load(damaged)
+
+
+@pytest.mark.parametrize("change, merging, extending", [
+    ({"grid": [7, 6]}, "another grid: they do not merge", "was built with 7 x 6 visual tokens.*makes 6 x 6"),
+    ({"pad": 99}, "another pad: they do not merge", "built with pad token 99"),
+    ({"grid": [6, 1]}, "it does not fit the prototypes", "it does not fit the prototypes"),
+    ({"settings": {"tau_p": 5.0}}, "settings of .*odd are not .*tau_p is 5", "settings of .*odd are not .*tau_p is 5"),
+    ({}, "it does not fit the prototypes", "it does not fit the prototypes"),
+])  # fmt: skip
+def test_what_does_not_fit_a_codebook_that_grows(tiny, halves, parts, tmp_path, change, merging, extending):
+    """A grid, a pad, a patch outside of the grid, a threshold that is none; without a change, survivors of NaN."""
+    odd = tmp_path / "odd"
+    shutil.copytree(halves[0], odd)
+    if not change:
+        features = load_file(odd / "survivors.safetensors")["features"]
+        save_file({"features": features.index_fill(0, torch.tensor([1]), torch.nan)}, odd / "survivors.safetensors")
+    reseal(odd, **change)
+    with pytest.raises(CodebookError, match=merging):
+        merge(halves[1], odd, tmp_path / "out")
+    with pytest.raises(CodebookError, match=extending):
+        extend(*tiny, odd, parts[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_sheet(tiny, pictures, halves, tmp_path):
