@@ -71,13 +71,15 @@ def test_a_misspelt_name_is_answered_by_the_nearest_ones(name):
     assert words in str(caught.value) and len(str(caught.value)) < 250
 
 
-def test_one_is_no_plural():
-    from codebook.cli.output import summary
+def test_one_is_no_plural(caplog):
+    from codebook.cli.output import note_costs
     from codebook.pruning.engine.statistics import Statistics
 
     assert [counted(n, "image") for n in (0, 1, 2)] == ["0 images", "1 image", "2 images"]
     report = {"schedule": "s", "tokens": 9, "counts": [9, 4, 4], "keep": 0.6, "flops": 0.5, "kv_bytes": 0}
-    assert "s: 9 of 9 visual tokens in layer 0, 4 in layers 1-2; averaged" in summary(report, [])
+    with caplog.at_level("INFO", logger="codebook.cli"):
+        note_costs(report, [])
+    assert caplog.messages[0] == "schedule s: 9 of 9 visual tokens in layer 0, 4 in layers 1-2"
     assert str(Statistics(1, 1, 9, 4.0)).startswith("1 image, 4 of 9 visual tokens")
 
 
