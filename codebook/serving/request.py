@@ -51,6 +51,20 @@ Off = Annotated[bool, AfterValidator(_off)]
 """False and nothing else: a literal would take 0 for it, as it would take true for 1."""
 
 
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (False, True),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"],),
+    "service_tier": ("auto", "default"),
+    "stop": ([],),
+    "logit_bias": ({},),
+    "metadata": ({},),
+}
+"""Fields that are not understood, and those of their values that change no answer here: clients send them."""
+
+
 class TextPart(Strict):
     """Text of a message."""
 
@@ -106,12 +120,17 @@ class ChatRequest(Strict):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
-    # Fields that clients send at their neutral values; others would be ignored, and are refused.
+    # Fields that clients send at their neutral values; others would be ignored, and are refused. More are in `NEUTRAL`.
     n: int = Field(1, ge=1, le=1)
     frequency_penalty: float = Field(0.0, ge=0, le=0)
     presence_penalty: float = Field(0.0, ge=0, le=0)
     logprobs: Off = False
     store: Off = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, given: Any) -> Any:
+        return {k: v for k, v in given.items() if v not in NEUTRAL.get(k, ())} if isinstance(given, dict) else given
 
     @field_validator("max_completion_tokens")
     @classmethod

@@ -123,6 +123,7 @@ def test_lengths_sampling_and_conversations(client):
     assert drawn[0] == drawn[1] and len(set(drawn)) > 1
     # The fields that clients send although they say nothing.
     neutral = {"n": 1, "temperature": 0, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "stop": None}
+    neutral |= {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "stop": []}
     again = client.chat.completions.create(**body(sample, **neutral), user="me")
     assert again.choices[0].message.content == whole.choices[0].message.content
 
