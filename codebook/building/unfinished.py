@@ -14,7 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from codebook.building.presets import read_settings
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
-from codebook.store.folder import CONFIG, read_config
+from codebook.store.folder import CONFIG, HORIZON_FILE, read_config
 from codebook.store.journal import Journal, differences
 
 UNFINISHED = ".build"
@@ -42,7 +42,9 @@ def check_folder(out: Path) -> None:
     """
     if out.exists() and not out.is_dir():
         raise CodebookError(f"{out} is a file: choose another --out")
-    if out.is_dir() and not (out / CONFIG).exists() and not (out / UNFINISHED).is_dir() and any(out.iterdir()):
+    begun = (out / CONFIG).exists() or (out / UNFINISHED).is_dir()
+    # A horizon goes along before the codebook is whole, and stays where the disk is full then.
+    if not begun and out.is_dir() and any(path.name != HORIZON_FILE for path in out.iterdir()):
         raise CodebookError(f"{out} is not empty and holds no build: choose another --out")
 
 

@@ -1,5 +1,6 @@
 """A codebook that grows is the codebook of all its images."""
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -79,9 +80,13 @@ def test_merged_equals_built_from_all(halves, tmp_path, whole):
     assert contents(tmp_path / "more") == whole and both.config["images"]["used"] == 8
 
 
-def test_the_models_horizon_goes_along(tiny, halves, parts, tmp_path, whole):
+def test_the_models_horizon_goes_along(tiny, halves, parts, tmp_path, whole, monkeypatch):
     """It is about the model and not about the images; that of another tower is left behind."""
     first, second = (Path(shutil.copytree(half, tmp_path / half.name)) for half in halves)
+
+    def full_disk(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
     curve = {"loss": [0.0], "error": [None], "layer": 0, "interval": [0, 0], "safe": 1}
 
     def put(folder, fingerprint, eps):
@@ -98,6 +103,11 @@ def test_the_models_horizon_goes_along(tiny, halves, parts, tmp_path, whole):
     for name in ("extended", "merged", "of-the-second"):
         assert contents(tmp_path / name) == whole | {"horizon.json": horizon}
     assert contents(tmp_path / "without") == whole
+    with monkeypatch.context() as full, pytest.raises(OSError):
+        full.setattr("codebook.store.codebook.Codebook.save", full_disk)
+        merge(first, second, tmp_path / "late")
+    merge(first, second, tmp_path / "late")  # the same command goes on
+    assert contents(tmp_path / "late") == whole | {"horizon.json": horizon}
     (first / "horizon.json").write_text("[]")
     with pytest.raises(CodebookError, match=r"horizon\.json.*make one with `codebook horizon --out`"):
         extend(*tiny, first, parts[1], tmp_path / "damaged")
