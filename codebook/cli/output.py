@@ -210,7 +210,10 @@ def note_costs(report: dict[str, Any], kept: list[int]) -> None:
 
 def write_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG file, whole or not at all."""
-    from codebook.store.files import replacing
+    from codebook.store.files import cannot_write, replacing
 
-    with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+    try:
+        with replacing(path) as temporary:
+            picture.save(temporary, format="PNG")
+    except OSError as error:  # of a full disk PIL does not say which file
+        raise cannot_write(path, error) from None

@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from codebook import miniature
 from codebook.cli.checks import check_output_file, check_output_folder
+from codebook.cli.output import write_picture
 from codebook.errors import CodebookError
 from codebook.models.loading import check_device
 
@@ -157,6 +159,15 @@ def test_a_read_only_disk_is_called_that(refused, place, monkeypatch):
                 refused(*command, disk / "x", words=["free space"])
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has it")
+def test_a_picture_for_which_there_is_no_space_is_named(tmp_path, monkeypatch):
+    picture = Image.new("RGB", (8, 8))
+    monkeypatch.setattr(picture, "save", lambda *_, **__: os.write(os.open("/dev/full", os.O_WRONLY), b"x"))
+    with pytest.raises(CodebookError, match=r"cannot write .*new\.png: No space left .*; free space"):
+        write_picture(picture, tmp_path / "new.png")
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_accepted(place):
