@@ -10,7 +10,6 @@ import typer
 
 from codebook.cli.options import (
     CodebookOption,
-    CountOption,
     DataOption,
     JsonOption,
     KeepOption,
@@ -47,7 +46,9 @@ def calibrate_command(
     drop: Annotated[bool, typer.Option(help="Also try to drop all tokens.")] = True,
     codebook: CodebookOption = None,
     pull: PullOption = False,
-    count: CountOption = 100,
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Samples per task family of the miniature's; default: 100.")
+    ] = None,
     seed: SeedOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -74,7 +75,7 @@ def calibrate_command(
     check_output_file(out)
     check_codebook(codebook, model, pull)
     loading.check(model)
-    samples = load_samples(data, loading.frame_rule(model), "train", seed, count)
+    samples = load_samples(data, loading.frame_rule(model), None, seed, count, 100)
     ordered = mixed(samples, seed)
     calibration.check_sample_count(ordered)
     loaded, processor = loading.load(model)

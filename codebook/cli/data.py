@@ -31,7 +31,12 @@ def is_miniature(name: str) -> bool:
 
 
 def load_samples(
-    name: str, rule: FrameRule = even_frames, split: str = "train", seed: int = 0, count: int = 50
+    name: str,
+    rule: FrameRule = even_frames,
+    split: str | None = None,
+    seed: int = 0,
+    count: int | None = None,
+    usual: int = 50,
 ) -> list[Sample]:
     """The samples of `miniature`, of `miniature:family`, or of a JSONL file; every picture of it can be read.
 
@@ -40,10 +45,13 @@ def load_samples(
     rule
         Chooses the frames of clips in a file: `Loading.frame_rule` of the model that is shown them.
     split, seed, count
-        Which of the embedded model's samples.
+        Which of the embedded model's samples, and how many per task family; None: `train`, and `usual`. A file is taken
+        whole, so that these are refused beside it.
     """
     if is_miniature(name):
-        samples = _own_samples(split, name.partition(":")[2], count, seed)
+        samples = _own_samples(split or "train", name.partition(":")[2], count or usual, seed)
+    elif chosen := [option for option, value in (("--split", split), ("--count", count)) if value is not None]:
+        raise CodebookError(f"{chosen[0]} is for the miniature's samples, and a file is taken whole: leave it out")
     elif is_file(Path(name)):
         samples = read_samples(Path(name), rule)
     else:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, cast, get_args
 
 import typer
 
-from codebook.cli.options import CountOption, DataOption, JsonOption, Loading, ModelOption, SeedOption, with_groups
+from codebook.cli.options import DataOption, JsonOption, Loading, ModelOption, SeedOption, with_groups
 from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError, counted, unknown
 
@@ -30,8 +30,10 @@ def horizon_command(
     margin: Annotated[
         int | None, typer.Option(min=0, help="Layers added for safety; default: one in sixteen, at least 1.")
     ] = None,
-    count: CountOption = 50,
-    split: Annotated[str, typer.Option(help="Which of the miniature's scenes: train or test.")] = "train",
+    count: Annotated[
+        int | None, typer.Option(min=1, help="Samples per task family of the miniature's; default: 50.")
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="Which of the miniature's scenes: train (default) or test.")] = None,
     onset: Annotated[
         bool, typer.Option("--onset", help="Also find the first layer whose text attention knows the question.")
     ] = False,
@@ -42,7 +44,7 @@ def horizon_command(
     from codebook.analysis import horizon, plot
     from codebook.analysis import onset as onset_of
     from codebook.cli.checks import check_output_folder
-    from codebook.cli.data import load_samples
+    from codebook.cli.data import is_miniature, load_samples
     from codebook.inference.samples import image_numbers, mixed
     from codebook.models.fingerprint import whole_fingerprint
     from codebook.store.files import replacing, write_text
@@ -55,7 +57,7 @@ def horizon_command(
     if out is not None:
         check_output_folder(out, (HORIZON_FILE, "horizon.png"))
     loading.check(model)
-    samples = mixed(load_samples(data, loading.frame_rule(model), split, seed, count), seed)
+    samples = mixed(load_samples(data, loading.frame_rule(model), split, seed, count, 50), seed)
     horizon.check_tasks(sample.task for sample in samples)
     if out is not None:
         plot.require_matplotlib()  # before the long work
@@ -74,7 +76,8 @@ def horizon_command(
         sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
     found = horizon.horizons(sweep, eps, margin=margin, seed=seed)
     report = {
-        "model": model, "fingerprint": whole_fingerprint(loaded), "data": data, "split": split, "seed": seed,
+        "model": model, "fingerprint": whole_fingerprint(loaded), "data": data, "seed": seed,
+        "split": (split or "train") if is_miniature(data) else None,
         "samples": len(samples), "labelled": sum(s.answer is not None for s in samples),
         "layers": sweep.layers, "start": sweep.start, "metric": metric, "eps": eps, "level": horizon.LEVEL,
         "horizons": {task: one.as_json() for task, one in found.items()}, "cost": asdict(cost),

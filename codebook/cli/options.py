@@ -48,7 +48,6 @@ MethodsOption = Annotated[
 
 DATA = "`miniature`, miniature:FAMILY, or JSONL of {image|images|video, question, answer, task}, the last two optional."
 DataOption = Annotated[str, typer.Option(help=DATA)]
-CountOption = Annotated[int, typer.Option(min=1, help="Samples per task family of the miniature's.")]
 SecondsOption = Annotated[
     float, typer.Option(min=0, max=1e9, help="Seconds to spend on timing; at least three rounds are run.")
 ]

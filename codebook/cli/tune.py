@@ -117,14 +117,15 @@ def tune_command(
             labels, files = "given", [str(data)] * 2
         else:
             labels, files = _labelled(model, samples, out, count, loading)
+        own = count if made else None  # files are taken whole
         note("tune 3/5: information horizon")
         if not (out / HORIZON_PART / "horizon.json").exists():
-            horizon_command(model=model, data=files[0], out=out / HORIZON_PART, metric=metric, count=count, **common)
+            horizon_command(model=model, data=files[0], out=out / HORIZON_PART, metric=metric, count=own, **common)
         put_horizon(out / CODEBOOK_PART, carried_horizon(out / HORIZON_PART, None))
         note("tune 4/5: schedule")
         if not (out / SCHEDULE_PART).exists():
             calibrate_command(
-                model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method=DEFAULT, count=count,
+                model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method=DEFAULT, count=own,
                 codebook=out / CODEBOOK_PART, **common,
             )  # fmt: skip
         note("tune 5/5: bench")
