@@ -67,7 +67,7 @@ CLIPS = {
     "calibrate": ["--data", "clips.jsonl", "--keep", "0.2", "--out", "out.json"],
     "horizon": ["--data", "clips.jsonl"],
     "prune": ["--video", "a.mp4", "--ask", "describe."],
-    "tune": ["--images", "images", "--data", "clips.jsonl", "--out", "out"],
+    "tune": ["--images", ".", "--data", "clips.jsonl", "--out", "out"],
 }
 """Commands that show clips, and words with which they do."""
 
@@ -82,6 +82,7 @@ def test_the_frames_of_clips_are_those_of_the_revision_that_is_loaded(refused, m
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("codebook.inference.frames.load_processor", load_processor)
     clip(tmp_path / "a.mp4", count=2, size=(16, 16))
+    Image.new("RGB", (16, 16)).save("a.png")
     record = {"video": "a.mp4", "question": "describe.", "answer": "grey"}
     (tmp_path / "clips.jsonl").write_text(json.dumps(record) + "\n")
     refused(name, "owner/name", *CLIPS[name], "--revision", "v1", words=["owner/name with {'revision': 'v1'}"])
