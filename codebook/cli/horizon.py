@@ -75,9 +75,11 @@ def horizon_command(
     with progress("horizon", len(samples), "samples") as tick:
         sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
     found = horizon.horizons(sweep, eps, margin=margin, seed=seed)
+    own = is_miniature(data)
     report = {
-        "model": model, "fingerprint": whole_fingerprint(loaded), "data": data, "seed": seed,
-        "split": (split or "train") if is_miniature(data) else None,
+        "model": model, "fingerprint": whole_fingerprint(loaded), "seed": seed,
+        "data": data if own else Path(data).name,  # no path of this machine: the file is shared with the codebook
+        "split": (split or "train") if own else None,
         "samples": len(samples), "labelled": sum(s.answer is not None for s in samples),
         "layers": sweep.layers, "start": sweep.start, "metric": metric, "eps": eps, "level": horizon.LEVEL,
         "horizons": {task: one.as_json() for task, one in found.items()}, "cost": asdict(cost),

@@ -28,6 +28,7 @@ def test_horizon(run, file, tmp_path):
     assert {"attr", "exist", "mean"} <= {line.split()[0] for line in shown.splitlines() if line}
     report = json.loads((out / "horizon.json").read_text())
     assert (report["samples"], report["labelled"], report["layers"]) == (18, 9, 12)
+    assert (report["data"], report["split"]) == ("data.jsonl", None)  # its name alone: codebooks are shared with this
     assert report["horizons"]["exist"]["full"] > 0.5 and len(report["horizons"]["mean"]["loss"]) == 12
     assert (out / "horizon.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["first-token.sqlite", "horizon.json", "horizon.png"]
