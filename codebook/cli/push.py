@@ -11,7 +11,7 @@ import typer
 
 from codebook.cli.options import JsonOption
 from codebook.cli.output import note
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, printable
 
 
 def push_command(
@@ -36,7 +36,7 @@ def push_command(
     Its README.md is its card, written anew if an option here adds to it.
     """
     from codebook.store.card import NO_LICENCE, SHEET, make_card
-    from codebook.store.files import is_file, read_whole
+    from codebook.store.files import is_file, is_folder, read_whole
     from codebook.store.folder import CARD, HORIZON_FILE, OPTIONAL, parse_book, read_folder, sealed
     from codebook.store.horizons import carried_horizon
     from codebook.store.hub import LARGEST_SHEET, check_hub_name, push_files
@@ -71,6 +71,8 @@ def push_command(
         card = read_whole(path / CARD, remedy).decode(errors="replace")
     if f"license: {NO_LICENCE}\n" in card:
         note("the card names no licence: say it with --licence, as in --licence apache-2.0")
+    if is_folder(Path(config["model"])):
+        note(f"the codebook names its model as the folder {printable(config['model'])}: all who pull it will read that")
     beside = {SHEET: picture, HORIZON_FILE: horizon}
     contents = sealed(config, files, card) | {name: data for name, data in beside.items() if data is not None}
     address = push_files(contents, repository, private=private, commit_message=message)

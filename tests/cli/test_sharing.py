@@ -127,6 +127,13 @@ def test_the_card(run, refused, hub, book, tmp_path):
     assert "license: unknown" in last(hub, "someone/fourth")["README.md"].decode()
 
 
+def test_who_pushes_hears_that_a_folder_of_this_machine_is_named(run, hub, book):
+    config = json.loads((book / "config.json").read_text())
+    assert "folder" not in run("push", book, NAME)[2]
+    (book / "config.json").write_text(json.dumps(config | {"model": str(book)}))
+    assert f"names its model as the folder {book}: all who pull it" in run("push", book, NAME)[2]
+
+
 def test_a_damaged_codebook_is_not_pushed(refused, hub, book):
     (book / "provenance.jsonl").write_text("")
     refused("push", book, NAME, words=["provenance.jsonl is damaged"])
