@@ -130,7 +130,7 @@ class ChatRequest(Strict):
     @model_validator(mode="before")
     @classmethod
     def _without_neutral(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if v not in NEUTRAL.get(k, ())} if isinstance(given, dict) else given
+        return {k: v for k, v in given.items() if not _is_neutral(k, v)} if isinstance(given, dict) else given
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -159,6 +159,10 @@ class ChatRequest(Strict):
         if not others.data.get("stream"):
             raise ValueError("only for streams: leave it out, or ask for one")
         return value
+
+
+def _is_neutral(name: str, value: Any) -> bool:
+    return any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))  # 1 is not true
 
 
 def parse_request(body: bytes, kind: type[K]) -> K:

@@ -73,6 +73,7 @@ def refusal(service, **changes):
             None,
             "response_format: is not understood here: leave it out",
         ),
+        ({"parallel_tool_calls": 1}, 422, None, "parallel_tool_calls: is not understood here: leave it out"),
         ({"stop": ["."]}, 422, None, "stop: is not understood here: leave it out"),
         ({"temperature": 0.001}, 422, None, "temperature: must be 0, which is greedy, or at least 0.01"),
         ({"messages": []}, 422, None, "messages: List should have at least 1 item after validation, not 0"),
