@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Collection
 
 LONGEST_MESSAGE = 600
@@ -13,6 +14,9 @@ QUOTED = 80
 
 DISTRIBUTION = "redundancy-codebook"
 """Name of this package for pip. On PyPI `codebook` is another project's."""
+
+REVISION = re.compile(r"(?![-./])(?!.*(?:\.\.|//))[^\s\x00-\x1f\x7f~^:?*\[\\]{1,255}")
+"""Form of a branch, a tag or a commit, as git takes names; the cache of the Hugging Face Hub has files of them."""
 
 _FULL = "free space or choose another folder"
 _FORBIDDEN = "choose another path, or change its permissions"
@@ -88,6 +92,15 @@ def is_unreachable(error: BaseException) -> bool:
     and so do its errors, but not their names."""
     names = {kind.__name__ for kind in type(error).__mro__}
     return bool(names & {"OfflineModeIsEnabled", "TransportError"})
+
+
+def check_revision(revision: object) -> None:
+    """Refuse what can name no revision of a repository, such as the empty text of a variable that is not set.
+
+    In a cache of the Hugging Face Hub it would name a folder, and at the hub another address. None stands for main.
+    """
+    if revision is not None and not (isinstance(revision, str) and REVISION.fullmatch(revision)):
+        raise CodebookError(f"{quoted(revision)} is no revision: name a branch, a tag or a commit, or leave it out")
 
 
 def unknown(head: str, name: str, known: Collection[str], remedy: str = "") -> CodebookError:

@@ -136,6 +136,8 @@ class Handler(BaseHTTPRequestHandler):
         if found is None:
             return self.answer({"error": "no repository"}, 404, {"X-Error-Code": "RepoNotFound"})
         sha = found.refs.get(sha, sha)
+        if sha not in found.commits:
+            return self.answer({"error": "no revision"}, 404, {"X-Error-Code": "RevisionNotFound"})
         data = found.commits[sha].get(path)
         if data is None:
             return self.answer({"error": "no file"}, 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": sha})

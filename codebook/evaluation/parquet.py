@@ -109,8 +109,8 @@ def fetched_files(name: str, columns: Columns) -> list[Path]:
 
     Those of one split and one config, as `files_of_split` chooses them.
     """
-    repository, _, revision = name.partition("@")
-    return pull_data_set(repository, partial(files_of_split, columns), revision or None)
+    repository, *revision = name.split("@", 1)
+    return pull_data_set(repository, partial(files_of_split, columns), *revision)
 
 
 def files_of_split(columns: Columns, names: Sequence[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from codebook.errors import CodebookError, did_you_mean, is_unreachable, quoted, unknown
+from codebook.errors import CodebookError, check_revision, did_you_mean, is_unreachable, quoted, unknown
 from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
@@ -141,6 +141,7 @@ def check_loading(
     check_dtype(dtype)
     if taken := sorted(set(options).intersection(DECIDED)):
         raise CodebookError(f"{taken[0]} is not for users to say: leave it out (for precision there is dtype)")
+    check_revision(options.get("revision"))
     if options.get("revision") is not None and name is not None and (name in SHIPPED_MODELS or Path(name).is_dir()):
         raise CodebookError(
             f"models on the Hugging Face Hub have revisions, and {name} is on this machine: leave it out"
@@ -197,6 +198,7 @@ def _located(name: str, options: Mapping[str, Any]) -> tuple[Path, dict[str, Any
     if not isinstance(name, str | Path):
         raise CodebookError(f"a model is said by its name or folder, not by {quoted(name)}: name `miniature`, a folder "
                             "or OWNER/NAME")  # fmt: skip
+    check_revision(options.get("revision"))
     folder = assembled(SHIPPED_MODELS.get(name, Path(name)))
     files = {"trust_remote_code": False, **{key: options[key] for key in OF_FILES if key in options}}
     if "local_files_only" not in files:
@@ -373,16 +375,20 @@ def _explaining(name: str, options: Mapping[str, Any]) -> Iterator[None]:
 
 def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:
     from huggingface_hub import constants
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
     from safetensors import SafetensorError
 
-    text = _line(error, 200)
-    if any(isinstance(one, LocalEntryNotFoundError) for one in (error, error.__cause__, error.__context__)):
+    text, revision = _line(error, 200), options.get("revision")
+    behind = (error, error.__cause__, error.__context__)
+    if any(isinstance(one, RevisionNotFoundError) for one in behind):
+        return f"cannot load {name}: it has no revision {quoted(revision)}; name a branch, a tag or a commit"
+    if any(isinstance(one, LocalEntryNotFoundError) for one in behind):
         why = f"{constants.ENDPOINT} is not reached: check the name and the connection"
         if constants.HF_HUB_OFFLINE or options.get("local_files_only"):
             why = "nothing may be fetched (HF_HUB_OFFLINE, local_files_only)"
         near = did_you_mean(name, SHIPPED_MODELS)
-        return f"cannot load {name}: {near}it is no folder and not whole in the hub's cache, and {why}"
+        what = "it is no folder and" if revision is None else f"its revision {quoted(revision)} is"
+        return f"cannot load {name}: {near}{what} not whole in the hub's cache, and {why}"
     if isinstance(error, ImportError) and "torchvision" in text.lower():
         return (
             f"the processor of {name} needs torchvision, which is not installed: install the torchvision that goes "

@@ -269,7 +269,10 @@ class Codebook:
             If there is none, it cannot be fetched, or it is damaged.
         """
         path = Path(name_or_path)
-        if not is_file(path / CONFIG):
+        if is_file(path / CONFIG):
+            if revision is not None:
+                raise CodebookError(f"{path} is on this machine and has one revision: leave the revision out")
+        else:
             # A text as it stands: ./a/b is a folder that is not there, and no repository a/b.
             name = name_or_path if isinstance(name_or_path, str) else path.as_posix()
             path = pull(name, revision, token=token, local_files_only=local_files_only)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from codebook.errors import CodebookError, is_unreachable, quoted, remedy_for
+from codebook.errors import CodebookError, check_revision, is_unreachable, quoted, remedy_for
 from codebook.store.card import HUB_NAME, SHEET
 from codebook.store.files import LARGEST_JSON, LARGEST_LINES, one_line
 from codebook.store.folder import CARD, CONFIG, HORIZON_FILE, OPTIONAL, PROTOTYPES, PROVENANCE, read_folder
@@ -64,6 +64,7 @@ def pull_repository(
         holds is damaged.
     """
     check_hub_name(name)
+    check_revision(revision)
     with _asking(f"pull {name}", name, revision):
         online = not local_files_only and _check_repository(name, revision, token)
         folder = _download(name, revision, token, local_files_only=not online)
@@ -97,6 +98,7 @@ def pull_data_set(name: str, choose: Callable[[list[str]], list[str]], revision:
     from huggingface_hub import HfApi, snapshot_download
 
     check_hub_name(name)
+    check_revision(revision)
     given: dict[str, Any] = {"repo_type": "dataset", "revision": revision, "library_name": LIBRARY}
     with _asking(f"fetch {name}", name, revision):
         try:
@@ -239,7 +241,8 @@ def _explained(what: str, name: str, revision: str | None, error: Exception) -> 
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled) or is_unreachable(error):
-        missing = "" if what.startswith("push") else "it is not whole in the cache, and "
+        which = "it" if revision is None else f"its revision {quoted(revision)}"
+        missing = "" if what.startswith("push") else f"{which} is not whole in the cache, and "
         if constants.HF_HUB_OFFLINE:
             return CodebookError(f"cannot {what}: {missing}HF_HUB_OFFLINE is set: unset it")
         return CodebookError(

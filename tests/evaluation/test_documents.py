@@ -366,6 +366,7 @@ def test_a_data_set_of_the_hub(table, tmp_path, monkeypatch):
         "hub:owner/set?split=val": "owner/set has no such files",
         "hub:owner/set": "several configs have this split, other, plain: name one behind '\\?', as in config=NAME",
         "hub:owner/set?split=part": "of the 3 files of this split 2 are here: connect, and fetch all",
+        "hub:owner/set@": "'' is no revision: name a branch",
         "hub:set": "write OWNER/NAME",
         "hub": "--data hub:OWNER/NAME",
     }.items():

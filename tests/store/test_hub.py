@@ -18,7 +18,8 @@ from huggingface_hub import constants, get_session
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, quoted
+from codebook.models.loading import read_config_of
 from codebook.store import hub as sharing
 from codebook.store.codebook import Codebook
 from codebook.store.fetching import pull
@@ -89,6 +90,31 @@ def test_revisions(shared, tmp_path):
         Codebook.from_pretrained(NAME, "v9")
 
 
+ODD_REVISIONS = [
+    "", "  ", "main ", "..", "../x", "a..b", ".a", "/a", "-v", "a//b", "a\nb", "a\0b", "?x", "x" * 300, 3, b"main",
+]  # fmt: skip
+
+
+def refused(words, ask, revision):
+    with pytest.raises(CodebookError, match=words):
+        ask(NAME, revision=revision)
+
+
+@pytest.mark.parametrize("ask", [Codebook.from_pretrained, read_config_of])
+def test_what_can_be_no_revision_is_refused_before_the_hub_is_asked(shared, hub, ask):
+    for odd in ODD_REVISIONS:
+        refused(f"{re.escape(quoted(odd))} is no revision: name a branch, a tag or a commit, or leave", ask, odd)
+    assert not hub.asked
+    for fine in ("v1.0", "refs/pr/1", "feature/a-b", "a" * 40, "é"):
+        refused(f"it has no revision '{fine}'; name a branch, a tag or a commit", ask, fine)
+
+
+def test_a_folder_has_no_revisions(tmp_path):
+    make().save(tmp_path)
+    with pytest.raises(CodebookError, match="on this machine and has one revision: leave the revision out"):
+        Codebook.from_pretrained(tmp_path, "v1")
+
+
 def test_two_revisions_without_a_main(shared, tmp_path):
     first, second = shared.refs["main"], shared.commit(files_of(make(seed=1), tmp_path / "other"))
     for revision in (first, second):
@@ -105,6 +131,8 @@ def test_folders_go_before_names(shared, tmp_path, monkeypatch):
 
 
 def test_nobody_is_there(cache):
+    for ask in (Codebook.from_pretrained, read_config_of):
+        refused(r"cannot .*: its revision 'v1' is not whole in the .*cache, and .* is not reached", ask, "v1")
     with pytest.raises(CodebookError, match=r"cannot pull .*: it is not whole in the cache, and .* is not reached"):
         Codebook.from_pretrained(NAME)
     assert all(book.origin == "shipped" for book in known())
