@@ -61,7 +61,7 @@ class Family:
     """Arguments with which the processor makes one view of an image, without crops."""
 
     per_token: ClassVar[tuple[str, ...]] = ()
-    """Further arguments of decoder layers that have an entry per token, on dimension 1."""
+    """Further keyword arguments of decoder layers that have an entry per token, on dimension 1."""
 
     window_last: ClassVar[bool] = True
     """Whether a sliding window also separates tokens of one block, which otherwise all see each other."""
@@ -101,6 +101,10 @@ class Family:
 
     def check_attention(self) -> None:
         """Raise a CodebookError if methods cannot ask how the decoder attends."""
+
+    def keys_layers(self, model: Model) -> list[int]:
+        """For each decoder layer the one whose keys and values it attends to: itself, or an earlier one."""
+        return list(range(len(model.get_decoder().layers)))
 
     def last_norm(self, model: Model) -> nn.Module:
         """The normalisation behind the decoder's last layer."""

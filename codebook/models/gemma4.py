@@ -1,10 +1,15 @@
 """Gemma 4: images of any size, pooled; in sliding windows the tokens of an image see each other in both directions.
 
+In the small ones (E2B, E4B) they do not. There each layer is given an embedding of its own for each token, and the last
+layers attend to keys and values of two earlier ones; `generate` runs them on the last token of a prompt alone.
+
 The unified one (12B) has no tower: patches, each of them a token, are projected as they are.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from itertools import accumulate
 from typing import Any, NoReturn
 
@@ -19,6 +24,7 @@ from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
 from codebook.models.gemma3 import image_blocks, image_types
 from codebook.models.layout import KINDS
+from codebook.models.replacing import replaced
 
 
 class Gemma4(AnySize):
@@ -28,13 +34,7 @@ class Gemma4(AnySize):
     window_blocks = True
 
     def check(self, config: Any) -> Family:
-        text = config.get_text_config()
-        if text.num_kv_shared_layers or getattr(text, "hidden_size_per_layer_input", 0):
-            raise CodebookError(
-                f"{self.name} whose layers share keys and values, or have inputs of their own (E2B and E4B), is not "
-                "supported; use a larger one"
-            )
-        return self
+        return SMALL if getattr(config.get_text_config(), "hidden_size_per_layer_input", 0) else self
 
     def projector(self, model: Model) -> nn.Module:
         return model.base_model.embed_vision
@@ -86,10 +86,70 @@ class Gemma4(AnySize):
         return {"image_position_ids": places.expand(len(pixel_values), -1, -1)}
 
 
+class Gemma4Small(Gemma4):
+    """E2B and E4B."""
+
+    def check(self, config: Any) -> Family:
+        return self
+
+    def keys_layers(self, model: Model) -> list[int]:
+        out, stored = [], {}
+        for i, layer in enumerate(model.get_decoder().layers):
+            attention = layer.self_attn
+            if attention.store_full_length_kv:
+                stored[attention.layer_type] = i
+            out.append(stored[attention.layer_type] if attention.is_kv_shared_layer else i)
+        return out
+
+    @contextlib.contextmanager
+    def patched_extra_inputs(self, model: Model, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
+        def whole(stock: Callable[..., Any]) -> Callable[..., Any]:
+            def cut(hidden: Tensor, inputs: Tensor, rotary: Any, masks: Any, *args: Any, **kwargs: Any) -> Any:
+                # In which columns the last tokens of a shortened sequence stand, the hooks of layers know.
+                kept, *others = stock(hidden, inputs, rotary, masks, *args, **kwargs)
+                columns = inputs[..., 0, :1]
+                return (kept, *others) if gather(columns) is columns else (kept, inputs, rotary, masks)
+
+            return cut
+
+        with replaced(model.get_decoder(), "_maybe_slice_kv_shared_inputs", whole):
+            yield
+
+    def width(self, model: Model) -> int:
+        text = model.config.get_text_config()
+        return super().width(model) + text.num_hidden_layers * int(text.hidden_size_per_layer_input)
+
+    def words(self, model: Model, ids: Tensor) -> Tensor:
+        return torch.cat([super().words(model, ids), model.get_decoder().get_per_layer_inputs(ids).flatten(-2)], dim=-1)
+
+    def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        projected, patches, cls = super().image_features(model, pixel_values)
+        # For the layers' own embeddings a visual token is padding.
+        pad = torch.tensor(model.config.get_text_config().pad_token_id, device=projected.device)
+        inputs = self.words(model, pad)[projected.shape[-1] :]
+        return torch.cat([projected, inputs.expand(*projected.shape[:2], -1)], dim=-1), patches, cls
+
+    def answer(self, model: Model, embeds: Tensor, start: int, grid: tuple[int, int]) -> Tensor:
+        own, inputs = embeds.tensor_split([super().width(model)], dim=-1)
+        inputs = inputs.unflatten(-1, (len(model.get_decoder().layers), -1))
+        more = self.probe_arguments(model, own, start, grid)
+        return model(inputs_embeds=own, per_layer_inputs=inputs, use_cache=False, logits_to_keep=1, **more).logits[
+            :, -1
+        ]
+
+
+SMALL = Gemma4Small()
+
+
 class Gemma4Unified(Gemma4):
     name = "gemma4_unified"
     window_blocks = False  # the stock class, unlike Gemma4's, lets them see each other in every layer,
     window_last = False  # and beyond the window
+
+    def check(self, config: Any) -> Family:
+        if config.get_text_config().num_kv_shared_layers:
+            raise CodebookError(f"{self.name} whose layers share keys and values is not supported; use gemma4")
+        return self
 
     def tower(self, model: Model) -> nn.Module:
         return model.base_model.embed_vision

@@ -25,7 +25,7 @@ class Shape:
     layers
         Decoder layers.
     attending
-        Which of them have attention, and so a KV cache: all but recurrent ones.
+        Which of them have attention, and so a KV cache: all but recurrent ones, and those that use another's.
     hidden, intermediate
         Width of the hidden states, and of the MLP inside a layer; of a mixture of experts, of those that a token sees.
     heads, kv_heads
@@ -53,7 +53,8 @@ def shape(model: Model) -> Shape:
         If its family is not supported.
     """
     model = stock(model)
-    rows, cols = family(model).grid(model)
+    found = family(model)
+    rows, cols = found.grid(model)
     text = model.config.get_text_config()
     heads = text.num_attention_heads
     layers = list(text.per_layer_config) if getattr(text, "is_heterogeneous", False) else [text]
@@ -65,7 +66,11 @@ def shape(model: Model) -> Shape:
     return Shape(
         tokens=rows * cols,
         layers=text.num_hidden_layers,
-        attending=frozenset(i for i, layer in enumerate(model.get_decoder().layers) if not is_recurrent(layer)),
+        attending=frozenset(
+            i
+            for i, (layer, keys) in enumerate(zip(model.get_decoder().layers, found.keys_layers(model), strict=True))
+            if not is_recurrent(layer) and keys == i
+        ),
         hidden=text.hidden_size,
         intermediate=_mlp(text),
         heads=heads,

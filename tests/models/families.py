@@ -65,6 +65,11 @@ class Tiny:
     never = (IMAGE, VIDEO)
 
     @property
+    def family(self):
+        """The family's name."""
+        return self.name.removesuffix("_e2b")
+
+    @property
     def flexible(self):
         """Whether the stock class takes FlexAttention."""
         return self.name == "llava" or getattr(hf, self.cls)._supports_flex_attn
@@ -752,6 +757,16 @@ def _gemma4():
     return hf.Gemma4Config(text_config=text, vision_config=vision, **GEMMA4_IDS)
 
 
+def _gemma4_e2b():
+    """Five layers with keys of their own; two that use those of layers 3 and 4."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+    text = GEMMA4_TEXT | {"num_hidden_layers": 7, "num_kv_shared_layers": 2, "use_double_wide_mlp": True}
+    text |= {"layer_types": [*kinds, "sliding_attention", "full_attention"], "final_logit_softcapping": 30.0}
+    text |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": VOCAB}
+    vision = SIGLIP | {"head_dim": 8, "num_key_value_heads": 4, "pooling_kernel_size": 2, "position_embedding_size": 64}
+    return hf.Gemma4Config(text_config=text, vision_config=vision, **GEMMA4_IDS)
+
+
 def _paligemma():
     vision = _siglip(16)
     vision.projection_dim = 64
@@ -828,6 +843,7 @@ FAMILIES = {
         Paddle("paddleocr_vl", _paddle, "PaddleOCRVLForConditionalGeneration", axes=3),
         Ernie("ernie4_5_vl_moe", _ernie, "Ernie4_5_VLMoeForConditionalGeneration", True, 3),
         Gemma4("gemma4", _gemma4, "Gemma4ForConditionalGeneration", videos=True),
+        Gemma4("gemma4_e2b", _gemma4_e2b, "Gemma4ForConditionalGeneration", videos=True),
         Gemma4Unified(
             "gemma4_unified", _gemma4_unified, "Gemma4UnifiedForConditionalGeneration", videos=True
         ),
@@ -845,5 +861,5 @@ FAMILIES = {
         ), "MiniCPMV4_7ForConditionalGeneration", True, 3),
         Fixed("deepseek_vl", _deepseek_vl, "DeepseekVLForConditionalGeneration"),
     )
-    if tiny.name in INSTALLED
+    if tiny.family in INSTALLED
 }  # fmt: skip

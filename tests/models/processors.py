@@ -78,7 +78,7 @@ PROCESSORS = {
     "internvl": lambda: hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
     "idefics3": lambda: hf.Idefics3ImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
     "smolvlm": lambda: hf.SmolVLMImageProcessor(size={"longest_edge": 64}, max_image_size={"longest_edge": 32}),
-    "gemma4": lambda: hf.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2),
+    **dict.fromkeys(("gemma4", "gemma4_e2b"), lambda: hf.Gemma4ImageProcessor(patch_size=4, pooling_kernel_size=2)),
     "gemma4_unified": UnifiedImages,
     "gemma3": lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
     "mistral3": lambda: hf.PixtralImageProcessor(size={"longest_edge": 10000}),

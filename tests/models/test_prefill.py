@@ -12,6 +12,7 @@ from tests.models.families import FAMILIES
 UNLIKE = (
     "gemma3",
     "gemma4",
+    "gemma4_e2b",
     "gemma4_unified",
     "paligemma",
     "aya_vision",

@@ -165,11 +165,11 @@ def test_families_that_need_a_newer_transformers(monkeypatch):
         models.registry.family_of_config(hf.VipLlavaConfig())
 
 
-@pytest.mark.skipif("gemma4" not in FAMILIES, reason="it needs a newer transformers")
-def test_gemma4_with_shared_layers():
-    assert hf.Gemma4Config().get_text_config().hidden_size_per_layer_input  # E2B and E4B
-    with refused("inputs of their own .E2B and E4B., is not supported; use"):
-        models.registry.family_of_config(hf.Gemma4Config())
+@pytest.mark.skipif("gemma4_unified" not in FAMILIES, reason="it needs a newer transformers")
+def test_unified_gemma4_with_shared_layers():
+    config = hf.Gemma4UnifiedConfig(text_config={"num_kv_shared_layers": 2})
+    with refused("gemma4_unified whose layers share keys and values is not supported; use gemma4"):
+        models.registry.family_of_config(config)
 
 
 @torch.no_grad()

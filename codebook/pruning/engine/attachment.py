@@ -49,6 +49,8 @@ class Attachment:
         self._layers = list(self.lm.layers)
         self._recurrent = [models.is_recurrent(layer) for layer in self._layers]
         self._attending = [i for i, recurrent in enumerate(self._recurrent) if not recurrent]
+        self._keys = self.family.keys_layers(model)
+        self._storing = [i for i in self._attending if self._keys[i] == i]
         self._model = weakref.ref(model)
         self._pruning: list[Pruning] = []  # open, or closed with calls in flight
         self._outputs: dict[int, tuple[weakref.ref[Any], Encoded]] = {}
@@ -354,7 +356,7 @@ class Attachment:
         mask = (kwargs if given is None else given).get("attention_mask")
         flat = isinstance(mask, Tensor) and mask.dim() == 2  # else refused where it is of use
         cache = kwargs.get("past_key_values")
-        check_given(cache, mask if flat else None, embeds.shape[1], self._attending, pruned=bool(running.kinds))
+        check_given(cache, mask if flat else None, embeds.shape[1], self._storing, pruned=bool(running.kinds))
         if given is None or not running.kinds:
             compact, plain = pruning.schedule.positions == "compact", Given(embeds, mask)
             FORWARD.set(Forward(self.family, self.model, plain, {}, blocks=running.blocks, compact=compact))
@@ -425,11 +427,16 @@ class Attachment:
         hidden, before, cache = args[0], ENCODED.get(), kwargs.get("past_key_values")
         entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
         past = entry.index if isinstance(entry, PrunedLayer) else None
+        if reused := forward.cached.get(self._keys[i]):  # of an earlier layer, whose keys this one attends to
+            past = reused.kept
 
         def view() -> tuple[View, PrunedLayer | None]:
+            if reused is not None:
+                return forward.view(layer, reused, hidden.shape[1], kwargs), None
             pruned = None if cache is None else pruned_layer(cache, i)
             cached = Cached(past, 0, 0) if pruned is None else Cached(past, pruned.get_seq_length(), pruned.physical)
-            return forward.view(layer, cached, kwargs), pruned
+            forward.cached[i] = cached
+            return forward.view(layer, cached, hidden.shape[1], kwargs), pruned
 
         if forward.asks_own_layer(i):
             stock = forward.sequence is None and past is None
@@ -455,7 +462,8 @@ class Attachment:
         for name in self.family.per_token:
             if kwargs.get(name) is not None:
                 changed[name] = self._gather(kwargs[name])
-        return (hidden, *args[1:]), kwargs | changed
+        beside = (self._gather(x)[:, -hidden.shape[1] :] if isinstance(x, Tensor) else x for x in args[1:])
+        return (hidden, *beside), kwargs | changed
 
     def _point(self, pruning: Pruning | None) -> None:
         """Have the layers' attention add numbers to its logits for as long as the context prunes: at the first need."""

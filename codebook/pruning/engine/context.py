@@ -67,6 +67,7 @@ class Pruning:
         self.family = models.family(model)
         self.lm = model.get_decoder()
         schedule.check_layers(len(self.lm.layers))
+        self._check_reused_keys()
         check_attention(self.lm.config._attn_implementation, model.device.type)
         _check_one_device(model)
         if schedule.positions == "compact" and self.family.axes > 1:
@@ -85,6 +86,16 @@ class Pruning:
         self.owner: tuple[int, Any] | None = None  # the thread and task that opened it
         self._latest = _Shown([], [])
         self._own = threading.local()
+
+    def _check_reused_keys(self) -> None:
+        """Refuse stages behind a layer whose keys are those of later ones, too: these would go on to see what it saw."""
+        keys = self.family.keys_layers(self.model)
+        last = min((own for i, own in enumerate(keys) if own != i), default=len(keys))
+        if late := [stage.layer for stage in self.schedule.stages if stage.layer > last]:
+            raise CodebookError(
+                f"the schedule prunes at layer {late[0]}, but the last layers of this {self.family.name} have no keys "
+                f"and values of their own and use those of layer {last}: use a layer up to {last}"
+            )
 
     def __repr__(self) -> str:
         state = "enabled" if self.enabled else "open" if self.open else "closed"

@@ -84,6 +84,8 @@ class Forward:
         Queries, keys and scaling of the layer that a stage asks, while that stage is at work.
     asked
         That layer, and the rotary embeddings that it was given: the layer that ran last, or the stage's own.
+    cached
+        By layers that were shortened, what their caches held before this forward: others may reuse their keys.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class Forward:
         self.sequence: Shortened | None = None
         self.heard: tuple[Tensor, Tensor, float] | None = None
         self.asked: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.cached: dict[int, Cached] = {}
         self.chosen: Chosen = {} if chosen is None else chosen
         self._tally = tally
         self._norm = family.last_norm(model)
@@ -233,16 +236,19 @@ class Forward:
         counts = ([image.count, *map(len, log)] for image, log in zip(images, self.log, strict=True))
         return sum(span * count for own in counts for span, count in zip(spans, own, strict=True))
 
-    def view(self, layer: Any, cached: Cached, kwargs: dict[str, Any]) -> View:
-        """What a layer needs. Layers of one stage and one kind share it, so it is made once for all of them."""
+    def view(self, layer: Any, cached: Cached, count: int, kwargs: dict[str, Any]) -> View:
+        """What a layer needs for the last `count` tokens of the sequence, which it is given, usually all.
+
+        Layers of one stage and one kind share it, so it is made once for all of them.
+        """
         check_mask(self.given.mask)
         # the very objects, not equal ones
         same = (cached.kept, self.sequence, kwargs["position_embeddings"], *self._viewer.weights(layer, self.sequence))
-        sizes = (cached.logical, cached.stored, window(layer))
+        sizes = (cached.logical, cached.stored, window(layer), count)
         for (objects, numbers), view in self._views:
             if numbers == sizes and all(a is b for a, b in zip(objects, same, strict=True)):
                 return view
-        view = self._viewer.view(layer, cached, self.sequence, kwargs)
+        view = self._viewer.view(layer, cached, self.sequence, count, kwargs)
         self._views.insert(0, ((same, sizes), view))
         return view
 

@@ -97,10 +97,12 @@ class Shortened:
     def restore(self, hidden: Tensor, length: int) -> Tensor:
         """Scatter the decoder's output (B, P, d) back to the input's `length`; dropped places are zero.
 
-        Callers index logits by the columns of their prompt, and `labels` and `logits_to_keep` go by them too.
+        Callers index logits by the columns of their prompt, and `labels` and `logits_to_keep` go by them too. Of a
+        decoder that ends with fewer tokens, those are the last ones.
         """
         # Padding goes to one column too many, which is cut off.
-        places = self.source.where(self.source >= 0, length)[..., None].expand_as(hidden)
+        source = self.source[:, -hidden.shape[1] :]
+        places = source.where(source >= 0, length)[..., None].expand_as(hidden)
         full = hidden.new_zeros(len(hidden), length + 1, hidden.shape[-1])
         return full.scatter(1, places, hidden)[:, :-1]
 

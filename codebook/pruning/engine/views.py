@@ -74,12 +74,12 @@ class Viewer:
     blocks: Tensor | None
     compact: bool
 
-    def view(self, layer: Any, cached: Cached, sequence: Shortened | None, kwargs: dict[str, Any]) -> View:
-        """The view of one layer, whose own arguments are `kwargs`."""
-        index, rotary = self._index(layer, cached, sequence), self._rotary(layer, cached.kept, sequence, kwargs)
-        far = self._far(layer, sequence, rotary)
-        mask, bias = self._mask(layer, index, sequence, far)
-        return View(index, mask, bias, rotary)
+    def view(self, layer: Any, cached: Cached, sequence: Shortened | None, count: int, kwargs: dict[str, Any]) -> View:
+        """The view of one layer, whose own arguments are `kwargs`, of the last `count` tokens of the sequence."""
+        index, (cos, sin) = self._index(layer, cached, sequence), self._rotary(layer, cached.kept, sequence, kwargs)
+        far = self._far(layer, sequence, (cos, sin))
+        mask, bias = self._mask(layer, index, sequence, count, far)
+        return View(index, mask, bias, (cos[:, -count:], sin[:, -count:]))
 
     def weights(self, layer: Any, sequence: Shortened | None) -> tuple[Tensor | None, Tensor | None]:
         """The `bias` (B, P) of a sequence in this layer, and its `distant` (B, P) where the layer has positions."""
@@ -149,14 +149,14 @@ class Viewer:
         return KeptIndex(columns, cached.logical, None, padded)
 
     def _mask(
-        self, layer: Any, index: KeptIndex, sequence: Shortened | None, far: Tensor | None
+        self, layer: Any, index: KeptIndex, sequence: Shortened | None, count: int, far: Tensor | None
     ) -> tuple[Tensor | None, KeyBias | None]:
         """The mask (B, 1, Q, K), bool for sdpa where nothing is added to logits, else float; or what causal sdpa adds.
 
         Neither where the kernel is causal and nothing is to be added.
         """
         keys, blocks, reach = index.columns, self.blocks_of(layer), window(layer)
-        queries = keys[:, -(self.given.length if sequence is None else sequence.source.shape[1]) :]
+        queries = keys[:, -count:]
         reach = None if reach is None or index.logical <= reach else reach
         sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"
         # Without a mask sdpa is causal by itself, but aligned to the upper left: only where nothing is cached.
@@ -174,13 +174,15 @@ class Viewer:
         if blocks is not None:
             mine = blocks if sequence is None else sequence.gather(blocks)
             # What is cached belongs to no block: a block's tokens come in one forward.
-            both = mine, torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
+            every = torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
+            both = mine[:, -count:], every
         seen = visible(queries, keys, reach, both, self.family.window_last)[:, None]
         if sdpa and index.bias is None:
             return seen, None
         bias = _or_zeros(index.bias, keys)[:, None, None]
         if far is not None:
-            bias = bias + pad(far, (keys.shape[1] - queries.shape[1], 0))[:, None]  # towards what is cached nothing
+            # Towards what is cached nothing.
+            bias = bias + pad(far[:, -count:], (keys.shape[1] - far.shape[2], 0))[:, None]
         bias = bias.to(self.given.embeds.dtype)
         return torch.where(seen, bias, torch.finfo(bias.dtype).min), None
 

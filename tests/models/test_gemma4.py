@@ -1,0 +1,94 @@
+"""The small Gemma 4: layers that are given embeddings of their own, and layers that use the keys of earlier ones."""
+
+import pytest
+import torch
+import transformers as hf
+from safetensors.torch import load_file, save_file
+
+from codebook import models
+from codebook.errors import CodebookError
+from codebook.pruning import DivPrune, Random, Schedule, Stage
+from tests import reference
+from tests.models.cells import gone_from, mass, model
+from tests.models.families import FAMILIES
+
+NAME = "gemma4_e2b"
+pytestmark = pytest.mark.skipif(NAME not in FAMILIES, reason="it needs a newer transformers")
+ROWS = [["image", 5, 6, 7], [3, "large", 9, "image", 8, 11, 12]]
+LAST, LAYERS = 3, 7
+SCHEDULE = Schedule([Stage(0, 0.5, DivPrune(), mass=True), Stage(LAST, 0.25, Random(), mass=True)])
+
+
+@pytest.fixture
+def lengths():
+    """Tokens that each decoder layer is given, forward by forward."""
+    target, seen = model(NAME, "sdpa"), []
+    hooks = [layer.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
+             for layer in target.get_decoder().layers]  # fmt: skip
+    yield seen
+    for hook in hooks:
+        hook.remove()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rows", [ROWS[:1], ROWS], ids=["one", "padded"])
+@pytest.mark.parametrize("keep", [1, 3, 9])
+def test_layers_without_keys_run_on_the_last_tokens_alone(rows, keep, lengths):
+    """Of a padded prompt on as many as are asked for; without padding stock classes cut to one only."""
+    target, inputs = model(NAME, "sdpa"), FAMILIES[NAME].inputs(rows)
+    with SCHEDULE(target) as pruning:
+        whole = target(**inputs).logits
+        assert len(set(lengths[LAST:])) == 1
+        lengths.clear()
+        cut = target(**inputs, logits_to_keep=keep).logits
+    assert (cut - whole[:, -keep:]).abs().max() <= 2e-5 * whole.abs().max()
+    assert lengths[-1] == (keep if keep == 1 or len(rows) > 1 else lengths[LAST])
+    columns = FAMILIES[NAME].columns(rows)
+    given = columns, pruning.kept, SCHEDULE.stages
+    _, theirs = reference.masked(target, inputs, gone_from(inputs, *given), 1, mass=mass(*given))
+    assert (cut[:, -1] - theirs[:, 0]).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+@torch.no_grad()
+def test_a_further_turn_on_a_cache_of_a_model_whose_layers_reuse_keys():
+    """Tokens of text behind a pruned prompt; of several at once the layers without keys see the last ones alone."""
+    target, tiny = model(NAME, "sdpa"), FAMILIES[NAME]
+    inputs, more = tiny.inputs(ROWS), torch.tensor([[25, 26, 27], [28, 29, 30]])
+    whole = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], more], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1),
+    }
+    positions = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    with SCHEDULE(target) as pruning:
+        cache = target(**inputs, position_ids=positions[:, :-3], use_cache=True).past_key_values
+        now = {"input_ids": more, "attention_mask": whole["attention_mask"], "position_ids": positions[:, -3:]}
+        ours = target(**now, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+    given = tiny.columns(ROWS), pruning.kept, SCHEDULE.stages
+    _, theirs = reference.masked(target, whole, gone_from(whole, *given), 1, mass=mass(*given))
+    assert (ours - theirs[:, 0]).abs().max() <= 2e-5 * theirs.abs().max()
+
+
+def test_stages_behind_the_keys_that_are_used_again_are_refused():
+    target = model(NAME, "sdpa")
+    with pytest.raises(
+        CodebookError, match="at layer 4, but the last layers .* use those of layer 3: use a layer up to 3"
+    ):
+        Schedule([Stage(LAST + 1, 0.5, Random())])(target)
+    assert models.shape(target).attending == frozenset(range(LAYERS - 2))
+
+
+def test_keys_that_a_checkpoint_has_and_no_layer_uses(tmp_path, monkeypatch):
+    """The published ones have projections to keys and values in all layers."""
+    monkeypatch.setattr(hf.AutoProcessor, "from_pretrained", lambda *_, **__: "processor")
+    saved = model(NAME, "sdpa")
+    saved.save_pretrained(tmp_path)
+    held = load_file(tmp_path / "model.safetensors")
+    own = {name: x for name, x in held.items() if "language_model.layers.1.self_attn.k_" in name}
+    more = {name.replace("layers.1.", f"layers.{LAYERS - 1}."): x.clone() for name, x in own.items()}
+    assert len(more) == 2 and not more.keys() & held.keys()
+    save_file(held | more, tmp_path / "model.safetensors", {"format": "pt"})
+    loaded, _ = models.load(str(tmp_path), "cpu")
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[key], value) for key, value in saved.state_dict().items())
