@@ -73,7 +73,7 @@ def test_a_further_turn_on_a_cache_of_a_model_whose_layers_reuse_keys():
 def test_stages_behind_the_keys_that_are_used_again_are_refused():
     target = model(NAME, "sdpa")
     with pytest.raises(
-        CodebookError, match="at layer 4, but the last layers .* use those of layer 3: use a layer up to 3"
+        CodebookError, match=r"at layer 4, but the last layers .* use those of layer 3: use a layer up to 3"
     ):
         Schedule([Stage(LAST + 1, 0.5, Random())])(target)
     assert models.shape(target).attending == frozenset(range(LAYERS - 2))

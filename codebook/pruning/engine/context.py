@@ -88,7 +88,7 @@ class Pruning:
         self._own = threading.local()
 
     def _check_reused_keys(self) -> None:
-        """Refuse stages behind a layer whose keys are those of later ones, too: these would go on to see what it saw."""
+        """Refuse stages behind a layer whose keys later ones use, too: these would go on to see what it saw."""
         keys = self.family.keys_layers(self.model)
         last = min((own for i, own in enumerate(keys) if own != i), default=len(keys))
         if late := [stage.layer for stage in self.schedule.stages if stage.layer > last]:
