@@ -26,7 +26,7 @@ from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import Share, read_record
 from codebook.inference.respond import BATCH_SIZE, remembering
 from codebook.inference.samples import Sample, image_numbers, mixed, samples_digest
-from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, error_by_image
+from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, deviation, error_of_mean
 from codebook.models.base import Model, Processor
 from codebook.pruning import Pruner, Schedule, remember
 from codebook.pruning.ownership import codebooks_of
@@ -474,13 +474,10 @@ class _Search:
 
     def _mean(self, values: dict[int, float], rows: range) -> tuple[float, float]:
         """Mean over the tasks of each task's mean, and its standard error."""
-        tasks: dict[str, list[int]] = {}
-        for row in rows:
-            tasks.setdefault(self.samples[row].task, []).append(row)
-        means, errors = [], []
-        for own in tasks.values():
-            found = np.array([values[row] for row in own])
-            error = float(error_by_image(found, image_numbers([self.samples[row] for row in own])))
-            means.append(found.mean())
-            errors.append(error if math.isfinite(error) else 0.0)
-        return float(np.mean(means)), float(np.linalg.norm(errors) / len(errors))
+        tasks: dict[str, tuple[list[float], list[int]]] = {}
+        for row, image in zip(rows, image_numbers([self.samples[row] for row in rows]), strict=True):
+            found, images = tasks.setdefault(self.samples[row].task, ([], []))
+            found.append(values[row])
+            images.append(image)
+        mean = float(np.mean([np.mean(found) for found, _ in tasks.values()]))
+        return mean, float(error_of_mean([deviation(np.array(found), images) for found, images in tasks.values()]))

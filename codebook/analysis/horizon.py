@@ -21,7 +21,7 @@ from codebook.inference.ask import answer_prompts
 from codebook.inference.prompts import answer_ids, check_samples, prepare_samples
 from codebook.inference.records import Share, damaged, read_record
 from codebook.inference.samples import Sample, image_numbers, samples_digest
-from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, UNKNOWN, error_by_image, sums_by_image, wilson
+from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, UNKNOWN, deviation, error_of_mean, sums_by_image, wilson
 from codebook.models.base import Model, Processor
 from codebook.models.finite import check_logits
 from codebook.pruning import Drop, Schedule, Stage, remember
@@ -186,7 +186,6 @@ def horizons(
     layers, start = sweep.layers, sweep.start
     margin = max(1, round(layers / 16)) if margin is None else margin
     rng = np.random.default_rng(seed)
-    drawn: dict[str, np.ndarray] = {}
     found: dict[str, Horizon] = {}
 
     tail = (1 - LEVEL) / 2
@@ -216,29 +215,38 @@ def horizons(
             gains=(start + np.flatnonzero(-loss > np.maximum(eps, 2 * error))).tolist(),
         )
 
-    by_task, errors = sweep.by_task(), {}
+    by_task = sweep.by_task()
     check_tasks(by_task)
-    for task, rows in by_task.items():
-        own, n, images = sweep.loss[rows], len(rows), sweep.images_of(rows)
-        drawn[task], errors[task] = resampled(own, images, rng, RESAMPLES), error_by_image(own, images)
+    losses = [(sweep.loss[rows], sweep.images_of(rows)) for rows in by_task.values()]
+    drawn, apart = resampled(losses, rng, RESAMPLES), [deviation(*own) for own in losses]
+    for (task, rows), boot, own in zip(by_task.items(), drawn, apart, strict=True):
         full, pruned, why = float(sweep.full[rows].mean()), sweep.pruned[rows].mean(0), _why_unknown(sweep, task, rows)
-        found[task] = one(n, full, pruned, errors[task], drawn[task], why)
+        found[task] = one(len(rows), full, pruned, own.error, boot, why)
     if len(by_task) > 1:
         means = (np.mean([x[rows].mean(0) for rows in by_task.values()], 0) for x in (sweep.full, sweep.pruned))
         full, pruned = float(next(means)), np.asarray(next(means))
-        error = np.sqrt(np.sum([e**2 for e in errors.values()], 0)) / len(by_task)
-        boot = np.mean(list(drawn.values()), 0)
         unknown = [task for task, own in found.items() if own.unknown is not None]
         why = f"no horizon is seen in {', '.join(unknown)}" if unknown else None
-        found["mean"] = one(len(sweep.tasks), full, pruned, error, boot, why)
+        found["mean"] = one(len(sweep.tasks), full, pruned, error_of_mean(apart), np.mean(drawn, 0), why)
     return found
 
 
-def resampled(values: np.ndarray, images: np.ndarray, rng: np.random.Generator, count: int) -> np.ndarray:
-    """Means (count, L) of values (n, L) in resamples of their images."""
-    sums, sizes = sums_by_image(values, images)
-    drawn = rng.multinomial(len(sizes), np.full(len(sizes), 1 / len(sizes)), count)
-    return np.asarray(drawn @ sums / (drawn @ sizes)[:, None])
+def resampled(tasks: Sequence[tuple[np.ndarray, np.ndarray]], rng: np.random.Generator, count: int) -> list[np.ndarray]:
+    """Means (count, L) of each task's values (n, L) in resamples of their images (n,).
+
+    An image is drawn as often for all tasks that ask about it: with the first of them, among the images new with that.
+    """
+    times: dict[int, np.ndarray] = {}
+    found = []
+    for values, images in tasks:
+        sums, sizes = sums_by_image(values, images)
+        numbers = np.unique(images).tolist()
+        if new := [number for number in numbers if number not in times]:
+            times |= zip(new, rng.multinomial(len(new), np.full(len(new), 1 / len(new)), count).T, strict=True)
+        drawn = np.stack([times[number] for number in numbers], 1)
+        total = (drawn @ sizes)[:, None]  # 0 where none was drawn of a task all of whose images are others' too
+        found.append(np.where(total > 0, drawn @ sums / np.maximum(total, 1), values.mean(0)))
+    return found
 
 
 def check_tasks(tasks: Iterable[str]) -> None:

@@ -28,7 +28,7 @@ from codebook.errors import CodebookError
 from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import damaged, read_record
 from codebook.inference.samples import Sample, samples_digest
-from codebook.inference.uncertainty import UNKNOWN, error_by_image
+from codebook.inference.uncertainty import UNKNOWN, deviation, error_of_mean
 from codebook.models import Image
 from codebook.models.base import Model, Processor
 from codebook.models.finite import check_logits
@@ -252,17 +252,18 @@ def onsets(
     named = np.array(tasks)
     own, swapped = (np.array([record[kind] for record in found]) for kind in ("own", "swapped"))  # type: ignore[literal-required]
     rng = np.random.default_rng(seed)
-    curves: dict[str, tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, int]] = {}
-    for task in sorted(set(tasks)):
-        rows = np.flatnonzero(named == task)
-        gap, shown = own[rows] - swapped[rows], rows if images is None else np.asarray(images)[rows]
-        error, drawn = error_by_image(gap, shown), resampled(gap, shown, rng, RESAMPLES)
-        curves[task] = own[rows].mean(0), swapped[rows].mean(0), error, drawn, len(rows)
-    check_tasks(curves)
+    by_task = {task: np.flatnonzero(named == task) for task in sorted(set(tasks))}
+    check_tasks(by_task)
+    shown = np.arange(len(tasks)) if images is None else np.asarray(images)
+    gaps = [((own - swapped)[rows], shown[rows]) for rows in by_task.values()]
+    drawn, apart = resampled(gaps, rng, RESAMPLES), [deviation(*gap) for gap in gaps]
+    curves = {
+        task: (own[rows].mean(0), swapped[rows].mean(0), one.error, draws, len(rows))
+        for (task, rows), draws, one in zip(by_task.items(), drawn, apart, strict=True)
+    }
     if len(curves) > 1:
-        owns, swaps, errors, draws, _ = zip(*curves.values(), strict=True)
-        error = np.sqrt(np.sum(np.square(errors), 0)) / len(errors)
-        curves["mean"] = np.mean(owns, 0), np.mean(swaps, 0), error, np.mean(draws, 0), len(tasks)
+        owns, swaps, *_ = zip(*curves.values(), strict=True)
+        curves["mean"] = np.mean(owns, 0), np.mean(swaps, 0), error_of_mean(apart), np.mean(drawn, 0), len(tasks)
     return {task: _onset(*curve) for task, curve in curves.items()}
 
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from codebook.evaluation.metrics import ACCURACY, Estimate, Task, estimate, estimates, mean_of
+from codebook.evaluation.metrics import ACCURACY, Estimate, Task, estimate, estimates, mean_of, numbers_of_groups
 from codebook.inference.respond import Response
-from codebook.inference.uncertainty import NORMAL_QUANTILE
+from codebook.inference.uncertainty import NORMAL_QUANTILE, sums_by_image
 from codebook.pruning.text import UNPRUNED
 
 GATES = ("random", "downsample")
@@ -84,15 +84,15 @@ def add_comparisons(
     against
         Method that the others at its budget are compared with under `against`.
     """
-    found = [row.scored(tasks) for row in rows]
+    found, images = [row.scored(tasks) for row in rows], numbers_of_groups(tasks)
     at = {(row.method, row.keep): i for i, row in enumerate(rows)}
     full = mean_of(found[0])[0]
     for result, row, own in zip(results, rows, found, strict=True):
-        value, error = mean_of(own)
+        value, error = mean_of(own, images)
         whole = _interval(value, error)
         bounded = None if whole is None else [max(0.0, whole[0]), min(1.0, whole[1])]
         result["mean"] = {"score": value, "interval": bounded, "relative": value / full if full else None}
-        result["mean"] |= _apart(own, found[0])
+        result["mean"] |= _apart(own, found[0], images)
         if len(row.sums) > 1:
             means = [mean_of(replace(row, sums=[run]).scored(tasks))[0] for run in row.sums]
             result["mean"]["spread"] = statistics.stdev(means)
@@ -101,12 +101,12 @@ def add_comparisons(
         if against != row.method and (against, row.keep) in at:
             rival = found[at[against, row.keep]]  # type: ignore[index]
             by_task = {task.name: _apart([a], [b]) for task, a, b in zip(tasks, own, rival, strict=True)}
-            result["against"] = _apart(own, rival) | {"tasks": by_task}
+            result["against"] = _apart(own, rival, images) | {"tasks": by_task}
         gates = [gate for gate in GATES if gate != row.method and (gate, row.keep) in at]
-        result["gates"] = {gate: _apart(own, found[at[gate, row.keep]]) for gate in gates}
+        result["gates"] = {gate: _apart(own, found[at[gate, row.keep]], images) for gate in gates}
         if (DOWNSAMPLED, row.keep) in at:
             chosen = group_a(rows[0], rows[at[DOWNSAMPLED, row.keep]])
-            result["group_a"] = _on_group(tasks, row.scores, chosen)
+            result["group_a"] = _on_group(tasks, row.scores, chosen, images)
 
 
 def group_a(full: Runs, downsampled: Runs) -> np.ndarray:
@@ -118,28 +118,34 @@ def group_a(full: Runs, downsampled: Runs) -> np.ndarray:
     return (full.scores >= RIGHT_FROM) & (downsampled.scores < RIGHT_FROM)
 
 
-def _on_group(tasks: Sequence[Task], scores: np.ndarray, chosen: np.ndarray) -> dict[str, Any]:
+def _on_group(
+    tasks: Sequence[Task], scores: np.ndarray, chosen: np.ndarray, images: Sequence[np.ndarray]
+) -> dict[str, Any]:
     """The mean of the samples' scores on a group of them, all tasks together and task by task."""
-    by_task, start = {}, 0
-    for task in tasks:
+    found, start = dict[str, tuple[np.ndarray, np.ndarray]](), 0
+    for task, own in zip(tasks, images, strict=True):
         # Sum of the scores and number of the chosen samples, image by image.
-        images = [[start + row for row in rows if chosen[start + row]] for rows in task.groups()]
-        by_task[task.name] = [(float(scores[rows].sum()), len(rows)) for rows in images if rows]
+        rows = [[start + row for row in group if chosen[start + row]] for group in task.groups()]
+        sums = np.array([(scores[group].sum(), len(group)) for group in rows], dtype=float)
+        found[task.name] = sums[sums[:, 1] > 0], own[sums[:, 1] > 0]
         start += len(task.samples)
-    whole = _mean_share([one for sums in by_task.values() for one in sums])
-    return whole | {"tasks": {name: _mean_share(sums) for name, sums in by_task.items() if sums}}
+    every, numbers = (np.concatenate(parts) for parts in zip(*found.values(), strict=True))
+    by_task = {name: _mean_share(sums) for name, (sums, _) in found.items() if len(sums)}
+    return _mean_share(sums_by_image(every, numbers)[0] if len(every) else every) | {"tasks": by_task}
 
 
-def _mean_share(sums: Sequence[tuple[float, int]]) -> dict[str, Any]:
-    if not sums:
+def _mean_share(sums: np.ndarray) -> dict[str, Any]:
+    if not len(sums):
         return {"score": None, "interval": None, "samples": 0}
-    found = estimate(ACCURACY, np.array(sums, dtype=float))
-    return {"score": found.value, "interval": found.interval, "samples": sum(count for _, count in sums)}
+    found = estimate(ACCURACY, sums)
+    return {"score": found.value, "interval": found.interval, "samples": int(sums[:, 1].sum())}
 
 
-def _apart(own: Sequence[Estimate], other: Sequence[Estimate]) -> dict[str, Any]:
+def _apart(
+    own: Sequence[Estimate], other: Sequence[Estimate], images: Sequence[np.ndarray] | None = None
+) -> dict[str, Any]:
     """The paired difference of the means over tasks, and its interval."""
-    value, error = mean_of([a - b for a, b in zip(own, other, strict=True)])
+    value, error = mean_of([a - b for a, b in zip(own, other, strict=True)], images)
     return {"change": value, "change_interval": _interval(value, error)}
 
 

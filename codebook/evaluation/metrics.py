@@ -8,14 +8,14 @@ compared on the same groups, so a group that is hard for both does not widen the
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from codebook.inference.captions import CaptionScorer
-from codebook.inference.samples import Sample, image_groups
-from codebook.inference.uncertainty import ALIKE, error_over_tasks, wilson
+from codebook.inference.samples import Sample, image_groups, image_numbers
+from codebook.inference.uncertainty import ALIKE, Deviation, error_over_tasks, wilson
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,15 @@ class Task:
         """(groups, sums) float64 of the predictions; the sums of several runs, such as seeds, may be averaged."""
         groups = [([self.samples[row] for row in rows], [texts[row] for row in rows]) for rows in self.groups()]
         return np.array([self.metric.count(*group) for group in groups], dtype=float)
+
+
+def numbers_of_groups(tasks: Sequence[Task]) -> list[np.ndarray]:
+    """For each task the numbers of the images of its groups: those of an image are the same in all tasks."""
+    numbers, start, found = image_numbers([sample for task in tasks for sample in task.samples]), 0, []
+    for task in tasks:
+        found.append(np.array([numbers[start + rows[0]] for rows in task.groups()]))
+        start += len(task.samples)
+    return found
 
 
 @dataclass(frozen=True)
@@ -108,10 +117,19 @@ def estimates(metric: Metric, sums: np.ndarray) -> list[Estimate]:
     return [Estimate(float(value), own) for value, own in zip(metric.values(mean), influences.T, strict=True)]
 
 
-def mean_of(estimates: Sequence[Estimate]) -> tuple[float, float | None]:
-    """Mean over the tasks, all weighing the same, and its standard error, None if unknown; see `error_over_tasks`."""
-    error = error_over_tasks([one.error for one in estimates], [len(one.influence) for one in estimates])
-    return float(np.mean([one.value for one in estimates])), error
+def mean_of(estimates: Sequence[Estimate], images: Sequence[np.ndarray] | None = None) -> tuple[float, float | None]:
+    """Mean over the tasks, all weighing the same, and its standard error, None if unknown; see `error_over_tasks`.
+
+    Parameters
+    ----------
+    images
+        Those of `numbers_of_groups`. None: no image is in two of the tasks.
+    """
+    sizes = [len(one.influence) for one in estimates]
+    numbers = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1]) if images is None else images
+    scales = [max(1, n * (n - 1)) ** -0.5 for n in sizes]
+    deviations = [Deviation(x * one.influence, own) for one, x, own in zip(estimates, scales, numbers, strict=True)]
+    return float(np.mean([one.value for one in estimates])), error_over_tasks(deviations)
 
 
 def _ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -188,7 +206,10 @@ def yes_or_no(prediction: str, answers: Sequence[str]) -> float:
 
 def _pairs(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
     scores = [s.score(text) for s, text in zip(samples, texts, strict=True)]
-    return [sum(scores), float(len(scores)), float(all(scores)), 1.0]
+    pairs: dict[Hashable, list[float]] = {}  # by name: two names of one picture are one group, and two pairs
+    for sample, score in zip(samples, scores, strict=True):
+        pairs.setdefault(sample.images, []).append(score)
+    return [sum(scores), float(len(scores)), float(sum(map(all, pairs.values()))), float(len(pairs))]
 
 
 def _mme_values(sums: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 
 from codebook.inference.respond import Policy, Response, respond
 from codebook.inference.samples import Sample, image_numbers
-from codebook.inference.uncertainty import UNKNOWN, error_by_image, error_over_tasks
+from codebook.inference.uncertainty import UNKNOWN, deviation, error_over_tasks
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 
@@ -90,8 +90,7 @@ def standard_error(scores: Scores) -> float | None:
 
     None where a task has a single image, which shows no spread; see `error_over_tasks`.
     """
-    errors = [float(error_by_image(np.array(own.values), own.images)) for own in scores.values()]
-    return error_over_tasks(errors, [len(set(own.images)) for own in scores.values()])
+    return error_over_tasks([deviation(np.array(own.values), own.images) for own in scores.values()])
 
 
 def mean_text(scores: Scores) -> str:

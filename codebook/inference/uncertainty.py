@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,39 +43,66 @@ def sums_by_image(values: np.ndarray, images: Sequence[int] | np.ndarray) -> tup
     return sums, np.bincount(which).astype(float)
 
 
-def error_by_image(values: np.ndarray, images: Sequence[int] | np.ndarray) -> np.ndarray:
-    """Standard error (...) of the mean of values (n, ...), where samples of one image are no independent draws.
+class Deviation(NamedTuple):
+    """What each image contributes to the deviation of a mean: its standard error is the root of the sum of squares.
 
-    It is that of `std(ddof=1) / sqrt(n)` where each has its own image; infinite where all have the same.
+    Attributes
+    ----------
+    parts : (k, ...) float64
+        The contributions.
+    images : (k,) int64
+        Numbers of the images.
+    """
+
+    parts: np.ndarray
+    images: np.ndarray
+
+    @property
+    def error(self) -> np.ndarray:
+        """Standard error (...) of the mean; infinite where there is one image."""
+        return error_of_mean([self])
+
+
+def deviation(values: np.ndarray, images: Sequence[int] | np.ndarray) -> Deviation:
+    """The deviation of the mean of values (n, ...), where samples of one image are no independent draws.
+
+    Its error is that of `std(ddof=1) / sqrt(n)` where each has its own image.
     """
     sums, counts = sums_by_image(values - values.mean(0), images)
     k = len(counts)
-    if k < 2:
-        return np.full(values.shape[1:], np.inf)
-    return np.asarray(np.sqrt(np.sum(sums**2, 0) * k / (k - 1)) / len(values))
+    return Deviation(sums * np.sqrt(k / max(1, k - 1)) / len(values), np.unique(np.asarray(images)))
 
 
-def error_over_tasks(errors: Sequence[float], counts: Sequence[int]) -> float | None:
+def error_of_mean(tasks: Sequence[Deviation]) -> np.ndarray:
+    """Standard error (...) of the mean over tasks, all weighing the same; infinite where one of them has one image.
+
+    The deviations of tasks are added image by image: those that ask about the same images do not deviate on their own.
+    """
+    if min(len(task.images) for task in tasks) < 2:
+        return np.full(tasks[0].parts.shape[1:], np.inf)
+    parts, images = (np.concatenate(every) for every in zip(*tasks, strict=True))
+    parts, _ = sums_by_image(parts, images)
+    return np.asarray(np.sqrt(np.sum(parts**2, 0)) / len(tasks))
+
+
+def error_over_tasks(tasks: Sequence[Deviation]) -> float | None:
     """Standard error of the mean over tasks, all weighing the same, of values between 0 and 1 or their differences.
-
-    Parameters
-    ----------
-    errors
-        Standard error of each task's mean, from the spread of its samples.
-    counts
-        Number of independent samples of each task.
 
     Returns
     -------
-    None if a task has fewer than two samples, which show no spread. If the samples of every task are alike, the error
-    whose 95% interval is that of the rule of three: what none of n samples does, 3 in n may still do (Hanley and
-    Lippman-Hand 1983, doi:10.1001/jama.1983.03330370053031)
+    That of `error_of_mean`. None if a task has one image, which shows no spread. If the samples of every task are
+    alike, the error whose 95% interval is that of the rule of three: what none of n samples does, 3 in n may still do
+    (Hanley and Lippman-Hand 1983, doi:10.1001/jama.1983.03330370053031)
     """
-    if min(counts) < 2:
+    if min(len(task.images) for task in tasks) < 2:
         return None
-    if max(errors) < ALIKE:
-        errors = [min(1.0, 3 / n) / NORMAL_QUANTILE for n in counts]
-    return float(sum(error**2 for error in errors) ** 0.5 / len(errors))
+    alike = max(float(task.error) for task in tasks) < ALIKE
+    return float(error_of_mean([_rule_of_three(task.images) for task in tasks] if alike else tasks))
+
+
+def _rule_of_three(images: np.ndarray) -> Deviation:
+    n = len(images)
+    return Deviation(np.full(n, min(1.0, 3 / n) / NORMAL_QUANTILE / n**0.5), images)
 
 
 def plus_minus(half: float | None, digits: int = 1) -> str:

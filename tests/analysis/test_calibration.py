@@ -305,8 +305,16 @@ def test_questions_about_one_image_are_one_draw():
 
 def test_paired_differences_by_task():
     """By hand: task a has differences 0.1 and 0.3, mean 0.2, variance 0.02; task b has one, 0.4."""
-    run = _Search(None, None, [Sample((), "", "x", task) for task in "aab"], Journal(None, {}), lambda count: None)
+    run = _Search(None, None, [Sample((), "", "x", task) for task in "aabb"], Journal(None, {}), lambda count: None)
     one, other = Schedule([Stage(0, 1, Random())]), Schedule([Stage(0, 2, Random())])
-    run.values = {str(one): {0: 0.5, 1: 0.9, 2: 0.8}, str(other): {0: 0.4, 1: 0.6, 2: 0.4}}
-    assert run.difference(one, other, range(3)) == pytest.approx((0.3, np.sqrt(0.02 / 2) / 2))
-    assert run.mean(one, range(3)) == pytest.approx(0.75)
+    run.values = {str(one): {0: 0.5, 1: 0.9, 2: 0.8, 3: 0.8}, str(other): {0: 0.4, 1: 0.6, 2: 0.4, 3: 0.4}}
+    assert run.difference(one, other, range(4)) == pytest.approx((0.3, np.sqrt(0.02 / 2) / 2))
+    assert run.mean(one, range(4)) == pytest.approx(0.75)
+
+
+def test_a_second_task_about_the_same_images_is_no_second_test():
+    images = [(Path(name),) for name in "abcd"]
+    run = _Search(None, None, [Sample(own, "", "x", t) for t in "st" for own in images], Journal(None, {}), print)
+    one, other = Schedule([Stage(0, 1, Random())]), Schedule([Stage(0, 2, Random())])
+    run.values = {str(one): dict(enumerate([0.5, 0.6, 0.9, 0.8] * 2)), str(other): dict.fromkeys(range(8), 0.4)}
+    assert run.difference(one, other, range(8)) == pytest.approx(run.difference(one, other, range(4)))

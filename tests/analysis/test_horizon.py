@@ -8,7 +8,7 @@ import torch
 
 from codebook import load, models
 from codebook.analysis import Sweep, horizon, horizons, plot, sweep
-from codebook.analysis.horizon import Horizon, _runs, first_safe, guess_rates, horizon_table
+from codebook.analysis.horizon import Horizon, _runs, first_safe, guess_rates, horizon_table, resampled
 from codebook.errors import CodebookError
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample
@@ -88,6 +88,24 @@ def test_questions_about_one_image_are_one_draw():
     assert all(np.less(apart.error, np.multiply(once.error, 0.6)))
     alone = horizons(Sweep(["all"] * 3, np.ones(3), np.zeros((3, 2)), images=[7] * 3))["all"]
     assert "one image shows no spread" in alone.unknown and alone.error == [None, None]
+
+
+def test_tasks_about_the_same_images_are_resampled_together():
+    """A second task with the same losses on the same images says no more than the first, and half of it no less."""
+    rng = np.random.default_rng(5)
+    loss = np.clip(rng.normal([0.6, 0.3, 0.06, 0.04, 0.02, 0.0], 0.3, (40, 6)), -1, 1)
+    images, tasks, every = [*range(40)] * 2, ["a"] * 40 + ["b"] * 40, np.concatenate([loss, loss])
+    twice = horizons(Sweep(tasks, np.zeros(80), -every, images=images), 0.05)
+    assert twice["a"].interval == twice["b"].interval == twice["mean"].interval
+    assert twice["mean"].error == pytest.approx(twice["a"].error)
+    apart = horizons(Sweep(tasks, np.zeros(80), -every), 0.05)["mean"]
+    assert apart.error == pytest.approx(np.divide(twice["a"].error, 2**0.5))
+    few = [(loss, np.arange(40)), (loss[:20], np.arange(20))]
+    means = np.mean(resampled(few, rng, 4000), 0)
+    times = rng.multinomial(40, np.full(40, 1 / 40), 4000)
+    drawn = (times @ loss / 40 + times[:, :20] @ loss[:20] / times[:, :20].sum(1, keepdims=True)) / 2
+    assert means.std(0) == pytest.approx(drawn.std(0), rel=0.07)
+    assert np.isfinite(resampled([few[0], (loss[:1], np.arange(1))], rng, 100)[1]).all()  # none drawn of the second
 
 
 def test_the_horizon_of_a_model_that_goes_blind(model, processor, samples):

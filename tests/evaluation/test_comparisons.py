@@ -101,3 +101,34 @@ def test_no_question_in_group_a():
     results, found, _ = compared({**TABLE, ("downsample", 0.1): "11111111 11"})
     assert found["good"]["group_a"] == {"score": None, "interval": None, "samples": 0, "tasks": {}}
     assert remarks(results, 0.1)[0].startswith("Group A: 0 of 10")
+
+
+def test_tasks_about_the_same_pictures_are_no_independent_draws(tmp_path):
+    """As POPE's three are: the same question asked in two tasks says no more about a row than in one."""
+    rng = np.random.default_rng(0)
+    said = {row: "".join(map(str, (rng.random(40) < share).astype(int))) for row, share in SHARES.items()}
+
+    def compare(*names):
+        own = [Task(n, [Sample((tmp_path / str(i // 2),), "q", "1", n) for i in range(40)], ACCURACY) for n in names]
+        results = [{"method": method, "keep": keep} for method, keep in said]
+        rows = [gather_runs(own, *row, runs(text * len(names))) for row, text in said.items()]
+        add_comparisons(results, own, rows, "good")
+        return {row["method"]: row for row in results}
+
+    once, twice = compare("a"), compare("a", "b")
+    for method in said:
+        one, two = once[method[0]], twice[method[0]]
+        assert two["mean"]["interval"] == pytest.approx(one["mean"]["interval"])
+        assert two["mean"]["change_interval"] == pytest.approx(one["mean"]["change_interval"])
+        for key in ("against", "gates", "group_a"):
+            assert (key in two) == (key in one)
+        if "against" in one:
+            assert two["against"]["change_interval"] == pytest.approx(one["against"]["change_interval"])
+        for gate, apart in one.get("gates", {}).items():
+            assert two["gates"][gate]["change_interval"] == pytest.approx(apart["change_interval"])
+        if "group_a" in one:
+            assert two["group_a"]["interval"] == pytest.approx(one["group_a"]["interval"], abs=1e-6)
+            assert two["group_a"]["samples"] == 2 * one["group_a"]["samples"]
+
+
+SHARES = {("unpruned", 1.0): 0.9, ("downsample", 0.1): 0.4, ("random", 0.1): 0.6, ("good", 0.1): 0.7}

@@ -1,5 +1,8 @@
 """Metrics by hand, their intervals by resampling."""
 
+from dataclasses import replace
+from itertools import count
+
 import numpy as np
 import pytest
 
@@ -114,6 +117,11 @@ def test_mme_counts_questions_and_images(tmp_path):
     found = values(MME, task, ["Yes", "No", "yes", "yes", "other", "no"])  # one image of three wholly right
     assert found == pytest.approx({"score": (4 / 6 + 1 / 3) / 2, "accuracy": 4 / 6, "accuracy_plus": 1 / 3})
     assert task.groups() == [[0, 1], [2, 3], [4, 5]]
+    for path in set(pictures):
+        path.write_bytes(b"the same")  # copies are one draw, and as many pairs as names
+    again = Task("t", own, MME)
+    assert again.groups() == [[0, 1, 2, 3, 4, 5]]
+    assert values(MME, again, ["Yes", "No", "yes", "yes", "other", "no"]) == pytest.approx(found)
 
 
 def test_mme_reads_the_first_four_letters():
@@ -158,7 +166,8 @@ def test_seeds_are_averaged():
 
 def alone(**tasks):
     """Scores of samples each of which has its own image."""
-    return {task: TaskScores(values, list(range(len(values)))) for task, values in tasks.items()}
+    numbers = count()
+    return {task: TaskScores(values, [next(numbers) for _ in values]) for task, values in tasks.items()}
 
 
 def test_the_standard_error_of_few_samples():
@@ -184,3 +193,5 @@ def test_questions_about_one_image_are_one_draw_in_tables_too(tmp_path):
     assert error == pytest.approx(estimate(ACCURACY, Task("t", own, ACCURACY).sums(texts)).error, rel=1e-5)
     assert error > 1.3 * standard_error(alone(t=scores["t"].values))
     assert standard_error(scored(own[:3], [Response("yes", [])] * 3)) is None  # of one image
+    again = [replace(sample, task="u") for sample in own]  # the same questions as another task
+    assert standard_error(scored(own + again, [Response(text, []) for text in texts * 2])) == pytest.approx(error)
