@@ -119,7 +119,9 @@ def bench_command(
     samples = bench.samples_to_show(tasks, show)
     with progress("samples", len(samples) * len(done), "answers") as tick:
         looks = bench.show_rows(loaded, processor, samples, done, out / "samples.sqlite", max_new_tokens, tick)
-    results = {"name": model, "data": list(named), "keeps": budgets, **results, "samples": looks}
+    asked = {"name": model, "data": list(named), "keeps": budgets, "count": count, "max_new_tokens": max_new_tokens}
+    asked["codebook"] = None if codebook is None else str(codebook)
+    results = {**asked, **results, "samples": looks}
     results["skipped"] = skipped + results["skipped"]
     family = models.family(models.unwrap(loaded))
     shown = [[shown_part(one, family.shown_box(processor, one.size)) for one in s.pictures()] for s in samples]

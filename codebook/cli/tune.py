@@ -300,12 +300,13 @@ def _report(out: Path, asked: dict[str, Any]) -> str:
         "changes its answers, not how right they are.",
         "mixed": "Where no answer was given, the unpruned model's own is the label.",
     }
+    seen = " The questions are about images of which the codebook was made: of others it may say less."
     lines = [
         f"# Recipe for {asked['model']}, keep {asked['keep']:g}", "",
         f"- Codebook: {config['prototypes']} prototypes from {config['images']['used']} images (`{CODEBOOK_PART}`).",
         f"- Schedule: `{found['schedule']}` (`{SCHEDULE_PART}`): {found['result']}.",
         f"- Horizon: `{HORIZON_PART}/horizon.json`; bench: `{BENCH_PART}/report.html`.",
-        f"- {labels[asked['labels']]}",
+        f"- {labels[asked['labels']]}{seen if asked['data'] is None else ''}",
         "", markdown(results), "",
         f"Use: `codebook prune {asked['model']} --recipe DIR --image FILE --ask TEXT`. Share: "
         f"`codebook push DIR/{CODEBOOK_PART} OWNER/NAME --bench DIR/{BENCH_PART}/results.json`.",

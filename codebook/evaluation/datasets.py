@@ -105,7 +105,7 @@ def _tasks(
                 f"split and config choose files of hub:, and all of {place} are read: name those to read"
             )
         files = fetched_files(place, columns) if kind == "hub" else parquet_files(Path(place))
-        samples = load_parquet(files, columns, Path(place).stem, count, seed)
+        samples = load_parquet(files, columns, Path(place).name.removesuffix(".parquet"), count, seed)
         count = None
     elif kind in TABLES:
         raise CodebookError(f"say which: --data {kind}:{TABLES[kind]}")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
 
 from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, install_command, quoted, unknown
 from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
@@ -44,10 +45,13 @@ class Columns:
     Attributes
     ----------
     image, question, answer
-        Their names. Pictures are the Hub's (bytes in a struct), bytes, or a list of either; an answer is a text or a
-        list of texts; with `options` they are all the texts, the letters, or the numbers from 0 of some.
+        Their names. Pictures are the Hub's (bytes in a struct), bytes, or a list of either; an answer is a text, a list
+        of texts, or of structs with one as `answer`; with `options` they are all the texts, the letters, or the numbers
+        from 0 of some.
     options
-        Column of a list of texts, of which one is right; empty: none.
+        Column of a list of texts, of which one is right, or columns of one text each, with commas between; empty: none.
+    hint
+        Column of a text that stands before the question where it is not blank; empty: none.
     task
         Column that the questions are grouped by; empty: all are one task.
     rule
@@ -61,6 +65,7 @@ class Columns:
     question: str = "question"
     answer: str = "answer"
     options: str = ""
+    hint: str = ""
     task: str = ""
     rule: str = "same"
     split: str = ""
@@ -85,10 +90,27 @@ class Columns:
         found = cls(**given)
         if found.rule not in RULES:
             raise unknown("no rule", found.rule, RULES)
-        own = [name for name in (found.image, found.question, found.answer, found.options) if name]
+        own = [name for name in (found.image, found.question, found.answer, found.hint, *found.option_names) if name]
         if len(set(own)) < len(own):
             raise CodebookError(f"behind '?' one column is to be two things in {quoted(text)}: name another one")
         return found
+
+    @property
+    def option_names(self) -> list[str]:
+        """Names of the columns of options."""
+        return self.options.split(",") if self.options else []
+
+    @property
+    def option_cells(self) -> dict[str, Cell]:
+        """What the columns of options hold."""
+        names = self.option_names
+        return dict.fromkeys(names, TEXTS_CELL if len(names) == 1 else TEXT_OR_NONE_CELL)
+
+
+class PersonsAnswer(TypedDict):
+    """One person's answer, as VQAv2 has them."""
+
+    answer: str
 
 
 class Cell(NamedTuple):
@@ -99,8 +121,9 @@ class Cell(NamedTuple):
 
 
 TEXT_CELL = Cell(str, "a text")
+TEXT_OR_NONE_CELL = Cell(str | None, "a text or nothing")
 TEXTS_CELL = Cell(list[str], "a list of texts")
-ANSWER_CELL = Cell(str | int | list[str], "a text, a whole number or a list of texts")
+ANSWER_CELL = Cell(str | int | list[str] | list[PersonsAnswer], "a text, a whole number or a list of texts")
 PICTURES_CELL = Cell(list[Mapping[str, Any] | bytes] | Mapping[str, Any] | bytes, "a picture's bytes or a list of them")
 
 
@@ -226,7 +249,7 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
     """
     kinds = {columns.task: TEXT_CELL} if columns.task else {}
     kinds |= {columns.question: TEXT_CELL, columns.answer: ANSWER_CELL}
-    kinds |= {columns.options: TEXTS_CELL} if columns.options else {}
+    kinds |= columns.option_cells | ({columns.hint: TEXT_OR_NONE_CELL} if columns.hint else {})
     option = _meaning(files, columns) if columns.options else None
     drawn: dict[str, list[tuple[Path, int, Sample]]] = {}
     for file in files:
@@ -245,14 +268,17 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
 def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None) -> Sample:
     """The sample of a row, without its pictures; `option` says which option an answer names, where there are some."""
     question, answer = row[columns.question], row[columns.answer]
+    if columns.hint and (row[columns.hint] or "").strip():
+        question = f"{row[columns.hint]}\n{question}"
     task = task_name(row[columns.task] if columns.task else None, name, where)
     if option is not None:
-        options = row[columns.options]
+        options = _options(where, columns, row)
         right = option(answer, options)
         assert right is not None
         listed = [f"{LETTERS[i]}. {text}" for i, text in enumerate(options)]
         return Sample((), "\n".join([question, *listed]) + CHOICE, LETTERS[right], task, letter)
     answers = answer if isinstance(answer, list) else [str(answer)]
+    answers = [one["answer"] if isinstance(one, Mapping) else one for one in answers]
     if not answers:
         raise CodebookError(f"{where}: it has no answer; name the right column")
     if columns.rule != "vqa":  # there it is one of ten people who said nothing; elsewhere it would be right to do so
@@ -268,6 +294,17 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, o
             raise CodebookError(f"{where}: {error}; give rule=same") from None
     most = max(answers, key=answers.count)
     return Sample((), question + SHORT, most, task, RULES[columns.rule], tuple(answers))
+
+
+def _options(where: str, columns: Columns, row: Mapping[str, Any]) -> list[str]:
+    """The options of a row; of several columns the last ones may have none: nothing, or `nan`, as MMBench's have."""
+    texts = [row[name] for name in columns.option_names]
+    if len(texts) == 1:
+        return list(texts[0])
+    found = [text for text in texts if text not in (None, "", "nan")]
+    if found != texts[: len(found)]:
+        raise CodebookError(f"{where}: an option is missing before the last one; name the columns in their order")
+    return found
 
 
 Meaning = Callable[[object, Sequence[str]], int | None]
@@ -296,9 +333,9 @@ def _meaning(files: Sequence[Path], columns: Columns) -> Meaning:
     """
     left: list[Meaning] = [_by_text, _by_letter, _by_number]
     for file in files:
-        rows = read_columns(file, {columns.answer: ANSWER_CELL, columns.options: TEXTS_CELL})
+        rows = read_columns(file, {columns.answer: ANSWER_CELL, **columns.option_cells})
         for number, row in enumerate(rows, 1):
-            answer, options = row[columns.answer], row[columns.options]
+            answer, options = row[columns.answer], _options(f"{file}, record {number}", columns, row)
             left = [one for one in left if one(answer, options) is not None]
             if not left or len(options) > len(LETTERS):
                 raise CodebookError(

@@ -77,14 +77,19 @@ def html(
 
 
 def command_of(results: Results) -> str:
-    """The command that measures the rows, as far as results.json says; limits of time and memory are not in it."""
+    """The command that measures the rows, as far as results.json says; limits of time and memory are not in it.
+
+    Those of earlier versions do not say what `--count` was: it is known where all tasks have as many questions.
+    """
     rows = results["rows"]
     options: dict[str, Any] = {
         "methods": ",".join(dict.fromkeys(row["method"] for row in rows[1:])),
         "keep": ",".join(f"{keep:g}" for keep in results["keeps"]),
     }
-    if len(counts := {task["samples"] for task in results["tasks"].values()}) == 1:
-        options["count"] = counts.pop()
+    counts = {task["samples"] for task in results["tasks"].values()}
+    asked = {name: results.get(name) for name in ("count", "max_new_tokens", "codebook")}
+    asked["count"] = results.get("count", counts.pop() if len(counts) == 1 else None)
+    options |= {name.replace("_", "-"): value for name, value in asked.items() if value is not None}
     options |= {"seeds": max(row["seeds"] for row in rows), "seed": results["seed"]}
     options |= {"against": results["against"]} if results.get("against") else {}
     options |= {"throughput": ",".join(map(str, results["batches"]))} if results.get("batches") else {}

@@ -25,7 +25,7 @@ class TaskScores:
     values
         Score of each sample, from 0 to 1.
     images
-        Number of the image of each sample: those about one are no independent draws.
+        Number of the image of each sample, the same in all tasks: those about one are no independent draws.
     """
 
     values: list[float] = field(default_factory=list)

@@ -349,6 +349,18 @@ def test_answers_per_second(loaded, tmp_path, monkeypatch):
     assert three.rate(None) == 1.5
 
 
+def test_the_command_says_what_was_asked():
+    """Of results of earlier versions, which have less, as much as they say."""
+    rows = [{"method": "unpruned", "seeds": 1}, {"method": "fastv@2", "seeds": 3}]
+    old = {"name": "m", "rows": rows, "keeps": [0.5], "seed": 0, "data": ["own.jsonl"]}
+    old["tasks"] = {"a": {"samples": 4}, "b": {"samples": 4}}
+    begin, end = "codebook bench m --data own.jsonl --methods fastv@2 --keep 0.5", " --seeds 3 --seed 0 --out bench"
+    assert report.command_of(old) == f"{begin} --count 4{end}"
+    asked = {"count": 5, "max_new_tokens": 512, "codebook": "my book"}
+    assert report.command_of(old | asked) == f"{begin} --count 5 --max-new-tokens 512 --codebook 'my book'{end}"
+    assert report.command_of(old | dict.fromkeys(asked)) == begin + end
+
+
 class Page(HTMLParser):
     """Checks that tags are closed in order, and notes ids and whatever points elsewhere."""
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from codebook.cli.data import load_data
 from codebook.errors import CodebookError
-from codebook.evaluation.documents import DESCRIBE, SHORT
+from codebook.evaluation.documents import CHOICE, DESCRIBE, SHORT
 from codebook.evaluation.metrics import CHAIR
 from codebook.inference.samples import samples_digest
 from codebook.store.clips import ClipInfo, within
@@ -223,6 +223,32 @@ def test_parquet_with_options(table, answer):
     [sample] = task.samples
     assert sample.question.startswith("which?\nA. root\nB. leaf\n") and sample.answer == "B"
     assert [own.getpixel((0, 0))[0] for own in sample.pictures()] == [1, 2]
+
+
+def test_parquet_with_an_answer_of_each_person(table):
+    """Structs, as the Hub's VQAv2 has them."""
+    people = [{"answer": text, "answer_confidence": "yes", "answer_id": 1} for text in ["net"] * 8 + ["mesh"] * 2]
+    file = table("a.parquet", image=[HUBS[0]], question=["q"], answers=[people])
+    sample = load_data([f"parquet:{file}?answer=answers&rule=vqa"])[0].samples[0]
+    assert sample.answer == "net" and [sample.score(text) for text in ("Net", "mesh")] == [1, pytest.approx(0.6)]
+
+
+def test_parquet_with_a_column_for_each_option(table):
+    """As the Hub's MMBench has them, `nan` where there is none, and its hints."""
+    options = {"A": ["root", "up"], "B": ["leaf", "down"], "C": ["bud", "nan"], "D": ["stem", None]}
+    columns = {"image": HUBS[:2], "question": ["q", "r"], "answer": ["D", "B"], "hint": ["It grows.", ""]}
+    name = "parquet:{}?options=A,B,C,D&hint=hint"
+    first, second = load_data([name.format(table("a.parquet", **columns, **options))])[0].samples
+    assert first.question.startswith("It grows.\nq\nA. root\nB. leaf\nC. bud\nD. stem\n") and first.answer == "D"
+    assert second.question == "r\nA. up\nB. down" + CHOICE and second.score("B") == 1
+    for wrong, words in (
+        ({"A": ["root", None]}, "a.parquet, record 2: an option is missing before the last one; name the columns in"),
+        ({"answer": ["D", "C"]}, "a.parquet, record 2: 'C' is none of its options"),
+        ({"B": [1, 2]}, "a.parquet, record 1: column 'B' holds 1, where a text or nothing is read"),
+    ):
+        file = table("a.parquet", **columns | options | wrong)
+        with pytest.raises(CodebookError, match=words):
+            load_data([name.format(file)])
 
 
 @pytest.mark.parametrize(
