@@ -36,7 +36,7 @@ from benchmarks.cost.prefill import IMAGE, KEEPS, TEXT, llava
 from benchmarks.cost.timing import machine, quartiles, synchronize
 from codebook import Codebook, Schedule, load
 from codebook.pruning.engine import key_bias
-from codebook.pruning.methods.base import nearest_kept
+from codebook.pruning.methods.base import nearest_kept_each
 
 SHAPES = {512: {}, 4096: {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32}}
 WAYS = ("", "mask", "+mass")
@@ -90,8 +90,7 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         cache.crop(-STEPS)
 
     def count(kept: int) -> None:
-        for values in features:
-            nearest_kept(values, torch.arange(kept, device=device))
+        nearest_kept_each(torch.stack(features), torch.arange(kept, device=device).expand(options.images, kept))
 
     rows = list(itertools.product(options.keep, options.schedules))
     tasks: dict[tuple[Any, ...], Callable[[], Any]] = {}

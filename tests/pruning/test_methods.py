@@ -38,7 +38,7 @@ from codebook.pruning import (
 )
 from codebook.pruning.attention import Attention, Vision
 from codebook.pruning.engine import selection
-from codebook.pruning.methods import farthest
+from codebook.pruning.methods import base, farthest
 from codebook.pruning.methods.base import FeaturePruner, nearest_kept
 from tests.prompts import ONE, RAGGED, prompt, size
 from tests.pruning.made import Ranking, tokens
@@ -282,6 +282,25 @@ def test_representatives_are_not_negative():
             make(-1)
 
 
+@pytest.mark.parametrize("at_once", [1, 2**26])
+def test_units_of_any_sizes_are_counted_as_each_alone(monkeypatch, at_once):
+    monkeypatch.setattr(base, "AT_ONCE", at_once)
+    generator, sizes = torch.Generator().manual_seed(0), [9, 7, 9, 7, 9, 9, 9]
+    images = [tokens(1, n, torch.randn(n, 4, generator=generator)) for n in sizes]
+    units = [SimpleNamespace(mass=None, ordinal=image.ordinal) for image in images]
+    units[2].mass = torch.arange(1, 10)
+    # Of two sizes, of one of them three keeping three and one four; one keeps all and one nothing.
+    stays = [*map(torch.tensor, ([0, 4, 8], [1, 2, 6], [2, 3, 5], [0, 1, 3], [5, 6, 7, 8])), None, torch.tensor([])]
+    found = masses(Stage(0, 3, Ranking(), mass=True), units, stays, images)
+    assert found[5] is None and found[6] is None
+    for image, unit, index, mass in zip(images[:5], units, stays, found, strict=False):
+        expected = dict.fromkeys(index.tolist(), 0)
+        for token in range(len(image.hidden)):
+            alike = {k: float(torch.cosine_similarity(image.hidden[token], image.hidden[k], dim=0)) for k in expected}
+            expected[max(alike, key=alike.get)] += 1 if unit.mass is None else int(unit.mass[token])
+        assert mass.tolist() == [*expected.values()]
+
+
 def test_the_kept_one_most_like_each():
     # 30 and 170 degrees are kept; a kept token has itself, also where another is its twin
     image = at(0.0, 30.0, 99.0, 101.0, 170.0, 30.0, lengths=[5.0, 1.0, 2.0, 2.0, 3.0, 1.0])
@@ -393,6 +412,10 @@ def test_fastv_by_all_text_by_hand():
     assert FastV().select(two, 1).tolist() == [0] and FastV(query="question").select(two, 1).tolist() == [1]
 
 
+def masses(stage, units, stays, images):
+    return selection.masses(stage, units, stays, lambda i: images[i].hidden, lambda i: images[i])
+
+
 def test_merged_by_hand():
     # Chosen are the first and the last. Most like the first are the second and the fourth, so that it moves to the
     # middle of 0 1 3; of 2 4 5 that is 4.
@@ -403,9 +426,9 @@ def test_merged_by_hand():
     assert torch.allclose(pruner.merge(six, index), torch.tensor([[2.0, 0.1], [0.1 / 3, 4.0]]))
     # With `mass` they stand for their groups, as many as an earlier stage has left each member
     stage, unit = Stage(0, 2, pruner, mass=True), SimpleNamespace(mass=None, ordinal=six.ordinal)
-    assert selection.mass(stage, unit, index, features, six.ordinal, lambda: six).tolist() == [3, 3]
+    assert masses(stage, [unit], [index], [six])[0].tolist() == [3, 3]
     unit.mass = torch.tensor([1, 2, 1, 1, 1, 4])
-    assert selection.mass(stage, unit, index, features, six.ordinal, lambda: six).tolist() == [4, 6]
+    assert masses(stage, [unit], [index], [six])[0].tolist() == [4, 6]
     # Groups 0 5 and 1 2 3 4: of an even number the former of the two in the middle
     features = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0], [0.0, 3.0], [0.0, 4.0], [1.0, 0.1]])
     six, pruner = tokens(2, 3, features), Merged(Ranking(9, 0, 0, 0, 8, 0))

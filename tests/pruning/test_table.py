@@ -74,13 +74,13 @@ def test_with_gradients_the_same_tokens_stay(name):
     assert torch.autograd.grad(loss, weight)[0].isfinite().all()
 
 
-@pytest.mark.parametrize(("name", "step"), [*((name, "choose") for name in SINGLE), ("uniform", "mass")])
+@pytest.mark.parametrize(("name", "step"), [*((name, "choose") for name in SINGLE), ("uniform", "masses")])
 def test_under_autocast_methods_compute_in_float32(name, step, monkeypatch):
     """With what the model has computed in half precision: products of tokens that are alike would be equal in it."""
     stage, calls, stock = schedule(name, "clip").stages[0], [], getattr(selection, step)
     monkeypatch.setattr(selection, step, lambda *given: calls.append((given, stock(*given))) or calls[-1][1])
     with torch.autocast("cpu", torch.bfloat16):
-        kept("clip", "sdpa", Schedule([replace(stage, mass=step == "mass")]), BATCH)
+        kept("clip", "sdpa", Schedule([replace(stage, mass=step == "masses")]), BATCH)
     for given, found in calls:
         for number in range(len(found)) if step == "choose" else ():
             given[-1](number).known.clear()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -153,12 +153,15 @@ class Forward:
             chosen = self.chosen[stage.layer] = Kept(stays, known)
 
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
+        places = [self._places(unit.row, unit.columns) for unit in self.units]
+        masses = selection.masses(
+            stage, self.units, chosen.stays, lambda i: hidden[self.units[i].row].index_select(0, places[i]), tokens
+        )
         merged, units, dropped = self._merged(stage, chosen.stays, tokens), list(self.units), [0] * self.given.batch
         for number, (unit, index, values) in enumerate(zip(self.units, chosen.stays, merged, strict=True)):
             if index is not None:
-                places = self._places(unit.row, unit.columns)
                 # Filled and not assigned: a number assigned to places that a tensor names makes the host wait.
-                kept[unit.row].index_fill_(0, places, False).index_fill_(0, places[index], True)
+                kept[unit.row].index_fill_(0, places[number], False).index_fill_(0, places[number][index], True)
                 dropped[unit.row] += unit.count - len(index)
                 units[number] = replace(
                     unit,
@@ -166,7 +169,7 @@ class Forward:
                     ordinal=unit.ordinal[index],
                     # Before the LLM a merged value is what enters it; later it is a hidden state, and no feature.
                     features=unit.features[index] if values is None or stage.layer else values,
-                    mass=selection.mass(stage, unit, index, hidden[unit.row], places, partial(tokens, number)),
+                    mass=masses[number],
                     distant=unit.distant or stage.mass == DISTANCE,
                 )
         self.units = units
@@ -209,12 +212,13 @@ class Forward:
         bias = torch.zeros(self.sequence.source.shape, dtype=torch.float32, device=self.given.device)
         first = torch.zeros_like(bias) if stage.layer == 0 and stage.mass == DISTANCE else None
         distant = torch.zeros_like(bias, dtype=torch.bool) if any(unit.distant for unit in counted) else None
-        for unit in counted:
-            assert unit.mass is not None
+        masses = torch.cat([unit.mass for unit in counted if unit.mass is not None]).float()
+        sizes = [unit.count for unit in counted]
+        for unit, mass, weight in zip(counted, masses.split(sizes), masses.log().split(sizes), strict=True):
             places = self._places(unit.row, unit.columns)
-            bias[unit.row].index_copy_(0, places, unit.mass.float().log())
+            bias[unit.row].index_copy_(0, places, weight)
             if first is not None:  # RESTORE's first layer takes all for equally large
-                first[unit.row, places] = unit.mass.float().mean().log().expand(unit.count)
+                first[unit.row, places] = mass.mean().log().expand(unit.count)
             if distant is not None and unit.distant:
                 distant[unit.row].index_fill_(0, places, True)
         self.sequence = replace(self.sequence, bias=bias, first=first, distant=distant)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.pruning.engine.prompt import Unit
-from codebook.pruning.methods.base import FeaturePruner, FramePruner, Pruner, nearest_kept
+from codebook.pruning.methods.base import FeaturePruner, FramePruner, Pruner, nearest_kept_each
 from codebook.pruning.stage import Stage
 from codebook.pruning.tokens import VisualTokens
 
@@ -161,25 +161,54 @@ def _checked(pruner: Pruner, index: Tensor, count: int | None) -> Tensor:
 
 
 @torch.no_grad()
-def mass(
-    stage: Stage, unit: Unit, index: Tensor, row: Tensor, places: Tensor, tokens: Callable[[], VisualTokens]
-) -> Tensor | None:
-    """How many tokens each of a unit's kept tokens stands for.
+def masses(
+    stage: Stage,
+    units: Sequence[Unit],
+    stays: Sequence[Tensor | None],
+    values: Callable[[int], Tensor],
+    tokens: Callable[[int], VisualTokens],
+) -> list[Tensor | None]:
+    """For each unit how many tokens each of those that stay stands for; None where each stands for itself.
 
     Parameters
     ----------
-    row : (P, d) float
-        Hidden states of the unit's row.
-    places : (n,) int64
-        Where its tokens are in them.
+    stays
+        For each unit the indices of its tokens that stay; None where all do.
+    values
+        The hidden states (n, d) of a unit's tokens, by its number.
     tokens
-        Gives what the pruner saw of the unit, if it has groups of its own.
+        What the pruner saw of a unit, by its number, if it has groups of its own.
     """
-    if not stage.mass or not len(index):  # of a crop or frame that loses everything, none stays to stand for it
-        return None if unit.mass is None else unit.mass[index]
-    before = torch.ones_like(unit.ordinal) if unit.mass is None else unit.mass
-    own = type(stage.pruner).groups is not Pruner.groups
-    groups = stage.pruner.groups(tokens(), index) if own else None
-    if groups is None:
-        groups = nearest_kept(row.index_select(0, places), index)
-    return before.new_zeros(len(index)).index_add_(0, groups, before)
+    masses = [
+        unit.mass if unit.mass is None or index is None else unit.mass[index]
+        for unit, index in zip(units, stays, strict=True)
+    ]
+    if not stage.mass:
+        return masses
+    # Of a crop or frame that loses everything, none stays to stand for it.
+    kept = {number: index for number, index in enumerate(stays) if index is not None and len(index)}
+    for number, group in _groups(stage.pruner, kept, values, tokens).items():
+        unit = units[number]
+        before = torch.ones_like(unit.ordinal) if unit.mass is None else unit.mass
+        masses[number] = before.new_zeros(len(kept[number])).index_add_(0, group, before)
+    return masses
+
+
+def _groups(
+    pruner: Pruner,
+    kept: Mapping[int, Tensor],
+    values: Callable[[int], Tensor],
+    tokens: Callable[[int], VisualTokens],
+) -> dict[int, Tensor]:
+    """By the number of each unit: to which of its kept tokens each of its tokens is counted, (n,) int64."""
+    own = type(pruner).groups is not Pruner.groups
+    found = {number: pruner.groups(tokens(number), index) if own else None for number, index in kept.items()}
+    groups = {number: group for number, group in found.items() if group is not None}
+    rest = [number for number in kept if number not in groups]
+    hidden = [values(number) for number in rest]
+    # Units of one size at once: with many images, to say each step is what takes time.
+    for same in _grouped((len(x), len(kept[i])) for i, x in zip(rest, hidden, strict=True)):
+        index = torch.stack([kept[rest[i]] for i in same])
+        nearest = nearest_kept_each(torch.stack([hidden[i] for i in same]), index)
+        groups |= zip((rest[i] for i in same), nearest, strict=True)
+    return groups

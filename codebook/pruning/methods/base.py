@@ -22,6 +22,9 @@ LEAST_LENGTH = 1e-12
 GRAM_ROWS = 288
 """Rows of a block of `gram`: measured on one core with AVX-512, n = 576 and 2880, d = 1024 and 4096."""
 
+AT_ONCE = 2**26
+"""Numbers that methods hold at once for several images: in float32 a quarter of a gigabyte."""
+
 
 class Pruner(ABC):
     """A method of pruning: it chooses which of one image's visual tokens stay."""
@@ -292,10 +295,31 @@ def nearest_kept(values: Tensor, index: Tensor) -> Tensor:
     -------
     (n,) int64, places in `index`
     """
-    values = values.float()
-    # A token's own length does not change which kept one is nearest.
-    nearest = (values @ normalize(values.index_select(0, index), dim=-1).T).argmax(1)
-    return nearest.index_copy_(0, index, torch.arange(len(index), device=index.device))
+    return nearest_kept_each(values[None], index[None])[0]
+
+
+def nearest_kept_each(values: Tensor, index: Tensor) -> Tensor:
+    """The same for several images at once: (B, n, d) and (B, keep), (B, n); of each what it is for that image alone."""
+    n, d = values.shape[1:]
+    parts = max(1, AT_ONCE // (n * max(d, index.shape[1])))
+    places = torch.arange(index.shape[1], device=index.device)
+    nearest = []
+    for part, own in zip(values.split(parts), index.split(parts), strict=True):
+        part = part.float()
+        rows, first = stacked_rows(part)
+        # A token's own length does not change which kept one is nearest.
+        kept = normalize(rows.index_select(0, (own + first[:, None]).flatten()), dim=-1).view(*own.shape, d)
+        # Image by image: products of several matrices at once may be rounded in another way, and what an image's
+        # tokens stand for would depend on its neighbours.
+        similarity = torch.stack([tokens @ chosen.T for tokens, chosen in zip(part, kept, strict=True)])
+        nearest.append(similarity.argmax(2).scatter_(1, own, places.expand_as(own)))
+    return torch.cat(nearest)
+
+
+def stacked_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (B * n, d) of several matrices (B, n, d), and the number (B,) of each one's first."""
+    rows = x.flatten(0, 1)
+    return rows, torch.arange(len(x), device=x.device) * x.shape[1]
 
 
 def middles(groups: Tensor, count: int) -> Tensor:
@@ -303,20 +327,21 @@ def middles(groups: Tensor, count: int) -> Tensor:
 
     Parameters
     ----------
-    groups : (n,) int64
-        Which of the groups each token is of, as `nearest_kept` gives it; none is empty.
+    groups : (..., n) int64
+        Which of the groups each token is of, as `nearest_kept` gives it. None is empty but where values are NaN.
     count
         How many groups there are.
 
     Returns
     -------
-    (count,) int64
+    (..., count) int64; some token of the image for an empty group
     """
     order, begins = _in_order(groups, count)
-    return order[(begins[:-1] + begins[1:] - 1) // 2]
+    return order.gather(-1, ((begins[..., :-1] + begins[..., 1:] - 1) // 2).clamp(min=0))
 
 
 def _in_order(groups: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The members of all groups, group by group, and where each of the `count` groups begins there, then their end."""
     order = groups.argsort(stable=True)
-    return order, torch.searchsorted(groups[order], torch.arange(count + 1, device=groups.device))
+    bounds = torch.arange(count + 1, device=groups.device).expand(*groups.shape[:-1], count + 1)
+    return order, torch.searchsorted(groups.gather(-1, order), bounds.contiguous())

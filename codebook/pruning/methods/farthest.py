@@ -10,14 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from codebook.pruning.methods.base import FeaturePruner, gram, middles, nearest_kept, option
+from codebook.pruning.methods.base import (
+    AT_ONCE,
+    FeaturePruner,
+    gram,
+    middles,
+    nearest_kept_each,
+    option,
+    stacked_rows,
+)
 from codebook.pruning.methods.centring import centred_gate
 
 if TYPE_CHECKING:
     from codebook.store.codebook import Codebook
-
-AT_ONCE = 2**26
-"""Similarities held at once: of 200 images of 576 tokens, a quarter of a gigabyte."""
 
 ROW_BY_ROW = 1024, 16
 """Tokens, and tokens per kept one, above which the similarities of all pairs cost more than those to each chosen."""
@@ -73,8 +78,7 @@ class Farthest(FeaturePruner):
             gate = torch.stack(gates) if gates else None
             index = farthest_points(similarity, nearest, keep, self.representatives, gate)
             if self.middle:
-                groups = (nearest_kept(own, kept) for own, kept in zip(part, index, strict=True))
-                index = torch.stack([middles(group, keep).sort().values for group in groups])
+                index = middles(nearest_kept_each(part, index), keep).sort(1).values
             chosen.append(index)
         return torch.cat(chosen)
 
@@ -172,7 +176,7 @@ def farthest_in_turn(similarity: Tensor, nearest: Tensor, count: int, gate: Tens
     -------
     (B, count) int64, in the order of choice
     """
-    rows, first = _stacked_rows(similarity)
+    rows, first = stacked_rows(similarity)
     itself = similarity.diagonal(dim1=1, dim2=2)
     own = itself.clone()
     itself.fill_(torch.inf)  # what is chosen is never furthest again
@@ -183,12 +187,6 @@ def farthest_in_turn(similarity: Tensor, nearest: Tensor, count: int, gate: Tens
         nearest = torch.maximum(nearest, rows.index_select(0, first + pick))
     itself.copy_(own)
     return torch.cat(chosen, 1)
-
-
-def _stacked_rows(similarity: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (B * n, n) of several matrices (B, n, n), and the number (B,) of each one's first."""
-    rows = similarity.flatten(0, 1)
-    return rows, torch.arange(len(similarity), device=rows.device) * similarity.shape[1]
 
 
 def farthest_points(
@@ -218,7 +216,7 @@ def farthest_points(
     -------
     (B, keep) int64, each row ascending
     """
-    rows, first = _stacked_rows(similarity)
+    rows, first = stacked_rows(similarity)
     points = farthest_in_turn(similarity, nearest, keep - min(representatives, keep // 2), gate)
     covered = rows[first[:, None] + points].amax(1)
     chosen = list(points.unbind(1))
