@@ -1,9 +1,12 @@
 """Public names: found without importing torch, typed for editors, and one list of methods behind them all."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+import textwrap
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -91,6 +94,34 @@ def test_stubs_name_what_is_there():
                     assert getattr(here, name) is getattr(home, name)
                     seen.add(name)
         assert set(here.__all__) - seen <= {"METHODS"}  # which the stub declares
+
+
+def callables():
+    """Every public function, class and method: name, docstring, parameters, and the source that the docstring is of."""
+    for name in codebook.__all__:
+        one = getattr(codebook, name)
+        if inspect.isfunction(one):
+            yield name, inspect.getdoc(one), inspect.signature(one).parameters, inspect.getsource(one)
+        if not inspect.isclass(one):
+            continue
+        told = inspect.getdoc(one)
+        if not issubclass(one, Exception):
+            yield name, told, [field.name for field in fields(one)] if is_dataclass(one) else [], ""
+        for key, member in vars(one).items():
+            kind = getattr(member, "fget", None) or getattr(member, "__func__", member)
+            if not key.startswith("_") and inspect.isfunction(kind):
+                parameters = [given for given in inspect.signature(kind).parameters if given not in ("self", "cls")]
+                source = inspect.getsource(kind) if kind.__doc__ else ""
+                yield f"{name}.{key}", inspect.getdoc(getattr(one, key)), parameters, source
+
+
+def test_docstrings_name_each_parameter_and_what_is_raised():
+    for name, told, parameters, source in callables():
+        assert told, name
+        for parameter in parameters:
+            assert re.search(rf"\b{parameter}\b", told), f"{name} says nothing of {parameter}"
+        if any(isinstance(node, ast.Raise) for node in ast.walk(ast.parse(textwrap.dedent(source)))):
+            assert re.search(r"(?i)\braise", told), f"{name} does not say what it raises"
 
 
 def test_pruners_of_one_name_are_of_one_class():

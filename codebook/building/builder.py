@@ -151,6 +151,13 @@ def extend(
     ----------
     folder
         A codebook that keeps its survivors, built for this model; it stays as it is.
+    model, processor, images, out, limit, options
+        As `build` takes them.
+
+    Raises
+    ------
+    CodebookError
+        If the codebook is another model's, or was built in another precision or grid; else as `build` does.
     """
     model, (book, pool) = models.unwrap(model), SurvivorPool.load(folder)
     book.check(model)
@@ -200,6 +207,18 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
     """Merge two codebooks that keep their survivors into one, the same as if it had been built from all their images.
 
     No model is needed. An image that both were built from counts once, whatever its names.
+
+    Parameters
+    ----------
+    first, second
+        Folders of codebooks, which stay as they are.
+    out
+        Folder of the result.
+
+    Raises
+    ------
+    CodebookError
+        If the two were built with other settings or for other models, or no prototype is left.
     """
     (a, pool), (b, other) = SurvivorPool.load(first), SurvivorPool.load(second)
     keys = [

@@ -91,6 +91,8 @@ def ask(
 
     Parameters
     ----------
+    model, processor
+        As `codebook.load` returns them, or any supported model of transformers' own and its processor.
     images
         For each question its images, shown before the question in this order.
     questions

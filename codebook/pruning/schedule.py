@@ -104,7 +104,7 @@ class Schedule:
 
     @classmethod
     def of(cls, given: object) -> Schedule:
-        """What a caller gave as a schedule: the schedule that it is, or `Schedule([])` for None."""
+        """What was `given` as a schedule: itself, or `Schedule([])` for None; raises a CodebookError for all else."""
         if given is None:
             return cls([])
         if not isinstance(given, cls):
@@ -136,7 +136,13 @@ class Schedule:
         return self.adaptive or self.spread is not None or any(stage.joint for stage in self.stages)
 
     def counts(self, n: int, layers: int) -> list[int]:
-        """Visual tokens of an image of `n`, of the usual spread, that each of the decoder's `layers` layers sees."""
+        """Visual tokens of an image of `n`, of the usual spread, that each of the decoder's `layers` layers sees.
+
+        Raises
+        ------
+        CodebookError
+            If a stage keeps more than there are, is at none of these layers, or decides its number by the image.
+        """
         self.check_layers(layers)
         now, out = n, []
         by_layer = {stage.layer: stage for stage in self.stages}
@@ -166,9 +172,16 @@ class Schedule:
         bytes: int = 2,
         attending: Container[int] | None = None,
     ) -> int:
-        """Bytes of an image's visual tokens in the KV cache, at `bytes` a number (2: half precision).
+        """Bytes of an image's `n` visual tokens in the KV cache of a decoder; raises as `counts` does.
 
-        `attending`, of `models.shape`, says which layers have one; default: all.
+        Parameters
+        ----------
+        layers, kv_heads, head_dim
+            Of the decoder: its layers, and heads of keys and their width; `codebook.models.shape` has them.
+        bytes
+            Of one number; 2 is half precision.
+        attending
+            Layers that have a cache; default: all.
         """
         stored = sum(k for i, k in enumerate(self.counts(n, layers)) if attending is None or i in attending)
         return 2 * kv_heads * head_dim * bytes * stored
@@ -183,9 +196,18 @@ class Schedule:
         text: int = 0,
         attending: Container[int] | None = None,
     ) -> int:
-        """Prefill FLOPs of an image's tokens and `text` others (arXiv 2412.13180: 4nd^2 + 2n^2d + 2ndm per layer).
+        """Prefill FLOPs of an image's `n` tokens and `text` others; raises as `counts` does.
 
-        Layers that are not `attending` have no 2n^2d.
+        By the formula of arXiv 2412.13180: 4nd^2 + 2n^2d + 2ndm per layer, d being `hidden` and m `intermediate`.
+
+        Parameters
+        ----------
+        layers, hidden, intermediate
+            Of the decoder: its layers, their width and that of their feed-forward; `codebook.models.shape` has them.
+        text
+            Tokens of the prompt beside the image.
+        attending
+            Layers with the term 2n^2d; default: all.
         """
         return sum(
             4 * k * hidden**2 + 2 * k * hidden * intermediate
@@ -194,7 +216,7 @@ class Schedule:
         )  # fmt: skip
 
     def flops_reduction(self, n: int, **shape: Any) -> float:
-        """The fraction of those FLOPs that pruning saves; takes what `flops` takes."""
+        """The fraction of those FLOPs that pruning saves; takes `n` and the decoder's `shape` as `flops` does."""
         return 1 - self.flops(n, **shape) / Schedule([]).flops(n, **shape)
 
     def check_layers(self, layers: int) -> None:
@@ -324,7 +346,12 @@ class Schedule:
     ) -> tuple[Schedule, bool]:
         """The schedule that `solve` starts from, and whether its keeps are proportions only, which need a budget.
 
-        `budget` is the one that it will be fitted to, as a fraction: `codebook.pruning.presets.expand`.
+        Parameters
+        ----------
+        text, codebook, layers, horizon, deep, seed
+            As `solve` takes them.
+        budget
+            The one that it will be fitted to, as a fraction: `codebook.pruning.presets.expand`.
         """
         written, needs_budget = expand(text, layers, horizon, deep, budget)
         return cls._made(written, codebook, seed), needs_budget
@@ -377,7 +404,8 @@ class Schedule:
     def fit_images(self, keep: Keep, n: int, layers: int) -> Schedule:
         """The same as `fit`; where the budget is a share, images of other sizes keep it, too.
 
-        Its stages are then shares, but for those whose keep is a count already.
+        Its stages are then shares, but for those whose keep is a count already. Takes `keep`, `n` and `layers` as
+        `fit` does, and raises as it does.
         """
         fitted = self.fit(keep, n=n, layers=layers)
         if isinstance(keep, int):
@@ -405,9 +433,14 @@ class Schedule:
         return cls(stages, **settings)
 
     def save(self, path: Path | str) -> None:
-        """Write the schedule to a small JSON file, which `load` and `codebook prune --schedule` read.
+        """Write the schedule to the small JSON file `path`, which `load` and `codebook prune --schedule` read.
 
         Prototypes are no part of it: `load` takes the codebook or finds the model's.
+
+        Raises
+        ------
+        CodebookError
+            If a pruner is of none of `METHODS`, or the file cannot be written.
         """
         for stage in self.stages:
             if stage.keep != 0 and spell(stage.pruner) is None:

@@ -74,7 +74,13 @@ class Stage:
         return self.pruner.joint
 
     def count(self, total: int) -> int:
-        """Tokens that stay of an image that had `total` unpruned."""
+        """Tokens that stay of an image that had `total` unpruned.
+
+        Raises
+        ------
+        CodebookError
+            If the image has fewer than that, or the pruner decides the number.
+        """
         if self.keep is None:
             name = type(self.pruner).__name__
             raise CodebookError(f"{name} at layer {self.layer} decides how many tokens stay: known only after running")

@@ -99,7 +99,7 @@ class VisualTokens:
 
     @classmethod
     def of(cls, features: Tensor) -> VisualTokens:
-        """Tokens of which only the projector outputs (n, d) are known; the grid is taken to be one row."""
+        """Tokens of which only `features`, the projector outputs (n, d), are known; the grid is taken to be one row."""
         ordinal = torch.arange(len(features), device=features.device)
         return cls(
             features, features, features, slice(0, len(features)), ordinal[:0], ordinal, (1, len(features)),

@@ -44,6 +44,12 @@ class Codebook:
         What `config.json` holds: model, fingerprint, settings, funnel. See `docs/format.md`.
     folder : Path or None
         Where it was read from; None if it was made.
+
+    Raises
+    ------
+    CodebookError
+        If the prototypes are not of that shape and type, one is no number or all zeros, or the provenance has another
+        length. Wherever tokens are compared: if their d is not the prototypes'.
     """
 
     folder: Path | None = None
@@ -123,6 +129,8 @@ class Codebook:
         Parameters
         ----------
         tokens : (n, d) float
+        k
+            From 1 to the number of prototypes.
         backend
             `torch` works everywhere, on the tokens' device; `faiss` searches on the CPU, or on a GPU if faiss-gpu
             finds one. `auto` takes faiss for tokens on the CPU and large codebooks, when it is installed.
@@ -131,6 +139,11 @@ class Codebook:
         -------
         similarity : (n, k) float32, highest first
         index : (n, k) int64, rows of `prototypes`
+
+        Raises
+        ------
+        CodebookError
+            If `k` is none of these, or faiss is asked for and not installed.
         """
         self._check_dimension(tokens)
         if not 1 <= k <= len(self):
@@ -153,6 +166,11 @@ class Codebook:
         ----------
         prototypes : (M, d) float
         provenance : M dicts; by default they name no image
+
+        Raises
+        ------
+        CodebookError
+            If d is another one, or the provenance has another length.
         """
         if prototypes.dim() != 2 or prototypes.shape[1] != self.dimension:
             raise CodebookError(
@@ -177,6 +195,11 @@ class Codebook:
             File with a list of N image ids.
         model
             What to name as the model; the files do not say.
+
+        Raises
+        ------
+        CodebookError
+            If a file is missing, damaged or of another form, or their lengths differ.
         """
         prototypes, ids = read_released(Path(tensor), Path(images))
         provenance = [{"image": name, "cluster": 0} for name in ids]
@@ -209,14 +232,21 @@ class Codebook:
 
         Parameters
         ----------
+        path
+            The folder; made if it is not there.
         others
             More files for the folder, by name, such as the survivors of a build.
+
+        Raises
+        ------
+        CodebookError
+            If the folder cannot be written.
         """
         files = {**packed(self.prototypes, self.provenance), **(others or {})}
         self.config = write_folder(Path(path), self.config, files)
 
     def save_pretrained(self, save_directory: Path | str) -> None:
-        """`save`, by the name that PEFT, sentence-transformers and others have for it."""
+        """`save` into the folder `save_directory`, by the name that PEFT, sentence-transformers and others have."""
         self.save(save_directory)
 
     def push_to_hub(
@@ -240,6 +270,11 @@ class Codebook:
         Returns
         -------
         Address of the commit.
+
+        Raises
+        ------
+        CodebookError
+            As `codebook.store.hub.push_files` does.
         """
         files = packed(self.prototypes, self.provenance)
         files = sealed(self.config, files, make_card(self.config, licence))
@@ -280,7 +315,7 @@ class Codebook:
 
     @classmethod
     def load(cls, path: Path | str) -> Codebook:
-        """Read a codebook's folder, checking every file.
+        """Read the codebook in the folder `path`, checking every file.
 
         Raises
         ------
@@ -292,7 +327,7 @@ class Codebook:
 
     @classmethod
     def of_files(cls, path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -> Codebook:
-        """The codebook of a folder whose files `read_folder` has read."""
+        """The codebook of the folder `path`, whose `config` and `files` `read_folder` has read."""
         prototypes, rows = parse_book(path, config, files)
         book = cls(torch.from_numpy(prototypes), rows, config)
         book.folder = path

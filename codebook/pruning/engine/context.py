@@ -133,18 +133,21 @@ class Pruning:
 
     @property
     def images(self) -> list[Image]:
+        """The images of the asking thread's last forward with any, as the class says."""
         return self._shown.images
 
     @property
     def kept(self) -> list[list[Tensor]]:
+        """For each of `images` and each stage the tokens (k,) int64 that survived it."""
         return self._shown.kept
 
     @property
     def statistics(self) -> Statistics:
+        """What all calls of this context so far add up to."""
         return self.tally.read()
 
     def save(self, path: Path | str) -> None:
-        """Write `images` and `kept` to a JSON file, whole or not at all; docs/pruning.md says its keys.
+        """Write `images` and `kept` to the JSON file `path`, whole or not at all; docs/pruning.md says its keys.
 
         Raises
         ------
@@ -165,7 +168,7 @@ class Pruning:
         return getattr(self._own, "last", self._latest)
 
     def show(self, images: list[Image], kept: list[list[Tensor]]) -> None:
-        """Take the images of a forward, and the lists that its stages fill, for the latest of its thread and of all."""
+        """Take the `images` of a forward, and `kept`, which its stages fill, for its thread's latest and for all's."""
         self._own.last = self._latest = _Shown(images, kept)
 
 

@@ -81,7 +81,22 @@ class Pruner(ABC):
         """
 
     def choose(self, tokens: VisualTokens) -> Tensor:
-        """The same for adaptive pruners: as many indices as the image deserves, at least one."""
+        """The same for adaptive pruners, which decide themselves how many stay.
+
+        Parameters
+        ----------
+        tokens
+            The `n` tokens of one image.
+
+        Returns
+        -------
+        (k,) int64, at least one, ascending, without repeats, on the tokens' device
+
+        Raises
+        ------
+        CodebookError
+            If the pruner is not adaptive.
+        """
         raise CodebookError(f"{type(self).__name__} cannot choose how many tokens stay: give its stage a keep")
 
     def merge(self, tokens: VisualTokens, index: Tensor) -> Tensor | None:

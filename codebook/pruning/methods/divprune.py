@@ -17,6 +17,11 @@ class DivPrune(Farthest):
 
     First the token furthest from its nearest other one, then again and again the one furthest from all chosen. The
     distance to the chosen set is a running minimum, so the cost is keep * n, without a host sync.
+
+    Attributes
+    ----------
+    centred, middle
+        As in `Farthest`.
     """
 
     centred: bool = option(False)

@@ -34,14 +34,15 @@ class Farthest(FeaturePruner):
     Attributes
     ----------
     representatives
-        How many of the tokens that stay are chosen for the others instead, as in `farthest_points`.
+        How many of the tokens that stay are chosen to stand for the others instead, as in `farthest_points`; at most
+        half of them.
     centred
         Compare the tokens less the image's mean, and let a token's distance count times its gate (`centred_gate`,
         Cen-Prune).
     middle
-        Keep the middle one of those that each chosen token stands for in its place (`middles`). What is furthest is an
-        extreme of what is alike, now at its top and now at its bottom, so that the order of what stays is not that of
-        the things in the image.
+        Keep the middle one, in raster order, of those that each chosen token stands for in its place (`middles`). What
+        is furthest is an extreme of what is alike, now at its top and now at its bottom, so that the order of what
+        stays is not that of the things in the image.
     """
 
     representatives: int = 0
@@ -91,7 +92,13 @@ class Farthest(FeaturePruner):
 
 @dataclass(frozen=True)
 class FarthestPoint(Farthest):
-    """Farthest-point sampling (Gonzalez, 1985), begun with the token least like the image's mean."""
+    """Farthest-point sampling (Gonzalez, 1985), begun with the token least like the image's mean.
+
+    Attributes
+    ----------
+    representatives, centred, middle
+        As in `Farthest`.
+    """
 
     representatives: int = option(0, 0)
     centred: bool = option(False)
@@ -135,6 +142,8 @@ class SeededFarthestPoint(Farthest):
     ----------
     codebook
         Prototypes of the model that is pruned.
+    representatives, centred, middle
+        As in `Farthest`.
     """
 
     codebook: Codebook
