@@ -75,6 +75,9 @@ def test_images_keep_by_their_spread(run, scenes, tmp_path):
     assert code == 0 and f"kept {kept[0]}, {kept[1]}, {kept[2]} of 144" in err
     code, _, err = run(*ask, "--show", tmp_path / "kept.png")
     assert code == 0 and f"picture: {tmp_path}/kept.png, {tmp_path}/kept-2.png, {tmp_path}/kept-3.png" in err
+    drawn = [str(tmp_path / f"{name}.png") for name in ("again", "again-2", "again-3")]
+    report = json.loads(run(*ask, "--show", drawn[0], "--json")[1])
+    assert report["pictures"] == drawn and all(map(os.path.isfile, drawn))
     (tmp_path / "in.jsonl").write_text(json.dumps({"image": str(plain), "question": "describe."}))
     files = ["--input", tmp_path / "in.jsonl", "--output", tmp_path / "out.jsonl"]
     code, _, err = run("prune", "miniature", *files, "--schedule", "seeded; spread=codebook", "--keep", 0.25)
@@ -135,6 +138,25 @@ def test_tokens_without_a_model(run, foreign, tmp_path):
     kept = load_file(tmp_path / "out.safetensors")
     assert code == 0 and json.loads(out) == {"tokens": {"tokens": 4, "kept": 2}}
     assert kept["tokens.index"].tolist() == [1, 3] and torch.equal(kept["tokens"], tokens[[1, 3]])
+
+
+def test_what_files_call_their_contents_does_not_write_to_the_terminal(run, foreign, scenes, tmp_path):
+    """Names of tensors, of a codebook's images, of tasks: each is from somebody's file, and printed as a result."""
+    clear = "\x1b[2J"
+    save_file({clear: torch.ones(4, 4)}, tmp_path / "in.safetensors")
+    tokens = ["prune", "--tokens", tmp_path / "in.safetensors", "--codebook", foreign]
+    code, out, _ = run(*tokens, "--output", tmp_path / "out.safetensors", "--keep", 0.5)
+    assert code == 0 and out == "\\x1b[2J: 2 of 4\n"
+    own = Codebook.load(ROOT / "indexes" / "miniature")
+    Codebook(own.prototypes, [row | {"image": clear} for row in own.provenance], own.config).save(tmp_path / "book")
+    explain = ["explain", "miniature", "--image", scenes[0], "--patch", "1,1", "--codebook", tmp_path / "book"]
+    code, out, _ = run(*explain)
+    assert code == 0 and "\\x1b[2J" in out and clear not in out
+    lines = [{"image": str(scenes[0]), "question": "describe.", "answer": a, "task": clear} for a in ("red", "blue")]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    bench = ["bench", "miniature", "--data", tmp_path / "in.jsonl", "--methods", "uniform", "--keep", 0.5]
+    code, out, _ = run(*bench, "--seeds", 1, "--seconds", 0, "--show", 0, "--out", tmp_path / "bench")
+    assert code == 0 and "\\x1b[2J" in out and clear not in out
 
 
 def test_tokens_of_another_dimension_or_no_tokens(refused, foreign, tmp_path):

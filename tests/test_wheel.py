@@ -42,3 +42,4 @@ def test_wheel_runs_the_demo(tmp_path):
         ("codebook", 0.5),
     ]
     assert (tmp_path / report["picture"]).is_file()
+    assert report["example"]["question"] == "read the number." and report["example"]["kept"] == 36

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -88,12 +87,15 @@ def demo_command(
             for (name, k), scores in results.items()
         ],
         "picture": str(picture),
+        "example": {"question": example.question, "answer": answer.text, "truth": example.answer,
+                    "kept": len(answer.kept[0]), "tokens": grid[0] * grid[1]},
     }  # fmt: skip
-    print(json.dumps(report) if as_json else _comparison_table(results, list(pruners), len(samples)))
-    if not as_json:
-        print(f"\n{picture}: {example.question!r}, answered {answer.text!r} (truth: {example.answer!r}) from "
-              f"{len(answer.kept[0])} of {grid[0] * grid[1]} visual tokens, framed")  # fmt: skip
-    sys.stdout.flush()
+    if as_json:
+        print(json.dumps(report))
+        return
+    print(_comparison_table(results, list(pruners), len(samples)))
+    print(f"\n{picture}: {example.question!r}, answered {answer.text!r} (truth: {example.answer!r}) from "
+          f"{len(answer.kept[0])} of {grid[0] * grid[1]} visual tokens, framed")  # fmt: skip
 
 
 def _answered(tick: Update, before: int, note: str, done: int) -> None:

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from codebook.cli.options import CodebookOption, JsonOption, Loading, ModelOption, PullOption, with_groups
-from codebook.cli.output import note, write_picture
+from codebook.cli.output import note, print_lines, write_picture
 from codebook.errors import CodebookError
 
 
@@ -65,6 +65,7 @@ def explain_command(
     book = find_codebook(loaded, codebook)
     found = explain(loaded, processor, book, picture, (row, col), neighbours)
     kept = tokens_kept(keep, found.tokens)
+    written = {"picture": show, "sheet": sheet}
     if sheet is not None:
         title = f"prototypes nearest to patch {row},{col} of {image.name}"
         sources = [open_images(folder) for folder in images or ()]
@@ -73,9 +74,12 @@ def explain_command(
         family = models.family(models.unwrap(loaded))
         part = shown_part(picture, family.shown_box(processor, picture.size))
         write_picture(explanation_picture(part, found, kept), show)
-        note(f"picture: {show}")
     if as_json:
         about = {key: value for key, value in asdict(found).items() if key != "redundancy"}
-        print(json.dumps(about | {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}))
-    else:
-        print(explanation_text(found, book.config, kept))
+        about |= {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}
+        print(json.dumps(about | {name: str(path) for name, path in written.items() if path is not None}))
+        return
+    print_lines(explanation_text(found, book.config, kept))
+    for name, path in written.items():
+        if path is not None:
+            note(f"{name}: {path}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +19,7 @@ from codebook.cli.options import (
     SeedOption,
     with_groups,
 )
-from codebook.cli.output import describe, note, note_costs, resumable, write_picture
+from codebook.cli.output import resumable
 from codebook.errors import CodebookError
 
 
@@ -54,9 +53,7 @@ def prune_command(
     show: Annotated[Path | None, typer.Option(help="Write a picture of what was kept.")] = None,
     source: Annotated[
         Path | None,
-        typer.Option(
-            "--input", help="JSONL of {image|images|video, question}; paths relative to it. Run again to resume."
-        ),
+        typer.Option("--input", help="JSONL of {image|images, question}; paths relative to it. Run again to resume."),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="JSONL of answers, or safetensors with --tokens.")] = None,
     tokens: Annotated[
@@ -120,35 +117,9 @@ def prune_command(
         check_output_file(show, [*(image or ()), *(video or ())])
     check_codebook(codebook, model, pull)
     loading.check(model)
+    from codebook.cli.prune_pictures import prune_pictures
 
-    from codebook.inference.ask import ask
-    from codebook.inference.overlay import overlay
-    from codebook.store.pictures import read_image, read_video
-
-    pictures = [read_image(path) for path in image or ()]
-    for path in video or ():
-        frames = read_video(path, loading.frame_rule(model))
-        pictures += [read_image(frame) if isinstance(frame, Path) else frame for frame in frames]
-    shown = []
-    if show is not None:
-        shown = [show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}") for i in range(len(pictures))]
-        for path in shown[1:]:
-            check_output_file(path, [*(image or ()), *(video or ())])
-    loaded, processor = loading.load(model)
-    applied = plan.apply(loaded)
-    [answer] = ask(loaded, processor, [pictures], [question], applied, max_new_tokens)
-    report = describe(loaded, applied) | {"answer": answer.text, "kept": answer.kept}
-    if show is not None:
-        for path, picture, view, kept in zip(shown, answer.pictures, answer.images, answer.kept, strict=True):
-            write_picture(overlay(picture, *view.view(kept)), path)
-        report["picture"] = str(show)
-    if as_json:
-        print(json.dumps(report))
-        return
-    print(answer.text)
-    note_costs(report, [len(kept) for kept in answer.kept])
-    if show is not None:
-        note(f"picture: {', '.join(map(str, shown))}")
+    prune_pictures(model, plan, image or [], video or [], question, show, max_new_tokens, loading, as_json)
 
 
 def _refuse_beside(option: str, others: dict[str, Any]) -> None:

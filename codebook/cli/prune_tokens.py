@@ -8,7 +8,7 @@ from pathlib import Path
 from safetensors.torch import save
 from torch import Tensor
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, printable
 from codebook.pruning import RedundancyCodebook, Stage, VisualTokens
 from codebook.pruning.stage import check_keep
 from codebook.store.codebook import Codebook
@@ -36,7 +36,8 @@ def prune_tokens(source: Path, book: Path, keep: float, output: Path, as_json: b
     for name, tokens in tensors.items():
         if tokens.dim() != 2 or not tokens.is_floating_point() or tokens.shape[1] != dimension or not len(tokens):
             raise CodebookError(
-                f"tensor {name!r} of {source} is {tuple(tokens.shape)}: this codebook prunes floats of (n, {dimension})"
+                f"tensor {name!r} of {source} is {tuple(tokens.shape)} {tokens.dtype}: this codebook prunes floats of "
+                f"(n, {dimension}), projector outputs of the model that it was built for"
             )
         if not tokens.float().isfinite().all():
             raise CodebookError(f"tensor {name!r} of {source} has values that are NaN or infinite: check what wrote it")
@@ -45,4 +46,8 @@ def prune_tokens(source: Path, book: Path, keep: float, output: Path, as_json: b
         report[name] = {"tokens": len(tokens), "kept": len(index)}
     with replacing(output) as temporary:
         temporary.write_bytes(save(kept))
-    print(json.dumps(report) if as_json else "\n".join(f"{n}: {r['kept']} of {r['tokens']}" for n, r in report.items()))
+    if as_json:
+        print(json.dumps(report))
+        return
+    for name, found in report.items():
+        print(f"{printable(name)}: {found['kept']} of {found['tokens']}")

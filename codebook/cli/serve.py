@@ -101,49 +101,32 @@ def serve_command(
     if missing := [name for name in NEEDED if find_spec(name) is None]:
         raise CodebookError(f"serving needs {', '.join(missing)}: run `{install_command('serve')}`")
     from codebook.serving.limits import read_limits
-
-    limits = read_limits(limit or [])
     from codebook.serving.pictures import read_hosts
 
-    hosts = read_hosts(allow_urls or [])
-    key = _api_key(api_key_file)
-    from codebook.cli.checks import check_codebook
-    from codebook.serving.shelf import named_folders
+    limits, hosts, key = read_limits(limit or []), read_hosts(allow_urls or []), _api_key(api_key_file)
+    from codebook.pruning.plan import Plan  # torch: what is wrong above is said at once
+    from codebook.pruning.presets import DEFAULT
+    from codebook.serving.blueprint import Blueprint
+    from codebook.serving.server import is_local, listen
 
     if recipe is not None:
         from codebook.cli.recipe import recipe_parts
 
         schedule, own = recipe_parts(recipe, schedule, None)
         codebook = [*(codebook or []), str(own)]
-    books, unnamed = named_folders(codebook or [])
-    for book in books.values() or [None]:
-        check_codebook(book, model, pull)
+    books, pruning_book = _codebooks(codebook or [], model, pull)
     if model is None:
         _refuse_without_model({
             "--keep": keep, "--schedule": schedule, "--allow-urls": allow_urls, **loading.given(),
         })  # fmt: skip
         if not books:
             raise CodebookError("name a model to answer with, or codebooks to score against: --codebook NAME=DIR")
-    if len(unnamed) > 1:
-        raise CodebookError(
-            f"the schedule prunes with one codebook, and {len(unnamed)} came without a name: write NAME=DIR for those "
-            "that are scored against only"
-        )
-    from codebook.pruning.plan import Plan
-    from codebook.pruning.presets import DEFAULT
-
-    plan = (
-        None
-        if model is None
-        else Plan(DEFAULT if schedule is None else schedule, keep, None, next(iter(unnamed), None), seed)
-    )
-    if model is not None:
+        plan = None
+    else:
         from codebook.serving import stock  # noqa: F401  a transformers that lacks something is refused here
 
+        plan = Plan(DEFAULT if schedule is None else schedule, keep, None, pruning_book, seed)
         loading.check(model)
-    from codebook.serving.blueprint import Blueprint
-    from codebook.serving.server import is_local, listen
-
     bound = listen(host, port)  # before the model is loaded, which takes long
     shared = {"limits": limits, "api_key": key, "allowed_hosts": hosts, "local": is_local(bound)}
     blueprint = Blueprint(
@@ -155,6 +138,22 @@ def serve_command(
         _serve_on_ray(blueprint, bound, replicas or 1, address)
     else:
         _serve(blueprint, bound)
+
+
+def _codebooks(given: list[str], model: str | None, pull: bool) -> tuple[dict[str, Path], Path | None]:
+    """The codebooks that features are scored against, by their names, and the one that the schedule prunes with."""
+    from codebook.cli.checks import check_codebook
+    from codebook.serving.shelf import named_folders
+
+    books, unnamed = named_folders(given)
+    for book in books.values() or [None]:
+        check_codebook(book, model, pull)
+    if len(unnamed) > 1 and model is not None:
+        raise CodebookError(
+            f"the schedule prunes with one codebook, and {len(unnamed)} came without a name: write NAME=DIR for those "
+            "that are scored against only"
+        )
+    return books, next(iter(unnamed), None)
 
 
 def _serve(blueprint: Blueprint, bound: socket) -> None:

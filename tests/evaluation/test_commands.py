@@ -114,6 +114,12 @@ def test_explain_agrees_with_what_is_pruned(run, refused, scene, tmp_path):
     refused(*words, "--sheet", picture, "--images", scenes, words=["no image"])
     for one in found["neighbours"]:
         Image.open(scene).save(scenes / one["image"])
-    assert run(*words, "--sheet", picture, "--images", scenes)[0] == 0 and Image.open(picture).width > 1000
+    drawn = ["--sheet", picture, "--images", scenes, "--show", tmp_path / "heat.png"]
+    code, _, err = run(*words, *drawn)
+    assert code == 0 and Image.open(picture).width > 1000
+    assert f"picture: {tmp_path / 'heat.png'}\n" in err and f"sheet: {picture}\n" in err
+    code, out, err = run(*words, *drawn, "--json")
+    found = json.loads(out)
+    assert (found["picture"], found["sheet"]) == (str(tmp_path / "heat.png"), str(picture)) and not err
     refused(*words[:5], "12,0", words=["rows are 0 to 11"])
     refused(*words[:5], "a", words=["ROW,COL"])

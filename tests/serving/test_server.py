@@ -11,6 +11,7 @@ import pytest
 from benchmarks.faults import serve_hostile
 from benchmarks.served import ServiceProcess
 from codebook.cli import serve
+from codebook.errors import CodebookError
 from codebook.serving.limits import is_own_name
 from codebook.serving.server import address, is_local, listen
 
@@ -51,6 +52,14 @@ def test_a_key_file_without_a_key(refused, tmp_path):
     for unsendable in (b"one\ntwo", b"\xff\xfe", b"a\0b"):
         (tmp_path / "key").write_bytes(unsendable)
         refused("serve", "miniature", "--api-key-file", tmp_path / "key", words=["a key that no client can send"])
+
+
+def test_without_a_model_any_number_of_codebooks_may_come_without_names():
+    books, pruning = serve._codebooks(["miniature", "eyes"], None, False)
+    assert [*books] == ["miniature", "eyes"] and pruning == books["miniature"]
+    with pytest.raises(CodebookError, match="prunes with one codebook, and 2 came without a name: write NAME=DIR"):
+        serve._codebooks(["miniature", "eyes", "third=miniature"], "miniature", False)
+    assert serve._codebooks(["other=eyes", "miniature"], "miniature", False)[1] == books["miniature"]
 
 
 def test_arguments_are_checked_without_torch():
