@@ -173,7 +173,7 @@ class Generic(Family):
         return self.belief.unit
 
     def view(self, processor: Processor, picture: Picture.Image) -> NoReturn:
-        raise self.unknown("codebooks of it are", "use a method without one, such as farthest+mass or divprune")
+        raise self.unknown("codebooks of it are", "use a method without one, such as divprune(middle=True)+mass")
 
     def unknown(self, what: str, remedy: str) -> CodebookError:
         """The error for what a test cannot know."""

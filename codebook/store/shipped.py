@@ -128,5 +128,5 @@ def _ways_on(name: str, own: Callable[[], str], adapter: str) -> str:
     return (
         f"no codebook for {name if fits else 'this model'} is on this machine{adapter}; fetch one, {fetch}; build one, "
         f"`codebook build {shlex.quote(name) if fits else 'MODEL'} --images IMAGES --out FOLDER`, and name it with "
-        "`--codebook FOLDER`; or prune without one, `--schedule farthest+mass`"
+        "`--codebook FOLDER`; or prune without one, `--method 'divprune(middle=True)+mass'`"
     )

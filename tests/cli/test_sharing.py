@@ -263,7 +263,7 @@ def test_pull_for_a_model(run, refused, hub, book, scene, tmp_path, monkeypatch)
     redirect("example.org")
     try:
         ask = ["prune", "org/mini", "--image", scene, "--ask", "describe.", "--keep", 0.1, "--json"]
-        refused(*ask, words=["`codebook pull mini` (or --pull)", "`codebook build org/mini --images", "farthest+mass"])
+        refused(*ask, words=["`codebook pull mini` (or --pull)", "`codebook build org/mini --images", "divprune("])
         assert not hub.asked
         code, out, err = run(*ask, "--pull")
         assert code == 0 and len(json.loads(out)["kept"][0]) == 14 and "fetch mini" in err and len(hub.asked) == 3

@@ -170,7 +170,7 @@ def test_three_ways_on(entry, name, said, fetch, build):
     """Each with its command, in one line that is not cut."""
     entry(fingerprint(tiny.llava(layers=1)) if said else None)
     says = missing(named(name))
-    for words in (fetch, build, "`--codebook FOLDER`", "`--schedule farthest+mass`"):
+    for words in (fetch, build, "`--codebook FOLDER`", "`--method 'divprune(middle=True)+mass'`"):
         assert words in says
     assert len(says) < 600 and " ... " not in says and "\n" not in says
 
