@@ -21,7 +21,7 @@ from codebook.cli.options import (
     SeedOption,
     with_groups,
 )
-from codebook.cli.output import note, print_lines, progress, resumable
+from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError
 
 
@@ -131,7 +131,7 @@ def bench_command(
     if as_json:
         print(json.dumps(results))
         return
-    print_lines(report.markdown(results))
+    print(report.markdown(results))
     note(f"report: {out / 'report.html'}, {out / 'results.json'}")
 
 

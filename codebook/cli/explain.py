@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from codebook.cli.options import CodebookOption, JsonOption, Loading, ModelOption, PullOption, with_groups
-from codebook.cli.output import note, print_lines, write_picture
-from codebook.errors import CodebookError
+from codebook.cli.output import note, write_picture
+from codebook.errors import CodebookError, printable
 
 
 @with_groups
@@ -79,7 +79,8 @@ def explain_command(
         about |= {"tokens": found.tokens, "keep": kept, "kept": found.kept(kept)}
         print(json.dumps(about | {name: str(path) for name, path in written.items() if path is not None}))
         return
-    print_lines(explanation_text(found, book.config, kept))
+    for line in explanation_text(found, book.config, kept).splitlines():
+        print(printable(line, 2000))
     for name, path in written.items():
         if path is not None:
             note(f"{name}: {path}")

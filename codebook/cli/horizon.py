@@ -10,7 +10,7 @@ from typing import Annotated, Any, cast, get_args
 import typer
 
 from codebook.cli.options import DataOption, JsonOption, Loading, ModelOption, SeedOption, with_groups
-from codebook.cli.output import note, print_lines, progress, resumable
+from codebook.cli.output import note, progress, resumable
 from codebook.errors import CodebookError, counted, unknown
 
 
@@ -93,9 +93,9 @@ def horizon_command(
     if as_json:
         print(json.dumps(report))
         return
-    print_lines(horizon.horizon_table(found, sweep.layers))
+    print(horizon.horizon_table(found, sweep.layers))
     if begins is not None:
-        print_lines("\n" + onset_of.onset_table(begins))
+        print("\n" + onset_of.onset_table(begins))
     if cost.naive:
         note(f"cost: {cost.processed / cost.naive:.1%} of the tokens of a pruned forward for each layer")
     if out is not None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec, Protocol
 
 from codebook.cli.streams import say
-from codebook.errors import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,12 +30,6 @@ P = ParamSpec("P")
 def note(text: str) -> None:
     """Say something beside the result: to stderr, by the logger that `--quiet` silences."""
     logging.getLogger("codebook.cli").info("%s", text)
-
-
-def print_lines(text: str) -> None:
-    """Print a result that quotes what stands in files, such as names of images: no name can write to the terminal."""
-    for line in text.split("\n"):
-        print(printable(line, sys.maxsize))
 
 
 def quiet() -> bool:
