@@ -114,7 +114,7 @@ def serve_command(
 
         schedule, own = recipe_parts(recipe, schedule, None)
         codebook = [*(codebook or []), str(own)]
-    books, pruning_book = _codebooks(codebook or [], model, pull)
+    books, pruning_book = _checked_codebooks(codebook or [], model, pull)
     if model is None:
         _refuse_without_model({
             "--keep": keep, "--schedule": schedule, "--allow-urls": allow_urls, **loading.given(),
@@ -140,7 +140,7 @@ def serve_command(
         _serve(blueprint, bound)
 
 
-def _codebooks(given: list[str], model: str | None, pull: bool) -> tuple[dict[str, Path], Path | None]:
+def _checked_codebooks(given: list[str], model: str | None, pull: bool) -> tuple[dict[str, Path], Path | None]:
     """The codebooks that features are scored against, by their names, and the one that the schedule prunes with."""
     from codebook.cli.checks import check_codebook
     from codebook.serving.shelf import named_folders

@@ -177,9 +177,9 @@ class Schedule:
         Parameters
         ----------
         layers, kv_heads, head_dim
-            Of the decoder: its layers, and heads of keys and their width; `codebook.models.shape` has them.
+            The decoder's layers, heads of keys, and their width; `codebook.models.shape` has them.
         bytes
-            Of one number; 2 is half precision.
+            Size of a number; 2 is half precision.
         attending
             Layers that have a cache; default: all.
         """
@@ -203,7 +203,7 @@ class Schedule:
         Parameters
         ----------
         layers, hidden, intermediate
-            Of the decoder: its layers, their width and that of their feed-forward; `codebook.models.shape` has them.
+            The decoder's layers, their width and that of their feed-forward; `codebook.models.shape` has them.
         text
             Tokens of the prompt beside the image.
         attending

@@ -55,11 +55,11 @@ def test_a_key_file_without_a_key(refused, tmp_path):
 
 
 def test_without_a_model_any_number_of_codebooks_may_come_without_names():
-    books, pruning = serve._codebooks(["miniature", "eyes"], None, False)
+    books, pruning = serve._checked_codebooks(["miniature", "eyes"], None, False)
     assert [*books] == ["miniature", "eyes"] and pruning == books["miniature"]
     with pytest.raises(CodebookError, match="prunes with one codebook, and 2 came without a name: write NAME=DIR"):
-        serve._codebooks(["miniature", "eyes", "third=miniature"], "miniature", False)
-    assert serve._codebooks(["other=eyes", "miniature"], "miniature", False)[1] == books["miniature"]
+        serve._checked_codebooks(["miniature", "eyes", "third=miniature"], "miniature", False)
+    assert serve._checked_codebooks(["other=eyes", "miniature"], "miniature", False)[1] == books["miniature"]
 
 
 def test_arguments_are_checked_without_torch():
