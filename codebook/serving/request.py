@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,40 +28,31 @@ COLDEST = 0.01
 
 
 class Strict(BaseModel):
-    """A part of a request: no field is ignored, no type is converted, no number is NaN."""
+    """A part of a request: no field is ignored, no type is converted, no number is NaN.
+
+    Attributes
+    ----------
+    neutral
+        Fields that are not understood, and those of their values that change no answer here: clients send them.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _without_nulls(cls, given: Any) -> Any:
-        """Null means that the field is not given: clients send it of what they do not use."""
-        return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+    def _without_neutral(cls, given: Any) -> Any:
+        """Null, too, means that a field is not given: clients send it of what they do not use."""
+        if not isinstance(given, dict):
+            return given
+        return {k: v for k, v in given.items() if not any(_same(v, one) for one in (None, *cls.neutral.get(k, ())))}
 
 
-def _off(value: bool) -> bool:
-    if value:
-        raise ValueError("not offered here: leave it out, or give false")
-    return value
+def _same(value: Any, one: Any) -> bool:
+    return type(value) is type(one) and value == one  # 1 is not true
 
 
 K = TypeVar("K", bound=Strict)
-Off = Annotated[bool, AfterValidator(_off)]
-"""False and nothing else: a literal would take 0 for it, as it would take true for 1."""
-
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (False, True),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"],),
-    "service_tier": ("auto", "default"),
-    "stop": ([],),
-    "logit_bias": ({},),
-    "metadata": ({},),
-}
-"""Fields that are not understood, and those of their values that change no answer here: clients send them."""
 
 
 class TextPart(Strict):
@@ -75,8 +65,8 @@ class TextPart(Strict):
 class ImageUrl(Strict):
     """Where an image is: a data URL, or an address."""
 
+    neutral: ClassVar = {"detail": ("auto",)}
     url: str
-    detail: Literal["auto"] = "auto"
 
 
 class ImagePart(Strict):
@@ -92,6 +82,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 class Turn(Strict):
     """One message of a conversation."""
 
+    neutral: ClassVar = {"tool_calls": ([],), "annotations": ([],)}
     role: Literal["system", "user", "assistant"]
     content: Annotated[
         list[Part],
@@ -103,13 +94,29 @@ class Turn(Strict):
 class StreamOptions(Strict):
     """What a stream has beside the words of its answer."""
 
+    neutral: ClassVar = {"include_obfuscation": (False,)}
     include_usage: bool = False
-    include_obfuscation: Off = False
 
 
 class ChatRequest(Strict):
     """The body of `POST /v1/chat/completions`."""
 
+    neutral: ClassVar = {
+        "n": (1,),
+        "frequency_penalty": (0, 0.0),
+        "presence_penalty": (0, 0.0),
+        "logprobs": (False,),
+        "store": (False,),
+        "tools": ([],),
+        "tool_choice": ("none", "auto"),
+        "parallel_tool_calls": (False, True),
+        "response_format": ({"type": "text"},),
+        "modalities": (["text"],),
+        "service_tier": ("auto", "default"),
+        "stop": ([],),
+        "logit_bias": ({},),
+        "metadata": ({},),
+    }
     messages: list[Turn] = Field(min_length=1, max_length=MOST_PARTS)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1)
@@ -120,17 +127,6 @@ class ChatRequest(Strict):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
     user: str | None = None
-    # Fields that clients send at their neutral values; others would be ignored, and are refused. More are in `NEUTRAL`.
-    n: int = Field(1, ge=1, le=1)
-    frequency_penalty: float = Field(0.0, ge=0, le=0)
-    presence_penalty: float = Field(0.0, ge=0, le=0)
-    logprobs: Off = False
-    store: Off = False
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_neutral(cls, given: Any) -> Any:
-        return {k: v for k, v in given.items() if not _is_neutral(k, v)} if isinstance(given, dict) else given
 
     @field_validator("max_completion_tokens")
     @classmethod
@@ -159,10 +155,6 @@ class ChatRequest(Strict):
         if not others.data.get("stream"):
             raise ValueError("only for streams: leave it out, or ask for one")
         return value
-
-
-def _is_neutral(name: str, value: Any) -> bool:
-    return any(type(value) is type(one) and value == one for one in NEUTRAL.get(name, ()))  # 1 is not true
 
 
 def parse_request(body: bytes, kind: type[K]) -> K:

@@ -126,6 +126,14 @@ def test_lengths_sampling_and_conversations(client):
     neutral |= {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "stop": []}
     again = client.chat.completions.create(**body(sample, **neutral), user="me")
     assert again.choices[0].message.content == whole.choices[0].message.content
+    # An earlier answer as it came, and as other services give it.
+    asked = body(sample)
+    earlier = [whole.choices[0].message, whole.choices[0].message.model_dump() | {"annotations": [], "tool_calls": []}]
+    later = [
+        client.chat.completions.create(**asked | {"messages": [*asked["messages"], own, *asked["messages"]]})
+        for own in earlier
+    ]
+    assert later[0].choices[0].message.content == later[1].choices[0].message.content
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/explain", "a stream"])
