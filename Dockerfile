@@ -17,8 +17,8 @@ RUN pip install --constraint constraints.txt '.[cpu,serve]'
 
 USER codebook
 WORKDIR /home/codebook
-# Models from the hub are kept here, where a volume may lie; without it the volume would be root's.
-RUN mkdir -p .cache/huggingface
+# Models and codebooks that were fetched are kept here, where a volume may lie; without it the volume would be root's.
+RUN mkdir -p .cache
 EXPOSE 8000
 HEALTHCHECK --interval=30s --timeout=5s --start-period=120s \
   CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]

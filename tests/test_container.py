@@ -89,6 +89,6 @@ def test_compose_names_what_is_there(instructions, service):
     assert (ROOT / service["build"] / "Dockerfile").is_file()
     [home] = [argument for argument in arguments(instructions, "WORKDIR") if argument.startswith("/home")]
     [volume] = service["volumes"]
-    assert volume.partition(":")[2] == f"{home}/.cache/huggingface"
+    assert volume.partition(":")[2] == f"{home}/.cache"  # of models, and of codebooks
     assert list(service["environment"]) == [KEY]
     assert int(service["stop_grace_period"].removesuffix("s")) > Limits().drain_seconds

@@ -45,10 +45,10 @@ class Strict(BaseModel):
         """Null, too, means that a field is not given: clients send it of what they do not use."""
         if not isinstance(given, dict):
             return given
-        return {k: v for k, v in given.items() if not any(_same(v, one) for one in (None, *cls.neutral.get(k, ())))}
+        return {k: v for k, v in given.items() if not any(_exactly(v, one) for one in (None, *cls.neutral.get(k, ())))}
 
 
-def _same(value: Any, one: Any) -> bool:
+def _exactly(value: Any, one: Any) -> bool:
     return type(value) is type(one) and value == one  # 1 is not true
 
 

@@ -37,6 +37,9 @@ from codebook.store.files import parse_tensors
 SCORED_AT_ONCE = 2
 """Requests that are scored at the same time; each uses all of torch's threads, so that more would only hold memory."""
 
+LARGEST_FEATURE = 1e15
+"""Bound of features: the squares of far larger ones overflow, and with them cosine similarity."""
+
 
 class Asked(BaseModel):
     """The query of a request for scores."""
@@ -102,9 +105,12 @@ def score_body(book: Codebook, body: bytes, keep: str, method: str) -> tuple[byt
         raise ServiceError(422, str(error), "unfit_features") from None
     except (Malformed, CodebookError) as error:
         raise ServiceError(400, str(error), "malformed_body") from None
-    # Infinite values are extreme, and NaN is both extremes: twenty times faster than to ask of each value.
-    if not all(extreme.isfinite() for extreme in features.aminmax()):
-        raise ServiceError(422, "features hold values that are NaN or infinite: check what made them", "unfit_features")
+    # Of the extremes, which NaN is both: twenty times faster than to ask of each value.
+    if not all(extreme.abs() < LARGEST_FEATURE for extreme in features.aminmax()):
+        raise ServiceError(
+            422, f"features hold values that are NaN, infinite or beyond {LARGEST_FEATURE:.0e}: check what made them",
+            "unfit_features",
+        )  # fmt: skip
     try:
         share = read_keep(keep)
     except CodebookError:

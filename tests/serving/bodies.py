@@ -58,4 +58,5 @@ def hostile(d=16):
         "2^62 images": (400, "bytes", one("F16", [2**62, 4, d], 0)),
         "NaN": (422, "NaN", good[: -2] + nan),
         "inf": (422, "infinite", good[: -2] + inf),
+        "squares that overflow": (422, "beyond 1e+15", one("F32", [2, d], 8 * d)[: -4] + struct.pack("<f", -1e16)),
     }  # fmt: skip

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.integrations.vllm.settings import VllmSettings
 from codebook.models.fingerprint import fingerprint_of_weights, same_fingerprint, sampled_weights
-from codebook.pruning.ownership import codebooks_of
+from codebook.store.codebook import Codebook
 
 
 class Watched:
@@ -21,10 +20,9 @@ class Watched:
     vLLM joins and shards tower and projector in ways of its own, so that a loaded model does not show what they were.
     """
 
-    def __init__(self, config: Any, settings: VllmSettings) -> None:
-        self._books = [book for book in codebooks_of(settings.stage.pruner) if book.config["fingerprint"]]
-        self._skeleton = _skeleton(config) if self._books else None
-        self._wanted = {_plain(name): name for name in sampled_weights(self._skeleton)} if self._books else {}
+    def __init__(self, config: Any, books: Sequence[Codebook]) -> None:
+        self._books, self._skeleton = books, _skeleton(config)
+        self._wanted = {_plain(name): name for name in sampled_weights(self._skeleton)}
         self._found: dict[str, Tensor] = {}
 
     def passing(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -35,9 +33,7 @@ class Watched:
             yield name, weight
 
     def check(self) -> None:
-        """Raise a CodebookError unless the settings' codebook was built for the weights that passed."""
-        if not self._books:
-            return
+        """Raise a CodebookError unless the codebooks were built for the weights that passed."""
         if missing := sorted(set(self._wanted.values()) - set(self._found)):
             raise CodebookError(
                 f"the codebook cannot be compared with this model: its weights have no {missing[0]}; quantise the "

@@ -40,7 +40,7 @@ from vllm.platforms import current_platform
 from codebook.errors import CodebookError
 from codebook.integrations.vllm.positions import Placed, place, prompt_positions, with_places, without_places
 from codebook.integrations.vllm.pruned import Data, PruningModel, PruningProcessor
-from codebook.integrations.vllm.settings import VllmSettings
+from codebook.integrations.vllm.settings import VllmSettings, surviving
 from codebook.models.layout import Layout
 
 ALMOST_NONE = 1e-300
@@ -148,7 +148,7 @@ class PruningQwen(PruningModel):
         features = [image[:, : own.config.get_text_config().hidden_size] for image in whole]
         indices, layouts = self.kept(features, own.config, data), qwen_layouts(own.config, data)
         return [
-            with_places(image[index], index, layout.grids[0].cols)
+            with_places(surviving(image, index), index, layout.grids[0].cols)
             for image, index, layout in zip(whole, indices, layouts, strict=True)
         ]
 

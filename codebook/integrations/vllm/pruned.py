@@ -15,9 +15,10 @@ from vllm.multimodal.processing import PromptReplacement, PromptUpdate, PromptUp
 
 from codebook.errors import CodebookError
 from codebook.integrations.vllm.checkpoint import Watched
-from codebook.integrations.vllm.settings import VllmSettings
+from codebook.integrations.vllm.settings import VllmSettings, surviving
 from codebook.models.layout import Layout
 from codebook.models.registry import family_of_config
+from codebook.pruning.ownership import codebooks_of
 
 Data = Mapping[str, Any]
 """What vLLM's processor made of several images: tensors by the names of the model's arguments."""
@@ -94,17 +95,18 @@ class PruningModel:
         As the processor has it.
     pixels
         Function of the model's config and `Data`: the pixels of each image, the same in any company.
-    compared
-        Whether the codebook was compared with the weights.
+    uncompared : list[Codebook]
+        Codebooks that have yet to be compared with the weights.
     """
 
     layouts: Callable[[Any, Data], list[Layout]]
     pixels: Callable[[Any, Data], list[Tensor]]
-    compared = False
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.settings = VllmSettings.read(vllm_config.model_config.hf_config)
+        books = codebooks_of(self.settings.stage.pruner)
+        self.uncompared = [book for book in books if book.config["fingerprint"]]
 
     def embed_multimodal(self, **data: Any) -> list[Tensor]:
         """For each image (kept, d): the embeddings that stay, in raster order."""
@@ -112,7 +114,7 @@ class PruningModel:
         if not whole:
             return whole
         config = self.config  # type: ignore[attr-defined]
-        return [own[index] for own, index in zip(whole, self.kept(whole, config, data), strict=True)]
+        return [surviving(own, index) for own, index in zip(whole, self.kept(whole, config, data), strict=True)]
 
     def kept(self, features: Sequence[Tensor], config: Any, data: Data) -> list[Tensor]:
         """For each image the places of its tokens that stay, (kept,) int64, the same on every rank.
@@ -120,6 +122,11 @@ class PruningModel:
         Ranks of tensor parallelism sum in an order of their own, and a near tie could fall either way: they take what
         the first of them chose.
         """
+        if self.uncompared:
+            raise CodebookError(
+                "this --load-format puts weights into the model without showing them, so that the codebook cannot be "
+                "compared with them: leave it out, or use a method without a codebook, such as farthest"
+            )
         layouts = type(self).layouts(config, data)
         chosen = self.settings.choose(features, layouts, type(self).pixels(config, data))
         if get_tensor_model_parallel_world_size() > 1:
@@ -129,10 +136,10 @@ class PruningModel:
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load, and refuse a codebook that was built for other weights; later updates may be of the LLM alone."""
-        if self.compared:
+        if not self.uncompared:
             return set(super().load_weights(weights))  # type: ignore[misc]
-        watched = Watched(self.config, self.settings)  # type: ignore[attr-defined]
+        watched = Watched(self.config, self.uncompared)  # type: ignore[attr-defined]
         loaded: set[str] = super().load_weights(watched.passing(weights))  # type: ignore[misc]
         watched.check()
-        self.compared = True
+        self.uncompared = []
         return loaded

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from codebook import __version__
 from codebook.errors import CodebookError, quoted, unknown
+from codebook.models.finite import damage
 from codebook.models.layout import Image, Layout
 from codebook.pruning.engine.prompt import Unit
 from codebook.pruning.engine.selection import choose, targets
@@ -153,6 +154,15 @@ class VllmSettings:
             torch.nonzero_static(mask, size=self.kept(image.layout)).flatten()
             for mask, image in zip(kept, images, strict=True)
         ]
+
+
+def surviving(tokens: Tensor, index: Tensor) -> Tensor:
+    """The tokens (keep, d) of an image (n, d) that stay; all NaN if one of them, dropped or not, is not finite.
+
+    Methods choose anything among such values, and an answer from what they chose would hide the damage, which vLLM
+    itself would show.
+    """
+    return tokens[index] + damage(tokens).sum()
 
 
 def _unit(image: int, number: int, grid: tuple[int, int], features: Tensor, keys: Any) -> Unit:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from codebook.models.finite import damage
+
 
 @dataclass(frozen=True)
 class Given:
@@ -138,16 +140,8 @@ def shorten(
     # Sorting moves every kept place to the right in its order, and the -1 of all others to the left: padding.
     local = torch.where(kept & valid, places, -1).sort(dim=1).values[:, -max(left) :]
     shorter = Shortened(local, left)
-    hidden = shorter.gather(hidden).add_(_damage(hidden.detach(), valid))
+    found = damage(hidden.detach()).masked_fill(~valid, 0).sum(1)
+    hidden = shorter.gather(hidden).add_(found[:, None, None])
     if now is not None:  # `local` counts places of the sequence before: name columns of the input instead
         shorter = Shortened(torch.where(local < 0, -1, shorter.gather(now.source)), left)
     return shorter, hidden
-
-
-def _damage(hidden: Tensor, valid: Tensor) -> Tensor:
-    """(B, 1, 1): NaN for a row of which a valid (B, P) place of (B, P, d) is not finite, 0 for others; without a wait.
-
-    By the extremes, not by a sum, which may overflow where all values are finite.
-    """
-    extremes = hidden.amax(-1) * 0 + hidden.amin(-1) * 0
-    return extremes.masked_fill(~valid, 0).sum(1)[:, None, None]

@@ -8,7 +8,7 @@ import torch
 
 from codebook import METHODS, Codebook
 from codebook.errors import CodebookError
-from codebook.integrations.vllm.settings import VllmSettings
+from codebook.integrations.vllm.settings import VllmSettings, surviving
 from codebook.models.layout import Grid, Layout
 from codebook.pruning.methods.base import beyond_features
 from codebook.pruning.tokens import VisualTokens
@@ -114,6 +114,20 @@ def test_each_grid_keeps_its_share_and_structural_tokens_stay(settings):
     assert both[0].tolist() == kept.tolist()
     [alone] = settings.choose([features[:64]], [view], [features[:3]])
     assert both[1].tolist() == alone.tolist()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("settings", usable(), ids=str)
+def test_damage_shows_whichever_tokens_stay(settings, value):
+    features = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0)).half()
+    view = Layout.stacked(1, 8, 8, "view")
+    for place in range(0, 64, 9):
+        damaged = features.index_fill(0, torch.tensor([place]), value)
+        [index] = settings.choose([damaged], [view], [features])
+        stays = surviving(damaged, index)
+        assert stays.shape == (16, WIDTH) and stays.isnan().all()
+    [index] = settings.choose([features], [view], [features])
+    assert torch.equal(surviving(features, index), features[index])
 
 
 def test_the_digest_differs_with_whatever_changes_the_choice(tmp_path):

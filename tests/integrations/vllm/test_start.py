@@ -128,6 +128,18 @@ def test_a_codebook_of_other_weights_stops_the_start(tmp_path):
     cleanup_dist_env_and_memory()
 
 
+def test_a_codebook_that_was_not_compared_with_the_weights_chooses_nothing():
+    """As of formats that fill the model past its own loading. Engines for GPUs, which try an image, do not start."""
+    from transformers import AutoProcessor
+
+    prompts = questions(AutoProcessor.from_pretrained(MINIATURE), 1)[:1]
+    refused = pytest.raises(CodebookError, match="use a method without a codebook")
+    with engine(MINIATURE, "llava", settings("codebook", 0.2), load_format="dummy") as llm, refused:
+        ask(llm, prompts)
+    with engine(MINIATURE, "llava", settings("farthest", 0.2), load_format="dummy") as llm:
+        assert ask(llm, prompts)
+
+
 def test_videos_are_refused_where_they_would_not_be_pruned(tmp_path):
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
