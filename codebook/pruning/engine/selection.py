@@ -187,7 +187,7 @@ def masses(
         return masses
     # Of a crop or frame that loses everything, none stays to stand for it.
     kept = {number: index for number, index in enumerate(stays) if index is not None and len(index)}
-    for number, group in _groups(stage.pruner, kept, values, tokens).items():
+    for number, group in _groups(stage.pruner, units, kept, values, tokens).items():
         unit = units[number]
         before = torch.ones_like(unit.ordinal) if unit.mass is None else unit.mass
         masses[number] = before.new_zeros(len(kept[number])).index_add_(0, group, before)
@@ -196,6 +196,7 @@ def masses(
 
 def _groups(
     pruner: Pruner,
+    units: Sequence[Unit],
     kept: Mapping[int, Tensor],
     values: Callable[[int], Tensor],
     tokens: Callable[[int], VisualTokens],
@@ -205,10 +206,9 @@ def _groups(
     found = {number: pruner.groups(tokens(number), index) if own else None for number, index in kept.items()}
     groups = {number: group for number, group in found.items() if group is not None}
     rest = [number for number in kept if number not in groups]
-    hidden = [values(number) for number in rest]
     # Units of one size at once: with many images, to say each step is what takes time.
-    for same in _grouped((len(x), len(kept[i])) for i, x in zip(rest, hidden, strict=True)):
-        index = torch.stack([kept[rest[i]] for i in same])
-        nearest = nearest_kept_each(torch.stack([hidden[i] for i in same]), index)
-        groups |= zip((rest[i] for i in same), nearest, strict=True)
+    for same in _grouped((units[number].count, len(kept[number])) for number in rest):
+        alike = [rest[place] for place in same]
+        nearest = nearest_kept_each(torch.stack([*map(values, alike)]), torch.stack([kept[i] for i in alike]))
+        groups |= zip(alike, nearest, strict=True)
     return groups
