@@ -457,6 +457,7 @@ class _Build:
         book, others = made
         if self.options.exhaustive:
             others[PROBES] = _probes(journal, todo)
+        finished(self.out, self._asked())  # refuses to replace what another build has finished there meanwhile
         put_horizon(self.out, self.horizon)
         book.save(self.out, {**others, **_pictures(book.config)})
         forget(self.out, self.journals)

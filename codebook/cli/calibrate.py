@@ -86,6 +86,7 @@ def calibrate_command(
         for text in methods
     )
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]
+    found = list({text: one for one in found if (text := str(one)) != str(plain)}.values())  # each once, however spelt
     journal = out.with_suffix(".journal.sqlite")
     with progress("calibrate", calibration.most_answers(len(found), ordered), "answers") as tick:
         result = calibration.calibrate(loaded, processor, samples, plain, found, seed=seed, file=journal, done=tick)

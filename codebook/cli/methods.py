@@ -15,12 +15,12 @@ from codebook.store.shipped import find_codebook
 
 
 def parse_methods(text: str) -> list[str]:
-    """Methods, presets, hybrids or schedule files, separated by commas; each is checked."""
+    """Methods, presets, hybrids or schedule files, separated by commas, each once; each is checked."""
     names = [name.strip() for _, name in split(text, ",") if name.strip()]
     if not names:
         raise CodebookError("name a method at least, as `codebook list` does")
     plans = [Plan(name) for name in names]
-    return [plan.schedule for plan in plans if plan.schedule != UNPRUNED]
+    return list(dict.fromkeys(plan.schedule for plan in plans if plan.schedule != UNPRUNED))
 
 
 def codebook_for(model: Model, methods: Sequence[str], folder: Path | None) -> Codebook | None:

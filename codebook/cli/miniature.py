@@ -60,24 +60,27 @@ def train_command(
     from codebook.cli.checks import check_output_folder
     from codebook.miniature import train
     from codebook.models.loading import check_device
+    from codebook.store.files import writing
 
     check_output_folder(out)
     check_device(device)
     if llm is None and (llm_file or minutes):
         raise CodebookError("--llm-file and --minutes go with --llm smollm2: add it, or leave them out")
-    if llm is not None:
-        if llm != "smollm2":
-            raise CodebookError(f"no language model {llm!r}: the one there is is smollm2")
-        if not (steps or minutes):
-            raise CodebookError("say how long to train: --minutes or --steps")
+    if llm not in (None, "smollm2"):
+        raise CodebookError(f"no language model {llm!r}: the one there is is smollm2")
+    if llm is not None and not (steps or minutes):
+        raise CodebookError("say how long to train: --minutes or --steps")
+    out.mkdir(parents=True, exist_ok=True)
+    with writing(out, patience=0):  # two runs would write one checkpoint
+        if llm is None:
+            print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
+            return
         from codebook.miniature.eyes_training import train_eyes
         from codebook.models.smollm2 import language_file
 
         limits = {"minutes": minutes or 0.0} | ({"steps": steps} if steps else {})
         language = language_file(llm_file)
         print(train_eyes(out, language, device=device, makers=workers, count=questions, seed=seed, **limits))
-        return
-    print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
 
 
 @resumable("check")

@@ -80,24 +80,18 @@ def tune_command(
         RECIPE_PART,
         REPORT_PART,
         SCHEDULE_PART,
-        read_recipe,
     )
     from codebook.inference.samples import mixed
     from codebook.pruning.presets import DEFAULT
     from codebook.pruning.stage import check_keep
-    from codebook.store.files import write_text
+    from codebook.store.files import write_text, writing
     from codebook.store.horizons import carried_horizon, put_horizon
 
     check_keep(keep)
     check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))
     build = prepared_build(model, images, out / CODEBOOK_PART, probing, loading, {"prompt": prompt}, pilot, select)
     asked = {"format_version": 1, "model": model, "data": data, "keep": keep, "count": count, "seed": seed}
-    if (out / RECIPE_PART).exists():
-        before = read_recipe(out)
-        if different := [name for name, value in asked.items() if before[name] != value]:
-            raise CodebookError(f"{out} holds another recipe (another {', '.join(different)}): choose another --out")
-    elif out.is_dir() and any(out.iterdir()):
-        raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
+    _check_folder(out, asked)
     made = data is not None and is_miniature(data)
     if made:
         samples: Sequence[Sample] = load_samples(str(data), seed=seed, count=count)
@@ -105,41 +99,54 @@ def tune_command(
     else:
         samples = _samples(model, images, data, count, prompt, seed, loading, probing.strict)
     metric = _rehearse(model, samples, keep, prompt, loading)
-    out.mkdir(parents=True, exist_ok=True)
-    write_text(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
-
     common: dict[str, Any] = {"seed": seed, **vars(loading)}
-    with contextlib.redirect_stdout(sys.stderr):  # what the steps say is on the way to a result, not the result
-        note("tune 1/5: codebook")
-        build(False)
-        note("tune 2/5: questions and their answers")
-        if made:
-            labels, files = "given", [str(data)] * 2
-        else:
-            labels, files = _labelled(model, samples, out, count, loading)
-        own = count if made else None  # files are taken whole
-        note("tune 3/5: information horizon")
-        if not (out / HORIZON_PART / "horizon.json").exists():
-            horizon_command(model=model, data=files[0], out=out / HORIZON_PART, metric=metric, count=own, **common)
-        put_horizon(out / CODEBOOK_PART, carried_horizon(out / HORIZON_PART, None))
-        note("tune 4/5: schedule")
-        if not (out / SCHEDULE_PART).exists():
-            calibrate_command(
-                model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method=DEFAULT, count=own,
-                codebook=out / CODEBOOK_PART, **common,
-            )  # fmt: skip
-        note("tune 5/5: bench")
-        if not (out / BENCH_PART / "results.json").exists():
-            bench_command(
-                model=model, methods=str(out / SCHEDULE_PART), out=out / BENCH_PART, data=[files[1]], keep=str(keep),
-                count=count, codebook=out / CODEBOOK_PART, horizon=out / HORIZON_PART / "horizon.json",
-                seconds=seconds, seeds=1, **common,
-            )  # fmt: skip
-    report = _report(out, {**asked, "labels": labels})
-    write_text(out / REPORT_PART, report)
-    write_text(out / RECIPE_PART, json.dumps({**asked, "labels": labels, "complete": True}, indent=1) + "\n")
+    out.mkdir(parents=True, exist_ok=True)
+    with writing(out, patience=0):
+        _check_folder(out, asked)  # which another process may have begun meanwhile
+        write_text(out / RECIPE_PART, json.dumps({**asked, "labels": None, "complete": False}, indent=1) + "\n")
+        with contextlib.redirect_stdout(sys.stderr):  # what the steps say is on the way to a result, not the result
+            note("tune 1/5: codebook")
+            build(False)
+            note("tune 2/5: questions and their answers")
+            if made:
+                labels, files = "given", [str(data)] * 2
+            else:
+                labels, files = _labelled(model, samples, out, count, loading)
+            own = count if made else None  # files are taken whole
+            note("tune 3/5: information horizon")
+            if not (out / HORIZON_PART / "horizon.json").exists():
+                horizon_command(model=model, data=files[0], out=out / HORIZON_PART, metric=metric, count=own, **common)
+            put_horizon(out / CODEBOOK_PART, carried_horizon(out / HORIZON_PART, None))
+            note("tune 4/5: schedule")
+            if not (out / SCHEDULE_PART).exists():
+                calibrate_command(
+                    model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method=DEFAULT, count=own,
+                    codebook=out / CODEBOOK_PART, **common,
+                )  # fmt: skip
+            note("tune 5/5: bench")
+            if not (out / BENCH_PART / "results.json").exists():
+                bench_command(
+                    model=model, methods=str(out / SCHEDULE_PART), out=out / BENCH_PART, data=[files[1]],
+                    keep=str(keep), count=count, codebook=out / CODEBOOK_PART,
+                    horizon=out / HORIZON_PART / "horizon.json", seconds=seconds, seeds=1, **common,
+                )  # fmt: skip
+        report = _report(out, {**asked, "labels": labels})
+        write_text(out / REPORT_PART, report)
+        write_text(out / RECIPE_PART, json.dumps({**asked, "labels": labels, "complete": True}, indent=1) + "\n")
     print(json.dumps({"folder": str(out), **asked, "labels": labels}) if as_json else report)
     note(f"use it: codebook prune {model} --recipe {out} --image FILE --ask TEXT")
+
+
+def _check_folder(out: Path, asked: dict[str, Any]) -> None:
+    """Refuse a folder with something else in it than this very recipe."""
+    from codebook.cli.recipe import RECIPE_PART, read_recipe
+
+    if (out / RECIPE_PART).exists():
+        before = read_recipe(out)
+        if different := [name for name, value in asked.items() if before[name] != value]:
+            raise CodebookError(f"{out} holds another recipe (another {', '.join(different)}): choose another --out")
+    elif out.is_dir() and any(out.iterdir()):
+        raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
 
 
 def _samples(

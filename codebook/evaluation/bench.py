@@ -157,12 +157,18 @@ def plan(
     the_codebook = functools.cache(lambda: find_codebook(model, codebook))  # once, and only if a method needs it
     found, skipped = [Row(UNPRUNED, 1.0, (None,))], []
     for keep in keeps:
+        known: dict[tuple[str, ...], str] = {}  # methods by what they prune: one that is spelt two ways is one row
         for method in dict.fromkeys((*methods, *BASELINES)):
             try:
                 own = the_codebook() if needs_codebook(method) else None
-                found.append(row(model, method, keep, own, seeds, deep_layer(model, method, True, codebook)))
+                made = row(model, method, keep, own, seeds, deep_layer(model, method, True, codebook))
             except CodebookError as error:
                 skipped.append(_left_out(method, keep, str(error)))
+                continue
+            if (other := known.setdefault(tuple(map(schedule_key, made.schedules)), method)) == method:
+                found.append(made)
+            else:
+                skipped.append(_left_out(method, keep, f"it is the same as {other}: {made.schedules[0]}"))
     return found, skipped
 
 

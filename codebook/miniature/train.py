@@ -179,6 +179,7 @@ def _worker(rank: int, workers: int, out: Path, recipe: Recipe, device: str, mee
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     if workers > 1:
+        threading.Thread(target=_end_with_parent, daemon=True).start()
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=workers)
     run = Run(out, recipe, device, rank, workers)
@@ -187,6 +188,13 @@ def _worker(rank: int, workers: int, out: Path, recipe: Recipe, device: str, mee
     run.save(export=True)
     if workers > 1:
         dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """End this process when the one that started it has ended, however: it would go on writing the checkpoint."""
+    parent = torch.multiprocessing.parent_process()
+    parent.join()
+    os._exit(1)
 
 
 class Run:

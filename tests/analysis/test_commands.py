@@ -40,6 +40,7 @@ def test_horizon(run, file, tmp_path):
 def test_calibrate_and_prune_with_what_it_wrote(run, file, tmp_path):
     out = tmp_path / "schedule.json"
     given = ("--data", file, "--method", "divprune", "--first", "uniform", "--keep", "0.1", "--out", out)
+    given += ("--first", "divprune@0; positions=keep", "--first", "uniform")  # each again, spelt another way or not
     code, shown, err = run("calibrate", "miniature", *given, "--json")
     assert code == 0, err
     report = json.loads(shown)

@@ -255,6 +255,19 @@ def test_out_of_another_build(tiny, pictures, some, tmp_path):
         run(tiny, pictures, foreign / "thesis.tex")
 
 
+def test_another_build_that_ends_meanwhile_is_not_replaced(tiny, pictures, tmp_path):
+    """One begins with a pilot's journal and one with the images', so both can be under way."""
+
+    def other(state):
+        if state.done == 2 and not (tmp_path / "out" / "config.json").exists():
+            shutil.copytree(tmp_path / "other", tmp_path / "out", dirs_exist_ok=True)
+
+    run(tiny, pictures, tmp_path / "other", settings=settings(tau_p=0.3))
+    with pytest.raises(CodebookError, match=r"holds another build's codebook \(another tau_p\)"):
+        run(tiny, pictures, tmp_path / "out", progress=other)
+    assert contents(tmp_path / "out").items() >= contents(tmp_path / "other").items()
+
+
 def test_unfinished_of_another_build(tiny, pictures, tmp_path):
     out = tmp_path / "out"
     interrupt(tiny, pictures, out)

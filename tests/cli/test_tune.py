@@ -7,6 +7,7 @@ import pytest
 
 from codebook import miniature
 from codebook.analysis.prefill import UnsharedError
+from codebook.store.files import writing
 
 COUNT = ["--count", "2", "--seconds", "0", "--pilot", "2", "--select", "0.3"]
 
@@ -73,6 +74,26 @@ def test_a_recipe_is_made_resumed_and_used(run, refused, scenes, questions, tmp_
     record = json.loads((out / "recipe.json").read_text())
     (out / "recipe.json").write_text(json.dumps(record | {"complete": False}))
     refused(*ask, words=["is not finished: run `codebook tune` again"])
+
+
+def test_a_second_one_at_once_is_refused(refused, scenes, questions, tmp_path, monkeypatch):
+    """Also one of another recipe, begun after the first look at the folder."""
+    monkeypatch.setattr("codebook.cli.build.prepared_build", lambda *_: pytest.fail)
+    out, begun = tmp_path / "recipe", {"format_version": 1, "labels": None, "complete": False}
+    begun |= {"model": "miniature", "data": str(questions), "keep": 0.2, "count": 20, "seed": 0}
+    command = ["tune", "miniature", "--images", scenes, "--data", questions, "--out", out, *COUNT, "--count", "20"]
+
+    def meanwhile(*_):
+        (out / "recipe.json").write_text(json.dumps(begun | {"keep": 0.3}))
+        return "probability"
+
+    out.mkdir()
+    with writing(out):
+        refused(*command, words=["another process is writing", "wait for it"])
+    assert not list(out.iterdir())
+    monkeypatch.setattr("codebook.cli.tune._rehearse", meanwhile)
+    refused(*command, words=["another recipe (another keep)"])
+    assert json.loads((out / "recipe.json").read_text())["keep"] == 0.3
 
 
 def test_what_cannot_be_tuned(refused, scenes, tmp_path):

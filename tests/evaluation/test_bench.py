@@ -88,6 +88,18 @@ def test_parts_make_the_whole(loaded, measured, tmp_path, monkeypatch):
         assert (ours["tasks"], ours["kept"]) == (theirs["tasks"], theirs["kept"])
 
 
+def test_a_method_that_is_spelt_two_ways_is_one_row(loaded):
+    spelt = ["seeded", "codebook-farthest+mass", "fastv(query='text', own_layer=False)@2", "fastv(own_layer=False)@2"]
+    spelt += ["uniform(phase='centre')", "seeded; positions=keep", "seeded+random@5:.5", "seeded + random@5:0.50"]
+    rows, skipped = bench.plan(loaded[0], spelt, [0.25])
+    assert [row.method for row in rows] == ["unpruned", spelt[0], spelt[2], spelt[4], spelt[6], "random", "downsample"]
+    assert {one["method"]: one["reason"].partition(": ")[0] for one in skipped} == {
+        spelt[1]: "it is the same as seeded", spelt[3]: f"it is the same as {spelt[2]}",
+        spelt[5]: "it is the same as seeded", spelt[7]: f"it is the same as {spelt[6]}",
+        "uniform": f"it is the same as {spelt[4]}",
+    }  # fmt: skip
+
+
 def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
     _, _, _, rows, skipped = loaded
     assert [row.name for row in rows] == [

@@ -15,6 +15,7 @@ from codebook.miniature import TASK_FAMILIES, model, packing, prompt, tasks
 from codebook.miniature.samples import of_miniature
 from codebook.miniature.train import Recipe, Run, train
 from codebook.models.loading import SHIPPED_MODELS
+from codebook.store.files import writing
 
 WEIGHTS = SHIPPED_MODELS["miniature"]
 SHIPPED = (WEIGHTS / "model.safetensors").exists()
@@ -153,6 +154,36 @@ def test_two_workers_train_and_leave_a_model_that_loads(tmp_path):
     built, _ = model.load_weights(folder)
     assert built.dtype == torch.float32 and not built.training
     assert (tmp_path / "log.jsonl").read_text().count("\n") == 3
+
+
+ENDLESS = """
+import torch
+from codebook.miniature.train import train
+
+def told(*given, spawn=torch.multiprocessing.spawn, **options):
+    context = spawn(*given, **options)
+    print("begun", flush=True)
+    return context
+
+if __name__ == "__main__":
+    torch.multiprocessing.spawn = told
+    train("out", workers=2, device="cpu", batch=(2, 2, 2))
+"""
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """They would go on writing the checkpoint, beside the run that goes on with it."""
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    parent = subprocess.Popen([sys.executable, "endless.py"], cwd=tmp_path, stdout=subprocess.PIPE)
+    assert parent.stdout.readline() == b"begun\n"
+    parent.kill()
+    parent.communicate(timeout=300)  # until nobody has the pipe any more
+
+
+def test_a_second_run_at_once_is_refused(refused, tmp_path):
+    with writing(tmp_path):
+        refused("miniature", "train", "--out", tmp_path, words=["another process is writing", "choose another folder"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_missing_model_says_how_to_get_one(tmp_path):
