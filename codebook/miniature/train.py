@@ -192,9 +192,9 @@ def _worker(rank: int, workers: int, out: Path, recipe: Recipe, device: str, mee
 
 def _end_with_parent() -> None:
     """End this process when the one that started it has ended, however: it would go on writing the checkpoint."""
-    parent = torch.multiprocessing.parent_process()
-    parent.join()
-    os._exit(1)
+    if (parent := torch.multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 class Run:

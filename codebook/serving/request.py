@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
@@ -20,6 +19,7 @@ from pydantic import (
 
 from codebook.errors import quoted
 from codebook.serving.errors import ServiceError, first_fault
+from codebook.store.files import RepeatedKeyError, each_once
 
 MOST_PARTS = 256
 """Messages of a conversation, and parts of a message."""
@@ -167,22 +167,16 @@ def parse_request(body: bytes, kind: type[K]) -> K:
     """
     try:
         asked = kind.model_validate_json(body)
-        json.loads(body, object_pairs_hook=_each_once)
+        json.loads(body, object_pairs_hook=each_once)
         return asked
+    except RepeatedKeyError as error:
+        raise ServiceError(422, str(error), None, error.key[:200]) from None
     except ValidationError as error:
         faults = error.errors(include_url=False, include_input=False, include_context=False)
         if faults[0]["type"] == "json_invalid":
             raise ServiceError(400, f"the body is no JSON: {faults[0]['msg']}") from None
         message, code, param = first_fault(faults)
         raise ServiceError(422, message, code, param) from None
-
-
-def _each_once(pairs: Sequence[tuple[str, Any]]) -> None:
-    """Refuse an object that says one thing twice: which one holds is not the same to every reader."""
-    names = [name for name, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ServiceError(422, f"{quoted(twice)} is given twice: give it once", None, twice[:200])
 
 
 async def without_query(request: Request) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from codebook.errors import CodebookError, remedy_for
+from codebook.errors import CodebookError, quoted, remedy_for
 
 if TYPE_CHECKING:  # lists of codebooks are made without torch, which takes a second to import
     from torch import Tensor
@@ -228,7 +228,24 @@ def _validated(data: bytes, schema: Any) -> Any:
     Raises ValueError, also for numbers that are none, under whatever key: what is written on would be no JSON.
     """
     _adapter(schema).validate_json(data, strict=True)
-    return json.loads(data.decode(), parse_constant=_finite, parse_float=_finite)
+    return json.loads(data.decode(), parse_constant=_finite, parse_float=_finite, object_pairs_hook=each_once)
+
+
+class RepeatedKeyError(ValueError):
+    """A key stands twice in a JSON object: which of its values holds is not the same to every reader."""
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{quoted(key)} is given twice: give it once")
+        self.key = key
+
+
+def each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of its keys and values, as `json.loads` calls it; raises RepeatedKeyError."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKeyError(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def _finite(text: str) -> float:

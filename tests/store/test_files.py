@@ -5,6 +5,7 @@ import os
 import signal
 import stat
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from safetensors.torch import save
 
 from codebook.errors import CodebookError
 from codebook.inference.samples import read_samples
+from codebook.pruning.plan import Plan
 from codebook.store import files
 from codebook.store.codebook import Codebook
 from codebook.store.files import is_file, read_json, read_lines, read_tensor_bytes, replacing, write_files
@@ -129,6 +131,27 @@ def test_numbers_that_would_be_written_on_as_no_json(tmp_path, number):
             read(path, "fix it")
     path.write_text('{"a": [1e308, 5e-324, 0.1]}')
     assert read_json(path, "") == {"a": [1e308, 5e-324, 0.1]}
+
+
+@pytest.mark.parametrize("read", [read_json, read_lines])
+def test_a_key_that_stands_twice_is_named(tmp_path, read):
+    """At any depth, also with the same value, and written with an escape; readers differ in which one they take."""
+    path = tmp_path / "x.json"
+    for twice in ('{"a": 1, "b": 2, "a": 3}', '[{"c": {"a": 1, "a": 1}}]', '{"a": 1, "\\u0061": 2}'):
+        path.write_text(twice)
+        with pytest.raises(CodebookError, match=r"cannot read .*x\.json.*'a' is given twice: give it once.*"):
+            read(path, "fix it")
+    path.write_text('{"a": {"a": 1}, "b": {"a": 2}, "": null}')
+    assert read_json(path, "") == {"a": {"a": 1}, "b": {"a": 2}, "": None}
+
+
+def test_questions_and_schedules_that_say_one_thing_twice(tmp_path):
+    questions, schedule = tmp_path / "x.jsonl", tmp_path / "x.json"
+    questions.write_text('{"image": "a.png", "question": "what?", "answer": "yes", "answer": "no"}\n')
+    schedule.write_text('{"format": 1, "schedule": "random:0.5", "schedule": "random:0.1"}')
+    for read, key in ((partial(read_samples, questions), "answer"), (partial(Plan, str(schedule)), "schedule")):
+        with pytest.raises(CodebookError, match=f"'{key}' is given twice"):
+            read()
 
 
 def test_a_header_larger_than_its_file(tmp_path):
