@@ -155,6 +155,10 @@ def check_loading(
         raise CodebookError(f"no device_map {quoted(placed)}: use {', '.join(DEVICE_MAPS)}, or name a device instead")
     if find_spec("accelerate") is None:
         raise CodebookError("device_map needs accelerate, which is not installed: `pip install accelerate`")
+    if not isinstance(placed, str):
+        for place in placed.values() if isinstance(placed, Mapping) else [placed]:
+            if place != "disk":  # which is no device of torch
+                check_device(f"cuda:{place}" if isinstance(place, int) else place)
     return check_device(None)
 
 
