@@ -54,7 +54,7 @@ test-vllm:
 	$$folder/bin/python -m pytest tests/integrations/vllm
 
 # The lowest and the newest supported transformers, each in an environment of its own that is thrown away.
-VERSIONS ?= 5.18.0 5.23.0
+VERSIONS ?= 5.18.0 5.24.0
 test-versions:
 	set -e; for version in $(VERSIONS); do \
 	  folder=$$(mktemp -d); trap 'rm -rf $$folder' EXIT; \

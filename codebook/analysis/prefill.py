@@ -19,7 +19,7 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
-from codebook.models.base import Model, window
+from codebook.models.base import CACHE_NAMES, Model, window
 from codebook.pruning import Schedule
 
 VARIANTS_PER_FORWARD = 64
@@ -207,7 +207,7 @@ class Prefill:
             rotary = tuple(x[0][columns[:joined]] for x in self.given[i]["position_embeddings"])
             own = {
                 "attention_mask": mask, "position_embeddings": rotary, "position_ids": None,
-                "past_key_values": _Prefix(self.cache, prefix),
+                **dict.fromkeys(self.given[i].keys() & CACHE_NAMES, _Prefix(self.cache, prefix)),
             }  # fmt: skip
             for name in per_token:
                 own[name] = self.given[i][name][0][columns[:joined]] if self.given[i].get(name) is not None else None

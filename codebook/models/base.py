@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -31,6 +31,10 @@ common type, and `nn.Module.__getattr__` makes each of them `Tensor | Module`, s
 
 Processor = Any
 """The processor that goes with a model: a `ProcessorMixin`, whose image processor and tokenizer have no common type."""
+
+
+CACHE_NAMES = ("cache", "past_key_values")
+"""Names of the argument that holds the KV cache: the first one from transformers 5.24 on."""
 
 
 class Family:
@@ -346,6 +350,11 @@ class Family:
             If the family's tower has one size only.
         """
         raise CodebookError(f"models of type {self.name} cannot encode an image at another size: use another method")
+
+
+def cache_of(given: Mapping[str, Any]) -> Any:
+    """The KV cache among the arguments of a model's forward, its decoder's or a layer's; None if there is none."""
+    return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
 def rotary_at(model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codebook.models.base import Model, rotary_at, window
+from codebook.models.base import CACHE_NAMES, Model, rotary_at, window
 from codebook.models.generic import Unproven
 
 ODD_SETTINGS = {
@@ -21,7 +21,7 @@ ODD_SETTINGS = {
 VISIBLE_MASKS = ("sdpa", "eager")
 """Attention kernels that show what their masks are."""
 
-SHORTENED = {"attention_mask", "position_embeddings", "position_ids", "past_key_values", "cache_position"}
+SHORTENED = {"attention_mask", "position_embeddings", "position_ids", "cache_position", *CACHE_NAMES}
 """Arguments of layers, per token, that pruning shortens or makes anew."""
 
 

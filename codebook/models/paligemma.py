@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.models.base import Family, Model
+from codebook.models.base import Family, Model, cache_of
 
 
 class PaliGemma(Family):
@@ -16,7 +16,7 @@ class PaliGemma(Family):
     window_last = False
 
     def blocks(self, model: Model, given: dict[str, Any]) -> Tensor | None:
-        types, cache = given.get("token_type_ids"), given.get("past_key_values")
+        types, cache = given.get("token_type_ids"), cache_of(given)
         started = cache is not None and cache.is_initialized and given.get("pixel_values") is None
         return None if types is None or started else torch.where(types == 0, 0, -1)
 

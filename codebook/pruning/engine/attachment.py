@@ -18,7 +18,7 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Encoded
-from codebook.models.base import Model
+from codebook.models.base import Model, cache_of
 from codebook.models.replacing import replaced
 from codebook.pruning.engine import prompt
 from codebook.pruning.engine.cache import PrunedLayer, check_cache, check_given, pruned_layer
@@ -355,7 +355,7 @@ class Attachment:
         # Some base models make masks of their own from the one that they were given.
         mask = (kwargs if given is None else given).get("attention_mask")
         flat = isinstance(mask, Tensor) and mask.dim() == 2  # else refused where it is of use
-        cache = kwargs.get("past_key_values")
+        cache = cache_of(kwargs)
         check_given(cache, mask if flat else None, embeds.shape[1], self._storing, pruned=bool(running.kinds))
         if given is None or not running.kinds:
             compact, plain = pruning.schedule.positions == "compact", Given(embeds, mask)
@@ -424,7 +424,7 @@ class Attachment:
                 )
             return None
         _check_added()
-        hidden, before, cache = args[0], ENCODED.get(), kwargs.get("past_key_values")
+        hidden, before, cache = args[0], ENCODED.get(), cache_of(kwargs)
         entry = cache.layers[i] if cache is not None and i < len(cache.layers) else None
         past = entry.index if isinstance(entry, PrunedLayer) else None
         if reused := forward.cached.get(self._keys[i]):  # of an earlier layer, whose keys this one attends to

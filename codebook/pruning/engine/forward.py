@@ -18,7 +18,7 @@ from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.models import Family
-from codebook.models.base import Model, window
+from codebook.models.base import CACHE_NAMES, Model, window
 from codebook.pruning.attention import Attention
 from codebook.pruning.engine import selection
 from codebook.pruning.engine.cache import visible
@@ -121,7 +121,7 @@ class Forward:
     def ask(self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> None:
         """Have a layer say what it would attend with, were its input (B, P, d) left as it is; a tap hears it."""
         self.asked = layer, rotary
-        own = {"position_embeddings": rotary, "attention_mask": None, "past_key_values": None}
+        own = {"position_embeddings": rotary, "attention_mask": None, **dict.fromkeys(kwargs.keys() & CACHE_NAMES)}
         overhear(layer.self_attn, hidden_states=self.family.attention_norm(layer)(hidden), **(kwargs | own))
 
     def enter(self, layer: int, hidden: Tensor) -> Tensor:
