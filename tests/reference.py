@@ -81,6 +81,7 @@ def _by_query(bias):
 @contextlib.contextmanager
 def _dropping(model, valid, gone_from, compact, edit, mass):
     lm = model.get_decoder()
+    lm = lm if hasattr(lm, "layers") else lm.model  # Llama 4's has a head around it
     low = torch.finfo(model.dtype).min
 
     def before(i, layer):

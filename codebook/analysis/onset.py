@@ -30,7 +30,7 @@ from codebook.inference.records import damaged, read_record
 from codebook.inference.samples import Sample, samples_digest
 from codebook.inference.uncertainty import UNKNOWN, deviation, error_of_mean
 from codebook.models import Image
-from codebook.models.base import Model, Processor
+from codebook.models.base import Model, Processor, decoder
 from codebook.models.finite import check_logits
 from codebook.pruning.attention import Attention
 from codebook.pruning.engine.tap import tap
@@ -213,7 +213,7 @@ def _overheard(model: Model) -> Iterator[dict[int, tuple[Tensor, Tensor, float]]
         heard[i] = query, key, scaling
 
     with contextlib.ExitStack() as undo:
-        for i, layer in enumerate(model.get_decoder().layers):
+        for i, layer in enumerate(decoder(model).layers):
             if not models.is_recurrent(layer):  # `Prefill` refuses such a model, and says why
                 undo.callback(tap(layer.self_attn, partial(hear, i)))
         yield heard
@@ -225,7 +225,7 @@ def _text_attention(prefill: Prefill, heard: Mapping[int, tuple[Tensor, Tensor, 
     question = torch.arange(int(prefill.visual.max()) + 1, length, device=prefill.visual.device)
     for i in range(prefill.layers):
         query, key, scaling = heard[i]
-        cos, sin = (x[0] for x in prefill.given[i]["position_embeddings"])
+        cos, sin = (x[0] for x in models.family(prefill.model).rotary(prefill.given[i]["position_embeddings"]))
         rows.append(Attention(query[0], key[0], cos, sin, scaling, prefill.visual).rows(question).sum(0))
     return torch.stack(rows)
 

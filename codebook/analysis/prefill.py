@@ -19,7 +19,7 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
-from codebook.models.base import CACHE_NAMES, Model, window
+from codebook.models.base import CACHE_NAMES, Model, chunk, decoder, window
 from codebook.pruning import Schedule
 
 VARIANTS_PER_FORWARD = 64
@@ -99,9 +99,9 @@ class Prefill:
         ids = inputs["input_ids"]
         if len(ids) != 1 or not bool(inputs["attention_mask"].all()):
             raise CodebookError("a shared prefill is of one sample: pass one row without padding")
-        family, layers = models.family(model), model.get_decoder().layers
+        family, layers = models.family(model), decoder(model).layers
         attending = [layer for layer in layers if not models.is_recurrent(layer)]
-        windows = [size for layer in attending if (size := window(layer)) is not None]
+        windows = [size for layer in attending if (size := window(layer) or chunk(layer)) is not None]
         straight = len(attending) == len(layers) and family.blocks(model, inputs) is None
         if not straight or (windows and min(windows) < ids.shape[1]):
             raise UnsharedError(
@@ -196,7 +196,7 @@ class Prefill:
 
     def _continue(self, joins: list[int], columns: Tensor, prefix: int) -> Tensor:
         """Logits (r, vocabulary) of variants sorted by layer, each with its columns (r, f) behind the shared prefix."""
-        lm, f, per_token = self.model.get_decoder(), columns.shape[1], models.family(self.model).per_token
+        lm, f, family = decoder(self.model), columns.shape[1], models.family(self.model)
         now = self.hidden[0][0, :0].new_empty(0, f, self.hidden[0].shape[-1])
         mask = _causal_mask(f, prefix, now, lm.config._attn_implementation)
         for i, layer in enumerate(lm.layers):
@@ -204,12 +204,12 @@ class Prefill:
             if not joined:
                 continue
             now = torch.cat([now, self.hidden[i][0][columns[len(now) : joined]]])
-            rotary = tuple(x[0][columns[:joined]] for x in self.given[i]["position_embeddings"])
+            rotary = (x[0][columns[:joined]] for x in family.rotary(self.given[i]["position_embeddings"]))
             own = {
-                "attention_mask": mask, "position_embeddings": rotary, "position_ids": None,
+                "attention_mask": mask, "position_embeddings": family.rotary_given(*rotary), "position_ids": None,
                 **dict.fromkeys(self.given[i].keys() & CACHE_NAMES, _Prefix(self.cache, prefix)),
             }  # fmt: skip
-            for name in per_token:
+            for name in family.per_token:
                 own[name] = self.given[i][name][0][columns[:joined]] if self.given[i].get(name) is not None else None
             out = layer(now, **self.given[i] | own)
             now = out[0] if isinstance(out, tuple) else out
@@ -218,7 +218,7 @@ class Prefill:
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Logits (r, vocabulary) of what the last decoder layer puts out (r, width)."""
-        logits: Tensor = self.model.get_output_embeddings()(self.model.get_decoder().norm(hidden))
+        logits: Tensor = self.model.get_output_embeddings()(decoder(self.model).norm(hidden))
         return logits.float()
 
 

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from codebook import models
 from codebook.errors import CodebookError, out_of_memory
 from codebook.models import Model, Processor
-from codebook.models.base import special_tokens
+from codebook.models.base import decoder, special_tokens
 from codebook.models.chat import chat_text
 from codebook.models.finite import check_logits
 from codebook.models.layout import token_runs
@@ -239,14 +239,14 @@ class Prober:
     @property
     def shares(self) -> bool:
         """Whether sequences share keys and values: what has left a sliding window, a cache has forgotten."""
-        decoder = self.model.get_decoder().layers
-        if self.whole or not self.family.reusable_prefix or any(map(models.is_recurrent, decoder)):
+        layers = decoder(self.model).layers
+        if self.whole or not self.family.reusable_prefix or any(map(models.is_recurrent, layers)):
             return False
         rows, cols = self.grid
         length = self.prefix.shape[1] + self._column(rows * cols) + self.suffix.shape[1]
-        layers = DynamicCache(config=self.model.config.get_text_config()).layers
+        cached = DynamicCache(config=self.model.config.get_text_config()).layers
         return not any(
-            isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window <= length for layer in layers
+            isinstance(layer, DynamicSlidingWindowLayer) and layer.sliding_window <= length for layer in cached
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any, ClassVar, Literal
 
@@ -70,6 +70,9 @@ class Family:
     window_last: ClassVar[bool] = True
     """Whether a sliding window also separates tokens of one block, which otherwise all see each other."""
 
+    chunked: ClassVar[bool] = False
+    """Whether decoder layers may attend within chunks of the prompt."""
+
     window_blocks: ClassVar[bool] = False
     """Whether tokens of a block see each other in layers with a sliding window only."""
 
@@ -108,11 +111,11 @@ class Family:
 
     def keys_layers(self, model: Model) -> list[int]:
         """For each decoder layer the one whose keys and values it attends to: itself, or an earlier one."""
-        return list(range(len(model.get_decoder().layers)))
+        return list(range(len(decoder(model).layers)))
 
     def last_norm(self, model: Model) -> nn.Module:
         """The normalisation behind the decoder's last layer."""
-        return model.get_decoder().norm
+        return decoder(model).norm
 
     def attention_norm(self, layer: Any) -> nn.Module:
         """The normalisation before a decoder layer's attention."""
@@ -130,7 +133,7 @@ class Family:
         """As `vision_attention`, of all towers."""
         return [self.vision_attention(model)]
 
-    def attended(self, model: Model, encoded: Encoded) -> list[tuple[int, slice]] | None:
+    def attended(self, model: Model, encoded: Encoded) -> Sequence[tuple[int, slice | list[int]]] | None:
         """For each image or frame its row in the tower's attention, and its tokens there.
 
         None if the attention module is called for each, or they are its rows.
@@ -251,6 +254,19 @@ class Family:
         """
         return None
 
+    def longest(self, model: Model) -> int | None:
+        """Most tokens up to the end of a prompt that can be pruned, if there is a limit."""
+        return None
+
+    def rotary(self, given: Any) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (B, P, d) of the rotary embeddings that decoder layers are given."""
+        cos, sin = given
+        return cos, sin
+
+    def rotary_given(self, cos: Tensor, sin: Tensor) -> Any:
+        """The opposite of `rotary`: what decoder layers are given."""
+        return cos, sin
+
     def turned(self, model: Model, layer: nn.Module) -> Turned:
         """What the rotary embeddings of a decoder layer turn."""
         return "halves"
@@ -357,13 +373,18 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
-def rotary_at(model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (B, P, d) of a decoder layer at positions (B, P) int64, whether or not they differ by layer."""
-    rotary = model.get_decoder().rotary_emb
+def decoder(model: Model) -> Any:
+    """The module whose `layers` are the decoder's: the model's own answer, or what has a head around it in that."""
+    found = model.get_decoder()
+    return found if hasattr(found, "layers") else found.model
+
+
+def rotary_at(model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> Any:
+    """What a decoder layer is given of positions (B, P) int64 as rotary embeddings, whether or not layers differ."""
+    rotary = decoder(model).rotary_emb
     kinds = (getattr(layer.self_attn, "layer_type", None), getattr(layer, "attention_type", None))
     kind = [kinds[0] or kinds[1]] if _takes_kind(type(rotary).forward) else []
-    cos, sin = rotary(embeds, positions, *kind)
-    return cos, sin
+    return rotary(embeds, positions, *kind)
 
 
 @cache
@@ -379,6 +400,13 @@ def window(layer: Any) -> int | None:
         return attention.sliding_window
     # Where the attention does not know, all layers are alike.
     return None if getattr(attention.config, "layer_types", None) else getattr(attention.config, "sliding_window", None)
+
+
+def chunk(layer: Any) -> int | None:
+    """How long the chunks are within which a decoder layer with attention looks back, if it does so."""
+    attention = layer.self_attn
+    size = getattr(attention.config, "attention_chunk_size", None)
+    return size if size and attention.config.layer_types[attention.layer_idx] == "chunked_attention" else None
 
 
 def _first_pieces(kind: str, encoded: int, per_row: list[int]) -> list[int]:

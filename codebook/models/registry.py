@@ -21,6 +21,7 @@ from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
 from codebook.models.kimi_k25 import KimiK25
 from codebook.models.lfm2_vl import Lfm2VL, Lfm3VL
+from codebook.models.llama4 import Llama4
 from codebook.models.llava import Llava
 from codebook.models.llava_next import LlavaNext
 from codebook.models.llava_next_video import LlavaNextVideo
@@ -76,6 +77,7 @@ FAMILIES: dict[str, Family] = {
         Gemma4(),
         Gemma4Unified(),
         KimiK25(),
+        Llama4(),
         Ovis2(),
         MiniCPMV46(),
         MiniCPMV47(),
@@ -106,7 +108,6 @@ REFUSED = {
     "deepseek_ocr2": LEARNED_QUERIES,
     "gemma3n": "several copies of each hidden state, which its decoder hands from layer to layer",
     "granite4_vision": "image tokens that are empty: what they show is added to them in deeper layers only",
-    "llama4": "attention in chunks, which are counted in the unpruned prompt",
     "phi4_multimodal": "images that the decoder itself encodes, where no call shows them",
     "perception_lm": "a vision tower of timm, whose attention and patches are not known",
 }
@@ -166,7 +167,10 @@ def family_of_config(config: Any) -> Family:
         )
     if name in REFUSED:
         raise CodebookError(f"models of type {name} are not supported, with {REFUSED[name]}; use qwen3_vl or internvl")
-    if odd := set(getattr(text, "layer_types", None) or ()) - ATTENTION_LAYERS - RECURRENT_LAYERS:
+    known = ATTENTION_LAYERS | RECURRENT_LAYERS
+    if name in FAMILIES and FAMILIES[name].chunked:
+        known = known | {"chunked_attention"}
+    if odd := set(getattr(text, "layer_types", None) or ()) - known:
         kinds = " and ".join(sorted(odd))
         raise CodebookError(
             f"models of type {name} have a decoder with {kinds} layers, which nobody has checked; use a model with "

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from codebook.errors import CodebookError
-from codebook.models.base import Model
+from codebook.models.base import Model, decoder
 from codebook.models.registry import family
 from codebook.models.wrappers import stock
 
@@ -68,7 +68,7 @@ def shape(model: Model) -> Shape:
         layers=text.num_hidden_layers,
         attending=frozenset(
             i
-            for i, (layer, keys) in enumerate(zip(model.get_decoder().layers, found.keys_layers(model), strict=True))
+            for i, (layer, keys) in enumerate(zip(decoder(model).layers, found.keys_layers(model), strict=True))
             if not is_recurrent(layer) and keys == i
         ),
         hidden=text.hidden_size,
@@ -85,6 +85,8 @@ def _kv_heads(config: Any, heads: int) -> int:
 
 
 def _mlp(text: Any) -> int:
+    if wide := getattr(text, "intermediate_size_mlp", None):  # of Llama 4, as wide as an expert and the shared one
+        return wide
     expert = getattr(text, "moe_intermediate_size", None)
     if not expert:
         return text.intermediate_size

@@ -331,6 +331,21 @@ class Tagged(Tiny):
         return self.image(draw, 2)
 
 
+class Llama4(Tiny):
+    """Crops between separators, then the whole view after a tag, all of it between a begin and an end."""
+
+    def image(self, draw, crops=0):
+        ids = [SEPARATOR]
+        for crop in range(crops):
+            ids += [*[IMAGE] * 16, 80 + (crop == crops - 1)]
+        return [*ids, GLOBAL, *[IMAGE] * 16, NEWLINE], {"pixel_values": draw(1 + crops, 3, 32, 32)}, (
+            [(4, 4)] * (1 + crops)
+        ), []  # fmt: skip
+
+    def large(self, draw):
+        return self.image(draw, 2)
+
+
 class Ovis2(Tiny):
     """The whole view, then crops, between tokens 80 to 84 that the model embeds by a table of its own."""
 
@@ -717,6 +732,16 @@ def _kimi():
     )  # fmt: skip
 
 
+def _llama4():
+    """Two layers with positions, in chunks, around two without."""
+    vision = {name: value for name, value in SIGLIP.items()} | {"image_size": 32, "intermediate_size": 128}
+    vision |= {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64}
+    vision |= {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}, "initializer_range": 0.2}
+    text = TEXT | {"head_dim": 16, "intermediate_size_mlp": 96, "num_local_experts": 4, "moe_layers": [1, 3]}
+    text |= {"no_rope_layers": [1, 0, 0, 1], "attention_chunk_size": 12}
+    return hf.Llama4Config(text_config=text, vision_config=vision, image_token_index=IMAGE, pad_token_id=PAD)
+
+
 def _deepseek_vl():
     return hf.DeepseekVLConfig(vision_config=_siglip(16), text_config=hf.LlamaConfig(**TEXT), image_token_id=IMAGE)
 
@@ -848,6 +873,7 @@ FAMILIES = {
             "gemma4_unified", _gemma4_unified, "Gemma4UnifiedForConditionalGeneration", videos=True
         ),
         Ovis2("ovis2", _ovis2, "Ovis2ForConditionalGeneration"),
+        Llama4("llama4", _llama4, "Llama4ForConditionalGeneration"),
         Kimi("kimi_k25", _kimi, "Kimi_K25ForConditionalGeneration"),
         MiniCPM("minicpmv4_6", functools.partial(
             _minicpm, getattr(hf, "MiniCPMV4_6Config", None)

@@ -17,7 +17,7 @@ ARGUMENTS = {
 OPTIONS = {
     "lfm2_vl": {"do_image_splitting": False},
     "mistral3": {"patch_size": 8},
-    **{name: {"crop_to_patches": True} for name in ("internvl", "aya_vision", "cohere2_vision", "ovis2")},
+    **{name: {"crop_to_patches": True} for name in ("internvl", "aya_vision", "cohere2_vision", "llama4", "ovis2")},
 }
 """What their processors tell the image processors of some families."""
 
@@ -69,7 +69,7 @@ class Pictured:
     def _tokens(self, given):
         draw, base = torch.zeros, self.target.base_model
         pieces = given["pixel_values"].shape[:2][given["pixel_values"].dim() == 5]
-        if self.tiny.name in ("aya_vision", "cohere2_vision", "ovis2"):
+        if self.tiny.name in ("aya_vision", "cohere2_vision", "llama4", "ovis2"):
             return self.tiny.image(draw, pieces - 1)[0]
         if self.tiny.name in ("idefics3", "smolvlm"):
             crops = [token for _ in range(pieces - 1) for token in [SEPARATOR, 80] + [IMAGE] * 16]

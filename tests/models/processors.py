@@ -83,9 +83,10 @@ PROCESSORS = {
     "gemma3": lambda: hf.Gemma3ImageProcessor(size={"height": 32, "width": 32}),
     "mistral3": lambda: hf.PixtralImageProcessor(size={"longest_edge": 10000}),
     "vipllava": lambda: hf.CLIPImageProcessor(size=SQUARE, do_center_crop=False),
-    # Cohere's own needs torchvision, and crops by the same rule.
+    # Cohere's own and Llama's need torchvision; the former crops by the same rule.
     **dict.fromkeys(
-        ("aya_vision", "cohere2_vision"), lambda: hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32})
+        ("aya_vision", "cohere2_vision", "llama4"),
+        lambda: hf.GotOcr2ImageProcessor(size={"height": 32, "width": 32}),
     ),
     "llava_next_video": lambda: PROCESSORS["llava_next"](),
     "video_llava": lambda: hf.VideoLlavaImageProcessor(size={"shortest_edge": 16}, crop_size=SQUARE),

@@ -20,6 +20,7 @@ UNLIKE = (
     "qwen3_5",
     "qwen3_5_moe",
     "lfm2_vl",
+    "llama4",
     "lfm3_vl",
     "minicpm_ocr",
     "minicpmv4_6",

@@ -37,7 +37,6 @@ def refused(match):
         (hf.Gemma3nConfig(), "gemma3n are not supported, with several copies of each hidden state.*use"),
         (hf.Granite4VisionConfig(), "granite4_vision are not supported, with image tokens that are empty.*use"),
         (hf.Phi4MultimodalConfig(), "phi4_multimodal are not supported, with images that the decoder itself.*use"),
-        (hf.Llama4Config(), "llama4 are not supported, with attention in chunks.*use"),
         (
             hf.PerceptionLMConfig(vision_config={"model_type": "timm_wrapper"}),
             "perception_lm.*with a vision tower of timm",
@@ -110,7 +109,7 @@ def test_forwards(name):
         static = hf.StaticCache(config=target.config.get_text_config(), max_cache_len=99)
         with refused("DynamicCache"):
             target(**inputs, past_key_values=static)
-        if name != "ovis2":  # stock Ovis2 cannot either, pruned or not
+        if name not in ("llama4", "ovis2"):  # the stock classes cannot either, pruned or not
             with refused("whole images|inside the pruning context"):
                 target.generate(**inputs, max_new_tokens=2, prefill_chunk_size=5)
         with refused("input_ids"):
@@ -135,7 +134,7 @@ def test_downsampling_and_remembering(name):
 
 
 WHOLE = {"deepseek_vl", "gemma3", "llava", "mistral3", "paligemma", "video_llava", "vipllava"}
-CUT = {"aya_vision", "cohere2_vision", "idefics3", "internvl", "ovis2", "smolvlm"}
+CUT = {"aya_vision", "cohere2_vision", "idefics3", "internvl", "llama4", "ovis2", "smolvlm"}
 """Families whose tower takes an image as one picture: always, or unless it is cut into crops."""
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Encoded
-from codebook.models.base import Model, cache_of
+from codebook.models.base import Model, cache_of, decoder
 from codebook.models.replacing import replaced
 from codebook.pruning.engine import prompt
 from codebook.pruning.engine.cache import PrunedLayer, check_cache, check_given, pruned_layer
@@ -45,7 +45,7 @@ class Attachment:
     """The hooks on one model, for all contexts that are open on it."""
 
     def __init__(self, model: Model) -> None:
-        self.family, self.lm = models.family(model), model.get_decoder()
+        self.family, self.lm = models.family(model), decoder(model)
         self._layers = list(self.lm.layers)
         self._recurrent = [models.is_recurrent(layer) for layer in self._layers]
         self._attending = [i for i, recurrent in enumerate(self._recurrent) if not recurrent]
@@ -310,7 +310,7 @@ class Attachment:
         if (pruning := running.call.pruning) is None:
             return
         check_plain_call()
-        if self.model.get_decoder() is not self.lm or list(self.lm.layers) != self._layers:
+        if decoder(self.model) is not self.lm or list(self.lm.layers) != self._layers:
             raise CodebookError(
                 "parts of the decoder were replaced since this pruning context was opened, and have no hooks: leave it "
                 "and open it again around the model as it is now"
@@ -362,6 +362,7 @@ class Attachment:
             FORWARD.set(Forward(self.family, self.model, plain, {}, blocks=running.blocks, compact=compact))
             return
         check_mask(mask)
+        self._check_length(embeds.shape[1], cache)
         chosen = self._chosen(running.call, embeds)
         whole = Given(embeds, mask, 0 if chosen is None else self._extra(running.call, embeds, cache))
         self._find_images(running, pruning, whole, given, chosen)
@@ -393,6 +394,16 @@ class Attachment:
         )  # fmt: skip
         FORWARD.set(forward)
         pruning.show(list(found.images), forward.log)
+
+    def _check_length(self, length: int, cache: Any) -> None:
+        """Raise a CodebookError for a prompt that is longer than the family can prune right."""
+        most = self.family.longest(self.model)
+        length += 0 if cache is None else cache.get_seq_length()
+        if most is not None and length > most:
+            raise CodebookError(
+                f"a prompt of {length} tokens is too long to prune {self.family.name}, which scales attention by the "
+                f"place in the prompt from there on: use at most {most}, with fewer or smaller images"
+            )
 
     def _extra(self, call: Call, embeds: Tensor, cache: Any) -> int:
         """How many of a forward's tokens come after the prompt of its generation."""
@@ -452,7 +463,7 @@ class Attachment:
             return None
         (index, mask, bias, rotary), pruned = view()
         if pruned is not None:
-            pruned.index = index
+            pruned.coming = index
         forward.asked = layer, rotary
         if bias is not None:
             self._point(running.call.pruning)

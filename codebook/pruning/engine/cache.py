@@ -104,7 +104,7 @@ class KeptIndex:
 
 
 def visible(
-    query: Tensor, key: Tensor, window: int | None, blocks: tuple[Tensor, Tensor] | None, window_last: bool
+    query: Tensor, key: Tensor, since: Tensor | None, blocks: tuple[Tensor, Tensor] | None, window_last: bool
 ) -> Tensor:
     """Which keys each query sees.
 
@@ -112,12 +112,12 @@ def visible(
     ----------
     query, key : (..., Q), (..., K) int64
         Their columns; `PAD` is seen by none.
-    window
-        Columns that a query looks back over, its own included; None for all.
+    since : (..., Q) int64 or None
+        The first column that each query sees, as of a sliding window; None for all.
     blocks : (..., Q), (..., K) int64
         Tokens of the same block, a number not negative, see each other in both directions.
     window_last
-        Whether the window also cuts through blocks.
+        Whether `since` also cuts through blocks.
 
     Returns
     -------
@@ -125,7 +125,7 @@ def visible(
     """
     query, key = query[..., :, None], key[..., None, :]
     seen = key <= query
-    near = None if window is None else key > query - window
+    near = None if since is None else key >= since[..., :, None]
     if near is not None and not window_last:
         seen = seen & near
     if blocks is not None:
@@ -149,14 +149,16 @@ class PrunedLayer(DynamicLayer):
             self.lazy_initialization(source.keys, source.values)
             self.keys, self.values = source.keys, source.values
         self.index: KeptIndex | None = None
+        self.coming: KeptIndex | None = None  # the index that the next update leads to
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         # Without the hooks the mask would be built for the logical length: wrong answers, silently.
         stored = self.physical + key_states.shape[-2]
-        if self.index is None or self.index.columns.shape[1] != stored:
+        if self.coming is None or self.coming.columns.shape[1] != stored:
             raise CodebookError("this KV cache holds pruned layers: continue it inside `with schedule(model)`")
+        self.index, self.coming = self.coming, None  # not before: attention may ask how much came before
         return super().update(key_states, value_states, *args, **kwargs)
 
     @property
@@ -194,7 +196,7 @@ class PrunedLayer(DynamicLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.index, self._unpruned = None, 0
+        self.index, self.coming, self._unpruned = None, None, 0
 
 
 def check_cache(*said: Any) -> None:

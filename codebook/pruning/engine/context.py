@@ -24,7 +24,7 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
-from codebook.models.base import Model
+from codebook.models.base import Model, decoder
 from codebook.pruning.engine.attachment import ATTACHING, Attachment
 from codebook.pruning.engine.call import ENCODED, SCOPED, owner
 from codebook.pruning.engine.kernels import check_attention
@@ -65,7 +65,7 @@ class Pruning:
             raise CodebookError(f"scope must be 'model' or 'thread', not {scope!r}")
         self.model, self.schedule, self.scope = model, schedule, scope
         self.family = models.family(model)
-        self.lm = model.get_decoder()
+        self.lm = decoder(model)
         schedule.check_layers(len(self.lm.layers))
         self._check_reused_keys()
         check_attention(self.lm.config._attn_implementation, model.device.type)

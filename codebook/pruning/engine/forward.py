@@ -18,7 +18,7 @@ from torch import Tensor
 
 from codebook.errors import CodebookError
 from codebook.models import Family
-from codebook.models.base import CACHE_NAMES, Model, window
+from codebook.models.base import CACHE_NAMES, Model, chunk, window
 from codebook.pruning.attention import Attention
 from codebook.pruning.engine import selection
 from codebook.pruning.engine.cache import visible
@@ -106,7 +106,7 @@ class Forward:
         self.units: list[Unit] = [] if prompt is None else list(prompt.units)
         self.sequence: Shortened | None = None
         self.heard: tuple[Tensor, Tensor, float] | None = None
-        self.asked: tuple[Any, tuple[Tensor, Tensor]] | None = None
+        self.asked: tuple[Any, Any] | None = None
         self.cached: dict[int, Cached] = {}
         self.chosen: Chosen = {} if chosen is None else chosen
         self._tally = tally
@@ -118,7 +118,7 @@ class Forward:
         """Whether the stage at this layer, if there is one, chooses by how this very layer attends."""
         return self.prompt is not None and layer in self.stages and self.stages[layer].pruner.own_layer
 
-    def ask(self, layer: Any, hidden: Tensor, rotary: tuple[Tensor, Tensor], kwargs: dict[str, Any]) -> None:
+    def ask(self, layer: Any, hidden: Tensor, rotary: Any, kwargs: dict[str, Any]) -> None:
         """Have a layer say what it would attend with, were its input (B, P, d) left as it is; a tap hears it."""
         self.asked = layer, rotary
         own = {"position_embeddings": rotary, "attention_mask": None, **dict.fromkeys(kwargs.keys() & CACHE_NAMES)}
@@ -248,7 +248,7 @@ class Forward:
         check_mask(self.given.mask)
         # the very objects, not equal ones
         same = (cached.kept, self.sequence, kwargs["position_embeddings"], *self._viewer.weights(layer, self.sequence))
-        sizes = (cached.logical, cached.stored, window(layer), count)
+        sizes = (cached.logical, cached.stored, window(layer), chunk(layer), count)
         for (objects, numbers), view in self._views:
             if numbers == sizes and all(a is b for a, b in zip(objects, same, strict=True)):
                 return view
@@ -306,7 +306,7 @@ class Forward:
         layer, rotary = self.asked
         columns, row = self._row(unit.row)
         now = slice(key.shape[2] - query.shape[2], None)  # without what was cached before
-        cos, sin = (x.expand(self.given.batch, -1, -1)[unit.row, row] for x in rotary)
+        cos, sin = (x.expand(self.given.batch, -1, -1)[unit.row, row] for x in self.family.rotary(rotary))
         own = self._viewer.blocks_of(layer)
         blocks = None if own is None else own[unit.row, columns]
         weights = self._viewer.weights(layer, self.sequence)
@@ -314,7 +314,8 @@ class Forward:
 
         def sees(places: Tensor) -> Tensor:
             both = None if blocks is None else (blocks[places], blocks)
-            return visible(columns[places], columns, window(layer), both, self.family.window_last)
+            since = self._viewer.since(layer, columns[places], unit.row)
+            return visible(columns[places], columns, since, both, self.family.window_last)
 
         turned = self.family.turned(self.model, layer)
         heads = query[unit.row, :, row], key[unit.row, :, now][:, row]

@@ -119,6 +119,8 @@ def _tapped(stock: str) -> Callable[..., Any]:
     def forward(
         module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
     ) -> Any:
+        if kwargs["scaling"] is None:
+            kwargs["scaling"] = query.shape[-1] ** -0.5  # as sdpa has it
         replay(module, query, key, kwargs["scaling"])
         if LISTENING.get():
             # Of the shape that the module expects: values may have other heads than queries, and another width.

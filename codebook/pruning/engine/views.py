@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from codebook.models import Family
-from codebook.models.base import Model, rotary_at, window
+from codebook.models.base import Model, chunk, decoder, rotary_at, window
 from codebook.pruning.distance import distance_bias
 from codebook.pruning.engine.cache import PAD, KeptIndex, visible
 from codebook.pruning.engine.key_bias import KeyBias
@@ -34,13 +34,13 @@ class View(NamedTuple):
     bias
         What causal attention has to add to its logits; None where there is a mask, or nothing to add.
     rotary
-        Its rotary embeddings: cos and sin.
+        Its rotary embeddings, as its family's layers are given them: cos and sin, but for `Family.rotary`.
     """
 
     kept: KeptIndex
     mask: Tensor | None
     bias: KeyBias | None
-    rotary: tuple[Tensor, Tensor]
+    rotary: Any
 
 
 class Cached(NamedTuple):
@@ -79,19 +79,30 @@ class Viewer:
         index, (cos, sin) = self._index(layer, cached, sequence), self._rotary(layer, cached.kept, sequence, kwargs)
         far = self._far(layer, sequence, (cos, sin))
         mask, bias = self._mask(layer, index, sequence, count, far)
-        return View(index, mask, bias, (cos[:, -count:], sin[:, -count:]))
+        return View(index, mask, bias, self.family.rotary_given(cos[:, -count:], sin[:, -count:]))
 
     def weights(self, layer: Any, sequence: Shortened | None) -> tuple[Tensor | None, Tensor | None]:
         """The `bias` (B, P) of a sequence in this layer, and its `distant` (B, P) where the layer has positions."""
         if sequence is None:
             return None, None
-        first = sequence.first is not None and layer is self.model.get_decoder().layers[0]
+        first = sequence.first is not None and layer is decoder(self.model).layers[0]
         placed = sequence.distant is not None and self.family.turned(self.model, layer) != "nothing"
         return sequence.first if first else sequence.bias, sequence.distant if placed else None
 
     def blocks_of(self, layer: Any) -> Tensor | None:
         """The `blocks` (B, L) that this layer heeds."""
         return self.blocks if window(layer) is not None or not self.family.window_blocks else None
+
+    def since(self, layer: Any, queries: Tensor, row: int | None = None) -> Tensor | None:
+        """The first column that each query (B, Q) of a layer sees, or of one row (Q,); None where all see the first."""
+        if (reach := window(layer)) is not None:
+            return queries - reach + 1
+        if (size := chunk(layer)) is None:
+            return None
+        mask = self.given.mask  # chunks are counted from a row's first token
+        first = 0 if mask is None else (mask.cumsum(1) == 0).sum(1, keepdim=True)
+        first = first if row is None or mask is None else first[row]
+        return first + (queries - first) // size * size
 
     def _far(self, layer: Any, sequence: Shortened | None, rotary: tuple[Tensor, Tensor]) -> Tensor | None:
         """(B, P, P) float32: what distance adds to the logits of a sequence's queries towards its keys.
@@ -155,10 +166,10 @@ class Viewer:
 
         Neither where the kernel is causal and nothing is to be added.
         """
-        keys, blocks, reach = index.columns, self.blocks_of(layer), window(layer)
+        keys, blocks, reach = index.columns, self.blocks_of(layer), window(layer) or chunk(layer)
         queries = keys[:, -count:]
         reach = None if reach is None or index.logical <= reach else reach
-        sdpa = self.model.get_decoder().config._attn_implementation == "sdpa"
+        sdpa = decoder(self.model).config._attn_implementation == "sdpa"
         # Without a mask sdpa is causal by itself, but aligned to the upper left: only where nothing is cached.
         whole = keys.shape == queries.shape and sdpa
         causal, added = reach is None and blocks is None, index.padded or index.bias is not None
@@ -176,7 +187,8 @@ class Viewer:
             # What is cached belongs to no block: a block's tokens come in one forward.
             every = torch.cat([mine.new_full((len(keys), keys.shape[1] - mine.shape[1]), -1), mine], dim=1)
             both = mine[:, -count:], every
-        seen = visible(queries, keys, reach, both, self.family.window_last)[:, None]
+        since = None if reach is None else self.since(layer, queries)
+        seen = visible(queries, keys, since, both, self.family.window_last)[:, None]
         if sdpa and index.bias is None:
             return seen, None
         bias = _or_zeros(index.bias, keys)[:, None, None]
@@ -192,7 +204,7 @@ class Viewer:
         """Cosines and sines: kept positions are gathered, compact ones counted anew, and those of a cache go on."""
         behind = None if past is None else past.dropped
         if behind is None and (sequence is None or not self.compact):
-            cos, sin = kwargs["position_embeddings"]
+            cos, sin = self.family.rotary(kwargs["position_embeddings"])
             return (cos, sin) if sequence is None else (sequence.gather(cos), sequence.gather(sin))
         positions = kwargs["position_ids"].expand(self.given.batch, -1)
         if behind is not None:
@@ -204,7 +216,7 @@ class Viewer:
             left = on_device([sequence.source.shape[1] - n for n in sequence.lengths], before.device)
             rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
             positions = sequence.gather(positions) - (before - rank)
-        return rotary_at(self.model, self.given.embeds, positions, layer)
+        return self.family.rotary(rotary_at(self.model, self.given.embeds, positions, layer))
 
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
