@@ -99,9 +99,10 @@ class Viewer:
             return queries - reach + 1
         if (size := chunk(layer)) is None:
             return None
-        mask = self.given.mask  # chunks are counted from a row's first token
-        first = 0 if mask is None else (mask.cumsum(1) == 0).sum(1, keepdim=True)
-        first = first if row is None or mask is None else first[row]
+        if self.given.mask is None:
+            return queries // size * size
+        first = (self.given.mask.cumsum(1) == 0).sum(1, keepdim=True)  # chunks are counted from a row's first token
+        first = first if row is None else first[row]
         return first + (queries - first) // size * size
 
     def _far(self, layer: Any, sequence: Shortened | None, rotary: tuple[Tensor, Tensor]) -> Tensor | None:
