@@ -34,6 +34,8 @@ MOST_ROWS = 2**22
 """Rows of a file."""
 LARGEST_GROUP = 2**33
 """Bytes of a row group, unpacked."""
+NO_TEXT = (None, "", "nan")
+"""What stands in a column of options or hints where there is none; the last as MMBench has it on the Hub."""
 ROWS_AT_ONCE = 16
 """Rows whose pictures are unpacked at once."""
 
@@ -51,7 +53,7 @@ class Columns:
     options
         Column of a list of texts, of which one is right, or columns of one text each, with commas between; empty: none.
     hint
-        Column of a text that stands before the question where it is not blank; empty: none.
+        Column of a text that stands before the question, where there is one; empty: none.
     task
         Column that the questions are grouped by; empty: all are one task.
     rule
@@ -268,7 +270,7 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
 def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None) -> Sample:
     """The sample of a row, without its pictures; `option` says which option an answer names, where there are some."""
     question, answer = row[columns.question], row[columns.answer]
-    if columns.hint and (row[columns.hint] or "").strip():
+    if columns.hint and row[columns.hint] not in NO_TEXT:
         question = f"{row[columns.hint]}\n{question}"
     task = task_name(row[columns.task] if columns.task else None, name, where)
     if option is not None:
@@ -297,11 +299,11 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, o
 
 
 def _options(where: str, columns: Columns, row: Mapping[str, Any]) -> list[str]:
-    """The options of a row; of several columns the last ones may have none: nothing, or `nan`, as MMBench's have."""
+    """The options of a row; of several columns the last ones may have none."""
     texts = [row[name] for name in columns.option_names]
     if len(texts) == 1:
         return list(texts[0])
-    found = [text for text in texts if text not in (None, "", "nan")]
+    found = [text for text in texts if text not in NO_TEXT]
     if found != texts[: len(found)]:
         raise CodebookError(f"{where}: an option is missing before the last one; name the columns in their order")
     return found

@@ -236,7 +236,7 @@ def test_parquet_with_an_answer_of_each_person(table):
 def test_parquet_with_a_column_for_each_option(table):
     """As the Hub's MMBench has them, `nan` where there is none, and its hints."""
     options = {"A": ["root", "up"], "B": ["leaf", "down"], "C": ["bud", "nan"], "D": ["stem", None]}
-    columns = {"image": HUBS[:2], "question": ["q", "r"], "answer": ["D", "B"], "hint": ["It grows.", ""]}
+    columns = {"image": HUBS[:2], "question": ["q", "r"], "answer": ["D", "B"], "hint": ["It grows.", "nan"]}
     name = "parquet:{}?options=A,B,C,D&hint=hint"
     first, second = load_data([name.format(table("a.parquet", **columns, **options))])[0].samples
     assert first.question.startswith("It grows.\nq\nA. root\nB. leaf\nC. bud\nD. stem\n") and first.answer == "D"
