@@ -174,6 +174,49 @@ def test_a_plain_generation_stays_plain(model, prompts, solo):
     assert torch.equal(found[0], solo[0, 0])
 
 
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_generation_that_began_before_there_was_any_context_stays_plain(model, prompts, cached):
+    """Without a cache every step shows the images again; a call inside it is pruned by a context of its own."""
+    started, opened, found = threading.Event(), threading.Event(), []
+    one = {name: value[:1] for name, value in prompts[1].items()}
+    with torch.no_grad():
+        plain = model(**one).logits
+
+        class Asking(Pause):
+            def put(self, value):
+                super().put(value)
+                with SCHEDULES[4](model, "thread"):
+                    found.append(model(**one).logits)
+
+    def work():
+        found.append(generated(model, one, 6, streamer=Asking(started, opened), use_cache=cached))
+
+    expected = generated(model, one, 6)
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert started.wait(60)
+    with SCHEDULES[4](model):
+        opened.set()
+        thread.join()
+        with torch.no_grad():
+            pruned = model(**one).logits
+    assert torch.equal(found.pop(), expected)
+    assert all(torch.equal(logits, pruned) for logits in found) and not torch.equal(pruned, plain)
+
+
+def test_a_generator_that_several_threads_drive_is_told_that_they_are_not_in_its_context(model, prompts, solo):
+    def answers():
+        with SCHEDULES[1](model, "thread"):
+            yield generated(model, prompts[0])
+
+    generator = answers()
+    assert torch.equal(next(generator), solo[1, 0])
+    with pytest.raises(CodebookError, match=r"left in another thread than opened it.* open it around each call"):
+        run(lambda _: next(generator), 1)
+    assert not model._forward_pre_hooks and "generate" not in vars(model)
+    assert torch.equal(generated(model, prompts[0]), solo[0, 0])
+
+
 def test_tasks_have_contexts_of_their_own(model, prompts, solo):
     async def work(i):
         with under(SCHEDULES[i], model, "thread"):

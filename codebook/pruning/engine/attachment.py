@@ -185,9 +185,20 @@ class Attachment:
         outer = self._current()
         with ATTACHING:
             pruning = self.in_force() if outer is None else outer.pruning
+            if outer is None and pruning is not None and not pruning.is_own() and self._in_stock_generate():
+                pruning = None
             if pruning is not None:
                 pruning.calls += 1
         return Call(self, pruning, length)
+
+    def _in_stock_generate(self) -> bool:
+        """Whether this thread is in a generation that began before there were hooks, and so is no call here: a step of
+        it that shows the images again, for want of a KV cache, would be pruned where those before were not."""
+        code = inspect.unwrap(type(self.model).generate).__code__ if hasattr(self.model, "generate") else None
+        frame = inspect.currentframe()
+        while frame is not None and not (frame.f_code is code and frame.f_locals.get("self") is self.model):
+            frame = frame.f_back
+        return frame is not None
 
     def in_force(self) -> Pruning | None:
         """What prunes a call of this thread that starts now: its innermost own context, else the model's."""

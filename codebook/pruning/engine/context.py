@@ -120,16 +120,26 @@ class Pruning:
             return
         self.attachment.end()  # a forward of this thread that was interrupted
         ENCODED.set(tuple(noted for noted in ENCODED.get() if noted.by is not self.attachment))
+        elsewhere = self.scope == "thread" and self not in SCOPED.get()
         SCOPED.set(tuple(other for other in SCOPED.get() if other is not self))
         with ATTACHING:
             self.open, self.enabled, idle = False, False, not self.calls
             self.attachment.settle(self)
+        if kind is None and elsewhere:
+            raise CodebookError(
+                "a context of scope 'thread' was left in another thread than opened it, as of a generator that several "
+                "threads drive, and does not prune calls there: open it around each call, or with scope='model'"
+            )
         # What calls in flight have encoded they will still show.
         if kind is None and idle and self.seen_images and not self.seen_prompt:
             raise CodebookError(
                 "images were encoded in this context, but no forward of the model showed them, so nothing was pruned: "
                 f"call the {type(self.model).__name__} itself with input_ids and pixel_values, not its parts"
             )
+
+    def is_own(self) -> bool:
+        """Whether this thread opened it."""
+        return self.owner is not None and self.owner[0] == threading.get_ident()
 
     @property
     def images(self) -> list[Image]:
