@@ -18,7 +18,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, install_command
-from codebook.store.files import is_file, is_folder, open_regular, read_bytes, read_lines
+from codebook.store.files import cannot_read, is_file, is_folder, open_regular, read_bytes, read_lines
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture, read_image
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pnm"}
@@ -231,7 +231,7 @@ def _shard(shard: Path, before: str, left_out: Counter[str]) -> Found:
                     target = os.path.normpath(PurePosixPath(member.name).parent / member.linkname)
                     links.append((member.name, target))
     except (tarfile.TarError, OSError, ValueError) as error:
-        raise CodebookError(f"cannot read {shard}: {error}; give uncompressed .tar shards") from None
+        raise cannot_read(shard, error, "give uncompressed .tar shards") from None
     for name, target in links:
         if target in places:
             add(_printable(name), *places[target])

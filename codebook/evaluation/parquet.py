@@ -21,7 +21,7 @@ from codebook.evaluation.metrics import yes_or_no
 from codebook.evaluation.scorers import anls, check_people, contains, letter, relaxed, same, vqa
 from codebook.inference.samples import Sample, Scorer, task_name
 from codebook.models.finite import some
-from codebook.store.files import is_file, is_folder, one_line
+from codebook.store.files import cannot_read, is_file, is_folder
 from codebook.store.hub import pull_data_set
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture
 
@@ -36,6 +36,7 @@ LARGEST_GROUP = 2**33
 """Bytes of a row group, unpacked."""
 NO_TEXT = (None, "", "nan")
 """What stands in a column of options or hints where there is none; the last as MMBench has it on the Hub."""
+WHOLE_PARQUET = "give a whole Parquet file"
 ROWS_AT_ONCE = 16
 """Rows whose pictures are unpacked at once."""
 
@@ -185,17 +186,13 @@ def _open_table(file: Path) -> Any:
         about = found.metadata
         largest = max((about.row_group(i).total_byte_size for i in range(about.num_row_groups)), default=0)
     except Exception as error:  # Arrow's errors are of a dozen types
-        raise _unreadable(file, error) from None
+        raise cannot_read(file, error, WHOLE_PARQUET) from None
     if about.num_rows > MOST_ROWS or largest > LARGEST_GROUP:
         raise CodebookError(
             f"{file} has {about.num_rows:,} rows and {largest:,} bytes in a group: at most {MOST_ROWS:,} and "
             f"{LARGEST_GROUP:,} are read"
         )
     return found
-
-
-def _unreadable(file: Path, error: Exception) -> CodebookError:
-    return CodebookError(f"cannot read {file}: {one_line(error)}; give a whole Parquet file")
 
 
 def read_columns(file: Path, columns: Mapping[str, Cell]) -> Iterator[dict[str, Any]]:
@@ -227,7 +224,7 @@ def read_columns(file: Path, columns: Mapping[str, Cell]) -> Iterator[dict[str, 
     except (CodebookError, GeneratorExit):
         raise
     except Exception as error:
-        raise _unreadable(file, error) from None
+        raise cannot_read(file, error, WHOLE_PARQUET) from None
     finally:
         opened.close()
 

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image as Picture
 
 from codebook.errors import CodebookError, install_command
-from codebook.store.files import one_line, open_regular
+from codebook.store.files import cannot_read, open_regular
 
 CONTAINERS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))
 """What files of each container begin with, at which byte, and FFmpeg's name of its demuxer."""
@@ -97,8 +97,7 @@ def read_clip(path: Path, rule: FrameRule, check: Callable[[int, int], None]) ->
     except CodebookError:
         raise
     except Exception as error:  # FFmpeg's errors are of a dozen types
-        reason = getattr(error, "strerror", None) or one_line(error)
-        raise CodebookError(f"cannot read video {path}: {reason}; {WHOLE_CLIP}") from None
+        raise cannot_read(f"video {path}", error, WHOLE_CLIP) from None
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -151,10 +152,10 @@ def read_whole(path: Path, remedy: str, largest: int = LARGEST_JSON, longest_lin
     """The bytes of a file, as `read_bytes` gives them; every error is a CodebookError that ends in the remedy."""
     try:
         return read_bytes(path, largest, longest_line)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise CodebookError(f"cannot read {path}: no {path.name} in {path.parent}; {remedy}") from None
     except (OSError, ValueError) as error:
-        raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
+        raise cannot_read(path, error, remedy) from None
 
 
 def parse(path: Path, data: bytes, remedy: str, schema: Any) -> Any:
@@ -209,7 +210,7 @@ def read_tensor_bytes(path: Path, remedy: str) -> bytes:
             with safe_open(path, framework="pt"):
                 pass
     except (OSError, SafetensorError) as error:
-        raise CodebookError(f"cannot read {path}: {one_line(error)}; {remedy}") from None
+        raise cannot_read(path, error, remedy) from None
     return read_whole(path, remedy, LARGEST_TENSORS)
 
 
@@ -219,7 +220,7 @@ def sha256(path: Path) -> str:
         with open(open_regular(path, LARGEST_TENSORS), "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise CodebookError(f"cannot read {path}: {error.strerror}; check the file") from None
+        raise cannot_read(path, error, "check the file") from None
 
 
 def _validated(data: bytes, schema: Any) -> Any:
@@ -271,6 +272,20 @@ def fault_words(error: ValueError) -> str:
 def one_line(error: Exception) -> str:
     """What an error says, in one line of at most 200 characters; of an error without words the name of its class."""
     return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def cannot_read(what: object, error: Exception, remedy: str) -> CodebookError:
+    """The error for what cannot be read.
+
+    Parameters
+    ----------
+    remedy
+        What to do about a file of another kind. An error of the operating system, such as a file that is closed to this
+        user, has a remedy of its own.
+    """
+    if isinstance(error, OSError) and error.errno and error.errno in errno.errorcode:
+        return CodebookError(f"cannot read {what}: {os.strerror(error.errno)}; {remedy_for(error, remedy)}")
+    return CodebookError(f"cannot read {what}: {getattr(error, 'strerror', None) or one_line(error)}; {remedy}")
 
 
 # Writing

@@ -21,7 +21,7 @@ from PIL import ImageOps, ImageSequence
 
 from codebook.errors import CodebookError
 from codebook.store.clips import LARGEST_CLIP, ClipInfo, FrameRule, container_of, read_clip
-from codebook.store.files import is_file, is_folder, one_line, open_regular, read_bytes
+from codebook.store.files import cannot_read, is_file, is_folder, one_line, open_regular, read_bytes
 
 USE_WHOLE = "use a whole PNG, JPEG or WebP file"
 SHOWN_AS_VIDEO = "give an mp4 or webm file, a folder of frames, or an animated GIF, PNG or WebP"
@@ -155,9 +155,9 @@ def _open_picture(
     except FileNotFoundError:
         raise CodebookError(f"no such {kind}: {name}") from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or one_line(error)
-        advice = "" if isinstance(error, _Beyond) else f"; {remedy}"
-        raise CodebookError(f"cannot read {kind} {name}: {reason}{advice}") from None
+        if isinstance(error, _Beyond):
+            raise CodebookError(f"cannot read {kind} {name}: {one_line(error)}") from None
+        raise cannot_read(f"{kind} {name}", error, remedy) from None
 
 
 @contextlib.contextmanager

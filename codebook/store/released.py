@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.store.files import LARGEST_TENSORS, open_regular, read_json
+from codebook.store.files import LARGEST_TENSORS, cannot_read, open_regular, read_json
 
 GIVE_PT = "give the released .pt file"
 
@@ -49,7 +49,7 @@ def _read_tensor(path: Path) -> Tensor:
     except CodebookError:
         raise
     except OSError as error:
-        raise CodebookError(f"cannot read {path}: {error.strerror}; {GIVE_PT}") from None
+        raise cannot_read(path, error, GIVE_PT) from None
     except Exception:  # torch and zipfile raise half a dozen types, and torch advises to run what the file says
         raise CodebookError(
             f"cannot read {path}: it holds no tensor that can be read without running code; {GIVE_PT}"

@@ -93,6 +93,22 @@ def test_odd_files(tmp_path, kind, make_file):
     assert expected.get(make_file, "") in message, message
 
 
+@pytest.mark.parametrize("kind", [kind for kind in READERS if "journal" not in kind])  # which refuse every link
+def test_what_the_system_refuses_has_the_remedy_for_that(tmp_path, kind):
+    os.symlink("loop", path := tmp_path / "loop")
+    with pytest.raises(CodebookError, match=r"it is a symbolic link: name the file itself$") as caught:
+        READERS[kind](path)
+    assert "Errno" not in str(caught.value)
+
+
+def test_a_closed_file_and_one_of_another_kind_have_remedies_of_their_own():
+    said = str(files.cannot_read("a.json", PermissionError(13, "of a library", "a.json"), "write JSON"))
+    assert said == "cannot read a.json: Permission denied; choose another path, or change its permissions"
+    assert str(files.cannot_read("a.png", OSError("cut off"), "give a PNG")) == "cannot read a.png: cut off; give a PNG"
+    odd = OSError(1094995529, "Invalid data")  # as FFmpeg's, whose numbers are its own
+    assert str(files.cannot_read("a.mp4", odd, "give a clip")) == "cannot read a.mp4: Invalid data; give a clip"
+
+
 @pytest.mark.parametrize("name", ["config.json", "provenance.jsonl", "prototypes.safetensors"])
 @pytest.mark.parametrize("make_file", [fifo, device, sparse, sparse_and_longer, deep, pointer, latin, os.mkdir])
 def test_odd_files_in_a_codebook(tmp_path, name, make_file):
