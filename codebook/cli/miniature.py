@@ -70,16 +70,17 @@ def train_command(
         raise CodebookError(f"no language model {llm!r}: the one there is is smollm2")
     if llm is not None and not (steps or minutes):
         raise CodebookError("say how long to train: --minutes or --steps")
+    if llm is not None:
+        from codebook.miniature.eyes_training import train_eyes
+        from codebook.models.smollm2 import language_file
+
+        language = language_file(llm_file)  # before the folder is made
     out.mkdir(parents=True, exist_ok=True)
     with writing(out, patience=0):  # two runs would write one checkpoint
         if llm is None:
             print(train.train(out, steps=steps, seed=seed, workers=workers, device=device))
             return
-        from codebook.miniature.eyes_training import train_eyes
-        from codebook.models.smollm2 import language_file
-
         limits = {"minutes": minutes or 0.0} | ({"steps": steps} if steps else {})
-        language = language_file(llm_file)
         print(train_eyes(out, language, device=device, makers=workers, count=questions, seed=seed, **limits))
 
 

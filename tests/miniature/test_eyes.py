@@ -268,4 +268,5 @@ def test_a_training_that_cannot_be_is_refused_before_anything_is_fetched(refused
     (tmp_path / "other.gguf").write_bytes(b"GGUF")
     given = ["--llm", "smollm2", "--steps", 1, "--llm-file", tmp_path / "other.gguf"]
     refused(*train, *given, words=["other.gguf is not the file", "name another one"])
+    assert [path.name for path in tmp_path.iterdir()] == ["other.gguf"]
     refused("demo", "--model", "llava", "--out", tmp_path / "demo", words=["'llava'", "miniature, eyes"])
