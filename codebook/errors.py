@@ -9,6 +9,9 @@ from collections.abc import Collection
 LONGEST_MESSAGE = 600
 """Most characters of a message; a file name alone can have thousands."""
 
+ERROR_WORDS = 200
+"""Most characters of another error's words in a message."""
+
 QUOTED = 80
 """Most characters of a value that a message quotes."""
 
@@ -69,6 +72,16 @@ def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
         return line
     kept = limit - len(" ... ")
     return f"{line[: kept - kept // 2]} ... {line[-(kept // 2) :]}"
+
+
+def one_line(error: BaseException, limit: int = ERROR_WORDS) -> str:
+    """What an error says, in one line of at most `limit` characters; where it has no words, the name of its class."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def named_line(error: BaseException, limit: int = ERROR_WORDS) -> str:
+    """The same behind the name of its class, for an error of a kind that nobody expected."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 
 
 def counted(count: int, noun: str) -> str:

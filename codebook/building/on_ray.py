@@ -10,8 +10,7 @@ from typing import Any
 
 from codebook.building.presets import Settings
 from codebook.building.worker import Engine, ImageTask, Outcome, Worker
-from codebook.errors import CodebookError, install_command
-from codebook.store.files import one_line
+from codebook.errors import CodebookError, install_command, one_line
 
 PATIENCE = 5.0
 """Seconds to wait for a cluster's address to answer."""

@@ -15,9 +15,8 @@ from codebook.building.cascade import Survivors, survivors
 from codebook.building.presets import Settings
 from codebook.building.probes import Prober, pad_token
 from codebook.building.sources import GONE, Source
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, one_line
 from codebook.models import Model, Processor
-from codebook.store.files import one_line
 from codebook.store.folder import TokenRecord
 from codebook.store.pictures import decode_image
 

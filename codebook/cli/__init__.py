@@ -38,7 +38,7 @@ from codebook.cli.show import show_command
 from codebook.cli.streams import flush_output, prepare_streams, say, start_logging
 from codebook.cli.tune import tune_command
 from codebook.cli.vllm import vllm_args_command
-from codebook.errors import CodebookError, out_of_memory, remedy_for
+from codebook.errors import CodebookError, named_line, out_of_memory, remedy_for
 
 USER_ERROR, UNEXPECTED, BROKEN_PIPE, INTERRUPTED = 2, 1, 141, 130
 """Exit codes."""
@@ -173,7 +173,7 @@ def _fail_by_usage(error: Exception) -> int:
 
 
 def _fail_unexpectedly(error: Exception) -> int:
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    reason = named_line(error, 300)
     if out_of_memory(error):
         return _fail(f"out of memory ({reason}): choose a smaller --batch, or a larger --device", USER_ERROR)
     package = os.path.dirname(os.path.dirname(__file__))

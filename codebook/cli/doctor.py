@@ -13,7 +13,7 @@ from typing import Any
 
 from codebook import __version__
 from codebook.cli.options import JsonOption
-from codebook.errors import DISTRIBUTION, counted, install_command
+from codebook.errors import DISTRIBUTION, counted, install_command, named_line
 
 MODULES = {"pillow": "PIL"}
 """Modules that are not named as their distributions are."""
@@ -56,8 +56,7 @@ def _attempt(warnings: list[str], what: str, get: Callable[[], Any], otherwise: 
     try:
         return get()
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-        warnings.append(f"{what} does not load ({reason})")
+        warnings.append(f"{what} does not load ({named_line(error, 160)})")
         return otherwise
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from codebook.errors import CodebookError, quoted, unknown
+from codebook.errors import CodebookError, named_line, quoted, unknown
 from codebook.evaluation.clip_sets import check_clips, mvbench, videomme
 from codebook.evaluation.documents import CHOICE, SHORT, chair, chartqa, docvqa, infovqa, ocrbench, read_checked
 from codebook.evaluation.metrics import ACCURACY, CHAIR, MME, POPE, Task, says_yes, yes_or_no
@@ -21,7 +21,7 @@ from codebook.evaluation.scorers import box_overlap, check_people, letter, named
 from codebook.inference.captions import CaptionScorer
 from codebook.inference.samples import Sample, check_images, read_samples
 from codebook.store.clips import FrameRule
-from codebook.store.files import is_file, is_folder, one_line, read_lines, read_whole
+from codebook.store.files import is_file, is_folder, read_lines, read_whole
 from codebook.store.pictures import even_frames
 
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
@@ -150,7 +150,7 @@ def _read_dataset(kind: str, folder: Path, loader: Loader) -> list[Sample]:
         for sample in samples:
             TEXTS_OF_SAMPLE.validate_python((sample.question, sample.answer, sample.answers))
     except (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError) as error:
-        reason = f"{type(error).__name__} {one_line(error)}"
+        reason = named_line(error)
         raise CodebookError(f"the files in {folder} are not those of {kind}: {reason}; see docs/bench.md") from None
     if not samples:
         raise CodebookError(f"{folder} holds no questions of {kind}: see docs/bench.md for the files")

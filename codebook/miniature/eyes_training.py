@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset
 from transformers.utils import logging
 
-from codebook.errors import CodebookError
+from codebook.errors import CodebookError, one_line
 from codebook.inference.ask import ask
 from codebook.miniature.eyes import apply_parts, eyes_model, eyes_processor, write_weights
 from codebook.miniature.eyes_forward import Student, look
@@ -280,7 +280,7 @@ class EyesRun:
             self.student.before = torch.compile(self.student.before)
             self.student.after = torch.compile(self.student.after)
         except Exception as error:  # no C compiler, no Triton: it works without, only slower
-            self._log({"compiled": False, "reason": " ".join(str(error).split())[:200]})
+            self._log({"compiled": False, "reason": one_line(error)})
 
     def _batches(self, makers: int) -> Iterator[dict[str, Any]]:
         loader = DataLoader(

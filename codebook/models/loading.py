@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from codebook.errors import CodebookError, check_revision, did_you_mean, is_unreachable, quoted, unknown
+from codebook.errors import (
+    CodebookError,
+    check_revision,
+    did_you_mean,
+    is_unreachable,
+    named_line,
+    one_line,
+    quoted,
+    unknown,
+)
 from codebook.models.assembly import assembled
 from codebook.models.base import Family, Model, Processor
 from codebook.models.finite import check_weights, some
@@ -255,7 +264,7 @@ def check_device(device: torch.device | str | None) -> str:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         there += ["mps"] * torch.backends.mps.is_available()
         raise CodebookError(
-            f"cannot use the device {device[:40]!r}: {_line(error, 120)}; use {', '.join(there)}"
+            f"cannot use the device {device[:40]!r}: {one_line(error, 120)}; use {', '.join(there)}"
         ) from None
     return device
 
@@ -382,7 +391,7 @@ def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:
     from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
     from safetensors import SafetensorError
 
-    text, revision = _line(error, 200), options.get("revision")
+    text, revision = one_line(error), options.get("revision")
     behind = (error, error.__cause__, error.__context__)
     if any(isinstance(one, RevisionNotFoundError) for one in behind):
         return f"cannot load {name}: it has no revision {quoted(revision)}; name a branch, a tag or a commit"
@@ -406,11 +415,7 @@ def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:
         return f"cannot load {name}: {text}; check the name, and {', '.join(sorted(options))}"
     if isinstance(error, OSError | ValueError | ImportError):
         return f"cannot load {name}: {text}; name `miniature`, a folder or a hub model"
-    return f"cannot load {name}: {type(error).__name__}: {text}; a file of it is damaged: fetch it again"
-
-
-def _line(error: Exception, length: int) -> str:
-    return " ".join(str(error).split())[:length]
+    return f"cannot load {name}: {named_line(error)}; a file of it is damaged: fetch it again"
 
 
 @contextlib.contextmanager

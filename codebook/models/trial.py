@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, named_line, quoted
 from codebook.models.base import Family, Model, Processor
 from codebook.models.coded import cell_scores, coded_pictures, plain_picture, still_tokens
 from codebook.models.decoding import position_axes
@@ -117,8 +117,8 @@ def try_model(model: Model, processor: Processor, known: Family | None = None) -
         except (Unproven, CodebookError) as refused:
             report.reason = _refusal_of(model.config.model_type, known, str(refused))
         except Exception as error:  # whatever a model that nobody knows may raise
-            text = " ".join(f"{type(error).__name__}: {error}".split())[:160]
-            report.reason = _refusal_of(model.config.model_type, known, f"the model did not take the pictures ({text})")
+            why = f"the model did not take the pictures ({named_line(error, 160)})"
+            report.reason = _refusal_of(model.config.model_type, known, why)
         if known is None:
             _REPORTS[model] = report
         return report

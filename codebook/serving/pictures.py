@@ -16,10 +16,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from PIL import Image as Picture
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, one_line, quoted
 from codebook.serving.errors import ServiceError
 from codebook.serving.limits import Limits
-from codebook.store.files import one_line
 from codebook.store.pictures import MOST_PIXELS, decode_image
 
 PORTS, LAST_PORT = {"http": 80, "https": 443}, 65535

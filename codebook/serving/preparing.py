@@ -9,7 +9,7 @@ from typing import Any
 from jinja2 import TemplateError
 from PIL import Image as Picture
 
-from codebook.errors import CodebookError, quoted
+from codebook.errors import CodebookError, one_line, quoted
 from codebook.inference.prompts import check_question, encode_prompts, token_limit
 from codebook.inference.samples import check_asked
 from codebook.models.base import Processor
@@ -19,7 +19,6 @@ from codebook.serving.model_thread import Job
 from codebook.serving.pictures import read_pictures
 from codebook.serving.request import ChatRequest, ImagePart, TextPart
 from codebook.serving.state import ModelState
-from codebook.store.files import one_line
 
 
 class Preparer:

@@ -8,9 +8,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from codebook.errors import CodebookError, unknown
+from codebook.errors import CodebookError, one_line, unknown
 from codebook.store.card import HUB_NAME
-from codebook.store.files import CHUNK, cannot_write, is_file, one_line, replacing, sha256, writing
+from codebook.store.files import CHUNK, cannot_write, is_file, replacing, sha256, writing
 from codebook.store.folder import CONFIG, packed, read_folder, whole_config, write_folder
 from codebook.store.hub import pull_repository
 from codebook.store.known import entry_folder, folders

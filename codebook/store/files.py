@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 
-from codebook.errors import CodebookError, quoted, remedy_for
+from codebook.errors import CodebookError, one_line, quoted, remedy_for
 
 if TYPE_CHECKING:  # lists of codebooks are made without torch, which takes a second to import
     from torch import Tensor
@@ -267,11 +267,6 @@ def fault_words(error: ValueError) -> str:
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     place = ".".join(map(str, first["loc"]))
     return f"{place}: {first['msg']}"[:200] if place else first["msg"][:200]
-
-
-def one_line(error: Exception) -> str:
-    """What an error says, in one line of at most 200 characters; of an error without words the name of its class."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def cannot_read(what: object, error: Exception, remedy: str) -> CodebookError:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from codebook.errors import CodebookError, check_revision, is_unreachable, quoted, remedy_for
+from codebook.errors import CodebookError, check_revision, is_unreachable, named_line, one_line, quoted, remedy_for
 from codebook.store.card import HUB_NAME, SHEET
-from codebook.store.files import LARGEST_JSON, LARGEST_LINES, one_line
+from codebook.store.files import LARGEST_JSON, LARGEST_LINES
 from codebook.store.folder import CARD, CONFIG, HORIZON_FILE, OPTIONAL, PROTOTYPES, PROVENANCE, read_folder
 from codebook.store.registry import LARGEST_DOWNLOAD
 
@@ -263,4 +263,4 @@ def _explained(what: str, name: str, revision: str | None, error: Exception) -> 
         return CodebookError(f"cannot {what}: the hub answers {status} ({one_line(error)}); {remedy}")
     if isinstance(error, OSError) and error.errno:
         return CodebookError(f"cannot {what}: {error.strerror or one_line(error)}; {remedy_for(error)}")
-    return CodebookError(f"cannot {what}: {type(error).__name__}: {one_line(error)}; run the same command again")
+    return CodebookError(f"cannot {what}: {named_line(error)}; run the same command again")

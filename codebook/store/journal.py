@@ -27,13 +27,12 @@ from sqlitedict import SqliteDict, SqliteMultithread
 from torch import Tensor
 
 from codebook import __version__
-from codebook.errors import CodebookError, remedy_for
+from codebook.errors import CodebookError, one_line, remedy_for
 from codebook.store.files import (
     NOT_FOLLOWED,
     cannot_write,
     check_regular,
     locked,
-    one_line,
     open_regular,
     read_tensor_bytes,
     remove_stale,
