@@ -24,8 +24,8 @@ from scipy.stats import spearmanr
 from codebook import load, models
 from codebook.cli.data import load_data
 from codebook.cli.output import progress
-from codebook.evaluation.bench import plan, schedule_key
 from codebook.evaluation.metrics import Estimate, estimate, mean_of
+from codebook.evaluation.rows import plan, schedule_key
 from codebook.inference.respond import respond
 from codebook.inference.uncertainty import NORMAL_QUANTILE
 from codebook.store.files import replacing

@@ -20,7 +20,7 @@ from codebook import miniature, models
 from codebook.analysis import calibration, horizon
 from codebook.cli.output import progress
 from codebook.evaluation import evaluate
-from codebook.evaluation.bench import reseeded
+from codebook.evaluation.rows import reseeded
 from codebook.inference import samples as data
 from codebook.inference.uncertainty import plus_minus
 from codebook.miniature.samples import of_miniature, of_questions

@@ -21,8 +21,10 @@ from codebook.cli.data import load_data
 from codebook.cli.methods import parse_methods
 from codebook.cli.output import progress
 from codebook.errors import CodebookError
-from codebook.evaluation import bench
+from codebook.evaluation import bench, looks
+from codebook.evaluation.rows import Row, row_of
 from codebook.pruning.presets import needs_codebook
+from codebook.pruning.text import UNPRUNED
 from codebook.store.shipped import find_codebook
 
 TIMES = ("first_token", "decode", "vision", "selector", "prefill")
@@ -41,25 +43,25 @@ def main() -> None:
     if not models.identity(model).startswith(old["model"]):  # earlier ones did not end with the dtype
         raise CodebookError(f"{options.results} is of another model: measure all of it again")
     methods, rival, seed = parse_methods(options.methods), old["against"], old["seed"]
-    rows, skipped = [bench.Row(bench.UNPRUNED, 1.0, (None,))], []
+    rows, skipped = [Row(UNPRUNED, 1.0, (None,))], []
     for keep in old["keeps"]:
         for method in (rival, *methods):
             try:
                 book = find_codebook(model, None) if needs_codebook(method) else None
-                rows.append(bench.row(model, method, keep, book, range(seed, seed + 1)))
+                rows.append(row_of(model, method, keep, book, range(seed, seed + 1)))
             except CodebookError as error:
                 skipped.append({"method": method, "keep": keep, "reason": str(error)})
     # Where no changed row meets a budget, nothing is compared there.
     used = {row.keep for row in rows if row.method in methods}
-    rows = [row for row in rows if row.method == bench.UNPRUNED or row.keep in used]
+    rows = [row for row in rows if row.method == UNPRUNED or row.keep in used]
     tasks = load_data(old["data"], options.count, seed)
     settings = bench.BenchSettings(seed=seed, seconds=options.seconds, against=rival)
     options.out.mkdir(parents=True, exist_ok=True)
     with progress("answers", bench.count_answers(tasks, rows, settings), "answers") as tick:
         new = bench.measure(model, processor, tasks, rows, options.out, settings, tick)
     changed = [row for row in rows if row.method in methods]
-    samples = bench.samples_to_show(tasks, len(old["samples"]))
-    shown = bench.show_rows(model, processor, samples, changed, options.out / "samples.sqlite")
+    samples = looks.samples_to_show(tasks, len(old["samples"]))
+    shown = looks.show_rows(model, processor, samples, changed, options.out / "samples.sqlite")
     merge(old, new, methods, options.count, skipped + new["skipped"], shown)
     options.results.write_text(json.dumps(old, indent=1) + "\n")
 

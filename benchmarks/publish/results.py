@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 
 from codebook.cli.data import load_data
-from codebook.evaluation.bench import samples_to_show
+from codebook.evaluation.looks import samples_to_show
 from codebook.evaluation.report import command_of, html, markdown
 from codebook.pruning.presets import leaves_horizon
 from codebook.pruning.text import UNPRUNED

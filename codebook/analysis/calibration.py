@@ -29,11 +29,10 @@ from codebook.inference.samples import Sample, image_numbers, mixed, samples_dig
 from codebook.inference.uncertainty import ONE_SIDED_QUANTILE, deviation, error_of_mean
 from codebook.models.base import Model, Processor
 from codebook.pruning import Pruner, Schedule, remember
-from codebook.pruning.ownership import codebooks_of
+from codebook.pruning.ownership import codebooks_of, prototypes_digest
 from codebook.pruning.presets import SCHEDULE_PRESETS, expand
 from codebook.pruning.stage import Keep, check_stage
 from codebook.pruning.text import DROP, StageText, cut_mass, read_text, spell_mass
-from codebook.pruning.tokens import digest_rows
 from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
 
@@ -398,7 +397,7 @@ def _survivors(candidates: int, rounds: int) -> int:
 
 def _codebooks(schedules: Sequence[Schedule]) -> list[int]:
     books = {book for schedule in schedules for stage in schedule.stages for book in codebooks_of(stage.pruner)}
-    return sorted({int(digest_rows(book.prototypes[None])[0]) for book in books})
+    return sorted({prototypes_digest(book) for book in books})
 
 
 class _Search:

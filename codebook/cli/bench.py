@@ -82,6 +82,8 @@ def bench_command(
     from codebook.cli.data import load_data
     from codebook.cli.methods import parse_methods
     from codebook.evaluation import bench, report
+    from codebook.evaluation.looks import samples_to_show, show_rows
+    from codebook.evaluation.rows import BASELINES, plan
     from codebook.inference.overlay import shown_part
     from codebook.pruning.plan import Plan
     from codebook.pruning.text import UNPRUNED
@@ -92,7 +94,7 @@ def bench_command(
     opponent = None if against is None else Plan(against).schedule
     if opponent == UNPRUNED:
         raise CodebookError("every row is compared with the unpruned model as it is: leave --against out")
-    if opponent not in (None, *chosen, *bench.BASELINES):
+    if opponent not in (None, *chosen, *BASELINES):
         raise CodebookError(f"--against {against} is none of the methods: add it to --methods")
     sizes = () if throughput is None else _parse_sizes(throughput)
     settings = bench.BenchSettings(seed, batch, max_new_tokens, seconds, opponent, sizes)
@@ -104,7 +106,7 @@ def bench_command(
     named = data or ["miniature"]
     tasks = load_data(named, count, seed, loading.frame_rule(model))
     loaded, processor = loading.load(model)
-    rows, skipped = bench.plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
+    rows, skipped = plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
     if chosen and not any(row.method in chosen for row in rows):
         raise CodebookError(f"no method is left to measure: {skipped[0]['reason']}")
     if share is not None:
@@ -116,9 +118,9 @@ def bench_command(
     with progress("bench", bench.count_answers(tasks, rows), "answers") as tick:
         results = bench.measure(loaded, processor, tasks, rows, out, settings, tick)
     done = [row for row in rows if any((r["method"], r["keep"]) == (row.method, row.keep) for r in results["rows"])]
-    samples = bench.samples_to_show(tasks, show)
+    samples = samples_to_show(tasks, show)
     with progress("samples", len(samples) * len(done), "answers") as tick:
-        looks = bench.show_rows(loaded, processor, samples, done, out / "samples.sqlite", max_new_tokens, tick)
+        looks = show_rows(loaded, processor, samples, done, out / "samples.sqlite", max_new_tokens, tick)
     asked = {"name": model, "data": list(named), "keeps": budgets, "count": count, "max_new_tokens": max_new_tokens}
     asked["codebook"] = None if codebook is None else str(codebook)
     results = {**asked, **results, "samples": looks}

@@ -15,7 +15,7 @@ from codebook import models
 from codebook.cli.options import Loading
 from codebook.cli.output import describe, note, note_costs, progress
 from codebook.errors import CodebookError, counted, out_of_memory, printable
-from codebook.evaluation.bench import schedule_key
+from codebook.evaluation.rows import schedule_key
 from codebook.inference.ask import Answer, ask
 from codebook.inference.prompts import check_question
 from codebook.inference.samples import check_one_kind

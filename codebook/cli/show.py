@@ -61,12 +61,13 @@ def show_command(
     """Draw what methods keep of a picture, and what is then answered."""
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
-    from codebook.evaluation import bench
+    from codebook.evaluation.rows import Row, row_of
     from codebook.inference.looking import look_closely
     from codebook.inference.overlay import comparison, maps, mass_picture, score_picture, stages_picture
     from codebook.inference.samples import check_asked
     from codebook.pruning import Schedule
     from codebook.pruning.stage import check_keep
+    from codebook.pruning.text import UNPRUNED
     from codebook.store.pictures import read_image
 
     if draw not in DRAWN:
@@ -79,9 +80,8 @@ def show_command(
     loading.check(model)
     picture = read_image(image)
     loaded, processor = loading.load(model)
-    book, rows = codebook_for(loaded, chosen, codebook), [bench.Row(bench.UNPRUNED, 1.0, (None,))]
-    for method in chosen:
-        rows.append(bench.row(loaded, method, keep, book, [seed]))
+    book, rows = codebook_for(loaded, chosen, codebook), [Row(UNPRUNED, 1.0, (None,))]
+    rows += [row_of(loaded, method, keep, book, [seed]) for method in chosen]
     schedules = [row.schedules[0] or Schedule([]) for row in rows]
     for row, schedule in zip(rows, schedules, strict=True):
         _check_drawn(draw, row.method, schedule)

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 
 from codebook.errors import CodebookError, counted, printable
-from codebook.evaluation.bench import BASELINES
+from codebook.evaluation.rows import BASELINES
 from codebook.inference.uncertainty import plus_minus
 from codebook.models import same_fingerprint
 from codebook.pruning.presets import needs_codebook

@@ -15,10 +15,10 @@ from markupsafe import Markup
 from PIL import Image
 
 from codebook.errors import counted
-from codebook.evaluation.bench import BASELINES
 from codebook.evaluation.charts import MARKS, Point, Series, curve, dropped, mark, pareto, scatter, steps, tag
 from codebook.evaluation.comparisons import RIGHT_FROM
 from codebook.evaluation.remarks import Results, half_width, ranked, remarks
+from codebook.evaluation.rows import BASELINES
 from codebook.inference.uncertainty import UNKNOWN, plus_minus
 from codebook.pruning.presets import expand
 from codebook.pruning.text import DISTANCE, UNPRUNED

@@ -1,4 +1,4 @@
-"""Whether the codebooks that a schedule prunes with belong to the model that it prunes."""
+"""The codebooks that a schedule prunes with: which they are, and whether they belong to the model that it prunes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
 from codebook.pruning.methods import Pruner
 from codebook.pruning.methods.combine import Combination
+from codebook.pruning.tokens import digest_rows
 from codebook.store.codebook import Codebook
 
+_digests: WeakKeyDictionary[Codebook, int] = WeakKeyDictionary()
+"""Digests of codebooks' prototypes: a journal asks for them at every answer."""
 _known: WeakKeyDictionary[Model, WeakSet[Codebook]] = WeakKeyDictionary()
 """Codebooks that were found to be a model's: a service opens a context per question."""
 
@@ -26,6 +29,13 @@ def codebooks_of(pruner: Pruner) -> Iterator[Codebook]:
     if isinstance(pruner, Combination):
         for part in pruner.parts:
             yield from codebooks_of(part)
+
+
+def prototypes_digest(book: Codebook) -> int:
+    """A number that tells a codebook's prototypes from those of others, for names in journals."""
+    if book not in _digests:
+        _digests[book] = int(digest_rows(book.prototypes[None])[0])
+    return _digests[book]
 
 
 def check_codebooks(model: Model, pruners: Iterable[Pruner]) -> None:

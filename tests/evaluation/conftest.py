@@ -5,14 +5,14 @@ import json
 import pytest
 from PIL import Image
 
-from codebook.evaluation import bench, latency
+from codebook.evaluation import costs, latency
 
 
 @pytest.fixture(scope="package", autouse=True)
 def hurry():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latency, "DECODED_TOKENS", 2)
-        patch.setattr(bench, "ROUNDS", (2, 2))
+        patch.setattr(costs, "ROUNDS", (2, 2))
         yield
 
 

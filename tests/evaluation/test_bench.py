@@ -13,7 +13,9 @@ from PIL import Image
 
 from codebook import CodebookError, Random, Schedule, Stage, Uniform, load, prebuilt
 from codebook.cli.data import load_data
-from codebook.evaluation import bench, charts, latency, report
+from codebook.evaluation import bench, charts, costs, latency, report
+from codebook.evaluation.looks import samples_to_show, show_rows
+from codebook.evaluation.rows import plan, row_of
 from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
 from codebook.inference.ask import ask
@@ -32,7 +34,7 @@ CHOSEN = ["codebook", "fastv", "uniform"]
 def loaded():
     model, processor = load("miniature", "cpu")
     book = prebuilt(model)
-    rows, skipped = bench.plan(model, CHOSEN, KEEPS, book, [3, 4])
+    rows, skipped = plan(model, CHOSEN, KEEPS, book, [3, 4])
     tasks = [task for task in load_data(["miniature"], 4) if task.name in ("exist", "ocr")]
     return model, processor, tasks, rows, skipped
 
@@ -57,8 +59,8 @@ def measured(loaded, tmp_path_factory):
     _, after = read_journal(folder / "answers.sqlite")
     assert list(after.items())[: len(before)] == list(before.items())  # nothing of the first half was done again
     assert 0 < len(before) < len(after) == 2 * sum(len(row.schedules) for row in rows)
-    samples = bench.samples_to_show(tasks, 2)
-    looks = bench.show_rows(model, processor, samples, rows, folder / "samples.sqlite")
+    samples = samples_to_show(tasks, 2)
+    looks = show_rows(model, processor, samples, rows, folder / "samples.sqlite")
     whole = {"name": "miniature", "data": ["miniature"], "keeps": KEEPS, **results, "samples": looks}
     return json.loads(json.dumps(whole | {"skipped": skipped + whole["skipped"]})), samples, folder
 
@@ -91,7 +93,7 @@ def test_parts_make_the_whole(loaded, measured, tmp_path, monkeypatch):
 def test_a_method_that_is_spelt_two_ways_is_one_row(loaded):
     spelt = ["seeded", "codebook-farthest+mass", "fastv(query='text', own_layer=False)@2", "fastv(own_layer=False)@2"]
     spelt += ["uniform(phase='centre')", "seeded; positions=keep", "seeded+random@5:.5", "seeded + random@5:0.50"]
-    rows, skipped = bench.plan(loaded[0], spelt, [0.25])
+    rows, skipped = plan(loaded[0], spelt, [0.25])
     assert [row.method for row in rows] == ["unpruned", spelt[0], spelt[2], spelt[4], spelt[6], "random", "downsample"]
     assert {one["method"]: one["reason"].partition(": ")[0] for one in skipped} == {
         spelt[1]: "it is the same as seeded", spelt[3]: f"it is the same as {spelt[2]}",
@@ -110,16 +112,16 @@ def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
     assert (one["method"], one["keep"]) == ("fastv", 0.05) and "out of reach" in one["reason"]
     assert [s.stages[0].pruner for s in rows[4].schedules] == [Random(3), Random(4)]
     assert rows[-1].schedules[0].counts(144, 12) == [7] * 12  # 0.05 of 144
-    assert bench.row(loaded[0], "downsample", 0.12, None, [0]).schedules[0].counts(144, 12) == [16] * 12  # not 17
+    assert row_of(loaded[0], "downsample", 0.12, None, [0]).schedules[0].counts(144, 12) == [16] * 12  # not 17
 
 
 def test_a_schedule_of_counts_is_measured_at_its_own_budget(loaded):
     text = "uniform:36, random@6:10"  # 6 * (36 + 10) of 12 * 144: 0.16
-    found = bench.row(loaded[0], text, 0.16, None, [0])
+    found = row_of(loaded[0], text, 0.16, None, [0])
     assert found.schedules[0].counts(144, 12) == [36] * 6 + [10] * 6
     with pytest.raises(CodebookError, match=r"a budget of 0\.160: give that"):
-        bench.row(loaded[0], text, 0.25, None, [0])
-    assert bench.row(loaded[0], "vtw", 0.25, None, [0]).schedules[0].counts(144, 12) == [144] * 3 + [0] * 9
+        row_of(loaded[0], text, 0.25, None, [0])
+    assert row_of(loaded[0], "vtw", 0.25, None, [0]).schedules[0].counts(144, 12) == [144] * 3 + [0] * 9
 
 
 def test_a_run_that_was_stopped_has_the_numbers_of_one_that_was_not(loaded, measured, tmp_path):
@@ -182,7 +184,7 @@ def test_costs(loaded, measured):
     assert flat["cost"]["peak_memory"] < full["cost"]["peak_memory"]
     for row in rows.values():
         cost = row["cost"]
-        assert cost["first_token"]["rounds"] == bench.ROUNDS[0] and cost["vision"]["median"] > 0
+        assert cost["first_token"]["rounds"] == costs.ROUNDS[0] and cost["vision"]["median"] > 0
         assert 0 < cost["prefill"]["q1"] <= cost["prefill"]["median"] <= cost["prefill"]["q3"]
         assert (cost["selector"]["median"] > 0) == (row["method"] != "unpruned")
     assert full["cost"]["speedup"]["median"] == 1
@@ -258,7 +260,7 @@ def test_choosing_and_merging_are_the_selectors_time():
 def test_films_are_timed_as_films(tmp_path):
     """A method of frames below a budget of 1, of which a single frame would be too little."""
     model, processor = load("miniature", "cpu")
-    rows, _ = bench.plan(model, ["evs"], [0.5])
+    rows, _ = plan(model, ["evs"], [0.5])
     results = bench.measure(model, processor, load_data(["miniature:video"], 1), rows[:2], tmp_path, SETTINGS)
     assert [row["method"] for row in results["rows"]] == ["unpruned", "evs"] and not results["skipped"]
     assert results["rows"][1]["cost"]["selector"]["median"] > 0
@@ -317,7 +319,7 @@ def test_parts_say_what_they_leave_out_and_so_does_the_run_that_joins_them(loade
 
 def test_a_method_of_frames_beside_stills_says_why_it_is_left_out(tmp_path, monkeypatch, caplog):
     model, processor = load("miniature", "cpu")
-    rows, _ = bench.plan(model, ["evs"], [0.5])
+    rows, _ = plan(model, ["evs"], [0.5])
     caplog.set_level("WARNING", logger="codebook")
     monkeypatch.setattr(bench, "respond", lambda *_, **__: pytest.fail("answered"))
     with pytest.raises(pytest.fail.Exception):  # it is said before anything is answered
@@ -347,8 +349,8 @@ def test_answers_per_second(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(latency.TimedPrompt, "generate", timed)
     results = bench.measure(model, processor, alone, some, tmp_path, settings)
     found = [row["cost"]["throughput"] for row in results["rows"]]
-    assert sizes.count(3) == 2 * bench.ROUNDS[0] and found[0]["3"] is None
-    assert found[1]["3"]["rounds"] == bench.ROUNDS[0] and found[1]["3"]["median"] > found[1]["1"]["median"] > 0
+    assert sizes.count(3) == 2 * costs.ROUNDS[0] and found[0]["3"] is None
+    assert found[1]["3"]["rounds"] == costs.ROUNDS[0] and found[1]["3"]["median"] > found[1]["1"]["median"] > 0
     results |= {"name": "miniature", "data": ["miniature"], "keeps": KEEPS[:1], "samples": []}
     text = report.markdown(json.loads(json.dumps(results)))
     assert "| answers/s, batch 1 | answers/s, batch 3 |" in text and text.count("| unknown |") == 1

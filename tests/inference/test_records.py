@@ -10,8 +10,10 @@ from pydantic import TypeAdapter
 from codebook import Random, Schedule, Stage, models
 from codebook.analysis import calibrate, sweep
 from codebook.errors import CodebookError
-from codebook.evaluation import bench
+from codebook.evaluation import bench, costs
+from codebook.evaluation.looks import show_rows
 from codebook.evaluation.metrics import ACCURACY, Task
+from codebook.evaluation.rows import Row
 from codebook.inference.records import read_record
 from codebook.inference.respond import respond
 from codebook.inference.samples import Sample
@@ -73,15 +75,15 @@ def test_calibration(loaded, tmp_path):
 
 
 def test_times_and_looks(loaded, tmp_path, monkeypatch):
-    monkeypatch.setattr(bench, "ROUNDS", (2, 2))
+    monkeypatch.setattr(costs, "ROUNDS", (2, 2))
     samples = of_miniature("test", 0, 1, ["exist"])
-    tasks, rows = [Task("exist", samples, ACCURACY)], [bench.Row("unpruned", 1.0, (None,))]
+    tasks, rows = [Task("exist", samples, ACCURACY)], [Row("unpruned", 1.0, (None,))]
     run = lambda: bench.measure(*loaded, tasks, rows, tmp_path)["rows"]  # noqa: E731
     run()
     [file] = tmp_path.glob("timing-*.sqlite")
     refused(run, file)
     file = tmp_path / "samples.sqlite"
-    refused(lambda: bench.show_rows(*loaded, samples, rows, file), file)
+    refused(lambda: show_rows(*loaded, samples, rows, file), file)
 
 
 def test_a_record_that_is_missing(tmp_path):

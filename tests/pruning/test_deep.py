@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from codebook import CodebookError, Schedule, load, models, prebuilt
-from codebook.evaluation import bench
+from codebook.evaluation.rows import plan
 from codebook.pruning import deep
 from codebook.store import horizons, known
 from tests.tiny import llava
@@ -50,7 +50,7 @@ def test_it_is_the_measured_layer_and_nothing_is_said(model, book, caplog, text)
     put(book, model)
     assert layer(Schedule.for_model(model, text, 0.25)) == 10
     assert layer(Schedule.for_model(model, text, 0.25, book)) == 10
-    row = bench.plan(model, [text], [0.25])[0][1]
+    row = plan(model, [text], [0.25])[0][1]
     assert layer(row.schedules[0]) == 10 and not guesses(caplog)
 
 
@@ -92,7 +92,7 @@ def test_a_model_that_reads_to_its_last_layer_has_no_deep_stage(model, book):
     for text, keep in (("codebook+random", 0.25), ("vtw", None)):
         with pytest.raises(CodebookError, match=r"to the last layer, so .* leave that stage out, or name its layer"):
             Schedule.for_model(model, text, keep)
-    _, skipped = bench.plan(model, ["codebook+random"], [0.25])
+    _, skipped = plan(model, ["codebook+random"], [0.25])
     assert [(one["method"], "to the last layer" in one["reason"]) for one in skipped] == [("codebook+random", True)]
     Schedule.for_model(model, "vtw", 0.25)
 
