@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.cost.timing import machine
 from codebook import miniature, models
-from codebook.analysis import calibration, horizon
+from codebook.analysis import Sweep, calibration, horizon, sweep
 from codebook.cli.output import progress
 from codebook.evaluation import evaluate
 from codebook.evaluation.rows import reseeded
@@ -45,11 +45,11 @@ def horizons(model, processor, options: argparse.Namespace) -> dict[str, dict]:
             samples = of_miniature("test", seed, options.questions, options.families)
             with progress(f"horizon, {metric}, seed {seed}", len(samples), "samples") as tick:
                 file = options.out / f"sweep-{seed}.sqlite"
-                sweeps.append(horizon.sweep(model, processor, samples, metric, file, tick)[0])
-        whole = horizon.Sweep(
-            [task for sweep in sweeps for task in sweep.tasks],
-            np.concatenate([sweep.full for sweep in sweeps]),
-            np.concatenate([sweep.pruned for sweep in sweeps]),
+                sweeps.append(sweep(model, processor, samples, metric, file, tick)[0])
+        whole = Sweep(
+            [task for one in sweeps for task in one.tasks],
+            np.concatenate([one.full for one in sweeps]),
+            np.concatenate([one.pruned for one in sweeps]),
         )
         found[metric] = horizon.horizons(whole, options.eps)
     return found

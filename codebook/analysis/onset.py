@@ -22,8 +22,10 @@ from torch import Tensor
 from typing_extensions import TypedDict
 
 from codebook import models
-from codebook.analysis.horizon import LEVEL, RESAMPLES, check_tasks, resampled, telling_prefill, telling_tokens
+from codebook.analysis.horizon import LEVEL, RESAMPLES, resampled
+from codebook.analysis.layer_sweep import check_tasks
 from codebook.analysis.prefill import Prefill
+from codebook.analysis.telling import telling_prefill, telling_tokens
 from codebook.errors import CodebookError
 from codebook.inference.prompts import check_samples, prepare_samples
 from codebook.inference.records import damaged, read_record

@@ -41,7 +41,7 @@ def horizon_command(
     as_json: JsonOption = False,
 ) -> None:
     """Find the layer beyond which images change no answer, by task."""
-    from codebook.analysis import horizon, plot
+    from codebook.analysis import horizon, layer_sweep, plot
     from codebook.analysis import onset as onset_of
     from codebook.cli.checks import check_output_folder
     from codebook.cli.data import is_miniature, load_samples
@@ -50,15 +50,15 @@ def horizon_command(
     from codebook.store.files import replacing, write_text
     from codebook.store.folder import HORIZON_FILE
 
-    if metric not in get_args(horizon.SweepMetric):
-        raise unknown("no metric", metric, get_args(horizon.SweepMetric))
+    if metric not in get_args(layer_sweep.SweepMetric):
+        raise unknown("no metric", metric, get_args(layer_sweep.SweepMetric))
     if onset and metric == "generated":
         raise CodebookError("--onset measures the first telling token of answers: leave it out, or --metric generated")
     if out is not None:
         check_output_folder(out, (HORIZON_FILE, "horizon.png"))
     loading.check(model)
     samples = mixed(load_samples(data, loading.frame_rule(model), split, seed, count, 50), seed)
-    horizon.check_tasks(sample.task for sample in samples)
+    layer_sweep.check_tasks(sample.task for sample in samples)
     if out is not None:
         plot.require_matplotlib()  # before the long work
     loaded, processor = loading.load(model)
@@ -73,7 +73,7 @@ def horizon_command(
         begins = onset_of.onsets([s.task for s in alone], agreed, images=image_numbers(alone), seed=seed)
     journal = None if out is None else out / ("generated.sqlite" if metric == "generated" else "first-token.sqlite")
     with progress("horizon", len(samples), "samples") as tick:
-        sweep, cost = horizon.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
+        sweep, cost = layer_sweep.sweep(loaded, processor, samples, cast(Any, metric), journal, tick)
     found = horizon.horizons(sweep, eps, margin=margin, seed=seed)
     own = is_miniature(data)
     report = {

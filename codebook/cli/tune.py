@@ -181,13 +181,14 @@ def _samples(
 def _rehearse(model: str, samples: Sequence[Sample], keep: float, prompt: str | None, loading: Loading) -> str:
     """Refuse, before the long first step, what a later one would; returns the metric to find the horizon by."""
     from codebook import models
-    from codebook.analysis import horizon, plot
+    from codebook.analysis import plot
+    from codebook.analysis.layer_sweep import check_tasks
     from codebook.analysis.prefill import Prefill, UnsharedError
     from codebook.inference.prompts import check_question, check_samples, prepare_samples
     from codebook.pruning import Schedule
 
     plot.require_matplotlib()
-    horizon.check_tasks(sample.task for sample in samples)
+    check_tasks(sample.task for sample in samples)
     loaded, processor = loading.load(model)
     check_samples(loaded, processor, samples)
     if prompt is not None:

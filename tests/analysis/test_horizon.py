@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from codebook import load, models
-from codebook.analysis import Sweep, horizon, horizons, plot, sweep
-from codebook.analysis.horizon import Horizon, _runs, first_safe, guess_rates, horizon_table, resampled
+from codebook.analysis import Sweep, horizons, plot, sweep, telling
+from codebook.analysis.horizon import Horizon, _runs, first_safe, horizon_table, resampled
+from codebook.analysis.layer_sweep import guess_rates
 from codebook.errors import CodebookError
 from codebook.inference.prompts import answer_ids, prepare_samples
 from codebook.inference.samples import Sample
@@ -158,7 +159,7 @@ def test_what_all_answers_of_a_task_begin_with_is_passed_over(model, processor, 
 def test_the_telling_token_of_an_answer(monkeypatch):
     words = ["", " ", "9", "4", "yes", "the", "cat"]
     processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: words[ids[0]]))
-    monkeypatch.setattr(horizon, "answer_ids", lambda _, sample: [words.index(word) for word in sample.answer])
+    monkeypatch.setattr(telling, "answer_ids", lambda _, sample: [words.index(word) for word in sample.answer])
     answers = {
         "numbers": [[" ", "9", " ", "4"], [" ", "4"]],  # as Llama's tokenizers write digits
         "mixed": [["yes"], [" ", "9"]],
@@ -166,7 +167,7 @@ def test_the_telling_token_of_an_answer(monkeypatch):
         "same": [["yes"], ["yes"]],
     }
     samples = [Sample((None,), "?", answer, task) for task, own in answers.items() for answer in own]
-    found = [[words[i] for i in ids] for ids in horizon.telling_tokens(processor, [*samples, Sample((None,), "?")])]
+    found = [[words[i] for i in ids] for ids in telling.telling_tokens(processor, [*samples, Sample((None,), "?")])]
     assert found == [
         [" ", "9"], [" ", "4"], ["yes"], [" ", "9"], ["the", "cat"], ["the", "9"], ["the"], ["yes"], ["yes"], []
     ]  # fmt: skip
