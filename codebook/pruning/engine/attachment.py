@@ -8,7 +8,7 @@ import inspect
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from codebook import models
 from codebook.errors import CodebookError
-from codebook.models import Encoded
 from codebook.models.base import Model, cache_of, decoder
 from codebook.models.replacing import replaced
 from codebook.pruning.engine import prompt
 from codebook.pruning.engine.cache import PrunedLayer, check_cache, check_given, pruned_layer
-from codebook.pruning.engine.call import CALL, ENCODED, ENCODING, FORWARD, RUNNING, SCOPED, Call, Noted, Running
+from codebook.pruning.engine.call import CALL, FORWARD, RUNNING, SCOPED, Call, Running
+from codebook.pruning.engine.encodings import ENCODED, Encodings
 from codebook.pruning.engine.forward import Chosen, Forward, check_mask
 from codebook.pruning.engine.kernels import check_attention
 from codebook.pruning.engine.key_bias import ADDED
@@ -53,7 +53,7 @@ class Attachment:
         self._storing = [i for i in self._attending if self._keys[i] == i]
         self._model = weakref.ref(model)
         self._pruning: list[Pruning] = []  # open, or closed with calls in flight
-        self._outputs: dict[int, tuple[weakref.ref[Any], Encoded]] = {}
+        self.encodings = Encodings(self.family.tower_rows)
         self._signature = inspect.signature(model.base_model.forward)
         self._undo = contextlib.ExitStack()
 
@@ -110,7 +110,7 @@ class Attachment:
                     pruning.taps.callback(tap(module, self._weak(self._on_attention, stage.layer)))
             if any(stage.pruner.uses_vision for stage in pruning.schedule.stages):
                 for attention in self.family.vision_attentions(self.model):
-                    pruning.taps.callback(tap(attention, self._weak(self._on_vision_attention)))
+                    pruning.taps.callback(tap(attention, self._weak(self.encodings.hear)))
             pruning.open = True
         finally:
             self.settle(pruning)  # where a tap failed
@@ -254,57 +254,18 @@ class Attachment:
         RUNNING.set(None)
         FORWARD.set(None)
         ADDED.set(None)
-        ENCODED.set(tuple(noted for noted in ENCODED.get() if noted.by is not self or not noted.call.shown))
+        self.encodings.forget(shown=True)
         if running.lone:
             self._finish(running.call)
 
-    # Encoding
-
     def _encode(self, kind: str, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if ENCODING.get() is not None or self._pruning_now() is None:
-            return stock(*args, **kwargs)  # a part of the encoding that is being noted, or of a plain call
-        call = Encoded(kind, dict(inspect.signature(stock).bind_partial(*args, **kwargs).arguments))
-        token = ENCODING.set(call)
-        try:
-            output = stock(*args, **kwargs)
-        finally:
-            ENCODING.reset(token)
-        others = (noted for noted in ENCODED.get() if noted.by is not self or noted.call.kind != kind)
-        ENCODED.set((*others, Noted(self, output, call)))
-        with contextlib.suppress(TypeError):  # a plain tuple or tensor is known in this thread alone
-            key = id(output)
-            self._outputs[key] = weakref.ref(output, lambda _: self._outputs.pop(key, None)), call
-        return output
-
-    def _call_of(self, kind: str, given: dict[str, Any]) -> Encoded | None:
-        """The call that encoded a forward's images, if it was made in a context of this model."""
-        output = (given.get("mm_encoder_outputs") or {}).get(kind)
-        found = [
-            noted.call
-            for noted in self._noted()
-            if noted.call.kind == kind and (output is None or _one_output(noted.output, output))
-        ]
-        if not found and output is not None and id(output) in self._outputs:
-            reference, call = self._outputs[id(output)]
-            found = [call] if reference() is output and call.kind == kind else []
-        if not found:
-            return None
-        found[-1].shown = True
-        return found[-1]
-
-    def _noted(self) -> Iterator[Noted]:
-        """What this thread has encoded with this model."""
-        return (noted for noted in ENCODED.get() if noted.by is self)
+        if self._pruning_now() is None:
+            return stock(*args, **kwargs)
+        return self.encodings.note(kind, stock, *args, **kwargs)
 
     def _on_tower(self, *_: Any) -> None:
         if (pruning := self._pruning_now()) is not None:
             pruning.seen_images = True
-
-    def _on_vision_attention(self, query: Tensor, key: Tensor, scaling: float) -> None:
-        if (encoding := ENCODING.get()) is not None:
-            if self.family.tower_rows:  # in one call; `remember` may have let the new images through before
-                encoding.attention.clear()
-            encoding.attention.append((query, key, scaling))
 
     # Forwards
 
@@ -333,7 +294,7 @@ class Attachment:
         ids, embeds = given.get("input_ids"), given.get("inputs_embeds")
         if ids is None and (kinds or (embeds is not None and embeds.shape[1] > 1)):
             raise CodebookError("pass input_ids: from inputs_embeds alone the visual tokens cannot be found")
-        for _, _, noted in self._noted():  # chunked prefill of some versions loses the images without a word
+        for _, _, noted in self.encodings.noted():  # chunked prefill of some versions loses the images without a word
             waits = not noted.shown and noted.kind not in kinds
             if waits and ids is not None and torch.isin(ids, self.family.token(self.model, noted.kind)).any():
                 raise models.whole_images_error(
@@ -394,7 +355,7 @@ class Attachment:
         self, running: Running, pruning: Pruning, whole: Given, given: dict[str, Any], chosen: Chosen | None
     ) -> None:
         """Find the images that a forward shows, for its stages to prune, before its first layer."""
-        encoded = {kind: self._call_of(kind, given) for kind in running.kinds}
+        encoded = {kind: self.encodings.show(kind, given) for kind in running.kinds}
         found = prompt.find(
             self.family, self.model, whole, given["input_ids"], encoded,
             shared=pruning.schedule.quotas == "shared", usual=pruning.schedule.spread,
@@ -571,15 +532,6 @@ def _around(function: Callable[..., Any], stock: Callable[..., Any]) -> Callable
         return function(stock, *args, **kwargs)
 
     return wrapper
-
-
-def _one_output(one: Any, other: Any) -> bool:
-    """Whether two outputs are one, or other objects around the same features, as accelerate makes where it offloads."""
-    if one is other:
-        return True
-    features = [getattr(output, "pooler_output", None) for output in (one, other)]
-    first, second = (part[0] if isinstance(part, list | tuple) and part else part for part in features)
-    return first is not None and first is second
 
 
 def _has_images(given: dict[str, Any], kind: str, pixels: str) -> bool:

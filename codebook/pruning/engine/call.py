@@ -9,11 +9,10 @@ from __future__ import annotations
 import threading
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from codebook.models import Encoded
 from codebook.pruning.engine.forward import Chosen, Forward
 
 if TYPE_CHECKING:
@@ -62,14 +61,6 @@ class Running:
     blocks: Tensor | None = None
 
 
-class Noted(NamedTuple):
-    """What a model encoded, the call that encoded it, and by whom it was noted."""
-
-    by: Attachment
-    output: Any
-    call: Encoded
-
-
 SCOPED: ContextVar[tuple[Pruning, ...]] = ContextVar("codebook_scoped", default=())
 """Contexts of scope `thread` that this thread or task is in, innermost last."""
 CALL: ContextVar[Call | None] = ContextVar("codebook_call", default=None)
@@ -78,10 +69,6 @@ RUNNING: ContextVar[Running | None] = ContextVar("codebook_running", default=Non
 """The forward that it is in."""
 FORWARD: ContextVar[Forward | None] = ContextVar("codebook_forward", default=None)
 """What that forward has pruned; None before its decoder begins, and in plain calls."""
-ENCODING: ContextVar[Encoded | None] = ContextVar("codebook_encoding", default=None)
-"""The encoding of images that is running, which may call itself in parts."""
-ENCODED: ContextVar[tuple[Noted, ...]] = ContextVar("codebook_encoded", default=())
-"""What was encoded and not shown to a forward yet, or only to the one that runs, by all models."""
 
 
 def owner() -> tuple[int, Any]:

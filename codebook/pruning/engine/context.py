@@ -26,7 +26,7 @@ from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.models.base import Model, decoder
 from codebook.pruning.engine.attachment import ATTACHING, Attachment
-from codebook.pruning.engine.call import ENCODED, SCOPED, owner
+from codebook.pruning.engine.call import SCOPED, owner
 from codebook.pruning.engine.kernels import check_attention
 from codebook.pruning.engine.statistics import Statistics, Tally
 from codebook.pruning.kept_map import MAP_FORMAT, kept_map
@@ -119,7 +119,7 @@ class Pruning:
         if self.attachment is None or not self.open:
             return
         self.attachment.end()  # a forward of this thread that was interrupted
-        ENCODED.set(tuple(noted for noted in ENCODED.get() if noted.by is not self.attachment))
+        self.attachment.encodings.forget(shown=False)
         elsewhere = self.scope == "thread" and self not in SCOPED.get()
         SCOPED.set(tuple(other for other in SCOPED.get() if other is not self))
         with ATTACHING:
