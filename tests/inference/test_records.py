@@ -18,7 +18,8 @@ from codebook.inference.records import read_record
 from codebook.inference.respond import respond
 from codebook.inference.samples import Sample
 from codebook.miniature.samples import of_miniature
-from codebook.store.journal import Journal, _entry
+from codebook.store.database import entry_of
+from codebook.store.journal import Journal
 
 WRONG = [None, 3, "text", [], {}, [1, 2], [["a", "b"]], [["a", [1]]] * 3, {"full": 1}, float("nan"), [[{}]], -1]
 
@@ -36,7 +37,7 @@ def spoil(file):
     for key, stored in rows:
         if (name := json.loads(key)) is not None:  # the null row is what they depend on
             for wrong in WRONG:
-                put(file, key, json.dumps(_entry(name, wrong)))
+                put(file, key, json.dumps(entry_of(name, wrong)))
                 yield
             put(file, key, stored)
 

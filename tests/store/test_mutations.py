@@ -20,7 +20,7 @@ from codebook.building.builder import _PROBED, IMAGES_JOURNAL, _pool
 from codebook.building.unfinished import open_journal
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
-from codebook.store.journal import _entries, _entry
+from codebook.store.database import entry_of, read_entries
 from tests.building.tiny import model, processor, settings
 from tests.store.books import reseal
 
@@ -113,7 +113,7 @@ def mutate_records(path, rng):
         entry = json.loads(rows[key])
         changed = mutate_value({k: entry[k] for k in ("value", "tensor")}, rng)
         if isinstance(changed, dict) and {"value", "tensor"} <= changed.keys():
-            changed = _entry(json.loads(key), changed["value"], changed["tensor"])
+            changed = entry_of(json.loads(key), changed["value"], changed["tensor"])
         database.execute("UPDATE records SET value = ? WHERE key = ?", (json.dumps(changed), key))
 
 
@@ -143,7 +143,7 @@ def case(originals, number):
         path = folder / name
         data = path.read_bytes()
         way = rng.choice(("bytes",) if name.endswith((".md", ".safetensors")) else ("bytes", "json"))
-        about = _entries(path)[None]["value"] if name == JOURNAL else {}
+        about = read_entries(path)[None]["value"] if name == JOURNAL else {}
         if name == JOURNAL and way == "json":
             mutate_records(path, rng)
         else:
