@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -19,8 +19,9 @@ from codebook.models.finite import check_logits
 from codebook.store.folder import TokenRecord
 from codebook.store.spread import spread
 
-PROBE_NAMES: tuple[Literal["p1"], Literal["jsd_region"], Literal["jsd_global"]] = ("p1", "jsd_region", "jsd_global")
-"""Names of the three probes' values in a token's record."""
+ProbeName = Literal["p1", "jsd_region", "jsd_global"]
+"""Name of a probe's value in a token's record."""
+PROBE_NAMES: tuple[ProbeName, ...] = get_args(ProbeName)
 MARGIN = 0.002
 """Relative distance to a threshold within which a value is computed again, in a forward pass of its own."""
 
@@ -48,6 +49,37 @@ class Survivors:
     funnel: dict[str, int]
     spread: float
     probes: list[dict[str, Any]]
+
+
+class _Probes:
+    """What the probes say of one image's tokens.
+
+    Attributes
+    ----------
+    values
+        For each token the probes' values by their names, of those that were asked.
+    """
+
+    def __init__(self, prober: Prober, tokens: Tensor, settings: Settings, values: dict[int, dict[str, float]]) -> None:
+        self.values = values
+        self._prober, self._tokens, self._jsd = prober, tokens, settings.jsd
+
+    def measure(self, name: ProbeName, asked: Sequence[int]) -> None:
+        """Ask a probe about the tokens whose value is not known yet."""
+        if new := [token for token in asked if name not in self.values[token]]:
+            for token, value in zip(new, self._ask(self._prober, name, new).tolist(), strict=True):
+                self.values[token][name] = value
+
+    def again(self, token: int, *names: ProbeName) -> None:
+        """Ask probes about one token in forward passes of its own."""
+        alone = self._prober.one_by_one()
+        self.values[token] |= {name: self._ask(alone, name, [token]).item() for name in names}
+
+    def _ask(self, prober: Prober, name: ProbeName, asked: list[int]) -> Tensor:
+        if name == "p1":
+            return prober.alone(self._tokens[asked])
+        in_context = prober.in_region if name == "jsd_region" else prober.in_image
+        return in_context(self._tokens, asked, self._jsd)
 
 
 @torch.inference_mode()
@@ -81,28 +113,11 @@ def survivors(
     own = model.config.get_text_config().hidden_size  # after that, what deeper layers add
     raw = tokens[chosen.to(tokens.device), :own].float().cpu()
 
-    def p1(prober: Prober, asked: list[int]) -> Tensor:
-        return prober.alone(tokens[asked])
-
-    def near(prober: Prober, asked: list[int]) -> Tensor:
-        return prober.in_region(tokens, asked, settings.jsd)
-
-    def far(prober: Prober, asked: list[int]) -> Tensor:
-        return prober.in_image(tokens, asked, settings.jsd)
-
-    values: dict[int, dict[str, float]] = {token: {} for token in probed}
+    probes = _Probes(prober, tokens, settings, {token: {} for token in probed})
     for row in known:
-        if (token := row["row"] * cols + row["col"]) in values:
-            values[token] = {name: row[name] for name in PROBE_NAMES}
-
-    def measure(name: str, probe: Callable[[Prober, list[int]], Tensor], left: list[int]) -> None:
-        if asked := [token for token in (probed if exhaustive else left) if name not in values[token]]:
-            for token, value in zip(asked, probe(prober, asked).tolist(), strict=True):
-                values[token][name] = value
-
-    def again(token: int, **probes: Callable[[Prober, list[int]], Tensor]) -> None:
-        alone = prober.one_by_one()
-        values[token] |= {name: probe(alone, [token]).item() for name, probe in probes.items()}
+        if (token := row["row"] * cols + row["col"]) in probes.values:
+            probes.values[token] = {name: row[name] for name in PROBE_NAMES}
+    values = probes.values
 
     def jsd(token: int) -> float:
         return divergence(values[token], settings.global_weight)
@@ -113,19 +128,19 @@ def survivors(
     left = [token for token in probed if sizes[token] <= settings.max_cluster_size]
     funnel = {"probed": len(probed), "isolated": len(left)}
 
-    measure("p1", p1, left)
+    probes.measure("p1", probed if exhaustive else left)
     for token in left:
         if _close(values[token]["p1"], tau_p):
-            again(token, p1=p1)
+            probes.again(token, "p1")
     left = [token for token in left if values[token]["p1"] < tau_p]
     funnel["P1"] = len(left)
 
-    measure("jsd_region", near, left)
+    probes.measure("jsd_region", probed if exhaustive else left)
     left = [token for token in left if values[token]["jsd_region"] < tau_j * (1 + MARGIN)]
-    measure("jsd_global", far, left)
+    probes.measure("jsd_global", probed if exhaustive else left)
     for token in left:
         if _close(jsd(token), tau_j):
-            again(token, jsd_region=near, jsd_global=far)
+            probes.again(token, "jsd_region", "jsd_global")
     left = [token for token in left if jsd(token) < tau_j]
     funnel["JSD"] = len(left)
 
@@ -133,8 +148,9 @@ def survivors(
         return [{"row": token // cols, "col": token % cols, **values[token]} for token in asked]
 
     sized = [{**row, "cluster_size": sizes[token]} for token, row in zip(probed, rows(probed), strict=True)]
-    found, spreads = raw[[probed.index(token) for token in left]], round(float(spread(tokens[:, :own])), 6)
-    return Survivors(found, rows(left), funnel, spreads, sized if exhaustive else [])
+    kept = set(left)
+    found = raw[[i for i, token in enumerate(probed) if token in kept]]
+    return Survivors(found, rows(left), funnel, round(float(spread(tokens[:, :own])), 6), sized if exhaustive else [])
 
 
 def divergence(token: Mapping[str, Any], global_weight: float) -> float:
