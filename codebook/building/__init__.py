@@ -1,6 +1,7 @@
 """Building a codebook, offline: probes, conditions, clusters, and the journal that makes it resumable."""
 
-from codebook.building.builder import build, extend, merge
+from codebook.building.builder import build
+from codebook.building.growing import extend, merge
 from codebook.building.pilot import Pilot
 from codebook.building.pool import STEPS, SurvivorPool
 from codebook.building.presets import BUILD_PRESETS, Settings, preset, published, read_settings, settings_for

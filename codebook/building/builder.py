@@ -3,36 +3,30 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NotRequired
+from typing import Any
 
-import torch
 from pydantic import TypeAdapter
-from typing_extensions import TypedDict
 
 from codebook import models
 from codebook.building import pilot as pilots
-from codebook.building.drawing import draw_pilot, draw_stability
-from codebook.building.pool import STEPS, SurvivorPool, images_digest, is_digest, names_clash, one_of_each, unread
-from codebook.building.presets import Settings, published, read_settings, settings_for
+from codebook.building.drawing import pictures
+from codebook.building.pool import STEPS, SurvivorPool, images_digest, is_digest, one_of_each, unread
+from codebook.building.presets import Settings, published, settings_for
+from codebook.building.records import IMAGES_JOURNAL, PILOT, PILOT_CHOSEN, PILOT_JOURNAL, PROBED, pooled, probe_lines
 from codebook.building.sources import GONE, Images, Source, open_images
 from codebook.building.stability import Stability, agreement, is_stable, kept_tokens, set_aside, sizes
 from codebook.building.unfinished import UNFINISHED, finished, forget, open_journal, requested
 from codebook.building.worker import ImageTask, Options, Progress, Worker
-from codebook.errors import CodebookError, counted
+from codebook.errors import CodebookError
 from codebook.models import Model, Processor
 from codebook.store.codebook import Codebook
-from codebook.store.folder import PROBES, Count, TokenRecord
-from codebook.store.horizons import carried_horizon, put_horizon
-from codebook.store.journal import Journal, differences
+from codebook.store.folder import PROBES
+from codebook.store.horizons import put_horizon
+from codebook.store.journal import Journal
 
-PILOT_PICTURE, STABILITY_PICTURE = "pilot.png", "stability.png"
-IMAGES_JOURNAL, PILOT_JOURNAL = "journal.sqlite", "pilot.sqlite"
-PILOT_CHOSEN = "chosen"
-"""Record of a pilot's journal with the digests of its images, once all are probed; the others' names are digests."""
 REMEDY = {
     "probed": "use larger images",
     "isolated": "raise max_cluster_size or clusters_per_image",
@@ -40,41 +34,7 @@ REMEDY = {
     "JSD": "raise tau_j",
     "recurrent": "use more images, or lower min_image_fraction or clusters",
 }
-
-
-Funnel = TypedDict("Funnel", dict.fromkeys(STEPS[:-1], Count))  # type: ignore[misc]
-
-
-class ProbedToken(TokenRecord):
-    """What every probe said of a token, and the size of its cluster in its image."""
-
-    cluster_size: Count
-
-
-class ProbedRecord(TypedDict):
-    """What the journal of a build says of an image."""
-
-    tokens: list[TokenRecord]
-    funnel: Funnel
-    spread: float
-    probes: NotRequired[list[ProbedToken]]
-
-
-class PilotImage(TypedDict):
-    """What the journal of a pilot says of an image."""
-
-    funnel: Funnel
-    probes: list[ProbedToken]
-
-
-class PilotChosen(TypedDict):
-    """The digests of a pilot's images: its choice stands, whatever images there are when the build goes on."""
-
-    digests: list[str]
-
-
-_PROBED = TypeAdapter(ProbedRecord)
-_PILOT = TypeAdapter(PilotImage | PilotChosen)
+"""What to do where a step leaves no token."""
 
 
 def build(
@@ -124,138 +84,13 @@ def build(
     model = models.unwrap(model)
     settings = settings or published(model_id) or settings_for(model)
     source = open_images(images, limit)
-    return _Build(
+    return Build(
         model, processor, source, source.digests(), Path(out), model_id, settings, Options(**options),
         pilot or pilots.Pilot(), stability,
     ).run()  # fmt: skip
 
 
-def extend(
-    model: Model,
-    processor: Processor,
-    folder: Path | str,
-    images: Images,
-    out: Path | str,
-    *,
-    limit: int | None = None,
-    **options: Any,
-) -> Codebook:
-    """Add images to a codebook and save the result in `out`, the same as if it had been built from all of them.
-
-    Its survivors and those of the new images are clustered together, so tokens that did not recur may now, and the
-    other way round. Images that it was built from are not probed again: an image is known by the SHA-256 of its file,
-    whatever its name. A new image whose name is taken by another one gets the name of its folder before its own.
-    Resumable like `build`, whose other parameters it takes.
-
-    Parameters
-    ----------
-    folder
-        A codebook that keeps its survivors, built for this model; it stays as it is.
-    model, processor, images, out, limit, options
-        As `build` takes them.
-
-    Raises
-    ------
-    CodebookError
-        If the codebook is another model's, or was built in another precision or grid; else as `build` does.
-    """
-    model, (book, pool) = models.unwrap(model), SurvivorPool.load(folder)
-    book.check(model)
-    if book.config["dtype"] != str(model.dtype):
-        raise CodebookError(
-            f"{folder} was built in {book.config['dtype']} and the model is {model.dtype}: change --dtype"
-        )
-    grid = models.family(model).grid(model)
-    if book.config["grid"] != list(grid):
-        raise CodebookError(
-            f"{folder} was built with {' x '.join(map(str, book.config['grid']))} visual tokens of an image, and this "
-            f"model makes {grid[0]} x {grid[1]}: load it with the image size of then"
-        )
-    if Path(out).resolve() == Path(folder).resolve():
-        raise CodebookError(f"{out} is the codebook to extend: choose another --out")
-    horizon = carried_horizon(Path(folder), book.config["fingerprint"])
-    source, stamps = _free_names(open_images(images, limit), pool)
-    settings, found = read_settings(book.config["settings"], folder), book.config.get("pilot")
-    return _Build(
-        model, processor, source, stamps, Path(out), book.config["model"], settings, Options(**options),
-        report={} if found is None else {"pilot": found}, base=pool, pad=book.config.get("pad"), horizon=horizon,
-    ).run()  # fmt: skip
-
-
-def _free_names(source: Source, pool: SurvivorPool) -> tuple[Source, dict[str, str]]:
-    """A source and its images' digests, where no image has the name of another one that the pool has."""
-    digests, names = source.digests(), dict[str, str]()
-    before = f"{Path(source.where).absolute().stem}/"
-    for name, digest in digests.items():
-        known = pool.images.get(name, {"stamp": digest})["stamp"]
-        if unread(known) or digest in (GONE, known):
-            names[name] = name
-            continue
-        if not is_digest(known) and known in (len(source.find(name)), str(known)):
-            raise CodebookError(
-                f"{name} may be the image of that name and size that the codebook was built from, by a version that "
-                "noted no more of an image: rename it, or build the codebook again"
-            )
-        if (other := before + name) in digests or pool.images.get(other, {"stamp": digest})["stamp"] != digest:
-            raise names_clash([other])
-        names[other] = name
-    renamed = replace(source, names=tuple(sorted(names)), find=lambda name: source.find(names[name]))
-    return renamed, {name: digests[names[name]] for name in renamed.names}
-
-
-def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
-    """Merge two codebooks that keep their survivors into one, the same as if it had been built from all their images.
-
-    No model is needed. An image that both were built from counts once, whatever its names.
-
-    Parameters
-    ----------
-    first, second
-        Folders of codebooks, which stay as they are.
-    out
-        Folder of the result.
-
-    Raises
-    ------
-    CodebookError
-        If the two were built with other settings or for other models, or no prototype is left.
-    """
-    (a, pool), (b, other) = SurvivorPool.load(first), SurvivorPool.load(second)
-    keys = [
-        {
-            "model": book.config["model"], "fingerprint": book.config["fingerprint"], "dtype": book.config["dtype"],
-            "settings": asdict(read_settings(book.config["settings"], folder)),
-            # earlier versions do not say
-            "pad": book.config.get("pad", a.config.get("pad", b.config.get("pad"))), "grid": book.config["grid"],
-        } for book, folder in ((a, first), (b, second))
-    ]  # fmt: skip
-    keys[1]["model"] = keys[0]["model"]  # only a name
-    if keys[0] != keys[1]:
-        raise CodebookError(
-            f"{first} and {second} were built with another {differences(*keys)}: they do not merge; build the images "
-            f"of one with the settings of the other, or add them to it with `codebook extend`"
-        )
-    carried = [carried_horizon(Path(folder), a.config["fingerprint"]) for folder in (first, second)]
-    found = [book.config["pilot"] for book in (a, b) if "pilot" in book.config]
-    report = {"pilot": found[0]} if found and found[0] == found[-1] else {}
-    both, out, settings = pool.join(other), Path(out), read_settings(a.config["settings"], first)
-    grid = keys[0].pop("grid")
-    config = {k: v for k, v in keys[0].items() if v is not None} | report
-    key = {**config, "images_sha256": both.digest}
-    if (complete := finished(out, requested(key))) is not None:
-        return complete
-    with open_journal(out, IMAGES_JOURNAL, key, _PROBED) as journal:
-        made = both.codebook(settings, {**config, "grid": grid})
-        if made is None:
-            forget(out, [journal])
-            raise CodebookError(f"no prototype left of {counted(len(both.rows), 'survivor')}: {REMEDY['recurrent']}")
-        put_horizon(out, carried[0] or carried[1])
-        made[0].save(out, {**made[1], **_pictures(made[0].config)})
-        forget(out, [journal])
-    return made[0]
-
-
-class _Build:
+class Build:
     """One build, or extension, into a folder.
 
     Attributes
@@ -313,7 +148,7 @@ class _Build:
                 self._run_pilot({name: todo[name] for name in order}, opened)
             key = {**self.about, "settings": self.settings.per_image()}
             key |= {} if self.base is None else {"extends": self.base.digest}
-            journal = self._open(opened, IMAGES_JOURNAL, key, _PROBED)
+            journal = self._open(opened, IMAGES_JOURNAL, key, PROBED)
             if self.stability is None:
                 return self._finish(journal, self._probe_all({name: todo[name] for name in order}, journal), todo)
             return self._until_stable(journal, self.stability, {name: todo[name] for name in order}, held)
@@ -338,7 +173,7 @@ class _Build:
         """Fill in the open thresholds; what the pilot's probes said is used again for its images."""
         pilot = self.pilot or pilots.Pilot()
         about = {**self.about, "settings": self.settings.per_image(), "pilot": pilot.images}
-        journal = self._open(opened, PILOT_JOURNAL, about, _PILOT)
+        journal = self._open(opened, PILOT_JOURNAL, about, PILOT)
         if PILOT_CHOSEN not in journal:
             order = pilots.shuffled(todo, self.settings.seed)
             names = order[: pilot.images]
@@ -456,17 +291,17 @@ class _Build:
             raise self._nothing_left(total)
         book, others = made
         if self.options.exhaustive:
-            others[PROBES] = _probes(journal, todo)
+            others[PROBES] = probe_lines(journal, todo)
         finished(self.out, self._asked())  # refuses to replace what another build has finished there meanwhile
         put_horizon(self.out, self.horizon)
-        book.save(self.out, {**others, **_pictures(book.config)})
+        book.save(self.out, {**others, **pictures(book.config)})
         forget(self.out, self.journals)
         return book
 
     def _pool(self, journal: Journal, todo: dict[str, str], errors: dict[str, str]) -> SurvivorPool:
         """The survivors of the probed images and of the codebook that is extended."""
         stamps = self.stamps if self.stability is None else {name: todo[name] for name in sorted(todo)}
-        pool = _pool(journal, stamps, todo, errors)
+        pool = pooled(journal, stamps, todo, errors)
         return one_of_each(pool) if self.base is None else self.base.join(pool)
 
     def _note(self, text: str) -> None:
@@ -496,16 +331,6 @@ class _Build:
         return CodebookError(f"no prototype left ({counts}): {REMEDY[step]}{kept}")
 
 
-def _pictures(config: dict[str, Any]) -> dict[str, bytes]:
-    """The pictures of a codebook's report, by the names of their files."""
-    pictures = {}
-    if "pilot" in config:
-        pictures[PILOT_PICTURE] = draw_pilot(config["pilot"], config["settings"])
-    if "stability" in config:
-        pictures[STABILITY_PICTURE] = draw_stability(config["stability"])
-    return pictures
-
-
 def _point_words(curve: list[dict[str, Any]]) -> str:
     """The last point of a stability curve in one line."""
     point = curve[-1]
@@ -524,35 +349,3 @@ def _to_probe(stamps: dict[str, str], known: dict[str, Any]) -> dict[str, str]:
             todo[name] = stamp
             seen |= {stamp} - {GONE}
     return todo
-
-
-def _pool(journal: Journal, stamps: dict[str, str], probed: dict[str, str], errors: dict[str, str]) -> SurvivorPool:
-    """What all images of the source yielded; of those that were not probed, only that they are known."""
-    images: dict[str, dict[str, Any]] = {
-        name: {"stamp": stamp, "duplicate": ""} for name, stamp in stamps.items() if stamp != GONE
-    }
-    owners = []
-    for name, stamp in probed.items():
-        if name in errors:
-            images[name] = {"stamp": stamp, "error": errors[name]}
-        else:
-            images[name] = {"stamp": stamp, **{k: journal[stamp][k] for k in ("funnel", "spread")}}
-            owners += [name] if journal[stamp]["tokens"] else []
-    rows = [{"image": name, **token} for name in owners for token in journal[stamps[name]]["tokens"]]
-    features = torch.empty(0)
-    start = 0
-    for name in owners:  # into one tensor: all parts and their concatenation would be twice the memory
-        part = journal.tensor(stamps[name])
-        if not start:
-            features = torch.empty(len(rows), part.shape[-1])
-        if part.shape != (len(journal[stamps[name]]["tokens"]), features.shape[1]):
-            raise CodebookError(f"{journal.file} is damaged: delete it and run again")
-        features[start : start + len(part)] = part
-        start += len(part)
-    return SurvivorPool(images, features, rows)
-
-
-def _probes(journal: Journal, probed: dict[str, str]) -> bytes:
-    found = [(name, journal[stamp]) for name, stamp in probed.items() if stamp in journal]
-    lines = [{"image": name, **row} for name, record in found for row in record.get("probes", ())]
-    return "".join(json.dumps(line) + "\n" for line in lines).encode()

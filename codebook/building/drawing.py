@@ -9,9 +9,20 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
+PILOT_PICTURE, STABILITY_PICTURE = "pilot.png", "stability.png"
 PANEL_WIDTH, PANEL_HEIGHT, EDGE = 460, 320, 70
 """Size of a panel with its axes, and the room around what is drawn in it, in pixels."""
 INK_COLOUR, FAINT, CURVE, LEVEL_COLOUR = (30, 30, 30), (205, 205, 205), (31, 119, 180), (214, 96, 20)
+
+
+def pictures(config: dict[str, Any]) -> dict[str, bytes]:
+    """The pictures of a codebook's report, by the names of their files."""
+    found = {}
+    if "pilot" in config:
+        found[PILOT_PICTURE] = draw_pilot(config["pilot"], config["settings"])
+    if "stability" in config:
+        found[STABILITY_PICTURE] = draw_stability(config["stability"])
+    return found
 
 
 def draw_pilot(report: dict[str, Any], settings: dict[str, Any]) -> bytes:

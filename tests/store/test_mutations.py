@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from codebook.building import SurvivorPool, build, merge, read_settings
-from codebook.building.builder import _PROBED, IMAGES_JOURNAL, _pool
+from codebook.building.records import IMAGES_JOURNAL, PROBED, pooled
 from codebook.building.unfinished import open_journal
 from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
@@ -128,9 +128,9 @@ def use(folder):
 
 def go_on(folder, about):
     """Read an unfinished build as far as a build does that goes on with it."""
-    with open_journal(folder, IMAGES_JOURNAL, about, _PROBED) as journal:
+    with open_journal(folder, IMAGES_JOURNAL, about, PROBED) as journal:
         names = {name: name for name in journal.records}
-        _pool(journal, names, names, {})
+        pooled(journal, names, names, {})
 
 
 def case(originals, number):
