@@ -222,7 +222,10 @@ class Prober:
 
         answer = self._batches(1, length, intact)
         divergence = jsd(answer.expand(len(places), -1), self._batches(len(places), length, without), form)
-        return divergence if self.whole else divergence[[places.index(place) for place in every]]
+        if self.whole:
+            return divergence
+        row_of = {place: row for row, place in enumerate(places)}
+        return divergence[[row_of[place] for place in every]]
 
     def _with_row_ends(self, visual: Tensor, grid: tuple[int, int]) -> Tensor:
         """Visual tokens (b, n, width) as they stand in the prompt."""
