@@ -18,6 +18,7 @@ import numpy as np
 from benchmarks.cost.timing import machine
 from codebook import miniature, models
 from codebook.analysis import Sweep, calibration, horizon, sweep
+from codebook.analysis.deep_stages import candidate_schedules
 from codebook.cli.output import progress
 from codebook.evaluation import evaluate
 from codebook.evaluation.rows import reseeded
@@ -62,7 +63,7 @@ def schedules(model, processor, options: argparse.Namespace) -> dict[tuple[str, 
     size, codebook = models.shape(model), find_codebook(model, options.codebook)
     for method in METHODS:
         for keep in KEEPS:
-            plain, candidates = calibration.candidate_schedules(model, method, keep, codebook, seed=seed)
+            plain, candidates = candidate_schedules(model, method, keep, codebook, seed=seed)
             work = calibration.most_answers(len(candidates), samples)
             with progress(f"calibrate {method} at {keep}", work, "answers") as tick:
                 file = options.out / f"calibration-{method}-{keep}-{seed}.sqlite"

@@ -56,7 +56,7 @@ def calibrate_command(
 
     What is found on some questions is confirmed on others; if nothing is, the method alone is written.
     """
-    from codebook.analysis import calibration
+    from codebook.analysis import calibration, deep_stages
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.data import load_samples
     from codebook.cli.methods import codebook_for
@@ -67,9 +67,9 @@ def calibrate_command(
     # What is impossible with any model is refused before one is loaded.
     plans = [Plan(text, keep, None, codebook, seed) for text in (method, *(first or ()))]
     for plan in plans:
-        calibration.check_method(plan.schedule)
+        deep_stages.check_method(plan.schedule)
     for text in deep or ():
-        calibration.check_deep(text)
+        deep_stages.check_deep(text)
     if out.suffix != ".json":
         raise CodebookError(f"{out} would not be read as a schedule: name a .json file")
     check_output_file(out)
@@ -82,7 +82,7 @@ def calibrate_command(
     methods = [plan.schedule for plan in plans]
     book = codebook_for(loaded, methods, codebook)
     (plain, found), *others = (
-        calibration.candidate_schedules(loaded, text, keep, book, drop=drop, deep=deep or (), seed=seed)
+        deep_stages.candidate_schedules(loaded, text, keep, book, drop=drop, deep=deep or (), seed=seed)
         for text in methods
     )
     found += [schedule for alone, deeper in others for schedule in (alone, *deeper)]

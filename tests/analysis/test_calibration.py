@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from codebook.analysis import calibrate, likelihood
-from codebook.analysis.calibration import (
-    _Search,
-    _survivors,
-    candidate_schedules,
-    check_sample_count,
-    most_answers,
-    search_count,
-)
+from codebook.analysis.calibration import _Search, _survivors, check_sample_count, most_answers, search_count
+from codebook.analysis.deep_stages import candidate_schedules
 from codebook.errors import CodebookError
 from codebook.inference.prompts import prepare_samples
 from codebook.inference.samples import Sample, mixed
