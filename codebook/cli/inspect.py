@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,14 +48,14 @@ def inspect_command(
 
         write_picture(draw_sheet(Codebook.of_files(folder, config, files), folder, images or [], model), sheet)
     clusters = Counter(record["cluster"] for record in provenance)
+    images_of = defaultdict[int, set[str]](set)
+    for record in provenance:
+        if "image" in record:
+            images_of[record["cluster"]].add(record["image"])
     report = {k: v for k, v in whole_config(prototypes, config).items() if k != "fingerprint"} | {
         "folder": str(folder),
         "clusters": [
-            {
-                "cluster": cluster,
-                "prototypes": size,
-                "images": len({r["image"] for r in provenance if r["cluster"] == cluster and "image" in r}),
-            }
+            {"cluster": cluster, "prototypes": size, "images": len(images_of[cluster])}
             for cluster, size in clusters.most_common()
         ],
     }

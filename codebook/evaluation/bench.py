@@ -132,7 +132,7 @@ def _heading(bench: TimedPrompt, timed: Sample, tasks: Sequence[Task], settings:
         "tasks": {
             task.name: {
                 "samples": len(task.samples),
-                "groups": len(task.groups()),
+                "groups": len(task.groups),
                 "metrics": list(task.metric.names),
                 "detail": list(task.metric.detail),
             }

@@ -125,7 +125,7 @@ def _on_group(
     found, start = dict[str, tuple[np.ndarray, np.ndarray]](), 0
     for task, own in zip(tasks, images, strict=True):
         # Sum of the scores and number of the chosen samples, image by image.
-        rows = [[start + row for row in group if chosen[start + row]] for group in task.groups()]
+        rows = [[start + row for row in group if chosen[start + row]] for group in task.groups]
         sums = np.array([(scores[group].sum(), len(group)) for group in rows], dtype=float)
         found[task.name] = sums[sums[:, 1] > 0], own[sums[:, 1] > 0]
         start += len(task.samples)

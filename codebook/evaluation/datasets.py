@@ -133,7 +133,7 @@ def _draw_groups(task: Task, count: int | None, seed: int) -> Task:
     """The task with at most `count` samples: of each image all its samples or none."""
     if count is None or count >= len(task.samples):
         return task
-    groups = task.groups()
+    groups = task.groups
     random.Random(seed).shuffle(groups)
     rows: list[int] = []
     for group in groups:

@@ -48,17 +48,14 @@ class Task:
     samples: list[Sample]
     metric: Metric
 
-    @functools.cached_property
-    def _groups(self) -> list[list[int]]:
-        return image_groups(self.samples)  # which looks at files, and is asked for by every row of a benchmark
-
+    @functools.cached_property  # it looks at files, and is asked for by every row of a benchmark
     def groups(self) -> list[list[int]]:
         """Rows of samples by image: questions about one image are no independent draws."""
-        return self._groups
+        return image_groups(self.samples)
 
     def sums(self, texts: Sequence[str]) -> np.ndarray:
         """(groups, sums) float64 of the predictions; the sums of several runs, such as seeds, may be averaged."""
-        groups = [([self.samples[row] for row in rows], [texts[row] for row in rows]) for rows in self.groups()]
+        groups = [([self.samples[row] for row in rows], [texts[row] for row in rows]) for rows in self.groups]
         return np.array([self.metric.count(*group) for group in groups], dtype=float)
 
 
@@ -66,7 +63,7 @@ def numbers_of_groups(tasks: Sequence[Task]) -> list[np.ndarray]:
     """For each task the numbers of the images of its groups: those of an image are the same in all tasks."""
     numbers, start, found = image_numbers([sample for task in tasks for sample in task.samples]), 0, []
     for task in tasks:
-        found.append(np.array([numbers[start + rows[0]] for rows in task.groups()]))
+        found.append(np.array([numbers[start + rows[0]] for rows in task.groups]))
         start += len(task.samples)
     return found
 

@@ -105,6 +105,6 @@ def _rule_of_three(images: np.ndarray) -> Deviation:
     return Deviation(np.full(n, min(1.0, 3 / n) / NORMAL_QUANTILE / n**0.5), images)
 
 
-def plus_minus(half: float | None, digits: int = 1) -> str:
+def plus_minus(half: float | None) -> str:
     """Half an interval's width as text: `± 1.2`, or `± unknown`."""
-    return f"± {UNKNOWN if half is None else format(half, f'.{digits}f')}"
+    return f"± {UNKNOWN if half is None else f'{half:.1f}'}"

@@ -16,7 +16,16 @@ import numpy as np
 
 from codebook.miniature.eyes import MANY_IMAGES, ONE_IMAGE, asked
 from codebook.miniature.scenes import FILM_FRAMES, GRID, IMAGE_SIDE, Number, Scene, Thing, album, film, scene
-from codebook.miniature.tasks import CELLS, PLACES, TASK_FAMILIES, Question, make_question, scenes_shown, tasks
+from codebook.miniature.tasks import (
+    CELLS,
+    PLACES,
+    SCENE_FAMILIES,
+    TASK_FAMILIES,
+    Question,
+    make_question,
+    scenes_shown,
+    tasks,
+)
 from codebook.models.smollm2 import END_ID, IMAGE_TOKEN_ID
 
 if TYPE_CHECKING:
@@ -27,9 +36,8 @@ LABELS = (*TASK_FAMILIES, "list", "each")
 """What a question's number stands for: its family, the list of all that a scene shows, or a question about one image
 of several."""
 
-MAIN_FAMILIES = ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap")
 MORE = ("exist", "count", "attr", "loc", "loc", "rel", "rel", "box", "ocr", "count")
-"""Families about one scene: one question of each, and more of these while there is room."""
+"""Families about one scene that are asked about again, after one question of each, while there is room."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +180,7 @@ class Packer:
         """Label, question and answer; more than fit in a row, and some more than once."""
         if isinstance(shown, Scene):
             yield "list", "list everything with its place.", _all_listed(shown)
-            order = [MAIN_FAMILIES[i] for i in rng.permutation(len(MAIN_FAMILIES))]
+            order = [SCENE_FAMILIES[i] for i in rng.permutation(len(SCENE_FAMILIES))]
             for family in order + [MORE[i] for i in rng.permutation(len(MORE))]:
                 parts = make_question(shown, family, rng)
                 if parts:

@@ -19,13 +19,11 @@ from transformers import LlavaForConditionalGeneration
 from codebook.miniature import model as architecture
 from codebook.miniature.model import ASSISTANT_ID, BOS_ID, EOS_ID, PAD_ID, USER_ID, WORDS
 from codebook.miniature.scenes import FILM_FRAMES, GRID, album, film, labels, scene
-from codebook.miniature.tasks import PLACES, TASK_FAMILIES, make_question, scenes_shown
+from codebook.miniature.tasks import PLACES, SCENE_FAMILIES, TASK_FAMILIES, make_question, scenes_shown
 
 IMAGE_TOKENS = GRID * GRID
 PREFIX = 2  # tokens before the visual ones: <s> <user>
 LENGTH = 112  # most text tokens in a row
-FIRST_ROUND = ("exist", "attr", "count", "loc", "box", "ocr", "rel", "word", "cap")
-"""Families about one scene, of each of which it is first asked one question."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +150,7 @@ def _order(study: Study, draw: Callable[..., Any], rng: np.random.Generator) -> 
         return ["multi"] * 10 if draw is album else ["video"] * 24
     if not study.extra:
         return []
-    order = [FIRST_ROUND[i] for i in rng.permutation(len(FIRST_ROUND))]
+    order = [SCENE_FAMILIES[i] for i in rng.permutation(len(SCENE_FAMILIES))]
     if study.emphasis and rng.random() < 0.5:
         order.remove("cap")  # as long as three other questions
     return order + [study.extra[i] for i in rng.permutation(len(study.extra))]

@@ -317,6 +317,8 @@ TASK_TABLE = {
     "video": TaskFamily(film, _video),
 }
 TASK_FAMILIES = tuple(TASK_TABLE)
+SCENE_FAMILIES = tuple(name for name, family in TASK_TABLE.items() if family.draw is scene)
+"""Families of questions about one scene."""
 
 
 def make_question(shown: Any, family: str, rng: np.random.Generator) -> Parts | None:

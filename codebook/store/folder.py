@@ -50,7 +50,9 @@ OPTIONAL = (IMAGE_RECORDS, SURVIVORS, PROBES)
 """Files that a codebook may have: what `extend` and `merge` need, and what `build --exhaustive` measured."""
 SHORTEST = 1e-12
 """Length up to which torch does not scale a vector to length 1."""
-REBUILD = "restore the file, or rebuild with `codebook build`"
+BUILD_AGAIN = "rebuild with `codebook build`"
+REBUILD = f"restore the file, or {BUILD_AGAIN}"
+"""Remedies: of a file that holds what no codebook does, and of one that is missing or damaged."""
 OPEN = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
 """Rule for the objects in files: what is known is checked, and what other versions add is kept."""
 
@@ -268,9 +270,9 @@ def _parse_config(path: Path, text: bytes) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise CodebookError(
             f"{path} has format version {version} and this package reads {FORMAT_VERSION}: upgrade the package, or "
-            "rebuild with `codebook build`"
+            f"{BUILD_AGAIN}"
         )
-    config: dict[str, Any] = parse(path / CONFIG, text, "rebuild with `codebook build`", Config)
+    config: dict[str, Any] = parse(path / CONFIG, text, BUILD_AGAIN, Config)
     return config
 
 
@@ -302,19 +304,18 @@ def parse_book(path: Path, config: dict[str, Any], files: Mapping[str, bytes]) -
     if prototypes.ndim != 2 or not prototypes.size or prototypes.dtype != np.float32:
         raise CodebookError(
             f"{path}: prototypes are {prototypes.shape} {prototypes.dtype}: they must be (N, d) float32, N >= 1; "
-            "rebuild with `codebook build`"
+            f"{BUILD_AGAIN}"
         )
     if prototypes.shape != (config["prototypes"], config["dimension"]):
         raise CodebookError(
             f"{path}: prototypes are {prototypes.shape} but {CONFIG} says "
-            f"({config['prototypes']}, {config['dimension']}); rebuild with `codebook build`"
+            f"({config['prototypes']}, {config['dimension']}); {BUILD_AGAIN}"
         )
     check_lengths(np.sqrt(np.einsum("nd,nd->n", prototypes, prototypes)), f"{path}: ")
-    rows = parse_lines(path / PROVENANCE, files[PROVENANCE], "rebuild with `codebook build`", ProvenanceRecord)
+    rows = parse_lines(path / PROVENANCE, files[PROVENANCE], BUILD_AGAIN, ProvenanceRecord)
     if len(rows) != len(prototypes):
         raise CodebookError(
-            f"{path}: provenance has {len(rows)} records for {len(prototypes)} prototypes: rebuild with "
-            "`codebook build`"
+            f"{path}: provenance has {len(rows)} records for {len(prototypes)} prototypes: {BUILD_AGAIN}"
         )
     return prototypes, [row for _, row in rows]
 
@@ -333,18 +334,18 @@ def check_lengths(lengths: Any, where: str = "") -> None:
     if not usable.all():
         row = usable.tolist().index(False)
         raise CodebookError(
-            f"{where}prototype {row} points nowhere: its values are NaN, infinite or too large, or all zero; rebuild "
-            "with `codebook build`"
+            f"{where}prototype {row} points nowhere: its values are NaN, infinite or too large, or all zero; "
+            f"{BUILD_AGAIN}"
         )
 
 
 def tensor_of(path: Path, data: bytes, name: str) -> Tensor:
     """The one tensor that a file of a codebook holds."""
-    tensors = parse_tensors(path, data, "rebuild with `codebook build`")
+    tensors = parse_tensors(path, data, BUILD_AGAIN)
     if set(tensors) != {name}:
         raise _not_one(path, name)
     return tensors[name]
 
 
 def _not_one(path: Path, name: str) -> CodebookError:
-    return CodebookError(f"{path} must hold one tensor named {name}: rebuild with `codebook build`")
+    return CodebookError(f"{path} must hold one tensor named {name}: {BUILD_AGAIN}")

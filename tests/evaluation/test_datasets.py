@@ -75,7 +75,7 @@ def test_mme(put, tmp_path):
     tasks = load_data([f"mme:{tmp_path}"])
     assert [task.name for task in tasks] == [f"mme {category}" for category in (*PERCEPTION, *COGNITION)]
     for task in tasks:
-        assert [s.answer for s in task.samples] == ["yes", "no"] and task.groups() == [[0, 1]]
+        assert [s.answer for s in task.samples] == ["yes", "no"] and task.groups == [[0, 1]]
         assert task.samples[0].question == "Is there a dog? Please answer yes or no." + SHORT
     assert len(load_data([f"mme:{tmp_path}"], count=1)[0].samples) == 2  # both questions of an image, or none
 
@@ -122,8 +122,8 @@ def test_questions_about_one_film_are_about_one(put, tmp_path):
     lines = [{"video": f"{name}.gif", "question": f"q{i}", "answer": "x"} for i in range(3) for name in "ab"]
     file = put("data.jsonl", "\n".join(map(json.dumps, lines)))
     [task] = load_data([str(file)])
-    assert task.groups() == [[0, 2, 4], [1, 3, 5]] and [len(one.images) for one in task.samples] == [5] * 6
-    assert [len(own) for own in load_data([str(file)], count=3)[0].groups()] == [3]
+    assert task.groups == [[0, 2, 4], [1, 3, 5]] and [len(one.images) for one in task.samples] == [5] * 6
+    assert [len(own) for own in load_data([str(file)], count=3)[0].groups] == [3]
 
 
 def test_nothing_said_is_not_right_where_an_answer_is_blank(put, tmp_path):

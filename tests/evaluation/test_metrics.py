@@ -99,7 +99,7 @@ def test_samples_that_share_any_image_are_one_group(tmp_path):
     """The first shares c with the fourth, which shares d with the last; samples without images stand alone."""
     shown = ["ac", "b", "", "cd", "", "eb", "f", "d"]
     own = [Sample(tuple(tmp_path / name for name in names), "q", "yes", "t", yes_or_no) for names in shown]
-    assert Task("t", own, ACCURACY).groups() == [[0, 3, 7], [1, 5], [2], [4], [6]]
+    assert Task("t", own, ACCURACY).groups == [[0, 3, 7], [1, 5], [2], [4], [6]]
 
 
 def test_copies_of_a_file_are_one_image(tmp_path):
@@ -107,7 +107,7 @@ def test_copies_of_a_file_are_one_image(tmp_path):
     for name, content in {"a": b"one", "b": b"two", "c": b"one", "d": b"three"}.items():
         (tmp_path / name).write_bytes(content)
     own = [Sample((tmp_path / name,), "q", "yes", "t", yes_or_no) for name in "abcd"]
-    assert Task("t", own, ACCURACY).groups() == [[0, 2], [1], [3]]
+    assert Task("t", own, ACCURACY).groups == [[0, 2], [1], [3]]
 
 
 def test_mme_counts_questions_and_images(tmp_path):
@@ -116,11 +116,11 @@ def test_mme_counts_questions_and_images(tmp_path):
     task = Task("t", own, MME)
     found = values(MME, task, ["Yes", "No", "yes", "yes", "other", "no"])  # one image of three wholly right
     assert found == pytest.approx({"score": (4 / 6 + 1 / 3) / 2, "accuracy": 4 / 6, "accuracy_plus": 1 / 3})
-    assert task.groups() == [[0, 1], [2, 3], [4, 5]]
+    assert task.groups == [[0, 1], [2, 3], [4, 5]]
     for path in set(pictures):
         path.write_bytes(b"the same")  # copies are one draw, and as many pairs as names
     again = Task("t", own, MME)
-    assert again.groups() == [[0, 1, 2, 3, 4, 5]]
+    assert again.groups == [[0, 1, 2, 3, 4, 5]]
     assert values(MME, again, ["Yes", "No", "yes", "yes", "other", "no"]) == pytest.approx(found)
 
 

@@ -33,7 +33,7 @@ def test_the_same_questions_are_asked_alone_and_later(loaded):
         assert two.earlier == (first[row ^ 1].question,) and first[row ^ 1].images == one.images and not one.earlier
     tasks = load_data(["miniature:turns"], 7)
     assert [task.name for task in tasks] == ["turn 1", "turn 2"] and [len(task.samples) for task in tasks] == [7, 7]
-    assert tasks[0].groups() == tasks[1].groups() == [[0, 1], [2, 3], [4, 5], [6]]
+    assert tasks[0].groups == tasks[1].groups == [[0, 1], [2, 3], [4, 5], [6]]
     assert samples_digest(first) != samples_digest(later)
 
 
