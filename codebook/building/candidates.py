@@ -18,7 +18,7 @@ FEW = 24
 
 
 def candidates(kind: str, grid: tuple[int, int], patches: Tensor, cls: Tensor | None) -> Tensor:
-    """Choose the tokens of one image that are probed.
+    """The tokens of one image that are probed.
 
     Parameters
     ----------

@@ -21,7 +21,7 @@ FRAME_COLOUR, TEXT_COLOUR, LABEL_COLOUR = (255, 196, 0), (30, 30, 30), (120, 120
 def sheet(
     provenance: Sequence[dict[str, Any]], grid: tuple[int, int], sources: Sequence[Source], title: str
 ) -> Image.Image:
-    """Draw up to 12 clusters, the largest first, and of each up to 8 images, spread evenly over its members.
+    """A picture of up to 12 clusters, the largest first, and of each up to 8 images, spread evenly over its members.
 
     Parameters
     ----------

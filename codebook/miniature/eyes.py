@@ -72,12 +72,12 @@ def asked(question: str) -> str:
 
 
 def eyes_processor(file: Gguf) -> LlavaProcessor:
-    """Build the processor: SmolLM2's tokenizer, a chat template, and the miniature's image processor."""
+    """The processor: SmolLM2's tokenizer, a chat template, and the miniature's image processor."""
     return scene_processor(language_tokenizer(file), EYES_TEMPLATE, IMAGE_TOKEN)
 
 
 def eyes_model(file: Gguf) -> LlavaForConditionalGeneration:
-    """Build the model in float32: the language model as it is in the file, and tower and projector untrained."""
+    """The model in float32: the language model as it is in the file, and tower and projector untrained."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 

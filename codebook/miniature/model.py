@@ -52,7 +52,7 @@ TEMPLATE = (
 
 
 def processor() -> LlavaProcessor:
-    """Build the processor: a word-level tokenizer with a chat template, and CLIP's PIL image processor."""
+    """The processor: a word-level tokenizer with a chat template, and CLIP's PIL image processor."""
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -74,7 +74,7 @@ def processor() -> LlavaProcessor:
 
 
 def scene_processor(tokenizer: PreTrainedTokenizerFast, template: str, image_token: str) -> LlavaProcessor:
-    """Build a processor for scenes: CLIP's PIL image processor at their size, a tokenizer, and its chat template."""
+    """A processor for scenes: CLIP's PIL image processor at their size, a tokenizer, and its chat template."""
     from transformers import CLIPImageProcessor, LlavaProcessor
 
     images = CLIPImageProcessor(
@@ -95,7 +95,7 @@ def scene_processor(tokenizer: PreTrainedTokenizerFast, template: str, image_tok
 
 
 def model(seed: int = 0) -> LlavaForConditionalGeneration:
-    """Build the model in float32 with fresh weights (see `initialise`)."""
+    """The model in float32 with fresh weights (see `initialise`)."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -176,7 +176,7 @@ def _mimetic(query, key, heads: int) -> None:
 
 
 def _sines(width: int):
-    """Return sine and cosine positions of the grid, float (144, width)."""
+    """Sine and cosine positions of the grid, float (144, width)."""
     import torch
 
     steps = torch.arange(GRID, dtype=torch.float32)
@@ -217,7 +217,7 @@ def drafting(folder: Path) -> Iterator[Path]:
 
 
 def load_weights(folder: Path | str, device: str = "cpu") -> tuple[Model, Processor]:
-    """Load the weights that a training run left in a folder.
+    """The model and processor with the weights that a training run left in a folder.
 
     Raises
     ------

@@ -88,12 +88,12 @@ class PackedBatch:
 
 
 def tokenize(text: str) -> list[int]:
-    """Tokenize as the model's own tokenizer does."""
+    """The ids of a text's tokens, as the model's own tokenizer has them."""
     return [IDS[word] for word in re.findall(r"\w+|[^\w\s]+", text.lower())]
 
 
 def batch(size: int, seed: int, step: int, worker: int, study: Study = ALL, *, drop: bool = True) -> PackedBatch:
-    """Make the batch of a step; it depends on the arguments alone, so a resumed run sees the same ones.
+    """The batch of a step; it depends on the arguments alone, so a resumed run sees the same ones.
 
     Parameters
     ----------
@@ -129,7 +129,7 @@ def _subject(study: Study, rng: np.random.Generator) -> tuple[Callable[..., Any]
 
 
 def _kept_tokens(busy: torch.Tensor, rng: np.random.Generator | None) -> torch.Tensor:
-    """Choose the visual tokens (B * N, K) that a batch keeps.
+    """The visual tokens (B * N, K) that a batch keeps.
 
     Four of ten batches keep all, three lose background only, three lose tokens at random: losing
     background alone would teach the model to favour pruners that keep objects.
@@ -193,7 +193,7 @@ def _questions(
 def see(
     built: LlavaForConditionalGeneration, pixels: torch.Tensor, *, summary: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Run the vision tower.
+    """What the vision tower makes of pictures.
 
     Returns
     -------
@@ -211,7 +211,7 @@ def see(
 
 
 def answer_logits(built: LlavaForConditionalGeneration, visual: torch.Tensor, packed: PackedBatch) -> torch.Tensor:
-    """Run the language model on packed questions.
+    """What the language model answers to packed questions.
 
     Parameters
     ----------

@@ -136,7 +136,7 @@ class Film:
 
 
 def scene(split: str, *seed: int, dense: bool = False, look: str = "plain") -> Scene:
-    """Draw the scene of a seed.
+    """The scene of a seed.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ def scene(split: str, *seed: int, dense: bool = False, look: str = "plain") -> S
 
 
 def album(split: str, *seed: int, count: int | None = None, look: str = "plain") -> tuple[Scene, ...]:
-    """Draw two or three scenes (or `count`); in half of the pairs a shape recurs, in its colour or in another one."""
+    """Two or three scenes (or `count`); in half of the pairs a shape recurs, in its colour or in another one."""
     painter = _Painter(split, 2, seed, look)
     rng = painter.rng
     drawn = int(rng.integers(100) >= 70) + 2
@@ -169,7 +169,7 @@ def album(split: str, *seed: int, count: int | None = None, look: str = "plain")
 
 
 def film(split: str, *seed: int, count: int | None = None, look: str = "plain") -> Film:
-    """Draw a film of four to eight frames (or `count`)."""
+    """A film of four to eight frames (or `count`)."""
     painter = _Painter(split, 3, seed, look)
     rng = painter.rng
     drawn = int(rng.integers(FILM_FRAMES[0], FILM_FRAMES[1] + 1))
@@ -238,7 +238,7 @@ class _Painter:
         self.split, self.look = split, look
 
     def scene(self, count: tuple[int, int], *, dense: bool = False, echo: Thing | None = None) -> Scene:
-        """Draw a scene of `count[0]` to `count[1]` things; one of them is `echo`, if given, and unlike the others."""
+        """A scene of `count[0]` to `count[1]` things; one of them is `echo`, if given, and unlike the others."""
         rng = self.rng
         background = self.background()
         numbers: list[Number] = []

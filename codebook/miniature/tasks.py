@@ -71,7 +71,7 @@ def _one(question: str, answer: str, *items: Thing | Number) -> Parts:
 
 
 def _names(picture: Scene, thing: Thing) -> list[str]:
-    """Return the descriptions that fit this object and no other one."""
+    """The descriptions that fit this object and no other one."""
     options = {
         f"{thing.color} {thing.shape}": ("color", "shape"),
         thing.shape: ("shape",),
@@ -85,7 +85,7 @@ def _names(picture: Scene, thing: Thing) -> list[str]:
 
 
 def _referents(picture: Scene, rng: np.random.Generator, *, number: bool) -> list[tuple[str, Thing | Number]]:
-    """Return what can be pointed at without doubt, in random order, each by one of its descriptions."""
+    """What can be pointed at without doubt, in random order, each by one of its descriptions."""
     found: list[tuple[str, Thing | Number]] = []
     for thing in picture.things:
         names = _names(picture, thing)
@@ -341,7 +341,7 @@ def scenes_shown(shown: Scene | tuple[Scene, ...] | Film) -> tuple[Scene, ...]:
 def tasks(
     family: str, split: str = "test", seed: int = 0, count: int = 200, *, look: str = "plain"
 ) -> Iterator[Question]:
-    """Yield `count` questions of one family, each about a scene, an album or a film of its own.
+    """Questions of one family, `count` of them, each about a scene, an album or a film of its own.
 
     Parameters
     ----------
@@ -365,7 +365,7 @@ def tasks(
 
 
 def score(family: str, prediction: str, answer: str) -> float:
-    """Score a prediction in [0, 1].
+    """The score of a prediction, in [0, 1].
 
     Exact words, except box (1 if the intersection over union is at least 0.5) and cap (F1 over the
     comma-separated phrases, in any order).

@@ -77,7 +77,7 @@ class Family:
     """Whether tokens of a block see each other in layers with a sliding window only."""
 
     def check(self, config: Any) -> Family:
-        """Return self, or raise a CodebookError when this variant of the family is not supported."""
+        """This family; raises a CodebookError when this variant of the family is not supported."""
         return self
 
     def tower(self, model: Model) -> nn.Module:
