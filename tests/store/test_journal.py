@@ -508,6 +508,8 @@ def test_kills(file):
         process = processes.Process(target=_add_for_ever, args=(file, there.send))
         process.start()
         assert here.recv() > acknowledged
+        if delay:  # at 0 not even one may be; later one is waited for, however busy the machine is
+            acknowledged = here.recv()
         time.sleep(delay)
         process.kill()
         process.join()
@@ -523,4 +525,4 @@ def test_kills(file):
             assert list(journal.records.values()) == list(range(len(journal.records)))
             assert len(seen) == len(journal.records) > acknowledged
             assert all(journal.tensor(name)[0] == int(name) for name in journal.records)
-    assert acknowledged > 2
+    assert acknowledged >= 2
