@@ -292,6 +292,16 @@ def test_an_offloaded_cache_is_refused():
         model(**inputs_of(model), past_key_values=cache)
 
 
+def test_continuous_batching_is_refused_by_name():
+    """Also for prompts without images: it packs several into one row, each with columns of its own."""
+    model = TINY.make()
+    options = hf.GenerationConfig(max_new_tokens=2, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    with SCHEDULE(model):
+        [output] = model.generate_batch([[1, 5, 6]], generation_config=options).values()
+    assert output.error.startswith("a PagedAttentionCache cannot hold pruned layers")
+    assert "generate, not generate_batch" in output.error and not output.generated_tokens
+
+
 @pytest.fixture
 def _fresh_compiler():
     torch.compiler.reset()

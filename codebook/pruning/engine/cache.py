@@ -238,7 +238,7 @@ def check_given(cache: object, mask: Tensor | None, length: int, attending: Sequ
         For caches other than a plain `DynamicCache`, for those whose layers hold different tokens, and for masks of
         another length.
     """
-    if pruned and cache is not None:
+    if cache is not None and (pruned or not hasattr(cache, "layers")):
         _dynamic(cache)
     layers = getattr(cache, "layers", ())
     held = [layers[i] for i in attending if i < len(layers)]
@@ -281,6 +281,7 @@ def _dynamic(cache: object) -> DynamicCache:
     if not isinstance(cache, DynamicCache) or getattr(cache, "offloading", False):
         what = "cache that is offloaded" if isinstance(cache, DynamicCache) else type(cache).__name__
         raise CodebookError(
-            f"a {what} cannot hold pruned layers: use the default DynamicCache (leave `{CACHE_OPTION}` unset)"
+            f"a {what} cannot hold pruned layers: use the default DynamicCache (leave `{CACHE_OPTION}` unset, and call "
+            "generate, not generate_batch)"
         )
     return cache
