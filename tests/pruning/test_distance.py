@@ -7,6 +7,8 @@ import torch
 
 from codebook import load
 from codebook.errors import CodebookError
+from codebook.models import family
+from codebook.models.base import decoder
 from codebook.pruning import DivPrune, FastV, Merged, Random, Schedule, Stage
 from codebook.pruning.distance import distance_bias
 from tests import reference
@@ -247,9 +249,9 @@ def test_rotary_embeddings_are_cosines_and_sines_of_the_same_angles(name):
     target, seen = cells.model(name, "sdpa"), []
     hooks = [
         layer.register_forward_pre_hook(
-            lambda _, args, kwargs: seen.append(kwargs["position_embeddings"]), with_kwargs=True
+            lambda _, args, kwargs: seen.append(family(target).rotary(kwargs["position_embeddings"])), with_kwargs=True
         )
-        for layer in target.get_decoder().layers
+        for layer in decoder(target).layers
         if hasattr(layer, "self_attn")
     ]
     inputs = FAMILIES[name].inputs([["image", 5, 6, 7]])

@@ -90,7 +90,8 @@ def test_what_is_no_codebook(model, given):
 
 
 def test_a_model_without_a_codebook():
-    with pytest.raises(CodebookError, match=r"`codebook pull .*`codebook build .*`--schedule farthest.mass`"):
+    remedies = r"`codebook pull .*`codebook build .*`--method 'divprune\(middle=True\)\+mass'`"
+    with pytest.raises(CodebookError, match=remedies):
         Schedule.for_model(llava("sdpa"))
     assert str(Schedule.for_model(llava("sdpa"), "farthest+mass", 0.25)) == "farthest:0.25+mass"
 

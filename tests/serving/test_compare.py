@@ -59,8 +59,8 @@ def test_what_is_offered_is_described_in_sentences(service):
     """Methods that differ from their class by an option say what it does, in the option's own words."""
     offered = {one["name"]: one["about"] for one in httpx.get(f"{service.url}/v1/compare").json()["methods"]}
     assert offered["seeded-middle"] == (
-        "Farthest-point sampling in which the codebook's prototypes count as chosen. Keep the middle one of those that "
-        "each chosen token stands for in its place (`middles`). With mass-preserving attention."
+        "Farthest-point sampling in which the codebook's prototypes count as chosen. Keep the middle one, in raster "
+        "order, of those that each chosen token stands for in its place (`middles`). With mass-preserving attention."
     )
     assert not [name for name, about in offered.items() if "=True" in about and "A preset: " not in about]
 
