@@ -315,20 +315,23 @@ def nearest_kept(values: Tensor, index: Tensor) -> Tensor:
 
 def nearest_kept_each(values: Tensor, index: Tensor) -> Tensor:
     """The same for several images at once: (B, n, d) and (B, keep), (B, n); of each what it is for that image alone."""
-    n, d = values.shape[1:]
-    parts = max(1, AT_ONCE // (n * max(d, index.shape[1])))
-    places = torch.arange(index.shape[1], device=index.device)
-    nearest = []
-    for part, own in zip(values.split(parts), index.split(parts), strict=True):
-        part = part.float()
-        rows, first = stacked_rows(part)
+    (n, d), keep = values.shape[1:], index.shape[1]
+    nearest = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
+    # Those that are not kept, in their order: sorted, since to ask which they are would make the host wait.
+    others = torch.ones_like(nearest).scatter_(1, index, 0).argsort(dim=1, descending=True, stable=True)[:, : n - keep]
+    parts = max(1, AT_ONCE // (n * max(d, keep)))
+    found = []
+    for part, own, rest in zip(values.split(parts), index.split(parts), others.split(parts), strict=True):
+        rows, first = stacked_rows(part.float())
+        both = torch.cat([own, rest], 1) + first[:, None]
+        kept, left = rows.index_select(0, both.flatten()).view(*both.shape, d).split([keep, n - keep], 1)
         # A token's own length does not change which kept one is nearest.
-        kept = normalize(rows.index_select(0, (own + first[:, None]).flatten()), dim=-1).view(*own.shape, d)
+        pairs = zip(left, normalize(kept, dim=-1), strict=True)
         # Image by image: products of several matrices at once may be rounded in another way, and what an image's
         # tokens stand for would depend on its neighbours.
-        similarity = torch.stack([tokens @ chosen.T for tokens, chosen in zip(part, kept, strict=True)])
-        nearest.append(similarity.argmax(2).scatter_(1, own, places.expand_as(own)))
-    return torch.cat(nearest)
+        found.append(torch.stack([tokens @ chosen.T for tokens, chosen in pairs]).argmax(2))
+    nearest.scatter_(1, others, torch.cat(found))
+    return nearest.scatter_(1, index, torch.arange(keep, device=index.device).expand_as(index))
 
 
 def stacked_rows(x: Tensor) -> tuple[Tensor, Tensor]:
