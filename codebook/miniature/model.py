@@ -207,9 +207,12 @@ def save(built: LlavaForConditionalGeneration, folder: Path) -> None:
 @contextlib.contextmanager
 def drafting(folder: Path) -> Iterator[Path]:
     """A folder to write into; its files take their places in `folder` when all of them are whole."""
+    from codebook.models.caching import give_usual_rights
+
     draft = folder.with_name(folder.name + ".writing")
     shutil.rmtree(draft, ignore_errors=True)
     yield draft
+    give_usual_rights(draft)
     folder.mkdir(parents=True, exist_ok=True)
     for file in draft.iterdir():
         os.replace(file, folder / file.name)

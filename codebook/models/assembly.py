@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError, remedy_for
-from codebook.models.caching import cache_folder
+from codebook.models.caching import cache_folder, give_usual_rights
 from codebook.models.gguf import Gguf, read_gguf
 from codebook.models.smollm2 import (
     GGUF_SHA256,
@@ -143,6 +143,7 @@ def _assemble(shipped: dict[str, Path], whole: Path) -> None:
         language_tokenizer(file).backend_tokenizer.save(str(draft / "tokenizer.json"))
         hashes = {made.name: sha256_of(made) for made in sorted(draft.iterdir())}
         (draft / HASHES).write_text(json.dumps(hashes, indent=1) + "\n")
+        give_usual_rights(draft)
         if whole.exists() and not _intact(whole):
             whole.rename(Path(place) / "damaged")
         try:

@@ -153,7 +153,9 @@ def test_two_workers_train_and_leave_a_model_that_loads(tmp_path):
     folder = train(tmp_path, steps=2, workers=2, device="cpu", batch=(2, 2, 2))
     built, _ = model.load_weights(folder)
     assert built.dtype == torch.float32 and not built.training
-    assert (tmp_path / "log.jsonl").read_text().count("\n") == 3
+    log = tmp_path / "log.jsonl"
+    assert log.read_text().count("\n") == 3
+    assert {file.stat().st_mode for file in folder.iterdir()} == {log.stat().st_mode}  # for others, as any new file
 
 
 ENDLESS = """

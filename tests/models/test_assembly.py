@@ -72,6 +72,8 @@ def test_kept_in_the_cache_and_mended(language, tmp_path, monkeypatch):
     (tmp_path / "codebook" / language.name).symlink_to(language)
     whole = assembled(SHIPPED_MODELS["eyes"])
     assert whole.parent == tmp_path / "codebook"
+    (tmp_path / "new").touch()
+    assert {file.stat().st_mode for file in whole.iterdir()} == {(tmp_path / "new").stat().st_mode}
     written = (whole / "model.safetensors").stat().st_mtime_ns
     assert assembled(SHIPPED_MODELS["eyes"]) == whole
     assert (whole / "model.safetensors").stat().st_mtime_ns == written, "put together twice"
