@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NotRequired
 
 from pydantic import ConfigDict
 from typing_extensions import TypedDict
@@ -18,7 +18,10 @@ RECIPE_PART, CODEBOOK_PART, SCHEDULE_PART, HORIZON_PART, BENCH_PART, REPORT_PART
 
 
 class RecipeRecord(TypedDict):
-    """What `recipe.json` says: what was asked for, whose the labels are, and whether all steps are done."""
+    """What `recipe.json` says: what was asked for, whose the labels are, and whether all steps are done.
+
+    `questions` is the digest of what `data` says, or of the questions about images; earlier versions have none.
+    """
 
     __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")  # type: ignore[misc]
     format_version: Literal[1]
@@ -27,6 +30,7 @@ class RecipeRecord(TypedDict):
     keep: float
     count: int
     seed: int
+    questions: NotRequired[str]
     labels: Literal["given", "own", "mixed"] | None
     complete: bool
 

@@ -81,7 +81,7 @@ def tune_command(
         REPORT_PART,
         SCHEDULE_PART,
     )
-    from codebook.inference.samples import mixed
+    from codebook.inference.samples import mixed, samples_digest
     from codebook.pruning.presets import DEFAULT
     from codebook.pruning.stage import check_keep
     from codebook.store.files import write_text, writing
@@ -98,6 +98,8 @@ def tune_command(
         check_sample_count(mixed(samples, seed))
     else:
         samples = _samples(model, images, data, count, prompt, seed, loading, probing.strict)
+    asked["questions"] = samples_digest(samples)  # a file may say others now than when its steps were made
+    _check_folder(out, asked)
     metric = _rehearse(model, samples, keep, prompt, loading)
     common: dict[str, Any] = {"seed": seed, **vars(loading)}
     out.mkdir(parents=True, exist_ok=True)
@@ -143,8 +145,8 @@ def _check_folder(out: Path, asked: dict[str, Any]) -> None:
 
     if (out / RECIPE_PART).exists():
         before = read_recipe(out)
-        if different := [name for name, value in asked.items() if before[name] != value]:
-            raise CodebookError(f"{out} holds another recipe (another {', '.join(different)}): choose another --out")
+        if different := [name for name, value in asked.items() if before.get(name, value) != value]:
+            raise CodebookError(f"{out} holds another recipe (different {', '.join(different)}): choose another --out")
     elif out.is_dir() and any(out.iterdir()):
         raise CodebookError(f"{out} is not empty and holds no recipe: choose another --out")
 

@@ -54,7 +54,11 @@ def test_a_recipe_is_made_resumed_and_used(run, refused, scenes, questions, tmp_
     # the codebook's folder has it, so that it is found and pushed
     assert (out / "codebook" / "horizon.json").read_bytes() == (out / "horizon" / "horizon.json").read_bytes()
     assert stamps == {name: (out / name).stat().st_mtime_ns for name in stamps}
-    refused(*command, "--keep", "0.3", words=["another recipe (another keep)", "choose another --out"])
+    refused(*command, "--keep", "0.3", words=["another recipe (different keep)", "choose another --out"])
+    lines = questions.read_text()
+    questions.write_text(lines.replace("yes", "no"))
+    refused(*command, words=["another recipe (different questions)", "choose another --out"])
+    questions.write_text(lines)
 
     ask = [
         "prune",
@@ -92,7 +96,7 @@ def test_a_second_one_at_once_is_refused(refused, scenes, questions, tmp_path, m
         refused(*command, words=["another process is writing", "wait for it"])
     assert not list(out.iterdir())
     monkeypatch.setattr("codebook.cli.tune._rehearse", meanwhile)
-    refused(*command, words=["another recipe (another keep)"])
+    refused(*command, words=["another recipe (different keep)"])
     assert json.loads((out / "recipe.json").read_text())["keep"] == 0.3
 
 
