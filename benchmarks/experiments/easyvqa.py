@@ -18,17 +18,19 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from codebook import Schedule, load, models, prebuilt
 from codebook.cli.output import progress
 from codebook.errors import CodebookError
 from codebook.evaluation.datasets import EASY_ANSWERS, load_tasks
-from codebook.evaluation.metrics import Estimate, Task, estimate, mean_of
+from codebook.evaluation.metrics import Estimate, Task, estimate, mean_of, numbers_of_groups
 from codebook.inference.prompts import check_samples
 from codebook.inference.respond import respond
 from codebook.inference.uncertainty import NORMAL_QUANTILE, plus_minus
 from codebook.miniature.tasks import vocabulary
 
-METHODS = ("seeded", "divprune", "uniform", "random")
+METHODS = ("seeded-middle", "seeded", "divprune", "uniform", "random")
 FULL, BLIND, CONSTANT = "unpruned", "no image", "the most frequent answer"
 
 
@@ -51,8 +53,8 @@ def most_frequent(folder: Path) -> dict[str, str]:
     return {f"easyvqa {kind}": max(among, key=counts.__getitem__) for kind, among in EASY_ANSWERS.items()}
 
 
-def cells(estimates: Sequence[Estimate]) -> list[str]:
-    mean, error = mean_of(estimates)
+def cells(estimates: Sequence[Estimate], images: Sequence[np.ndarray]) -> list[str]:
+    mean, error = mean_of(estimates, images)
     half = None if error is None else 100 * NORMAL_QUANTILE * error
     return [*(f"{100 * one.value:.1f}" for one in estimates), f"{100 * mean:.1f} {plus_minus(half)}"]
 
@@ -99,13 +101,13 @@ def main() -> None:
     said = {name: by_task([one.text for one in own]) for name, own in found.items()}
     constant = most_frequent(options.folder)
     said[CONSTANT] = {task.name: [constant[task.name]] * len(task.samples) for task in tasks}
-    full = estimates(tasks, said[FULL])
+    full, images = estimates(tasks, said[FULL]), numbers_of_groups(tasks)
     print(f"\n| | {' | '.join(task.name.removeprefix('easyvqa ') for task in tasks)} | mean | against unpruned |")
     print(f"|---|{'---|' * (len(tasks) + 2)}")
     for name, texts in said.items():
         own = estimates(tasks, texts)
-        change = cells([a - b for a, b in zip(own, full, strict=True)])[-1] if name != FULL else ""
-        print(f"| {name} | {' | '.join(cells(own))} | {change} |")
+        change = cells([a - b for a, b in zip(own, full, strict=True)], images)[-1] if name != FULL else ""
+        print(f"| {name} | {' | '.join(cells(own, images))} | {change} |")
     words = set(vocabulary())
     print("\nunpruned, by whether every word of question and answer is one of the trained ones:")
     for task in tasks:
