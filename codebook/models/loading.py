@@ -6,6 +6,7 @@ import contextlib
 import re
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
+from logging import INFO, getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,8 @@ def load_untested(
         chosen: Any = dtype or ("float32" if torch.device(device).type == "cpu" else "auto")
         # Not as a decorator, behind which type checkers see no signature.
         with torch.inference_mode(False):  # whatever the caller's: weights made in inference mode cannot be trained
-            with _silent(bars=name not in SHIPPED_MODELS):
+            quiet = getLogger("codebook").level > INFO  # as `--quiet` sets it
+            with _silent(bars=name not in SHIPPED_MODELS and not quiet):
                 loaded: Any = AutoModelForImageTextToText.from_pretrained(
                     str(folder), dtype=chosen, output_loading_info=True, ignore_mismatched_sizes=True,
                     **options | files | own,

@@ -5,8 +5,10 @@ import os
 
 import pytest
 
+from codebook import miniature
 from codebook.cli import COMMANDS
 from codebook.cli.output import note, progress, quiet
+from codebook.models.loading import SHIPPED_MODELS
 
 
 def test_every_command_has_it(run):
@@ -70,3 +72,13 @@ def test_work_goes_on_where_its_progress_cannot_be_written(monkeypatch):
         with progress("work", 2, "parts") as tick:
             tick(1)
             tick(2)
+
+
+def test_a_model_of_the_users_is_loaded_without_a_word(run, tmp_path):
+    """By its folder: transformers draws a bar for models that do not ship with the package."""
+    [picture] = miniature.write_images(tmp_path, 1)
+    asked = ["prune", SHIPPED_MODELS["miniature"], "--image", picture, "--ask", "read the number."]
+    asked += ["--method", "uniform", "--keep", "0.5"]
+    assert "Loading weights" in run(*asked)[2]
+    code, out, err = run(*asked, "--quiet")
+    assert (code, err) == (0, "") and out
