@@ -21,8 +21,8 @@ from codebook.building.presets import Settings
 from codebook.building.sources import GONE
 from codebook.errors import CodebookError, counted
 from codebook.store.codebook import Codebook
-from codebook.store.files import parse_lines
 from codebook.store.folder import IMAGE_RECORDS, OPEN, SURVIVORS, Count, TokenRecord, read_folder, tensor_of
+from codebook.store.parsing import parse_lines
 
 GROWS_BY = ("fingerprint", "dtype", "settings", "grid")
 """What `config.json` must say of a codebook that is to grow."""

@@ -14,7 +14,7 @@ from codebook import models
 from codebook.building.candidates import auto
 from codebook.errors import CodebookError
 from codebook.models import Model
-from codebook.store.files import fault_words
+from codebook.store.parsing import fault_words
 
 PROMPT = "What does this image show? You must provide a single word that best describes the image."
 

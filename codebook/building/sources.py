@@ -18,8 +18,8 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, install_command
-from codebook.store.files import cannot_read, is_file, is_folder, open_regular, read_bytes, read_lines
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture, read_image
+from codebook.store.reading import cannot_read, is_file, is_folder, open_regular, read_bytes, read_lines
 
 SUFFIXES = {".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm", ".pgm", ".pnm"}
 """Suffixes of files that are taken for pictures unseen; of others the first bytes decide."""

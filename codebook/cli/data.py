@@ -16,8 +16,8 @@ from codebook.miniature import TASK_FAMILIES
 from codebook.miniature.samples import of_miniature, of_turns
 from codebook.models.finite import some
 from codebook.store.clips import FrameRule
-from codebook.store.files import is_file
 from codebook.store.pictures import even_frames
+from codebook.store.reading import is_file
 
 MINIATURE = "miniature"
 """Name of the embedded model's own samples."""

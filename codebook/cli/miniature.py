@@ -60,7 +60,7 @@ def train_command(
     from codebook.cli.checks import check_output_folder
     from codebook.miniature import train
     from codebook.models.loading import check_device
-    from codebook.store.files import writing
+    from codebook.store.locks import writing
 
     check_output_folder(out)
     check_device(device)

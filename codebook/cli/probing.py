@@ -12,8 +12,8 @@ from codebook.cli.options import Loading, Probing
 from codebook.cli.output import note
 from codebook.errors import CodebookError, counted, printable
 from codebook.store.codebook import Codebook
-from codebook.store.files import parse_lines
 from codebook.store.folder import IMAGE_RECORDS, read_folder
+from codebook.store.parsing import parse_lines
 
 
 def build_options(

@@ -22,9 +22,10 @@ from codebook.inference.samples import check_one_kind
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
 from codebook.pruning.plan import Plan
-from codebook.store.files import is_file, read_lines, replacing, sha256
+from codebook.store.files import replacing
 from codebook.store.journal import Journal
 from codebook.store.pictures import read_image
+from codebook.store.reading import is_file, read_lines, sha256
 
 QUESTION_FORMAT = 'write {"image": "file.png", "question": "..."}'
 

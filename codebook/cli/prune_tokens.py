@@ -12,8 +12,10 @@ from codebook.errors import CodebookError, printable
 from codebook.pruning import RedundancyCodebook, Stage, VisualTokens
 from codebook.pruning.stage import check_keep
 from codebook.store.codebook import Codebook
-from codebook.store.files import parse_tensors, read_tensor_bytes, replacing
+from codebook.store.files import replacing
 from codebook.store.known import find_named
+from codebook.store.parsing import parse_tensors
+from codebook.store.reading import read_tensor_bytes
 
 
 def prune_tokens(source: Path, book: Path, keep: float, output: Path, as_json: bool) -> None:

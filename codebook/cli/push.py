@@ -36,11 +36,11 @@ def push_command(
     Its README.md is its card, written anew if an option here adds to it.
     """
     from codebook.store.card import NO_LICENCE, SHEET, make_card
-    from codebook.store.files import is_file, is_folder, read_whole
     from codebook.store.folder import CARD, HORIZON_FILE, OPTIONAL, parse_book, read_folder, sealed
     from codebook.store.horizons import carried_horizon
     from codebook.store.hub import LARGEST_SHEET, check_hub_name, push_files
     from codebook.store.known import find_named
+    from codebook.store.reading import is_file, is_folder, read_whole
 
     check_hub_name(repository)
     path, remedy = find_named(folder), "restore it, or remove it"

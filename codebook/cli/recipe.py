@@ -9,7 +9,7 @@ from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
-from codebook.store.files import read_json
+from codebook.store.reading import read_json
 
 RECIPE_PART, CODEBOOK_PART, SCHEDULE_PART, HORIZON_PART, BENCH_PART, REPORT_PART = (
     "recipe.json", "codebook", "schedule.json", "horizon", "bench", "README.md",

@@ -265,7 +265,7 @@ def _examples(model: str | None) -> tuple[dict[str, str], ...]:
 
 
 def _api_key(file: Path | None) -> str | None:
-    from codebook.store.files import read_bytes
+    from codebook.store.reading import read_bytes
 
     key = os.environ.get(KEY, "") if file is None else read_bytes(file, 4096).decode(errors="surrogateescape")
     key = key.strip()

@@ -84,8 +84,9 @@ def tune_command(
     from codebook.inference.samples import mixed, samples_digest
     from codebook.pruning.presets import DEFAULT
     from codebook.pruning.stage import check_keep
-    from codebook.store.files import write_text, writing
+    from codebook.store.files import write_text
     from codebook.store.horizons import carried_horizon, put_horizon
+    from codebook.store.locks import writing
 
     check_keep(keep)
     check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))

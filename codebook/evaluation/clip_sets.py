@@ -16,8 +16,8 @@ from codebook.evaluation.parquet import TEXT_CELL, TEXTS_CELL, parquet_files, re
 from codebook.evaluation.scorers import letter
 from codebook.inference.samples import ClipPart, Sample
 from codebook.store.clips import FrameRule
-from codebook.store.files import is_folder
 from codebook.store.pictures import frame_files, is_clip, spaced
+from codebook.store.reading import is_folder
 
 CLIPS = "mp4 or webm"
 TVQA_FPS = 3

@@ -21,8 +21,8 @@ from codebook.evaluation.scorers import box_overlap, check_people, letter, named
 from codebook.inference.captions import CaptionScorer
 from codebook.inference.samples import Sample, check_images, read_samples
 from codebook.store.clips import FrameRule
-from codebook.store.files import is_file, is_folder, read_lines, read_whole
 from codebook.store.pictures import even_frames
+from codebook.store.reading import is_file, is_folder, read_lines, read_whole
 
 BOX = "Please provide the bounding box coordinate of the region this sentence describes: "
 """LLaVA-1.5's prompt for boxes (arXiv 2310.03744); what its answers are fractions of is said in docs/bench.md."""

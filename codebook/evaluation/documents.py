@@ -14,7 +14,7 @@ from codebook.errors import CodebookError
 from codebook.evaluation.scorers import anls, contains, relaxed
 from codebook.inference.captions import CaptionScorer, Vocabulary
 from codebook.inference.samples import Sample, Scorer
-from codebook.store.files import LARGEST_LINES, is_file, read_json, read_whole
+from codebook.store.reading import LARGEST_LINES, is_file, read_json, read_whole
 
 SHORT = "\nAnswer the question using a single word or phrase."
 """LLaVA-1.5's prompt for short answers (arXiv 2310.03744)."""

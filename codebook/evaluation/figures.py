@@ -12,7 +12,7 @@ from codebook.inference.uncertainty import plus_minus
 from codebook.models import same_fingerprint
 from codebook.pruning.presets import needs_codebook
 from codebook.pruning.text import UNPRUNED
-from codebook.store.files import LARGEST_LINES, read_json
+from codebook.store.reading import LARGEST_LINES, read_json
 
 
 class FiguresMean(BaseModel):

@@ -21,9 +21,9 @@ from codebook.evaluation.metrics import yes_or_no
 from codebook.evaluation.scorers import anls, check_people, contains, letter, relaxed, same, vqa
 from codebook.inference.samples import Sample, Scorer, task_name
 from codebook.models.finite import some
-from codebook.store.files import cannot_read, is_file, is_folder
 from codebook.store.hub import pull_data_set
 from codebook.store.pictures import HEAD, LARGEST_PICTURE, is_picture
+from codebook.store.reading import cannot_read, is_file, is_folder
 
 RULES: dict[str, Scorer] = {
     "same": same, "vqa": vqa, "anls": anls, "relaxed": relaxed, "contains": contains, "yesno": yes_or_no,

@@ -18,8 +18,8 @@ from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, quoted
 from codebook.store.clips import FrameRule, within
-from codebook.store.files import is_file, read_lines, sha256
 from codebook.store.pictures import USE_WHOLE, even_frames, is_picture_file, read_image, read_video
+from codebook.store.reading import is_file, read_lines, sha256
 
 Scorer = Callable[[str, Sequence[str]], float]
 """Scores a prediction from 0 (wrong) to 1 (right), given all right answers."""

@@ -30,13 +30,14 @@ def write_images(folder: str | Path, count: int, seed: int = 0) -> list[Path]:
     """Write `count` training scenes as PNG files, for building a codebook; return their paths."""
     from PIL import Image
 
-    from codebook.store.files import remove_stale, write_files, writing
+    from codebook.store.files import remove_stale, write_files
+    from codebook.store.locks import WRITER_PATIENCE, writing
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     paths = [folder / f"{i:06d}.png" for i in range(count)]
-    with writing(folder):
+    with writing(folder, WRITER_PATIENCE):
         for i, path in enumerate(paths):
             png = io.BytesIO()
             Image.fromarray(scene("train", 2, seed, i).pixels).save(png, "PNG")

@@ -7,7 +7,8 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from codebook.errors import CodebookError, quoted
-from codebook.store.files import read_json, write_json
+from codebook.store.files import write_json
+from codebook.store.reading import read_json
 
 SCHEDULE_FORMAT = 1
 """Version of the layout of schedule files."""

@@ -10,7 +10,7 @@ from codebook.pruning.plan import Plan
 from codebook.serving.metrics import Metrics
 from codebook.serving.shelf import Shelf
 from codebook.serving.state import ModelState, State
-from codebook.store.files import is_folder
+from codebook.store.reading import is_folder
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from pydantic import (
 
 from codebook.errors import quoted
 from codebook.serving.errors import ServiceError, first_fault
-from codebook.store.files import RepeatedKeyError, each_once
+from codebook.store.parsing import RepeatedKeyError, each_once
 
 MOST_PARTS = 256
 """Messages of a conversation, and parts of a message."""

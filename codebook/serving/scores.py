@@ -32,7 +32,7 @@ from codebook.serving.wire import (
     check_features,
 )
 from codebook.store.codebook import Codebook
-from codebook.store.files import parse_tensors
+from codebook.store.parsing import parse_tensors
 
 SCORED_AT_ONCE = 2
 """Requests that are scored at the same time; each uses all of torch's threads, so that more would only hold memory."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codebook.errors import CodebookError, printable, quoted
-from codebook.store.files import is_folder
+from codebook.store.reading import is_folder
 
 SHEET = "sheet.png"
 """Picture of the tokens behind the prototypes, which a card shows."""

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image as Picture
 
 from codebook.errors import CodebookError, install_command
-from codebook.store.files import cannot_read, open_regular
+from codebook.store.reading import cannot_read, open_regular
 
 CONTAINERS = ((4, b"ftyp", "mov"), (0, b"\x1a\x45\xdf\xa3", "matroska"))
 """What files of each container begin with, at which byte, and FFmpeg's name of its demuxer."""

@@ -13,7 +13,6 @@ from codebook.errors import CodebookError, counted
 from codebook.models import Model, adapter_words, fingerprint, same_fingerprint, shape
 from codebook.store.card import make_card
 from codebook.store.fetching import pull
-from codebook.store.files import is_file
 from codebook.store.folder import (
     CONFIG,
     PROTOTYPES,
@@ -27,6 +26,7 @@ from codebook.store.folder import (
 )
 from codebook.store.hub import push_files
 from codebook.store.inverted import Place
+from codebook.store.reading import is_file
 from codebook.store.released import read_released
 from codebook.store.search import Backend, PrototypeSearch
 

@@ -19,7 +19,7 @@ from typing import Any
 from sqlitedict import SqliteDict, SqliteMultithread
 
 from codebook.errors import CodebookError
-from codebook.store.files import open_regular
+from codebook.store.reading import open_regular
 
 MAGIC = b"SQLite format 3\0"
 """How a database's file begins."""

@@ -10,10 +10,12 @@ from pathlib import Path
 
 from codebook.errors import CodebookError, one_line, unknown
 from codebook.store.card import HUB_NAME
-from codebook.store.files import CHUNK, cannot_write, is_file, replacing, sha256, writing
+from codebook.store.files import cannot_write, replacing
 from codebook.store.folder import CONFIG, packed, read_folder, whole_config, write_folder
 from codebook.store.hub import pull_repository
 from codebook.store.known import entry_folder, folders
+from codebook.store.locks import writing
+from codebook.store.reading import CHUNK, is_file, sha256
 from codebook.store.registry import RegistryEntry, RegistryFile, entry_named, read_registry
 
 FETCH_PATIENCE = 600.0

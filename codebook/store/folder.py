@@ -20,23 +20,10 @@ from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
 from codebook.store.card import make_card
-from codebook.store.files import (
-    LARGEST_JSON,
-    LARGEST_LINES,
-    WRITER_PATIENCE,
-    being_written,
-    cannot_write,
-    is_folder,
-    parse,
-    parse_arrays,
-    parse_lines,
-    parse_tensors,
-    read_tensor_bytes,
-    read_whole,
-    remove_stale,
-    write_files,
-    writing,
-)
+from codebook.store.files import cannot_write, remove_stale, write_files
+from codebook.store.locks import WRITER_PATIENCE, being_written, writing
+from codebook.store.parsing import parse, parse_arrays, parse_lines, parse_tensors
+from codebook.store.reading import LARGEST_JSON, LARGEST_LINES, is_folder, read_tensor_bytes, read_whole
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -247,7 +234,7 @@ def write_folder(path: Path, config: dict[str, Any], files: Mapping[str, bytes])
     contents = sealed(config, files)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with writing(path):
+        with writing(path, WRITER_PATIENCE):
             remove_stale(path)
             write_files(path, contents)
     except OSError as error:

@@ -12,9 +12,11 @@ from pydantic import BaseModel, Field, FiniteFloat, NonNegativeInt, ValidationEr
 from codebook.errors import CodebookError, printable
 from codebook.models import Model, same_fingerprint, whole_fingerprint
 from codebook.store.codebook import Codebook
-from codebook.store.files import cannot_write, is_file, parse, read_whole, replacing
+from codebook.store.files import cannot_write, replacing
 from codebook.store.folder import HORIZON_FILE
 from codebook.store.known import find_named, known
+from codebook.store.parsing import parse
+from codebook.store.reading import is_file, read_whole
 
 MEASURE = "make one with `codebook horizon --out`"
 LONGEST_REASON = 100

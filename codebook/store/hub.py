@@ -13,8 +13,8 @@ from typing import Any
 
 from codebook.errors import CodebookError, check_revision, is_unreachable, named_line, one_line, quoted, remedy_for
 from codebook.store.card import HUB_NAME, SHEET
-from codebook.store.files import LARGEST_JSON, LARGEST_LINES
 from codebook.store.folder import CARD, CONFIG, HORIZON_FILE, OPTIONAL, PROTOTYPES, PROVENANCE, read_folder
+from codebook.store.reading import LARGEST_JSON, LARGEST_LINES
 from codebook.store.registry import LARGEST_DOWNLOAD
 
 REQUIRED = (CONFIG, PROTOTYPES, PROVENANCE)

@@ -23,7 +23,9 @@ from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError
 from codebook.models.caching import cache_folder
-from codebook.store.files import locked, read_json, replacing, sha256, write_text
+from codebook.store.files import replacing, write_text
+from codebook.store.locks import locked
+from codebook.store.reading import read_json, sha256
 
 AGREEMENT = 0.999
 """Least share of keep decisions that are those of the exact search, at any keep ratio."""

@@ -33,15 +33,9 @@ from codebook.store.database import (
     read_entries,
     system_error,
 )
-from codebook.store.files import (
-    NOT_FOLLOWED,
-    cannot_write,
-    check_regular,
-    locked,
-    read_tensor_bytes,
-    remove_stale,
-    write_files,
-)
+from codebook.store.files import NOT_FOLLOWED, cannot_write, check_regular, remove_stale, write_files
+from codebook.store.locks import locked
+from codebook.store.reading import read_tensor_bytes
 
 KEPT = "what is finished is kept: "
 """What an error says before its remedy."""

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from codebook.errors import CodebookError, did_you_mean, quoted
 from codebook.store.card import HUB_NAME
-from codebook.store.files import is_file, is_folder
 from codebook.store.folder import CONFIG, PROTOTYPES, PROVENANCE
+from codebook.store.reading import is_file, is_folder
 from codebook.store.registry import RegistryEntry, entry_named, index_folder, read_registry
 
 SHIPPED, FETCHED, PULLED = "shipped", "registry", "hub"

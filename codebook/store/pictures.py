@@ -21,7 +21,7 @@ from PIL import ImageOps, ImageSequence
 
 from codebook.errors import CodebookError, one_line
 from codebook.store.clips import LARGEST_CLIP, ClipInfo, FrameRule, container_of, read_clip
-from codebook.store.files import cannot_read, is_file, is_folder, open_regular, read_bytes
+from codebook.store.reading import cannot_read, is_file, is_folder, open_regular, read_bytes
 
 USE_WHOLE = "use a whole PNG, JPEG or WebP file"
 SHOWN_AS_VIDEO = "give an mp4 or webm file, a folder of frames, or an animated GIF, PNG or WebP"

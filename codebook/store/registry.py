@@ -14,8 +14,9 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 from codebook.errors import CodebookError
-from codebook.store.files import fault_words, read_whole
 from codebook.store.folder import CONFIG, PROTOTYPES, PROVENANCE
+from codebook.store.parsing import fault_words
+from codebook.store.reading import read_whole
 
 REGISTRY = "registry.json"
 LARGEST_DOWNLOAD = 2**32

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError
-from codebook.store.files import LARGEST_TENSORS, cannot_read, open_regular, read_json
+from codebook.store.reading import LARGEST_TENSORS, cannot_read, open_regular, read_json
 
 GIVE_PT = "give the released .pt file"
 

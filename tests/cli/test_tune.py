@@ -7,7 +7,7 @@ import pytest
 
 from codebook import miniature
 from codebook.analysis.prefill import UnsharedError
-from codebook.store.files import writing
+from codebook.store.locks import writing
 
 COUNT = ["--count", "2", "--seconds", "0", "--pilot", "2", "--select", "0.3"]
 
@@ -92,7 +92,7 @@ def test_a_second_one_at_once_is_refused(refused, scenes, questions, tmp_path, m
         return "probability"
 
     out.mkdir()
-    with writing(out):
+    with writing(out, patience=0):
         refused(*command, words=["another process is writing", "wait for it"])
     assert not list(out.iterdir())
     monkeypatch.setattr("codebook.cli.tune._rehearse", meanwhile)

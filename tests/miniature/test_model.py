@@ -15,7 +15,7 @@ from codebook.miniature import TASK_FAMILIES, model, packing, prompt, tasks
 from codebook.miniature.samples import of_miniature
 from codebook.miniature.train import Recipe, Run, train
 from codebook.models.loading import SHIPPED_MODELS
-from codebook.store.files import writing
+from codebook.store.locks import writing
 
 WEIGHTS = SHIPPED_MODELS["miniature"]
 SHIPPED = (WEIGHTS / "model.safetensors").exists()
@@ -183,7 +183,7 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
 
 
 def test_a_second_run_at_once_is_refused(refused, tmp_path):
-    with writing(tmp_path):
+    with writing(tmp_path, patience=0):
         refused("miniature", "train", "--out", tmp_path, words=["another process is writing", "choose another folder"])
     assert not list(tmp_path.iterdir())
 

@@ -16,9 +16,11 @@ from codebook.inference.samples import read_samples
 from codebook.pruning.plan import Plan
 from codebook.store import files
 from codebook.store.codebook import Codebook
-from codebook.store.files import is_file, read_json, read_lines, read_tensor_bytes, replacing, write_files
+from codebook.store.files import replacing, write_files
 from codebook.store.journal import Journal
+from codebook.store.parsing import parse_tensors
 from codebook.store.pictures import read_image
+from codebook.store.reading import cannot_read, is_file, read_json, read_lines, read_tensor_bytes
 from tests.store.books import make
 
 
@@ -70,7 +72,7 @@ def latin(path):
 READERS = {
     "json": lambda path: read_json(path, "fix it"),
     "lines": lambda path: read_lines(path, "fix it"),
-    "tensors": lambda path: files.parse_tensors(path, read_tensor_bytes(path, "fix it"), "fix it"),
+    "tensors": lambda path: parse_tensors(path, read_tensor_bytes(path, "fix it"), "fix it"),
     "picture": read_image,
     "journal": lambda path: Journal(path, {"a": 1}),
     "other journal": lambda path: Journal(None, {"a": 1}, [path]),
@@ -102,11 +104,11 @@ def test_what_the_system_refuses_has_the_remedy_for_that(tmp_path, kind):
 
 
 def test_a_closed_file_and_one_of_another_kind_have_remedies_of_their_own():
-    said = str(files.cannot_read("a.json", PermissionError(13, "of a library", "a.json"), "write JSON"))
+    said = str(cannot_read("a.json", PermissionError(13, "of a library", "a.json"), "write JSON"))
     assert said == "cannot read a.json: Permission denied; choose another path, or change its permissions"
-    assert str(files.cannot_read("a.png", OSError("cut off"), "give a PNG")) == "cannot read a.png: cut off; give a PNG"
+    assert str(cannot_read("a.png", OSError("cut off"), "give a PNG")) == "cannot read a.png: cut off; give a PNG"
     odd = OSError(1094995529, "Invalid data")  # as FFmpeg's, whose numbers are its own
-    assert str(files.cannot_read("a.mp4", odd, "give a clip")) == "cannot read a.mp4: Invalid data; give a clip"
+    assert str(cannot_read("a.mp4", odd, "give a clip")) == "cannot read a.mp4: Invalid data; give a clip"
 
 
 @pytest.mark.parametrize("name", ["config.json", "provenance.jsonl", "prototypes.safetensors"])

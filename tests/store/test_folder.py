@@ -12,7 +12,7 @@ import torch
 from codebook.errors import CodebookError
 from codebook.store import folder
 from codebook.store.codebook import Codebook
-from codebook.store.files import writing
+from codebook.store.locks import writing
 from tests.store.books import make
 
 
@@ -68,8 +68,8 @@ def test_two_writers_leave_one_codebook(writer, tmp_path):
 
 def test_who_cannot_wait_is_told(tmp_path, monkeypatch):
     make().save(tmp_path)
-    monkeypatch.setattr("codebook.store.files.WRITER_PATIENCE", 0.05)
-    with writing(tmp_path), pytest.raises(CodebookError, match="another process is writing"):
+    monkeypatch.setattr("codebook.store.folder.WRITER_PATIENCE", 0.05)
+    with writing(tmp_path, patience=0), pytest.raises(CodebookError, match="another process is writing"):
         make().save(tmp_path)
     make(seed=1).save(tmp_path)
 
