@@ -17,12 +17,12 @@ def build_app(state: State) -> FastAPI:
     """The ASGI app of a service."""
     app = FastAPI(title="codebook", openapi_url=None, redirect_slashes=False)
     add_error_handlers(app)
-    for part in PARTS:
-        app.include_router(part.router(state))
+    routers = [part.router(state) for part in PARTS]
     if isinstance(state, ModelState):
         from codebook.serving import chat, compare, explain, page  # they need transformers' server
 
-        for model_part in (chat, compare, explain, page):
-            app.include_router(model_part.router(state))
-    app.add_middleware(Guard, state=state)
+        routers += [model_part.router(state) for model_part in (chat, compare, explain, page)]
+    for router in routers:
+        app.include_router(router)
+    app.add_middleware(Guard, state=state, routes=[route for router in routers for route in router.routes])
     return app

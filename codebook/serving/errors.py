@@ -37,6 +37,11 @@ class ServiceError(CodebookError):
         self.status, self.code, self.param = status, code, param
 
 
+def too_late() -> ServiceError:
+    """The error of a request that took too long."""
+    return ServiceError(503, "no answer within the time limit: ask for fewer tokens, or try again later", "timeout")
+
+
 def error_response(
     status: int, message: str, code: str | None = None, param: str | None = None, headers: dict[str, str] | None = None
 ) -> JSONResponse:

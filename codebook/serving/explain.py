@@ -27,9 +27,9 @@ from codebook.models.base import Model
 from codebook.pruning import Schedule
 from codebook.pruning.kept_map import kept_map
 from codebook.pruning.ownership import codebooks_of
-from codebook.serving.errors import ServiceError
+from codebook.serving.errors import ServiceError, too_late
 from codebook.serving.limits import unless_left, whole_body
-from codebook.serving.model_thread import Errand, Job, Rows, too_late
+from codebook.serving.model_thread import Errand, Job, Rows
 from codebook.serving.preparing import Preparer
 from codebook.serving.request import MOST_PARTS, ChatRequest, ImagePart, Strict, Turn, parse_request, without_query
 from codebook.serving.state import ModelState

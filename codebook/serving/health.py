@@ -13,11 +13,14 @@ def router(state: State) -> APIRouter:
     """Whether the service lives, whether it takes requests, and what it has counted."""
     routes = APIRouter()
 
+    def check_model() -> None:
+        if isinstance(state, ModelState) and state.model_thread.broken:
+            raise ServiceError(503, "the model cannot answer any more: start the service anew", "broken")
+
     @routes.head("/health")
     @routes.get("/health")
     async def health() -> dict[str, str]:
-        if isinstance(state, ModelState) and state.model_thread.broken:
-            raise ServiceError(503, "the model cannot answer any more: start the service anew", "broken")
+        check_model()
         return {"status": "ok"}
 
     @routes.head("/ready")
@@ -25,6 +28,7 @@ def router(state: State) -> APIRouter:
     async def ready() -> dict[str, str]:
         if state.draining:
             raise ServiceError(503, "the service is about to end: ask another one", "draining")
+        check_model()
         return {"status": "ready"}
 
     @routes.get("/metrics")

@@ -8,12 +8,13 @@ import ipaddress
 import re
 import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from codebook.errors import CodebookError, quoted, unknown
@@ -91,8 +92,9 @@ class Guard:
     a place in the queue, and is answered even when the service is told to end.
     """
 
-    def __init__(self, app: ASGIApp, state: State) -> None:
+    def __init__(self, app: ASGIApp, state: State, routes: Sequence[BaseRoute]) -> None:
         self._app, self._state = app, state
+        self._routes = [route for route in routes if isinstance(route, Route)]
         self._arriving = 0  # bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,6 +102,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         start, status, begun = time.monotonic(), CLIENT_LEFT, False
+        make_origin_form(scope)
 
         async def noting(message: Message) -> None:
             nonlocal status, begun
@@ -119,7 +122,9 @@ class Guard:
             status = 500  # as what stands before this answers
             raise
         finally:
-            endpoint = getattr(scope.get("route"), "path", "other")
+            # Refusals count for what was asked, which is not yet looked up then.
+            matching = (route.path for route in self._routes if route.path_regex.match(scope["path"]))
+            endpoint = next(matching, "other")
             self._state.metrics.requests.labels(endpoint, str(status)).inc()
             self._state.metrics.request_seconds.labels(endpoint).observe(time.monotonic() - start)
 
@@ -154,8 +159,8 @@ class Guard:
             if origin and origin.partition("://")[2] != host:
                 raise ServiceError(403, "this service has no API key, and answers no pages of other sites")
         elif scope["path"] not in KEYLESS:
-            given = headers.get(b"authorization", b"").removeprefix(b"Bearer ")
-            if not secrets.compare_digest(given, state.api_key.encode()):
+            scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
+            if scheme.lower() != b"bearer" or not secrets.compare_digest(given.strip(), state.api_key.encode()):
                 raise ServiceError(401, "no API key, or another one: send it as `Authorization: Bearer KEY`")
         self._check_room(scope)
 
@@ -199,6 +204,18 @@ class Guard:
             ) from None
         finally:
             self._arriving -= size
+
+
+def make_origin_form(scope: Scope) -> None:
+    """Make a path of a target that is a whole URL, as in `GET http://host/path`; its host is the one that counts.
+
+    Every server must take these, of which RFC 9112 (3.2.2) has the rules.
+    """
+    scheme, separator, rest = scope["path"].partition("://")
+    if separator and scheme.lower() in ("http", "https"):
+        host, _, path = rest.partition("/")
+        others = [(name, value) for name, value in scope["headers"] if name != b"host"]
+        scope["path"], scope["headers"] = f"/{path}", [*others, (b"host", host.encode())]
 
 
 def is_own_name(host: str) -> bool:

@@ -24,7 +24,7 @@ from codebook.inference.prompts import Prompts
 from codebook.models import Image
 from codebook.models.base import Model, Processor
 from codebook.pruning import Schedule
-from codebook.serving.errors import ServiceError
+from codebook.serving.errors import ServiceError, too_late
 from codebook.serving.joining import alike, join
 from codebook.serving.metrics import Metrics
 
@@ -338,11 +338,6 @@ class Rows(StoppingCriteria, BaseStreamer):
 
     def end(self) -> None:
         """Nothing: a stream ends when its answer is there."""
-
-
-def too_late() -> ServiceError:
-    """The error of a request that took too long."""
-    return ServiceError(503, "no answer within the time limit: ask for fewer tokens, or try again later", "timeout")
 
 
 def _failed(error: BaseException) -> CodebookError:

@@ -7,22 +7,29 @@ import binascii
 import contextlib
 import http.client
 import ipaddress
+import math
 import re
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Iterable
 from urllib.parse import SplitResult, urlsplit
 
 from PIL import Image as Picture
 
 from codebook.errors import CodebookError, one_line, quoted
-from codebook.serving.errors import ServiceError
+from codebook.serving.errors import ServiceError, too_late
 from codebook.serving.limits import Limits
 from codebook.store.pictures import MOST_PIXELS, decode_image
 
 PORTS, LAST_PORT = {"http": 80, "https": 443}, 65535
 HOST = re.compile(r"(?:[a-z0-9](?:[a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?", re.IGNORECASE)
+
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+TRANSLATED = ipaddress.ip_network("64:ff9b::/96")
+"""IPv6 addresses that end with an IPv4 one, to which gateways lead (RFC 6052)."""
 
 
 def read_hosts(names: Iterable[str]) -> tuple[str, ...]:
@@ -40,21 +47,25 @@ def read_hosts(names: Iterable[str]) -> tuple[str, ...]:
     return names
 
 
-def read_pictures(urls: Iterable[str], limits: Limits, hosts: tuple[str, ...]) -> list[Picture.Image]:
-    """The pictures of one request, in order, as RGB and upright.
+def read_pictures(
+    urls: Iterable[str], limits: Limits, hosts: tuple[str, ...], deadline: float = math.inf
+) -> list[Picture.Image]:
+    """The pictures of one request, in order, as RGB and upright; none is waited for beyond a time of `time.monotonic`.
 
     Raises
     ------
     ServiceError
-        If there are too many, or too many pixels; if one cannot be read, or its URL is not allowed.
+        If there are too many, or too many pixels; if one cannot be read, or its URL is not allowed; if time is over.
     """
     pictures: list[Picture.Image] = []
     left = limits.pixels
     for number, url in enumerate(urls, 1):
         if number > limits.images:
             raise ServiceError(422, f"more than {limits.images} images: send fewer", "too_many_images", "messages")
+        if (seconds := min(limits.upload_seconds, deadline - time.monotonic())) <= 0:
+            raise too_late()
         try:
-            data = _data(url) if url[:5].lower() == "data:" else fetch(url, limits, hosts)
+            data = _data(url) if url[:5].lower() == "data:" else fetch(url, limits.body, seconds, hosts)
             pictures.append(decode_image(data, min(left, MOST_PIXELS)))
         except (CodebookError, ValueError) as error:
             code = error.code if isinstance(error, ServiceError) else "invalid_image"
@@ -75,8 +86,8 @@ def _data(url: str) -> bytes:
         ) from None
 
 
-def fetch(url: str, limits: Limits, hosts: tuple[str, ...]) -> bytes:
-    """The contents of a URL of one of `hosts`, within the limits of size and time; redirects are not followed.
+def fetch(url: str, largest: int, seconds: float, hosts: tuple[str, ...]) -> bytes:
+    """The contents of a URL of one of `hosts`, of so many bytes and seconds at most; redirects are not followed.
 
     The address is looked up once, checked, and that very address is asked. A name that leads to an address which is
     not public is refused: private hosts must be named by their addresses.
@@ -90,8 +101,7 @@ def fetch(url: str, limits: Limits, hosts: tuple[str, ...]) -> bytes:
     try:
         port = parts.port or PORTS[parts.scheme]
         place = _public_address(parts.hostname or "", port)
-        connection = _Pinned(parts, place, limits.upload_seconds)
-        return connection.fetch(limits.body)
+        return _Pinned(parts, place, seconds).fetch(largest)
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise CodebookError(f"cannot fetch it: {one_line(error)}") from None
 
@@ -119,10 +129,17 @@ def _public_address(host: str, port: int) -> tuple[str, int]:
     named = host == "localhost" or _is_address(host)
     for *_, place in found:
         address = ipaddress.ip_address(str(place[0]).partition("%")[0])
-        mapped = getattr(address, "ipv4_mapped", None)
-        if not named and not (mapped or address).is_global:
+        if not named and not _behind(address).is_global:
             raise CodebookError(f"{host} leads to a private address, which is not asked")
     return str(found[0][4][0]), int(found[0][4][1])
+
+
+def _behind(address: Address) -> Address:
+    """The IPv4 address that an IPv6 one stands for, and to which the network may lead; else the address itself."""
+    if isinstance(address, ipaddress.IPv4Address):
+        return address
+    translated = ipaddress.IPv4Address(int(address) % 2**32) if address in TRANSLATED else None
+    return address.ipv4_mapped or address.sixtofour or translated or address
 
 
 def _is_address(host: str) -> bool:

@@ -57,7 +57,7 @@ class Preparer:
         turns, texts, urls = _as_template_takes_them(asked)
         try:
             _check_texts(state, processor, asked, texts)
-            pictures = read_pictures(urls, limits, state.allowed_hosts)
+            pictures = read_pictures(urls, limits, state.allowed_hosts, deadline)
             text = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
             _check_shown(turns, text)
             prompts = encode_prompts(state.model, processor, [pictures], [text])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from fastapi import Request
@@ -27,13 +28,21 @@ COLDEST = 0.01
 """Lowest temperature that is not 0: below it sampling divides by next to nothing."""
 
 
+@dataclass(frozen=True)
+class Anything:
+    """In the place of a neutral value: any of a type."""
+
+    kind: type
+
+
 class Strict(BaseModel):
     """A part of a request: no field is ignored, no type is converted, no number is NaN.
 
     Attributes
     ----------
     neutral
-        Fields that are not understood, and those of their values that change no answer here: clients send them.
+        Fields that are not understood, and those of their values that change no answer here: clients send them. Values
+        are compared with their types: 1 is not true.
     """
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
@@ -49,13 +58,19 @@ class Strict(BaseModel):
 
 
 def _exactly(value: Any, one: Any) -> bool:
-    return type(value) is type(one) and value == one  # 1 is not true
+    return isinstance(value, one.kind) if isinstance(one, Anything) else type(value) is type(one) and value == one
 
 
 K = TypeVar("K", bound=Strict)
 
 
-class TextPart(Strict):
+class PromptPart(Strict):
+    """A part of a message, which may end what a client wants to be kept of a prompt for another: nothing is here."""
+
+    neutral: ClassVar = {"prompt_cache_breakpoint": (Anything(dict),)}
+
+
+class TextPart(PromptPart):
     """Text of a message."""
 
     type: Literal["text"]
@@ -65,11 +80,11 @@ class TextPart(Strict):
 class ImageUrl(Strict):
     """Where an image is: a data URL, or an address."""
 
-    neutral: ClassVar = {"detail": ("auto",)}
+    neutral: ClassVar = {"detail": ("auto", "high")}  # all that the model can be shown of it
     url: str
 
 
-class ImagePart(Strict):
+class ImagePart(PromptPart):
     """An image of a message."""
 
     type: Literal["image_url"]
@@ -83,7 +98,10 @@ class Turn(Strict):
     """One message of a conversation."""
 
     neutral: ClassVar = {"tool_calls": ([],), "annotations": ([],)}
-    role: Literal["system", "user", "assistant"]
+    role: Annotated[
+        Literal["system", "user", "assistant"],
+        BeforeValidator(lambda given: "system" if given == "developer" else given),  # what OpenAI calls it by now
+    ]
     content: Annotated[
         list[Part],
         Field(max_length=MOST_PARTS),
@@ -106,16 +124,27 @@ class ChatRequest(Strict):
         "frequency_penalty": (0, 0.0),
         "presence_penalty": (0, 0.0),
         "logprobs": (False,),
+        "top_logprobs": (0,),
         "store": (False,),
         "tools": ([],),
         "tool_choice": ("none", "auto"),
+        "functions": ([],),
+        "function_call": ("none", "auto"),
         "parallel_tool_calls": (False, True),
+        "reasoning_effort": ("none",),
+        "verbosity": ("medium",),
         "response_format": ({"type": "text"},),
         "modalities": (["text"],),
         "service_tier": ("auto", "default"),
         "stop": ([],),
         "logit_bias": ({},),
-        "metadata": ({},),
+        # Who asks, what for, and how long a prompt may be kept for another one: no answer depends on it.
+        "metadata": (Anything(dict),),
+        "user": (Anything(str),),
+        "safety_identifier": (Anything(str),),
+        "prompt_cache_key": (Anything(str),),
+        "prompt_cache_options": (Anything(dict),),
+        "prompt_cache_retention": (Anything(str),),
     }
     messages: list[Turn] = Field(min_length=1, max_length=MOST_PARTS)
     model: str | None = None
@@ -126,7 +155,6 @@ class ChatRequest(Strict):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
-    user: str | None = None
 
     @field_validator("max_completion_tokens")
     @classmethod

@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
         self.cut = 0
         protocol: Any = functools.partial(LimitedProtocol, seconds=state.limits.upload_seconds)
         config = uvicorn.Config(
-            build_app(state), http=protocol, ws="none", lifespan="off", log_level="warning", access_log=False,
+            build_app(state), http=protocol, ws="none", lifespan="off", log_level="error", access_log=False,
             server_header=False, timeout_graceful_shutdown=state.limits.upload_seconds,
         )  # fmt: skip
         super().__init__(config)

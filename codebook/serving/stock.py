@@ -30,6 +30,8 @@ USED = {
 """Names of `transformers serve` that are used here; none of them is promised to stay."""
 
 FAILED = "failed"
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""Headers of streams: what stands in between, such as nginx, is to pass each event on as it comes."""
 STOCK_ERROR = f'data: {{"error": "{FAILED}"}}\n\n'
 """How the stock handler writes an error into a stream."""
 
@@ -74,6 +76,7 @@ class Completion(chat_completion.ChatCompletionHandler):
         if not stream:
             return await self._non_streaming(*given)
         response = self._streaming(*given)
+        response.headers.update(STREAM_HEADERS)
         response.body_iterator = self._events(response.body_iterator)
         return response
 

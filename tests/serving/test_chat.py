@@ -66,6 +66,12 @@ def test_a_stream_has_its_usage_only_if_asked_for(client, fields):
     assert not [chunk for chunk in chunks if chunk.usage]
 
 
+def test_a_stream_asks_what_stands_in_between_to_pass_its_events_on(service):
+    [sample] = of_miniature("test", 0, 1, ["ocr"])
+    headers = httpx.post(f"{service.url}/v1/chat/completions", json=body(sample, stream=True)).headers
+    assert headers["cache-control"] == "no-cache" and headers["x-accel-buffering"] == "no"
+
+
 def test_many_clients_get_what_one_gets(service):
     """The short version of `benchmarks/cost/serve_load.py`: all families of tasks, every fourth request as a stream."""
     before = scrape(service)
@@ -124,7 +130,14 @@ def test_lengths_sampling_and_conversations(client):
     # The fields that clients send although they say nothing.
     neutral = {"n": 1, "temperature": 0, "top_p": 1, "frequency_penalty": 0, "presence_penalty": 0, "stop": None}
     neutral |= {"tools": [], "tool_choice": "none", "response_format": {"type": "text"}, "logit_bias": {}, "stop": []}
+    neutral |= {"safety_identifier": "a", "prompt_cache_key": "a", "prompt_cache_retention": "24h", "top_logprobs": 0}
+    neutral |= {"metadata": {"a": "b"}, "reasoning_effort": "none", "verbosity": "medium", "function_call": "none"}
     again = client.chat.completions.create(**body(sample, **neutral), user="me")
+    assert again.choices[0].message.content == whole.choices[0].message.content
+    [turn] = body(sample)["messages"]
+    fine = [part | {"prompt_cache_breakpoint": {"mode": "explicit"}} for part in turn["content"]]
+    fine[0]["image_url"] = fine[0]["image_url"] | {"detail": "high"}
+    again = client.chat.completions.create(**body(sample) | {"messages": [turn | {"content": fine}]})
     assert again.choices[0].message.content == whole.choices[0].message.content
     # An earlier answer as it came, and as other services give it.
     asked = body(sample)

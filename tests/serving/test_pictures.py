@@ -103,6 +103,16 @@ def test_a_host_that_trickles_is_cut_off(server):
     assert time.monotonic() - start < 2.5
 
 
+def test_no_picture_is_waited_for_beyond_the_time_of_its_request(server):
+    start, hosts = time.monotonic(), read_hosts([server])
+    with pytest.raises(ServiceError, match="image 1: "):
+        read_pictures([f"http://{server}/trickle"], LIMITS, hosts, start + 0.2)
+    assert time.monotonic() - start < 0.9
+    with pytest.raises(ServiceError) as caught:
+        read_pictures([data_url(RED)], LIMITS, hosts, start + 0.2)
+    assert (caught.value.status, caught.value.code) == (503, "timeout")
+
+
 @pytest.mark.parametrize(
     "url",
     [
@@ -119,7 +129,8 @@ def test_other_hosts_are_not_asked(server, url, monkeypatch):
     assert "URLs of its host are not fetched here" in message or "its URL is" in message
 
 
-PRIVATE = ("127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "::ffff:127.0.0.1", "fe80::1%1", "0.0.0.0", "100.64.0.1")
+PRIVATE = ("127.0.0.1", "10.1.2.3", "169.254.169.254", "::1", "::ffff:127.0.0.1", "fe80::1%1", "0.0.0.0", "100.64.0.1",
+           "64:ff9b::10.0.0.1", "2002:a00:1::1")  # fmt: skip
 
 
 @pytest.mark.parametrize("address", PRIVATE)

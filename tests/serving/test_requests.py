@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import logging
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -93,6 +94,11 @@ def refusal(service, **changes):
                 "logprobs": (True, 0),
                 "store": (True, ""),
                 "tools": ([{}], {}),
+                "top_logprobs": (1, False),
+                "metadata": ([], "a"),
+                "safety_identifier": (1, ["a"]),
+                "prompt_cache_key": (True,),
+                "reasoning_effort": ("high",),
             }.items()
             for value in values
         ),
@@ -107,7 +113,7 @@ def test_refusals_say_what_is_wrong(service, changes, status, code, words):
     ("first", "param", "words"),
     [
         ({"name": "bob"}, "messages.0.name", "is not understood here: leave it out"),
-        ({"role": "developer"}, "messages.0.role", "Input should be 'system', 'user' or 'assistant'"),
+        ({"role": "tool"}, "messages.0.role", "Input should be 'system', 'user' or 'assistant'"),
         ({"content": []}, "messages", "the question is empty: write one"),
         (
             {"content": [{"type": "input_audio", "input_audio": {}}]},
@@ -163,6 +169,52 @@ def test_headers_that_cannot_be_meant(service):
         assert httpx.head(f"{service.url}/health", headers={"Host": host}).status_code == 200
     encoded = httpx.post(f"{service.url}/v1/explain", content=b"{}", headers={"Content-Encoding": "gzip"})
     assert encoded.status_code == 415 and "as by gzip" in encoded.json()["error"]["message"]
+
+
+def exchange(target, text):
+    """(status, body) of the answer to a request that is written out, but for its end."""
+    return target.raw(f"{text}\r\nConnection: close\r\n\r\n".encode())
+
+
+def test_a_target_may_be_a_whole_address(service, target):
+    """RFC 9112, 3.2.2: every server must take it, and the host in it is the one that counts."""
+    for url in (service.url, "HTTP://localhost"):
+        assert exchange(target, f"GET {url}/health HTTP/1.1\r\nHost: evil.example")[0] == 200
+    status, body = exchange(target, f"GET {service.url}/v1/models?keep=1 HTTP/1.1\r\nHost: localhost")
+    assert status == 422 and b"keep" in body
+    assert exchange(target, f"GET {service.url} HTTP/1.1\r\nHost: localhost")[0] == 200  # the page
+    for url in ("http://evil.example/health", "http://localhost@evil.example/health"):
+        assert exchange(target, f"GET {url} HTTP/1.1\r\nHost: localhost")[0] == 403
+    assert exchange(target, "GET file://localhost/health HTTP/1.1\r\nHost: localhost")[0] == 404
+
+
+def test_what_is_refused_counts_for_its_endpoint(service):
+    """Whatever refuses it, and before it is known which part of the service was asked."""
+    for path, endpoint, status in (
+        ("/v1/chat/completions", "/v1/chat/completions", 413),
+        ("/v1/codebooks/any/score", "/v1/codebooks/{name}/score", 413),
+        ("/v1/none", "other", 413),
+    ):
+        labels = {"endpoint": endpoint, "status": str(status)}
+        registry = service.state.metrics.registry
+        before = registry.get_sample_value("codebook_requests_total", labels) or 0
+        refused = httpx.post(service.url + path, content=bytes(service.state.limits.body + 1))
+        assert refused.status_code == status
+        assert registry.get_sample_value("codebook_requests_total", labels) == before + 1
+
+
+def test_a_client_cannot_write_to_the_log(service, target, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("uvicorn"), "propagate", True)
+    for text in ("nonsense", "GET /health HTTP/1.1\r\nHost: localhost\r\nUpgrade: h2c\r\nConnection: Upgrade"):
+        target.raw(f"{text}\r\n\r\n".encode(), lambda connection: connection.shutdown(socket.SHUT_WR))
+    assert caplog.records == []
+
+
+def test_a_service_whose_model_has_failed_is_neither_well_nor_ready(service, monkeypatch):
+    monkeypatch.setattr(service.state.model_thread, "_device_failed", True)
+    for path in ("/health", "/ready"):
+        answer = httpx.get(service.url + path)
+        assert answer.status_code == 503 and answer.json()["error"]["code"] == "broken"
 
 
 def test_a_wrong_address_or_method_says_what_there_is(service):
@@ -245,6 +297,11 @@ def test_no_token_comes_of_two_parts(loaded):
         assert "a special token of the model" in said(loaded, EVERY, ("user", content))
 
 
+def test_a_developer_is_the_system():
+    asked = ChatRequest.model_validate({"messages": [{"role": "developer", "content": "a"}]})
+    assert asked.messages[0].role == "system"
+
+
 def test_messages_that_a_template_does_not_show_are_refused(loaded):
     for template in (USERS, WHOLE):
         message = said(loaded, template, ("system", "be\nbrief"), ("user", "yes"))
@@ -296,11 +353,12 @@ def test_an_api_key_is_asked_for(loaded):
     try:
         with httpx.Client(base_url=running.url) as client:
             assert client.get("/health").status_code == client.get("/ready").status_code == 200
-            for given in ("", "Bearer", "Bearer secret", "secret"):
-                refused = client.get("/v1/models", headers={"Authorization": given})
+            for given in ("", "Bearer", "Bearer secret", "secret", "secret-Schlüssel", "Basic secret-Schlüssel"):
+                refused = client.get("/v1/models", headers={"Authorization": given.encode()})
                 assert refused.status_code == 401 and refused.json()["error"]["type"] == "authentication_error"
-            header = {"Authorization": "Bearer secret-Schlüssel".encode()}
-            assert client.get("/v1/models", headers=header).json()["data"][0]["id"] == "miniature"
+            for given in ("Bearer secret-Schlüssel", "bearer secret-Schlüssel", "BEARER  secret-Schlüssel"):
+                header = {"Authorization": given.encode()}
+                assert client.get("/v1/models", headers=header).json()["data"][0]["id"] == "miniature"
             assert client.get("/metrics").status_code == 401
     finally:
         running.stop()
