@@ -90,7 +90,8 @@ def compare(options: argparse.Namespace) -> list[dict[str, Any]]:
         cache.crop(-STEPS)
 
     def count(kept: int) -> None:
-        nearest_kept_each(torch.stack(features), torch.arange(kept, device=device).expand(options.images, kept))
+        places = torch.arange(options.images * n, device=device).view(options.images, n)
+        nearest_kept_each(torch.cat(features), places, torch.arange(kept, device=device).expand(options.images, kept))
 
     rows = list(itertools.product(options.keep, options.schedules))
     tasks: dict[tuple[Any, ...], Callable[[], Any]] = {}

@@ -17,7 +17,7 @@ from codebook.building.pool import SurvivorPool
 from codebook.building.presets import preset
 from codebook.cli.output import progress
 from codebook.miniature.samples import of_miniature
-from codebook.pruning.methods.anchorprune import AnchorPrune
+from codebook.pruning.methods.anchorprune import AnchorPrune, in_anchor
 from codebook.pruning.methods.base import FramePruner, group_means, middles, nearest_kept, unit_range, whole_frames
 from codebook.pruning.methods.combine import Combination
 from codebook.pruning.methods.farthest import farthest_in_turn, farthest_points
@@ -155,7 +155,8 @@ class Anchored(Pruner):
         similarity = unit @ unit.T
         least = max(1, round(AnchorPrune.least * keep * self.most / AnchorPrune.most))
         ranked = ranked[: max(least, int(self.most * keep))]
-        anchor = ranked[AnchorPrune()._anchored(similarity[ranked][:, ranked], least)]
+        defaults = AnchorPrune.novel, AnchorPrune.novelties
+        anchor = ranked[in_anchor(similarity[ranked][:, ranked], least, *defaults)]
         nearest = torch.maximum(self.codebook.redundancy(tokens.features), similarity[:, anchor].amax(1))
         points = keep - len(anchor) - min(self.representatives, keep // 2, keep - len(anchor))
         nearest = nearest.index_fill(0, anchor, torch.inf)

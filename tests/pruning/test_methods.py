@@ -287,7 +287,10 @@ def test_units_of_any_sizes_are_counted_as_each_alone(monkeypatch, at_once):
     monkeypatch.setattr(base, "AT_ONCE", at_once)
     generator, sizes = torch.Generator().manual_seed(0), [9, 7, 9, 7, 9, 9, 9]
     images = [tokens(1, n, torch.randn(n, 4, generator=generator)) for n in sizes]
-    units = [SimpleNamespace(mass=None, ordinal=image.ordinal, count=len(image.ordinal)) for image in images]
+    units = [
+        SimpleNamespace(mass=None, ordinal=image.ordinal, count=len(image.ordinal), row=i % 3)
+        for i, image in enumerate(images)
+    ]
     units[2].mass = torch.arange(1, 10)
     # Of two sizes, of one of them three keeping three and one four; one keeps all and one nothing.
     stays = [*map(torch.tensor, ([0, 4, 8], [1, 2, 6], [2, 3, 5], [0, 1, 3], [5, 6, 7, 8])), None, torch.tensor([])]
@@ -413,7 +416,14 @@ def test_fastv_by_all_text_by_hand():
 
 
 def masses(stage, units, stays, images):
-    return selection.masses(stage, units, stays, lambda i: images[i].hidden, lambda i: images[i])
+    """`selection.masses` of images that stand behind each other in the rows of a batch."""
+    hidden = torch.zeros(3, 50, images[0].hidden.shape[1])
+    places, ends = [], [1, 1, 1]
+    for unit, image in zip(units, images, strict=True):
+        places.append(ends[unit.row] + torch.arange(unit.count))
+        ends[unit.row] += unit.count + 1
+        hidden[unit.row, places[-1]] = image.hidden
+    return selection.masses(stage, units, stays, hidden, places, lambda i: images[i])
 
 
 def test_merged_by_hand():
@@ -425,7 +435,7 @@ def test_merged_by_hand():
     assert index.tolist() == [1, 4] and pruner.groups(six, index).tolist() == [0, 0, 1, 0, 1, 1]
     assert torch.allclose(pruner.merge(six, index), torch.tensor([[2.0, 0.1], [0.1 / 3, 4.0]]))
     # With `mass` they stand for their groups, as many as an earlier stage has left each member
-    stage, unit = Stage(0, 2, pruner, mass=True), SimpleNamespace(mass=None, ordinal=six.ordinal, count=6)
+    stage, unit = Stage(0, 2, pruner, mass=True), SimpleNamespace(mass=None, ordinal=six.ordinal, count=6, row=0)
     assert masses(stage, [unit], [index], [six])[0].tolist() == [3, 3]
     unit.mass = torch.tensor([1, 2, 1, 1, 1, 4])
     assert masses(stage, [unit], [index], [six])[0].tolist() == [4, 6]

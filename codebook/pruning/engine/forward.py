@@ -154,9 +154,7 @@ class Forward:
 
         kept = torch.ones(hidden.shape[:2], dtype=torch.bool, device=hidden.device)
         places = [self._places(unit.row, unit.columns) for unit in self.units]
-        masses = selection.masses(
-            stage, self.units, chosen.stays, lambda i: hidden[self.units[i].row].index_select(0, places[i]), tokens
-        )
+        masses = selection.masses(stage, self.units, chosen.stays, hidden, places, tokens)
         merged, units, dropped = self._merged(stage, chosen.stays, tokens), list(self.units), [0] * self.given.batch
         for number, (unit, index, values) in enumerate(zip(self.units, chosen.stays, merged, strict=True)):
             if index is not None:

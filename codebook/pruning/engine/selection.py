@@ -12,7 +12,7 @@ from codebook.models import Image
 from codebook.pruning.engine.prompt import Unit
 from codebook.pruning.methods.base import FeaturePruner, FramePruner, Pruner, nearest_kept_each
 from codebook.pruning.stage import Stage
-from codebook.pruning.tokens import VisualTokens
+from codebook.pruning.tokens import VisualTokens, on_device
 
 
 def targets(
@@ -165,7 +165,8 @@ def masses(
     stage: Stage,
     units: Sequence[Unit],
     stays: Sequence[Tensor | None],
-    values: Callable[[int], Tensor],
+    hidden: Tensor,
+    places: Sequence[Tensor],
     tokens: Callable[[int], VisualTokens],
 ) -> list[Tensor | None]:
     """For each unit how many tokens each of those that stay stands for; None where each stands for itself.
@@ -174,8 +175,10 @@ def masses(
     ----------
     stays
         For each unit the indices of its tokens that stay; None where all do.
-    values
-        The hidden states (n, d) of a unit's tokens, by its number.
+    hidden : (B, P, d) float
+        Hidden states at the stage's layer.
+    places : (n,) int64, of each unit
+        Where its tokens are in its row of them.
     tokens
         What the pruner saw of a unit, by its number, if it has groups of its own.
     """
@@ -187,7 +190,7 @@ def masses(
         return masses
     # Of a crop or frame that loses everything, none stays to stand for it.
     kept = {number: index for number, index in enumerate(stays) if index is not None and len(index)}
-    for number, group in _groups(stage.pruner, units, kept, values, tokens).items():
+    for number, group in _groups(stage.pruner, units, kept, hidden, places, tokens).items():
         unit = units[number]
         before = torch.ones_like(unit.ordinal) if unit.mass is None else unit.mass
         masses[number] = before.new_zeros(len(kept[number])).index_add_(0, group, before)
@@ -198,7 +201,8 @@ def _groups(
     pruner: Pruner,
     units: Sequence[Unit],
     kept: Mapping[int, Tensor],
-    values: Callable[[int], Tensor],
+    hidden: Tensor,
+    places: Sequence[Tensor],
     tokens: Callable[[int], VisualTokens],
 ) -> dict[int, Tensor]:
     """By the number of each unit: to which of its kept tokens each of its tokens is counted, (n,) int64."""
@@ -209,6 +213,8 @@ def _groups(
     # Units of one size at once: with many images, to say each step is what takes time.
     for same in _grouped((units[number].count, len(kept[number])) for number in rest):
         alike = [rest[place] for place in same]
-        nearest = nearest_kept_each(torch.stack([*map(values, alike)]), torch.stack([kept[i] for i in alike]))
+        first = on_device([units[i].row * hidden.shape[1] for i in alike], hidden.device)
+        where = torch.stack([places[i] for i in alike]) + first[:, None]
+        nearest = nearest_kept_each(hidden.flatten(0, 1), where, torch.stack([kept[i] for i in alike]))
         groups |= zip(alike, nearest, strict=True)
     return groups

@@ -52,7 +52,7 @@ class AnchorPrune(Pruner):
         similarity = gram(normalize(tokens.features.float(), dim=-1))
         least = max(1, round(self.least * keep))
         ranked = ranked[: max(least, int(self.most * keep))]
-        anchored = self._anchored(similarity[ranked][:, ranked], least)
+        anchored = in_anchor(similarity[ranked][:, ranked], least, self.novel, self.novelties)
         # How many the anchor has is known on the device alone, so enough others are chosen for the smallest one.
         nearest = similarity[:, ranked].where(anchored, -torch.inf).amax(1)
         nearest = nearest.scatter(0, ranked, torch.where(anchored, torch.inf, nearest[ranked]))
@@ -60,9 +60,13 @@ class AnchorPrune(Pruner):
         turn = torch.cat([torch.where(anchored, -1, keep), torch.arange(keep - least, device=ranked.device)])
         return torch.cat([ranked, others])[turn.topk(keep, largest=False).indices].sort().values
 
-    def _anchored(self, similarity: Tensor, least: int) -> Tensor:
-        """Which of the tokens with these similarities (m, m), best first, are in the anchor: (m,) bool."""
-        before = torch.ones_like(similarity, dtype=torch.bool).tril(-1)
-        novel = similarity.where(before, -torch.inf).amax(1) < 1 - self.novel
-        novel[:least] = False
-        return novel.cumsum(0) < self.novelties
+
+def in_anchor(similarity: Tensor, least: int, novel: float, novelties: int) -> Tensor:
+    """Which tokens are in the anchor, of those with these similarities (m, m), the most relevant first: (m,) bool.
+
+    The other parameters are those of `AnchorPrune`, `least` as a count.
+    """
+    before = torch.ones_like(similarity, dtype=torch.bool).tril(-1)
+    new = similarity.where(before, -torch.inf).amax(1) < 1 - novel
+    new[:least] = False
+    return new.cumsum(0) < novelties

@@ -310,21 +310,34 @@ def nearest_kept(values: Tensor, index: Tensor) -> Tensor:
     -------
     (n,) int64, places in `index`
     """
-    return nearest_kept_each(values[None], index[None])[0]
+    return nearest_kept_each(values, torch.arange(len(values), device=values.device)[None], index[None])[0]
 
 
-def nearest_kept_each(values: Tensor, index: Tensor) -> Tensor:
-    """The same for several images at once: (B, n, d) and (B, keep), (B, n); of each what it is for that image alone."""
-    (n, d), keep = values.shape[1:], index.shape[1]
-    nearest = torch.zeros(values.shape[:2], dtype=torch.long, device=values.device)
+def nearest_kept_each(rows: Tensor, places: Tensor, index: Tensor) -> Tensor:
+    """The same for several images at once: of each what it is for that image alone.
+
+    Parameters
+    ----------
+    rows : (N, d) float
+        What is compared, of all images.
+    places : (B, n) int64
+        Where among them each image's tokens are.
+    index : (B, keep) int64
+        Which of its n tokens each image keeps.
+
+    Returns
+    -------
+    (B, n) int64, places in each row of `index`
+    """
+    n, keep = places.shape[1], index.shape[1]
+    nearest = torch.zeros_like(places)
     # Those that are not kept, in their order: sorted, since to ask which they are would make the host wait.
     others = torch.ones_like(nearest).scatter_(1, index, 0).argsort(dim=1, descending=True, stable=True)[:, : n - keep]
-    parts = max(1, AT_ONCE // (n * max(d, keep)))
+    parts = max(1, AT_ONCE // (n * max(rows.shape[1], keep)))
     found = []
-    for part, own, rest in zip(values.split(parts), index.split(parts), others.split(parts), strict=True):
-        rows, first = stacked_rows(part.float())
-        both = torch.cat([own, rest], 1) + first[:, None]
-        kept, left = rows.index_select(0, both.flatten()).view(*both.shape, d).split([keep, n - keep], 1)
+    for part, own, rest in zip(places.split(parts), index.split(parts), others.split(parts), strict=True):
+        both = part.gather(1, torch.cat([own, rest], 1))
+        kept, left = rows.index_select(0, both.flatten()).float().view(*both.shape, -1).split([keep, n - keep], 1)
         # A token's own length does not change which kept one is nearest.
         pairs = zip(left, normalize(kept, dim=-1), strict=True)
         # Image by image: products of several matrices at once may be rounded in another way, and what an image's
@@ -332,12 +345,6 @@ def nearest_kept_each(values: Tensor, index: Tensor) -> Tensor:
         found.append(torch.stack([tokens @ chosen.T for tokens, chosen in pairs]).argmax(2))
     nearest.scatter_(1, others, torch.cat(found))
     return nearest.scatter_(1, index, torch.arange(keep, device=index.device).expand_as(index))
-
-
-def stacked_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows (B * n, d) of several matrices (B, n, d), and the number (B,) of each one's first."""
-    rows = x.flatten(0, 1)
-    return rows, torch.arange(len(x), device=x.device) * x.shape[1]
 
 
 def middles(groups: Tensor, count: int) -> Tensor:

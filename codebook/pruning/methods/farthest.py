@@ -17,7 +17,6 @@ from codebook.pruning.methods.base import (
     middles,
     nearest_kept_each,
     option,
-    stacked_rows,
 )
 from codebook.pruning.methods.centring import centred_gate
 
@@ -79,7 +78,9 @@ class Farthest(FeaturePruner):
             gate = torch.stack(gates) if gates else None
             index = farthest_points(similarity, nearest, keep, self.representatives, gate)
             if self.middle:
-                index = middles(nearest_kept_each(part, index), keep).sort(1).values
+                rows, first = _stacked_rows(part)
+                own = first[:, None] + torch.arange(part.shape[1], device=part.device)
+                index = middles(nearest_kept_each(rows, own, index), keep).sort(1).values
             chosen.append(index)
         return torch.cat(chosen)
 
@@ -185,7 +186,7 @@ def farthest_in_turn(similarity: Tensor, nearest: Tensor, count: int, gate: Tens
     -------
     (B, count) int64, in the order of choice
     """
-    rows, first = stacked_rows(similarity)
+    rows, first = _stacked_rows(similarity)
     itself = similarity.diagonal(dim1=1, dim2=2)
     own = itself.clone()
     itself.fill_(torch.inf)  # what is chosen is never furthest again
@@ -225,7 +226,7 @@ def farthest_points(
     -------
     (B, keep) int64, each row ascending
     """
-    rows, first = stacked_rows(similarity)
+    rows, first = _stacked_rows(similarity)
     points = farthest_in_turn(similarity, nearest, keep - min(representatives, keep // 2), gate)
     covered = rows[first[:, None] + points].amax(1)
     chosen = list(points.unbind(1))
@@ -234,3 +235,8 @@ def farthest_points(
         chosen.append(gain.argmax(1))
         covered = torch.maximum(covered, rows.index_select(0, first + chosen[-1]))
     return torch.stack(chosen, 1).sort(1).values
+
+
+def _stacked_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows (B * n, d) of several matrices (B, n, d), and the number (B,) of each one's first."""
+    return x.flatten(0, 1), torch.arange(len(x), device=x.device) * x.shape[1]
