@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from codebook.errors import CodebookError
 from codebook.inference.outputs import NanWatch
 from codebook.inference.overlay import overlay, shown_part, stacked
+from codebook.inference.padding import without_padding
 from codebook.inference.prompts import Prompts, check_new_tokens, prepare
 from codebook.models import Image, family, unwrap
 from codebook.models.base import Model, Processor
@@ -175,7 +176,7 @@ def generate(
     processors: Sequence[LogitsProcessor] = (),
     **options: Any,
 ) -> Generated:
-    """Run the model's own `generate` on prepared prompts under a schedule, as `ask` takes it.
+    """Run the model's own `generate` on prepared prompts under a schedule, as `ask` takes it: each as alone.
 
     Parameters
     ----------
@@ -191,8 +192,10 @@ def generate(
     """
     watch = NanWatch()
     with torch.inference_mode(), _context(model, schedule) as pruning:
-        options = ONE_SEQUENCE | options
-        out = model.generate(**prompts.inputs, logits_processor=LogitsProcessorList([watch, *processors]), **options)
+        readers, off = without_padding(model, prompts.inputs, options)
+        options = ONE_SEQUENCE | options | off
+        steps = LogitsProcessorList([watch, *readers, *processors])
+        out = model.generate(**prompts.inputs, logits_processor=steps, **options)
     watch.check()
     # Pruning lists the images of the whole batch, prompt by prompt.
     every_image = iter(zip(pruning.images, pruning.kept, strict=True))

@@ -129,6 +129,9 @@ class ModelThread:
     def __init__(self, model: Model, processor: Processor, schedule: Schedule, metrics: Metrics) -> None:
         self._model, self._schedule, self._metrics = model, schedule, metrics
         self._ends = _ends(model)
+        self._forced_end = (
+            model.generation_config.forced_eos_token_id is not None
+        )  # where a batch's longest answer ends
         self._pad = processor.tokenizer.pad_token_id or 0  # masked
         self._queue: deque[Job | Errand] = deque()
         self._ready = threading.Condition()
@@ -231,7 +234,8 @@ class ModelThread:
             if len(batch) == MOST_TOGETHER:
                 break
             widest = max(longest, job.length)
-            if (len(batch) + 1) * widest <= most and alike(first.prompts, job.prompts):
+            as_long = job.new_tokens == first.new_tokens or not self._forced_end
+            if (len(batch) + 1) * widest <= most and as_long and alike(first.prompts, job.prompts):
                 batch.append(job)
                 self._queue.remove(job)
                 longest = widest

@@ -148,6 +148,25 @@ def test_after_a_failure_of_the_device_only_another_process_can_go_on(loaded, th
     assert one.answer.exception(60) is not None and thread.broken
 
 
+def test_an_end_that_is_forced_is_at_the_length_of_each_answer(loaded, monkeypatch):
+    """A batch has one length, that of its longest answer."""
+    model, *_ = loaded
+    end, [sample] = model.generation_config.eos_token_id, of_miniature("test", 0, 1, ["ocr"])  # of three words
+    monkeypatch.setattr(model.generation_config, "forced_eos_token_id", end)
+    thread, wait = ModelThread(*loaded, Metrics()), threading.Event()
+    try:
+        thread.submit(Errand(lambda: wait.wait(30)))
+        jobs = [job(loaded, sample, new_tokens=length) for length in (2, 3, 2)]
+        for one in jobs:
+            thread.submit(one)
+        wait.set()
+        answers = [one.answer.result(60).tolist() for one in jobs]
+        assert [(len(own), own[-1]) for own in answers] == [(2, end), (3, end), (2, end)]
+        assert sizes(thread) == (2, 3)
+    finally:
+        thread.stop()
+
+
 def test_a_deadline_ends_what_waits_and_what_runs(loaded, thread, held):
     waiting = job(loaded, SAMPLES[0], deadline=time.monotonic() - 1)
     thread.submit(waiting)
