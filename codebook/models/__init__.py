@@ -2,7 +2,15 @@
 
 from codebook.models.base import Family, Model, Processor
 from codebook.models.encoded import Encoded
-from codebook.models.fingerprint import adapter_words, fingerprint, identity, same_fingerprint, whole_fingerprint
+from codebook.models.fingerprint import (
+    adapter_words,
+    codebook_stamp,
+    fingerprint,
+    identity,
+    same_fingerprint,
+    weights_stamp,
+    whole_fingerprint,
+)
 from codebook.models.layout import KINDS, Grid, Image, Layout, whole_images_error
 from codebook.models.loading import SHIPPED_MODELS, check_device, load
 from codebook.models.registry import FAMILIES, check_model, family
@@ -26,6 +34,7 @@ __all__ = [
     "adapter_words",
     "check_device",
     "check_model",
+    "codebook_stamp",
     "family",
     "fingerprint",
     "identity",
@@ -34,6 +43,7 @@ __all__ = [
     "same_fingerprint",
     "shape",
     "unwrap",
+    "weights_stamp",
     "whole_fingerprint",
     "whole_images_error",
 ]

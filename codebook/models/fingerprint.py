@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import re
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -56,6 +56,24 @@ def fingerprint(model: Model) -> str:
                 f"language model alone quantised, in bitsandbytes by llm_int8_skip_modules={whole}"
             )
     return _stored(model)
+
+
+def weights_stamp(module: nn.Module) -> Hashable:
+    """What differs once a module's weights are others than they were: which tensors, and how often written.
+
+    It is fast enough to ask at every call. What is written past torch's counting, by `.data`, it does not tell.
+    """
+    held = (part for value in (*module.parameters(), *module.buffers()) for part in plain_tensors(value))
+    # Weights that accelerate keeps elsewhere are other tensors after each forward.
+    return tuple(
+        None if part.is_meta else (id(part), part.data_ptr(), 0 if part.is_inference() else part._version)
+        for part in held
+    )
+
+
+def codebook_stamp(model: Model) -> Hashable:
+    """The `weights_stamp` of the modules that a codebook belongs to."""
+    return tuple(weights_stamp(part) for part in _parts(stock(model)).values())
 
 
 def adapter_words(model: Model) -> str:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 from codebook.errors import CodebookError, quoted
-from codebook.models.base import Model
+from codebook.models import Model, codebook_stamp
 from codebook.pruning.methods import Pruner
 from codebook.pruning.methods.combine import Combination
 from codebook.pruning.tokens import digest_rows
@@ -15,8 +15,8 @@ from codebook.store.codebook import Codebook
 
 _digests: WeakKeyDictionary[Codebook, int] = WeakKeyDictionary()
 """Digests of codebooks' prototypes: a journal asks for them at every answer."""
-_known: WeakKeyDictionary[Model, WeakSet[Codebook]] = WeakKeyDictionary()
-"""Codebooks that were found to be a model's: a service opens a context per question."""
+_known: WeakKeyDictionary[Model, WeakKeyDictionary[Codebook, Hashable]] = WeakKeyDictionary()
+"""Codebooks that were found to be a model's, with the stamp of its weights: a service opens a context per question."""
 
 
 def codebooks_of(pruner: Pruner) -> Iterator[Codebook]:
@@ -43,8 +43,10 @@ def check_codebooks(model: Model, pruners: Iterable[Pruner]) -> None:
 
     Another model's prototypes may have the right dimension, and then prune without an error: by chance.
     """
-    for pruner in pruners:
-        for book in codebooks_of(pruner):
-            if book not in _known.setdefault(model, WeakSet()):
-                book.check(model)
-                _known[model].add(book)
+    books = dict.fromkeys(book for pruner in pruners for book in codebooks_of(pruner))
+    stamp = codebook_stamp(model) if books else None
+    known = _known.setdefault(model, WeakKeyDictionary())
+    for book in books:
+        if book not in known or known[book] != stamp:
+            book.check(model)
+            known[book] = stamp

@@ -99,7 +99,16 @@ class VisualTokens:
 
     @classmethod
     def of(cls, features: Tensor) -> VisualTokens:
-        """Tokens of which only `features`, the projector outputs (n, d), are known; the grid is taken to be one row."""
+        """Tokens of which only `features`, the projector outputs (n, d), are known; the grid is taken to be one row.
+
+        Raises
+        ------
+        CodebookError
+            If they are no tensor (n, d) of floats.
+        """
+        if not isinstance(features, Tensor) or features.dim() != 2 or not features.is_floating_point():
+            what = f"{tuple(features.shape)} {features.dtype}" if isinstance(features, Tensor) else type(features)
+            raise CodebookError(f"features are {what}: give the projector outputs of one image, (n, d) floats")
         ordinal = torch.arange(len(features), device=features.device)
         return cls(
             features, features, features, slice(0, len(features)), ordinal[:0], ordinal, (1, len(features)),

@@ -37,7 +37,7 @@ class Codebook:
     Attributes
     ----------
     prototypes : (N, d) float32
-        Raw projector outputs, neither normalised nor averaged.
+        Raw projector outputs, neither normalised nor averaged; a copy of those given. They stay as they are.
     provenance : list of N dicts
         For each prototype `image`, `row`, `col`, `p1`, `jsd_region`, `jsd_global`, `cluster`.
     config : dict
@@ -49,7 +49,8 @@ class Codebook:
     ------
     CodebookError
         If the prototypes are not of that shape and type, one is no number or all zeros, or the provenance has another
-        length. Wherever tokens are compared: if their d is not the prototypes'.
+        length. Wherever tokens are compared: if they are not floats, or their d is not the prototypes'. Wherever the
+        prototypes are used: if they were changed in place.
     """
 
     folder: Path | None = None
@@ -60,23 +61,23 @@ class Codebook:
         provenance: Sequence[dict[str, Any]] | None = None,
         config: dict[str, Any] | None = None,
     ) -> None:
-        if prototypes.dim() != 2 or not prototypes.numel() or prototypes.dtype != torch.float32:
-            raise CodebookError(
-                f"prototypes are {tuple(prototypes.shape)} {prototypes.dtype}: they must be (N, d) float32, N >= 1"
-            )
+        if not _are_rows(prototypes) or not prototypes.numel() or prototypes.dtype != torch.float32:
+            raise CodebookError(f"prototypes are {_described(prototypes)}: they must be (N, d) float32, N >= 1")
         check_lengths(torch.linalg.vector_norm(prototypes.detach(), dim=1))
         rows = list(provenance) if provenance is not None else [{"cluster": 0} for _ in prototypes]
         if len(rows) != len(prototypes):
             raise CodebookError(
                 f"provenance has {len(rows)} records for {len(prototypes)} prototypes: give one for each"
             )
-        self.prototypes = prototypes.detach().contiguous()
+        with torch.inference_mode(False):  # or writes to them would not be counted
+            self._prototypes = prototypes.detach().clone(memory_format=torch.contiguous_format)
+        self._written = self._prototypes._version
         self.provenance = rows
         self.config = whole_config(prototypes, config)
         self._search = PrototypeSearch(self.prototypes)
 
     def __len__(self) -> int:
-        return len(self.prototypes)
+        return len(self._prototypes)
 
     def __repr__(self) -> str:
         clusters = len({row["cluster"] for row in self.provenance})
@@ -84,6 +85,26 @@ class Codebook:
         images = f", from {counted(used, 'image')}" if used else ""
         kinds = f"{counted(len(self), 'prototype')} of dimension {self.dimension} in {counted(clusters, 'cluster')}"
         return f"<Codebook for {self.config['model']}: {kinds}{images}>"
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._check_unchanged()
+        return vars(self).copy()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _written=state["_prototypes"]._version)  # to be made counts as a write
+
+    @property
+    def prototypes(self) -> Tensor:
+        """The prototypes, as the class says."""
+        self._check_unchanged()
+        return self._prototypes
+
+    def _check_unchanged(self) -> None:
+        if self._prototypes._version != self._written:
+            raise CodebookError(
+                "the prototypes of this codebook were changed in place, and its searches hold the former ones: make "
+                "another one, `Codebook(prototypes, provenance, config)`, of a changed copy"
+            )
 
     @property
     def spread(self) -> float | None:
@@ -93,7 +114,7 @@ class Codebook:
     @property
     def dimension(self) -> int:
         """Numbers per prototype, d."""
-        return self.prototypes.shape[1]
+        return self._prototypes.shape[1]
 
     # Similarity
 
@@ -114,13 +135,12 @@ class Codebook:
         -------
         (...) float32, on the tokens' device
         """
-        rows = tokens.reshape(-1, tokens.shape[-1])
-        self._check_dimension(rows)
-        return self._search.highest(rows).reshape(tokens.shape[:-1])
+        self._check_tokens(tokens)
+        return self._search.highest(tokens.reshape(-1, self.dimension)).reshape(tokens.shape[:-1])
 
     def similarity(self, tokens: Tensor) -> Tensor:
         """The cosine similarity of each token (n, d) to each prototype: (n, N) float32, on the tokens' device."""
-        self._check_dimension(tokens)
+        self._check_tokens(tokens, rows=True)
         return self._search.similarity(tokens)
 
     def search(self, tokens: Tensor, k: int = 1, backend: Backend = "auto") -> tuple[Tensor, Tensor]:
@@ -145,13 +165,17 @@ class Codebook:
         CodebookError
             If `k` is none of these, or faiss is asked for and not installed.
         """
-        self._check_dimension(tokens)
+        self._check_tokens(tokens, rows=True)
         if not 1 <= k <= len(self):
             raise CodebookError(f"k is {k}: it must be from 1 to the {len(self)} prototypes of this codebook")
         return self._search.nearest(tokens, k, backend)
 
-    def _check_dimension(self, tokens: Tensor) -> None:
-        if tokens.dim() != 2 or tokens.shape[1] != self.dimension:
+    def _check_tokens(self, tokens: Tensor, *, rows: bool = False) -> None:
+        """Refuse tokens that are not (..., d), or with `rows` not (n, d), floats."""
+        self._check_unchanged()
+        if not isinstance(tokens, Tensor) or not tokens.is_floating_point():
+            raise CodebookError(f"tokens are {_described(tokens)}: give projector outputs, a tensor (n, d) of floats")
+        if tokens.dim() < 1 or tokens.shape[-1] != self.dimension or (rows and tokens.dim() != 2):
             raise CodebookError(
                 f"tokens are {tuple(tokens.shape)} but this codebook, built for {self.config['model']}, has dimension "
                 f"{self.dimension}: use projector outputs of that model, or `codebook build` one for yours"
@@ -172,9 +196,9 @@ class Codebook:
         CodebookError
             If d is another one, or the provenance has another length.
         """
-        if prototypes.dim() != 2 or prototypes.shape[1] != self.dimension:
+        if not _are_rows(prototypes) or prototypes.shape[1] != self.dimension:
             raise CodebookError(
-                f"cannot extend a codebook of dimension {self.dimension} with prototypes {tuple(prototypes.shape)}: "
+                f"cannot extend a codebook of dimension {self.dimension} with prototypes {_described(prototypes)}: "
                 "take projector outputs of the same model"
             )
         more = Codebook(prototypes.detach().float().to(self.prototypes.device), provenance)
@@ -333,3 +357,12 @@ class Codebook:
         book.folder = path
         book._search = PrototypeSearch(book.prototypes, Place(path.absolute(), config["sha256"][PROTOTYPES]))
         return book
+
+
+def _are_rows(given: Any) -> bool:
+    """Whether it is a tensor (n, d) of floats."""
+    return isinstance(given, Tensor) and given.dim() == 2 and given.is_floating_point()
+
+
+def _described(given: Any) -> str:
+    return f"{tuple(given.shape)} {given.dtype}" if isinstance(given, Tensor) else f"of type {type(given).__name__}"

@@ -52,12 +52,22 @@ def test_parts_put_in_the_place_of_hooked_ones_are_refused(model, one, change):
 
 
 @torch.no_grad()
-def test_another_attention_is_used_or_refused(model, one):
-    with SCHEDULE(model) as pruning:
-        expected, kept = model(**one).logits, pruning.kept
-        model.set_attn_implementation("eager")
-        assert torch.allclose(model(**one).logits, expected, atol=1e-5)
+@pytest.mark.parametrize("schedule", [SCHEDULE, Schedule([Stage(2, 4, FastV())])], ids=str)
+@pytest.mark.parametrize("before, after", [("sdpa", "eager"), ("eager", "sdpa")])
+def test_another_attention_is_used(schedule, before, after):
+    """Also in the layers that the context has made hand over what they attend with: masks are of its kind."""
+    model = llava(before)
+    inputs = prompt(model, ONE)
+    with schedule(model) as pruning:
+        expected, kept = model(**inputs).logits, pruning.kept
+        model.set_attn_implementation(after)
+        assert torch.allclose(model(**inputs).logits, expected, atol=1e-5)
         assert all(torch.equal(a, b) for a, b in zip(pruning.kept[0], kept[0], strict=True))
+
+
+@torch.no_grad()
+def test_another_attention_is_refused(model, one):
+    with SCHEDULE(model):
         model.get_decoder().config._attn_implementation = "flash_attention_2"
         with pytest.raises(CodebookError, match="'flash_attention_2' is not supported on cpu: load the model with"):
             model(**one)

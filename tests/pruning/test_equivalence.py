@@ -122,6 +122,11 @@ def compare(model, inputs, schedule, layer, values):
     assert (logits - reference.generate(*given, mass=weight)[1]).abs().max() > 1e-3 * logits.abs().max()  # it matters
 
 
+def positions(inputs):
+    """Of padded rows, as `generate` makes them."""
+    return (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
 def averages(hidden, kept):
     """2 x 2 averages, in the order of the kept tokens, which is the cells'."""
     side, cells = int(len(hidden) ** 0.5), len(kept)
@@ -248,10 +253,27 @@ def test_before_the_llm_equals_tokens_removed_by_hand_bit_for_bit(model, one):
         attention_mask=torch.ones(1, len(left), dtype=torch.long),
     ).logits
     assert torch.equal(pruned[:, left], by_hand)
-    gone = torch.ones(one["input_ids"].shape[1], dtype=torch.bool)
-    gone[left] = False
-    # only the lm_head sees dropped places, and it sees zeros
-    assert not pruned[:, gone].any()
+    # only the lm_head sees dropped places, and it sees what the last token left before each has
+    for column in sorted({*range(one["input_ids"].shape[1])} - {*left.tolist()}):
+        assert torch.equal(pruned[:, column], by_hand[:, (left < column).sum() - 1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("keep", [1, 9])
+def test_the_loss_is_that_of_the_tokens_that_are_left(model, ragged, keep):
+    """Also of the word after an image, which a dropped token would predict."""
+    schedule, text = Schedule([Stage(0, keep, Random())]), ragged["input_ids"] != model.config.image_token_id
+    first = ragged["attention_mask"].cumsum(1) < 2  # and padding before it: nothing predicts it
+    labels = ragged["input_ids"].masked_fill(first | ~text, -100)
+    with schedule(model) as pruning:
+        loss = model(**ragged, labels=labels, position_ids=positions(ragged)).loss
+    stays = (gone_from(ragged, pruning, schedule) > 0) & ragged["attention_mask"].bool()
+    embeds, terms = reference.merged(model, ragged["input_ids"], ragged["pixel_values"]), []
+    for row, own in enumerate(stays):
+        given = {"inputs_embeds": embeds[row, own][None], "position_ids": positions(ragged)[row, own][None]}
+        answers, wanted = model(**given).logits[0, :-1], labels[row, own][1:]
+        terms.append(torch.nn.functional.cross_entropy(answers, wanted, reduction="none")[wanted >= 0])
+    torch.testing.assert_close(loss, torch.cat(terms).mean(), rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()

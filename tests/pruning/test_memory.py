@@ -85,3 +85,72 @@ def test_leaving_forgets(model, encoded):
     assert (sorted(tower.__dict__), attention.config) == before
     model(**inputs)
     assert encoded == [1, 1]
+
+
+def other_weights(model):
+    tower = model.model.vision_tower
+    tower.load_state_dict({name: value.flip(0) for name, value in tower.state_dict().items()})
+
+
+def other_dtype(model):
+    model.bfloat16()
+
+
+def hook(model):
+    attention = model.model.vision_tower.encoder.layers[0].self_attn
+    attention.register_forward_hook(lambda _, args, output: (2 * output[0], *output[1:]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", [other_weights, other_dtype, hook])
+def test_a_tower_that_has_changed_is_run_anew(encoded, model, change):
+    inputs, schedule = prompt(model, QUESTIONS[0]), SCHEDULES[1]
+    with remember(model):
+        before = answer(model, inputs, schedule)[1]
+        change(model)
+        encoded.clear()
+        after = [answer(model, inputs, schedule)[1] for _ in range(2)]
+    assert encoded == [1]
+    expected = answer(model, inputs, schedule)[1]
+    assert torch.equal(after[0], after[1]) and (after[0] - before).abs().max() > 1e-3
+    torch.testing.assert_close(after[0], expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_an_adapter_that_is_switched_off(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=r".*vision_tower.*v_proj", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    inputs = prompt(model, QUESTIONS[0])
+    with remember(adapted):
+        on = model(**inputs).logits
+        with adapted.disable_adapter():
+            off = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs).logits, on, atol=1e-5, rtol=0)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(model(**inputs).logits, off, atol=1e-5, rtol=0)
+    assert (on - off).abs().max() > 1e-3
+
+
+def test_a_tower_that_learns_has_its_gradients(model):
+    inputs, weights = prompt(model, QUESTIONS[0]), list(model.model.vision_tower.parameters())
+    model(**inputs).logits.sum().backward()
+    expected = [weight.grad for weight in weights]
+    model.zero_grad()
+    with remember(model):
+        for _ in range(2):
+            model(**inputs).logits.sum().backward()
+    for weight, gradient in zip(weights, expected, strict=True):
+        assert (weight.grad is None) is (gradient is None)
+        if gradient is not None:
+            torch.testing.assert_close(weight.grad, 2 * gradient, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_what_learns_elsewhere_is_remembered(model, encoded):
+    """A frozen tower is not run again for the gradients of the decoder."""
+    model.model.vision_tower.requires_grad_(False)
+    with remember(model), torch.enable_grad():
+        for _ in range(2):
+            model(**prompt(model, QUESTIONS[0])).logits.sum().backward()
+    assert encoded == [1] and model.lm_head.weight.grad.any()

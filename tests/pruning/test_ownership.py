@@ -1,5 +1,6 @@
 """A codebook prunes the model that it was built for, and no other of the same dimension."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,17 @@ def test_each_pair_is_looked_at_once(models, monkeypatch):
     for _ in range(2):  # what was refused is refused again
         with pytest.raises(CodebookError):
             schedule(models[1])
+
+
+def test_a_model_whose_weights_have_changed_is_looked_at_again(models):
+    model, other = copy.deepcopy(models[0]), models[1]
+    schedule = Schedule([Stage(0, 3, RedundancyCodebook(book_of(model)))])
+    schedule(model)
+    model.load_state_dict(other.state_dict())
+    with pytest.raises(CodebookError, match="another tower or projector"):
+        schedule(model)
+    model.load_state_dict(models[0].state_dict())
+    schedule(model)
 
 
 def test_the_name_of_a_codebook_is_none(models):

@@ -1,6 +1,9 @@
+import copy
 import os
+import pickle
 import sys
 
+import numpy
 import pytest
 import torch
 from hypothesis import given, settings
@@ -79,6 +82,12 @@ def test_chunks_change_nothing(monkeypatch):
         (lambda book: book.search(tokens(), k=0), "k is 0"),
         (lambda book: book.search(tokens(), backend="annoy"), "no search backend 'annoy'"),
         (lambda book: book.extend(torch.zeros(3, 8)), "cannot extend a codebook of dimension 16"),
+        (lambda book: book.redundancy(torch.ones(3, 16).to(torch.int8)), r"tokens are \(3, 16\) torch.int8: give proj"),
+        (lambda book: book.similarity(torch.ones(3, 16, dtype=torch.complex64)), "torch.complex64: give proj"),
+        (lambda book: book.search(numpy.ones((3, 16))), "tokens are of type ndarray: give projector outputs, a tensor"),
+        (lambda book: book.search(torch.ones(2, 3, 16)), r"tokens are \(2, 3, 16\) but this codebook"),
+        (lambda book: book.extend(torch.ones(3, 16).to(torch.int8)), "with prototypes .* torch.int8: take proj"),
+        (lambda book: Codebook(numpy.ones((3, 16))), r"prototypes are of type ndarray: they must be \(N, d\) float32"),
         (lambda book: book.extend(torch.ones(3, 16), [{}]), "1 records for 3 prototypes"),
         (lambda book: Codebook(torch.zeros(0, 16)), r"must be \(N, d\) float32, N >= 1"),
         (lambda book: Codebook(torch.zeros(2, 16).half()), "must be .* float32"),
@@ -90,6 +99,36 @@ def test_chunks_change_nothing(monkeypatch):
 def test_wrong_use(call, message):
     with pytest.raises(CodebookError, match=message):
         call(make())
+
+
+def test_the_tensor_of_which_it_was_made_may_change():
+    given, x = tokens(5), tokens(9)
+    book = Codebook(given)
+    before = book.redundancy(x)
+    given.copy_(tokens(5).flip(0) + 1)
+    assert torch.equal(book.redundancy(x), before) and not torch.equal(Codebook(given).redundancy(x), before)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_prototypes_changed_in_place_are_refused(inference, tmp_path):
+    """What searches them has normalised copies."""
+    with torch.inference_mode(inference):
+        book = Codebook(tokens(5))
+    for copied in (copy.copy(book), copy.deepcopy(book), pickle.loads(pickle.dumps(book))):
+        assert torch.equal(copied.redundancy(tokens()), book.redundancy(tokens()))
+    book.prototypes[2] = 1
+    for use in (
+        lambda: book.redundancy(tokens()),
+        lambda: book.similarity(tokens()),
+        lambda: book.search(tokens()),
+        lambda: book.save(tmp_path / "book"),
+        lambda: book.extend(tokens(2)),
+        lambda: copy.deepcopy(book),
+    ):
+        with pytest.raises(CodebookError, match=r"changed in place, .*: make another one, `Codebook\(prototypes, prov"):
+            use()
+    with pytest.raises(AttributeError):
+        book.prototypes = tokens(5)
 
 
 def test_extend():

@@ -255,7 +255,7 @@ class Forward:
         return view
 
     def restore(self, hidden: Tensor) -> Tensor:
-        """The decoder's output (B, P, d) at the input's length; dropped places are zero."""
+        """The decoder's output (B, P, d) at the input's length, as `Shortened.restore` has it."""
         return hidden if self.sequence is None else self.sequence.restore(hidden, self.given.length)
 
     def _tokens(self, stage: Stage, unit: Unit, hidden: Tensor, known: dict[Any, Any]) -> VisualTokens:

@@ -97,16 +97,18 @@ class Shortened:
         return x.expand(len(self.source), *x.shape[1:]).gather(1, index.expand(*self.source.shape, *x.shape[2:]))
 
     def restore(self, hidden: Tensor, length: int) -> Tensor:
-        """Scatter the decoder's output (B, P, d) back to the input's `length`; dropped places are zero.
+        """The decoder's output (B, P, d) at the input's `length`, for callers who index by the columns of their prompt.
 
-        Callers index logits by the columns of their prompt, and `labels` and `logits_to_keep` go by them too. Of a
+        A dropped place has what the last token left before it has: what follows is predicted from there, as in the
+        shorter prompt. So the loss of `labels` is that prompt's. Where none is left before it, a place is zero. Of a
         decoder that ends with fewer tokens, those are the last ones.
         """
-        # Padding goes to one column too many, which is cut off.
-        source = self.source[:, -hidden.shape[1] :]
-        places = source.where(source >= 0, length)[..., None].expand_as(hidden)
-        full = hidden.new_zeros(len(hidden), length + 1, hidden.shape[-1])
-        return full.scatter(1, places, hidden)[:, :-1]
+        source = self.source[:, -hidden.shape[1] :].contiguous()
+        columns = torch.arange(length, device=hidden.device).expand(len(source), -1).contiguous()
+        last = torch.searchsorted(source, columns, right=True) - 1
+        none = (last < 0) | (source.gather(1, last.clamp(min=0)) < 0)  # or padding
+        full = hidden.gather(1, last.clamp(min=0)[..., None].expand(-1, -1, hidden.shape[-1]))
+        return full.masked_fill_(none[..., None], 0)
 
 
 def shorten(

@@ -91,7 +91,7 @@ def _named(stock: Any) -> Any:
     """A copy of a config under which attention is ours."""
     name = f"codebook|{stock._attn_implementation}"
     if name not in ALL_ATTENTION_FUNCTIONS:
-        AttentionInterface.register(name, _tapped(stock._attn_implementation))
+        AttentionInterface.register(name, _tapped)
     config = copy.copy(stock)
     config._attn_implementation_internal = name
     return config
@@ -115,21 +115,30 @@ def replay(module: Any, query: Tensor, key: Tensor, scaling: float) -> None:
         receive(query, key, scaling)
 
 
-def _tapped(stock: str) -> Callable[..., Any]:
-    def forward(
-        module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
-    ) -> Any:
-        if kwargs["scaling"] is None:
-            kwargs["scaling"] = query.shape[-1] ** -0.5  # as sdpa has it
-        replay(module, query, key, kwargs["scaling"])
-        if LISTENING.get():
-            # Of the shape that the module expects: values may have other heads than queries, and another width.
-            return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
-        own = sys.modules[type(module).__module__]
-        function = own.eager_attention_forward if stock == "eager" else ALL_ATTENTION_FUNCTIONS[stock]
-        if (bias := ADDED.get()) is not None:
-            ADDED.set(None)
-            return attend(function, module, query, key, value, bias, **kwargs)
-        return function(module, query, key, value, attention_mask, **kwargs)
+def _tapped(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> Any:
+    if kwargs["scaling"] is None:
+        kwargs["scaling"] = query.shape[-1] ** -0.5  # as sdpa has it
+    replay(module, query, key, kwargs["scaling"])
+    if LISTENING.get():
+        # Of the shape that the module expects: values may have other heads than queries, and another width.
+        return value.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1]), None
+    function = _stock(module)
+    if (bias := ADDED.get()) is not None:
+        ADDED.set(None)
+        return attend(function, module, query, key, value, bias, **kwargs)
+    return function(module, query, key, value, attention_mask, **kwargs)
 
-    return forward
+
+def _stock(module: Any) -> Callable[..., Any]:
+    """The attention function that a module would use, were it not ours.
+
+    The masks are made for what the model's config says now, which may have been changed since the module was pointed.
+    """
+    with _pointed_lock:
+        own = _pointed.get(module)
+    # Undone by another thread meanwhile: the module's config is its own again.
+    name = (module.config if own is None else own.stock)._attn_implementation
+    eager = sys.modules[type(module).__module__].eager_attention_forward if name == "eager" else None
+    return eager or ALL_ATTENTION_FUNCTIONS[name]
