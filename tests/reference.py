@@ -96,7 +96,10 @@ def _dropping(model, valid, gone_from, compact, edit, mass):
                 positions = (stays.cumsum(1) - 1).clamp(min=0)
                 by_layer = model.config.model_type in ("gemma3", "gemma4", "gemma4_unified", "lfm3_vl")
                 kind = [layer.self_attn.layer_type] if by_layer else []
-                changed["position_embeddings"] = lm.rotary_emb(hidden, positions, *kind)
+                plain = "unscaled" in getattr(lm, "rope_types", [None] * (i + 1))[i : i + 1]  # of Molmo 2
+                changed["position_embeddings"] = (lm.rotary_emb_unscaled if plain else lm.rotary_emb)(
+                    hidden, positions, *kind
+                )
             return (hidden, *args[1:]), kwargs | changed
 
         return hook

@@ -315,12 +315,13 @@ def pad_token(model: Model, processor: Processor, chosen: int | None = None) -> 
 def split_prompt(model: Model, processor: Processor, prompt: str) -> tuple[list[int], list[int], list[int]]:
     """Token ids of the prompt before the image, between its rows and after it, as the processor makes them."""
     text = chat_text(processor, prompt)
-    options = models.family(model).one_view | special_tokens(processor, text)
+    family = models.family(model)
+    options = family.one_view | special_tokens(processor, text)
     inputs = processor(images=Image.new("RGB", (64, 64)), text=text, return_tensors="pt", **options)
-    ids = inputs["input_ids"][0].tolist()
-    image = model.config.image_token_id
+    ids, image = inputs["input_ids"][0].tolist(), model.config.image_token_id
     if image not in ids:
         raise CodebookError("the chat template puts no image into the prompt: use the model's own processor")
+    ids = family.without_crops(model, ids)
     found = token_runs(ids, image)
     gaps = [ids[start + length : after] for (start, length), (after, _) in pairwise(found)]
     if any(gap != gaps[0] for gap in gaps):

@@ -157,6 +157,11 @@ class Family:
         """Patches down, and across, that make one visual token."""
         return 1
 
+    def view_size(self, model: Model, rows: int, cols: int) -> tuple[int, int]:
+        """Height and width in pixels of a picture whose whole view, of so many visual tokens, is of its own size."""
+        side = patch_side(model) * self.merge(model)
+        return rows * side, cols * side
+
     def grid(self, model: Model) -> tuple[int, int]:
         """Rows and columns of the view that a codebook is built from: a whole image, without crops."""
         (rows, cols), size = self.patches(model), self.merge(model)
@@ -267,6 +272,10 @@ class Family:
         """The opposite of `rotary`: what decoder layers are given."""
         return cos, sin
 
+    def rotary_module(self, model: Model, layer: Any) -> nn.Module:
+        """The module that makes the rotary embeddings of a decoder layer."""
+        return decoder(model).rotary_emb
+
     def turned(self, model: Model, layer: nn.Module) -> Turned:
         """What the rotary embeddings of a decoder layer turn."""
         return "halves"
@@ -292,6 +301,10 @@ class Family:
     def view(self, processor: Processor, picture: Picture.Image) -> Tensor:
         """Pixels of the whole view of a picture, as `image_features` takes them."""
         return processor.image_processor(images=picture, return_tensors="pt", **self.one_view)["pixel_values"]
+
+    def without_crops(self, model: Model, ids: list[int]) -> list[int]:
+        """A prompt with one image, less the tokens of its crops that `one_view` leaves in."""
+        return ids
 
     def image_features(self, model: Model, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encode the whole views of images.
@@ -373,15 +386,20 @@ def cache_of(given: Mapping[str, Any]) -> Any:
     return next((given[name] for name in CACHE_NAMES if given.get(name) is not None), None)
 
 
+def patch_side(model: Model) -> int:
+    """Pixels per side of a patch, as far as the config tells: it need not be right."""
+    patch = getattr(model.config.vision_config, "patch_size", None) or 14
+    return int(patch if isinstance(patch, int) else patch[0])
+
+
 def decoder(model: Model) -> Any:
     """The module whose `layers` are the decoder's: the model's own answer, or what has a head around it in that."""
     found = model.get_decoder()
     return found if hasattr(found, "layers") else found.model
 
 
-def rotary_at(model: Model, embeds: Tensor, positions: Tensor, layer: Any) -> Any:
-    """What a decoder layer is given of positions (B, P) int64 as rotary embeddings, whether or not layers differ."""
-    rotary = decoder(model).rotary_emb
+def rotary_at(rotary: nn.Module, embeds: Tensor, positions: Tensor, layer: Any) -> Any:
+    """What a decoder layer is given of positions (B, P) int64 by the module of its rotary embeddings."""
     kinds = (getattr(layer.self_attn, "layer_type", None), getattr(layer, "attention_type", None))
     kind = [kinds[0] or kinds[1]] if _takes_kind(type(rotary).forward) else []
     return rotary(embeds, positions, *kind)

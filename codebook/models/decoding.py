@@ -110,7 +110,7 @@ class _Watch:
     def _count_axes(self, layer: Any, hidden: Tensor, kwargs: dict[str, Any]) -> None:
         positions = kwargs.get("position_ids")
         if isinstance(positions, Tensor) and positions.dim() == 2:
-            own = rotary_at(self.model, hidden, positions, layer)
+            own = rotary_at(self.model.get_decoder().rotary_emb, hidden, positions, layer)
             if all(torch.equal(a, b) for a, b in zip(own, kwargs["position_embeddings"], strict=True)):
                 return
         self.axes = 3

@@ -370,7 +370,8 @@ def _is_surplus_layer(model: Model, key: str) -> bool:
 def _check_processor(name: str, model: Model, processor: Processor) -> None:
     """Refuse a processor that marks images by another token than the model looks for."""
     theirs, own = getattr(processor, "image_token_id", None), image_token(model.config)
-    if theirs is not None and theirs != own:
+    # Some put several tokens in the place of the one that stands in a chat prompt.
+    if theirs is not None and own not in (theirs, *(getattr(processor, "image_token_ids", None) or ())):
         raise CodebookError(
             f"the processor of {name} marks images by token {theirs} and its config.json by {own}: they do not belong "
             "together; fetch them again"

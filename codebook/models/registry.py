@@ -28,6 +28,7 @@ from codebook.models.llava_next_video import LlavaNextVideo
 from codebook.models.llava_onevision import LlavaOnevision
 from codebook.models.minicpmv import MiniCPMOcr, MiniCPMV46, MiniCPMV47
 from codebook.models.mistral3 import Mistral3
+from codebook.models.molmo2 import Molmo2
 from codebook.models.ovis2 import Ovis2
 from codebook.models.paddleocr_vl import PaddleOCRVL
 from codebook.models.paligemma import PaliGemma
@@ -79,6 +80,7 @@ FAMILIES: dict[str, Family] = {
         KimiK25(),
         Llama4(),
         Ovis2(),
+        Molmo2(),
         MiniCPMV46(),
         MiniCPMV47(),
         MiniCPMOcr(),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from codebook.errors import CodebookError, named_line, quoted
-from codebook.models.base import Family, Model, Processor
+from codebook.models.base import Family, Model, Processor, patch_side
 from codebook.models.coded import cell_scores, coded_pictures, plain_picture, still_tokens
 from codebook.models.decoding import position_axes
 from codebook.models.encoded import Encoded
@@ -204,14 +204,8 @@ def _test(model: Model, processor: Processor, known: Family | None, report: Repo
 
 def _sizes(model: Model) -> list[tuple[int, int]]:
     """Height and width in pixels of the first pictures: of `TEST_SHAPES`, where two by two patches make a token."""
-    side = 2 * _patch(model)
+    side = 2 * patch_side(model)
     return [(rows * side, cols * side) for rows, cols in TEST_SHAPES]
-
-
-def _patch(model: Model) -> int:
-    """Pixels per side of a patch, as far as the config tells: it need not be right."""
-    patch = getattr(model.config.vision_config, "patch_size", None) or 14
-    return int(patch if isinstance(patch, int) else patch[0])
 
 
 # Beliefs
@@ -278,9 +272,14 @@ def _view(layout: Layout) -> Grid:
 def _own_size(model: Model, family: Family, shot: Entered) -> tuple[int, int]:
     """Height and width of a picture that the processor leaves its size, or nearly, so that cells are whole patches."""
     view, pixels = _view(_layout(model, family, shot)), _pixels(shot)
-    if pixels is not None:
-        return pixels
-    side = _patch(model) * family.merge(model)
+    return pixels or family.view_size(model, view.rows, view.cols)
+
+
+def _canvas(model: Model, family: Family, view: Grid, size: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of what a picture is cut from, so that its last cells may be smaller than the others."""
+    if size != family.view_size(model, view.rows, view.cols):
+        return size
+    side = patch_side(model) * family.merge(model)
     return view.rows * side, view.cols * side
 
 
@@ -299,7 +298,8 @@ def _placed(model: Model, processor: Processor, family: Family, size: tuple[int,
     grid, cells = (view.rows, view.cols), view.count
     score: Tensor | float = 0.0
     for seed in range(TRIES):
-        pictures, codes = coded_pictures(grid, size, seed)
+        pictures, codes = coded_pictures(grid, _canvas(model, family, view, size), seed)
+        pictures = [picture.crop((0, 0, size[1], size[0])) for picture in pictures]
         batches = [show(model, processor, pictures[start : start + BATCH]) for start in range(0, len(pictures), BATCH)]
         if any(count != layout.length for batch in batches for count in batch.counts):
             raise Unproven("pictures of one size have different numbers of tokens")

@@ -82,7 +82,13 @@ class Tiny:
         for name, weight in model.named_parameters():  # stock initialisation leaves these at zero
             if any(
                 word in name
-                for word in ("mm_input_projection_weight", "cls_token", "position_embeddings", "pos_embedding")
+                for word in (
+                    "mm_input_projection_weight",
+                    "cls_token",
+                    "position_embeddings",
+                    "pos_embedding",
+                    "positional_embedding",
+                )
             ):
                 weight.data.normal_(std=0.5)
         model.generation_config.pad_token_id, model.generation_config.eos_token_id = PAD, None  # never stops early
@@ -491,6 +497,65 @@ class Gemma4Unified(Gemma4):
     side, patches, tower = 1, 4, False
 
 
+class Molmo2(Glm):
+    """7 x 7 patches, two by two of them a token; a large image has two crops that overlap in two columns of patches.
+
+    Tokens before, between and behind the rows of an image are of its block. Videos have the images' token.
+    """
+
+    patches = 7
+    never = (IMAGE, *range(91, 98))
+
+    def image(self, draw):
+        return self._shown(draw, [numbered(7, 7)])
+
+    def large(self, draw):
+        left, right = numbered(7, 7), numbered(7, 7) + 49
+        crops = torch.cat([left[:, :6], right[:, 1:]], 1)
+        return self._shown(draw, [numbered(7, 7), crops + 49])
+
+    def video(self, draw):
+        ids, given, grids, structural = self._shown(draw, [numbered(7, 7) + 49 * i for i in range(2)])
+        names = {"pixel_values": "pixel_values_videos", "image_token_pooling": "video_token_pooling"}
+        given = {new: given[old] for old, new in names.items()} | {"video_grids": torch.tensor([[2, 4, 4]])}
+        return ids, given, grids, structural
+
+    def _shown(self, draw, grids):
+        pooled = [self._pooled(grid) for grid in grids]
+        ids = [token for part in pooled for token in self._tokens(*part.shape[:2])]
+        sizes = [size for part in [*pooled, torch.zeros(0, 0)][:2] for size in part.shape[:2]]
+        count = 1 + max(int(part.max()) for part in pooled) // 49
+        return ids, {
+            "pixel_values": draw(count, 49, 48),
+            "image_token_pooling": torch.cat([part.flatten(0, 1) for part in pooled]),
+            "image_grids": torch.tensor([sizes]),
+        }, [part.shape[:2] for part in pooled], []  # fmt: skip
+
+    def _pooled(self, grid):
+        padded = torch.nn.functional.pad(grid, (0, grid.shape[1] % 2, 0, grid.shape[0] % 2), value=-1)
+        return padded.unflatten(0, (-1, 2)).unflatten(2, (-1, 2)).transpose(1, 2).flatten(2)
+
+    def _tokens(self, rows, cols):
+        return [SEPARATOR, *[*[IMAGE] * cols, NEWLINE] * rows, 93]
+
+    def collate(self, rows):
+        """Patches are counted through the batch."""
+        before = 0
+        for piece in (piece for row in rows for piece in row):
+            kind = "video" if "video_grids" in piece else "image"
+            pooled = piece[f"{kind}_token_pooling"]
+            piece[f"{kind}_token_pooling"] = torch.where(pooled < 0, -1, pooled + before)
+            before += 49 * len(piece["pixel_values" if kind == "image" else "pixel_values_videos"])
+        return super().collate(rows)
+
+    def types(self, ids):
+        return {"mm_token_type_ids": torch.isin(ids, torch.tensor([IMAGE, SEPARATOR, NEWLINE, 93])).long()}
+
+
+def numbered(rows, cols):
+    return torch.arange(rows * cols).view(rows, cols)
+
+
 class MiniCPM(Tiny):
     """Patches of 4 x 4 pixels in one row, 4 x 4 of them a token; of a large image 2 x 2 crops of 2 x 2 tokens.
 
@@ -721,6 +786,21 @@ def _ovis2():
     )  # fmt: skip
 
 
+def _molmo2(**more):
+    """Layers whose positions are scaled among others."""
+    vision = {name: value for name, value in SIGLIP.items()} | {"image_size": [28, 28], "initializer_range": 0.2}
+    vision |= {"num_key_value_heads": 4, "head_dim": 8}
+    adapter = {"vision_feature_layer": [2, 0], "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
+    adapter |= {"head_dim": 8, "intermediate_size": 64, "text_hidden_size": 64, "initializer_range": 0.2}
+    rope = {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}
+    text = {"head_dim": 16, "rope_parameters": rope, "rope_scaling_layers": [0, 2], "additional_vocab_size": 4}
+    return hf.Molmo2Config(
+        vision_config=vision, adapter_config=adapter, text_config=TEXT | text | more, image_patch_id=IMAGE,
+        image_start_token_id=GLOBAL, low_res_image_start_token_id=SEPARATOR, image_end_token_id=93,
+        frame_start_token_id=SEPARATOR, frame_end_token_id=93,
+    )  # fmt: skip
+
+
 def _kimi():
     text = EXPERTS | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
     text |= {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
@@ -874,6 +954,7 @@ FAMILIES = {
         ),
         Ovis2("ovis2", _ovis2, "Ovis2ForConditionalGeneration"),
         Llama4("llama4", _llama4, "Llama4ForConditionalGeneration"),
+        Molmo2("molmo2", _molmo2, "Molmo2ForConditionalGeneration", videos=True),
         Kimi("kimi_k25", _kimi, "Kimi_K25ForConditionalGeneration"),
         MiniCPM("minicpmv4_6", functools.partial(
             _minicpm, getattr(hf, "MiniCPMV4_6Config", None)

@@ -12,7 +12,7 @@ from tests.tiny import IMAGE, PAD
 TEXT = [21, 22, 23]
 ARGUMENTS = {
     "pixel_values", "image_sizes", "image_grid_thw", "spatial_shapes", "pixel_attention_mask", "image_position_ids",
-    "target_sizes", "image_merge_sizes", "high_res_pixel_values",
+    "target_sizes", "image_merge_sizes", "high_res_pixel_values", "image_token_pooling", "image_grids",
 }  # fmt: skip
 OPTIONS = {
     "lfm2_vl": {"do_image_splitting": False},
@@ -40,13 +40,19 @@ class Pictured:
         given = {
             "input_ids": ids,
             "attention_mask": (ids != PAD).long(),
-            **{name: torch.cat([given[name] for _, given in made], self._axis(name)) for name in made[0][1]},
+            **self._joined([given for _, given in made]),
         }
         return hf.BatchFeature(given | self.tiny.types(ids))
 
-    def _axis(self, name):
-        """Along which pictures are joined."""
-        return -1 if name == "pixel_values" and self.tiny.name.startswith("minicpm") else 0
+    def _joined(self, made):
+        """What pictures are made of, of a batch."""
+        if self.tiny.name == "molmo2":
+            return self.tiny.collate([made])
+        row = self.tiny.name.startswith("minicpm")
+        return {
+            name: torch.cat([given[name] for given in made], -1 if row and name == "pixel_values" else 0)
+            for name in made[0]
+        }
 
     def _one(self, picture):
         given = dict(self.image_processor(images=picture, return_tensors="pt", **OPTIONS.get(self.tiny.name, {})))

@@ -54,6 +54,24 @@ class UnifiedImages:
         }
 
 
+class Molmo2Images:
+    """As transformers', which needs torchvision, makes the whole view of a picture: patches line by line, colours last.
+
+    Where its crops would be, the view again.
+    """
+
+    def __call__(self, images, return_tensors, max_crops=1):
+        assert max_crops == 1
+        pixels = torch.from_numpy(np.array(images.resize((28, 28)))).float().view(7, 4, 7, 4, 3) / 127.5 - 1
+        places = torch.nn.functional.pad(torch.arange(49).view(7, 7), (0, 1, 0, 1), value=-1)
+        pooled = places.view(4, 2, 4, 2).transpose(1, 2).reshape(16, 4)
+        return {
+            "pixel_values": pixels.transpose(1, 2).reshape(1, 49, 48).repeat(2, 1, 1),
+            "image_token_pooling": torch.cat([pooled, torch.where(pooled < 0, -1, pooled + 49)]),
+            "image_grids": torch.tensor([[4, 4, 4, 4]]),
+        }
+
+
 SQUARE = {"height": 16, "width": 16}
 PATCHES = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 10**6}}
 PROCESSORS = {
@@ -100,11 +118,14 @@ PROCESSORS = {
         ("minicpmv4_6", "minicpmv4_7"), lambda: hf.MiniCPMV4_6ImageProcessor(patch_size=4, scale_resolution=64)
     ),
     "minicpm_ocr": lambda: hf.MiniCPMV4_6ImageProcessor(patch_size=4, scale_resolution=64, downsample_mode="4x"),
+    "molmo2": Molmo2Images,
     "ovis2": lambda: hf.Ovis2ImageProcessor(size={"height": 32, "width": 32}),
     "deepseek_vl": lambda: hf.DeepseekVLImageProcessor(size=SQUARE),
     "paligemma": lambda: hf.SiglipImageProcessor(size=SQUARE),
 }
-WORDS = {"<image>": IMAGE}
+MOLMO2 = [*[IMAGE] * 4, 95] * 4
+IMAGE_TOKENS = {"molmo2": [97, *MOLMO2, 93, 96, *MOLMO2, 93]}
+"""What stands for a picture in a prompt, where that is no image token alone."""
 
 
 class TinyProcessor:
@@ -113,7 +134,7 @@ class TinyProcessor:
     chat_template = "stock"
 
     def __init__(self, name: str) -> None:
-        self.image_processor = PROCESSORS[name]()
+        self.image_processor, self.image = PROCESSORS[name](), IMAGE_TOKENS.get(name, [IMAGE])
         self.patch_size, self.spatial_merge_size = 4, 2  # Mistral 3's processor says so to its image processor
         self.tokenizer = SimpleNamespace(
             pad_token_id=PAD, bos_token=None, unk_token_id=None, added_tokens_decoder={},
@@ -126,4 +147,5 @@ class TinyProcessor:
         return f"user {' '.join(words)} assistant"
 
     def __call__(self, images, text, return_tensors, **options):
-        return {"input_ids": torch.tensor([[WORDS.get(word, 20 + len(word)) for word in text.split()]])}
+        words = [self.image if word == "<image>" else [20 + len(word)] for word in text.split()]
+        return {"input_ids": torch.tensor([[token for word in words for token in word]])}

@@ -263,10 +263,12 @@ def places(tiny, target, call):
         return [raster(height // 4, width // 4) for height, width in call.given["image_sizes"].tolist()]
     at = raster(side, side)
     pixels = call.given.get("pixel_values", call.given.get("pixel_values_videos"))
-    count = pixels.shape[0] if pixels.dim() == 4 else pixels.shape[0] * pixels.shape[1]
+    count = pixels.shape[0] if pixels.dim() in (3, 4) else pixels.shape[0] * pixels.shape[1]
     out = [at.clone() for _ in range(count)]
     if tiny.crops and call.kind == "image":
         out[2][:, 0] += side  # the second crop is below the first
+    if tiny.name == "molmo2" and call.kind == "image":
+        out[2][:, 1] += side - 2  # the second crop is right of the first, of which it shows two columns again
     return out
 
 

@@ -32,7 +32,7 @@ REFUSED = {
         "its decoder has layers without attention",
     ),
     **dict.fromkeys(
-        ("gemma3", "gemma4_unified", "paligemma"), "tokens of its prompts do not see just those before them"
+        ("gemma3", "gemma4_unified", "paligemma", "molmo2"), "tokens of its prompts do not see just those before them"
     ),
     "llama4": "chunked_attention layers, which nobody has checked",
     "ernie4_5_vl_moe": "layers are given moe_mm_token_type_ids for each token",

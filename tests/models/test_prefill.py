@@ -25,6 +25,7 @@ UNLIKE = (
     "minicpm_ocr",
     "minicpmv4_6",
     "minicpmv4_7",
+    "molmo2",
 )
 REFUSED = dict.fromkeys(UNLIKE, "--metric generated") | dict.fromkeys(
     ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni"), "deepstack"

@@ -17,7 +17,7 @@ from tests.prompts import ONE, RAGGED, prompt
 from tests.tiny import llava
 
 LOW = torch.finfo(torch.float32).min
-BLOCKS = ("gemma3", "gemma4_unified", "paligemma")
+BLOCKS = ("gemma3", "gemma4_unified", "paligemma", "molmo2")
 """Families whose images see themselves in both directions in every layer, so that no layer is causal."""
 WAYS = {"kimi_k25": ("mask", "fold")}
 """Its values have another width than its keys, which torch's CPU kernel does not take."""

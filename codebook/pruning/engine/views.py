@@ -217,7 +217,8 @@ class Viewer:
             left = on_device([sequence.source.shape[1] - n for n in sequence.lengths], before.device)
             rank = torch.arange(sequence.source.shape[1], device=before.device) - left[:, None]
             positions = sequence.gather(positions) - (before - rank)
-        return self.family.rotary(rotary_at(self.model, self.given.embeds, positions, layer))
+        module = self.family.rotary_module(self.model, layer)
+        return self.family.rotary(rotary_at(module, self.given.embeds, positions, layer))
 
 
 def _or_zeros(bias: Tensor | None, like: Tensor) -> Tensor:
