@@ -30,6 +30,8 @@ def olmo(monkeypatch):
     )
     made = variant.make()
     made.config.adapter_config.vision_feature_layer = [-1, 0]
+    for layer in made.get_decoder().layers:  # of equal weights, a second norm would change nothing
+        layer.input_layernorm.weight.data.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(cells, "model", lambda *_: made)
     return made
 
