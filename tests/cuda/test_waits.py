@@ -22,9 +22,9 @@ from tests.models.families import FAMILIES
 pytestmark = CUDA
 PACKAGE = str(Path(codebook.__file__).parent)
 STOCK = {
-    "attachment.py:_encode",
-    "attachment.py:_generate",
     "attachment.py:wrapper",
+    "calls.py:encode",
+    "calls.py:generate",
     "tap.py:forward",
     "memory.py:_forward",
 }

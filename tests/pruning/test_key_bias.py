@@ -9,7 +9,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward as s
 
 from codebook.errors import CodebookError
 from codebook.pruning import Random, Schedule, Stage
-from codebook.pruning.engine import attachment, key_bias
+from codebook.pruning.engine import hooks, key_bias
 from codebook.pruning.engine.key_bias import FOLD_FROM, KeyBias, attend, best_way
 from tests.models.cells import model
 from tests.models.families import FAMILIES
@@ -198,7 +198,7 @@ def test_with_gradients_it_is_a_mask():
 @torch.no_grad()
 def test_attention_that_adds_nothing_is_an_error(monkeypatch):
     target = llava()
-    monkeypatch.setattr(attachment, "point", lambda module: lambda: None)
+    monkeypatch.setattr(hooks, "point", lambda module: lambda: None)
     with SCHEDULE(target), pytest.raises(CodebookError, match="attn_implementation='eager'"):
         target(**prompt(target, ONE))
     monkeypatch.undo()

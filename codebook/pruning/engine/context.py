@@ -25,8 +25,8 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.models import Image
 from codebook.models.base import Model, decoder
-from codebook.pruning.engine.attachment import ATTACHING, Attachment
-from codebook.pruning.engine.call import SCOPED, owner
+from codebook.pruning.engine.attachment import Attachment
+from codebook.pruning.engine.calls import ATTACHING, SCOPED, owner
 from codebook.pruning.engine.kernels import check_attention
 from codebook.pruning.engine.statistics import Statistics, Tally
 from codebook.pruning.kept_map import MAP_FORMAT, kept_map
@@ -118,13 +118,14 @@ class Pruning:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.attachment is None or not self.open:
             return
-        self.attachment.end()  # a forward of this thread that was interrupted
-        self.attachment.encodings.forget(shown=False)
+        calls = self.attachment.calls
+        calls.end()  # a forward of this thread that was interrupted
+        calls.encodings.forget(shown=False)
         elsewhere = self.scope == "thread" and self not in SCOPED.get()
         SCOPED.set(tuple(other for other in SCOPED.get() if other is not self))
         with ATTACHING:
             self.open, self.enabled, idle = False, False, not self.calls
-            self.attachment.settle(self)
+            calls.settle(self)
         if kind is None and elsewhere:
             raise CodebookError(
                 "a context of scope 'thread' was left in another thread than opened it, as of a generator that several "
@@ -202,4 +203,4 @@ class _Shown(NamedTuple):
 def in_force(model: Model) -> Pruning | None:
     """The context that prunes calls which this thread starts on the model now, if there is one."""
     with ATTACHING:
-        return Attachment.of(model).in_force()
+        return Attachment.of(model).calls.in_force()

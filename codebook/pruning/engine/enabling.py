@@ -7,7 +7,8 @@ import logging
 from codebook.errors import CodebookError
 from codebook.models.base import Model
 from codebook.models.wrappers import stock
-from codebook.pruning.engine.attachment import ATTACHING, Attachment
+from codebook.pruning.engine.attachment import Attachment
+from codebook.pruning.engine.calls import ATTACHING
 from codebook.pruning.engine.context import Pruning
 from codebook.pruning.schedule import Schedule
 
@@ -57,7 +58,7 @@ def disable(model: Model) -> Pruning:
     """
     model = stock(model)  # also one that was compiled since
     with ATTACHING:
-        pruning = Attachment.of(model).enabled()
+        pruning = Attachment.of(model).calls.enabled()
         if pruning is None:
             raise CodebookError(
                 f"this {type(model).__name__} is not enabled, so there is nothing to disable: a context of `with` ends "

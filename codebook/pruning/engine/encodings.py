@@ -70,7 +70,7 @@ class Encodings:
         output = (given.get("mm_encoder_outputs") or {}).get(kind)
         found = [
             noted.call
-            for noted in self.noted()
+            for noted in self._noted()
             if noted.call.kind == kind and (output is None or _one_output(noted.output, output))
         ]
         if not found and output is not None and id(output) in self._outputs:
@@ -81,13 +81,16 @@ class Encodings:
         found[-1].shown = True
         return found[-1]
 
-    def noted(self) -> Iterator[Noted]:
-        """What this thread has encoded and not forgotten yet."""
-        return (noted for noted in ENCODED.get() if noted.by is self)
+    def waiting(self) -> Iterator[Encoded]:
+        """The calls of this thread whose images no forward has shown yet."""
+        return (noted.call for noted in self._noted() if not noted.call.shown)
 
     def forget(self, *, shown: bool) -> None:
         """Forget what this thread has encoded: all of it, or what a forward has shown."""
         ENCODED.set(tuple(noted for noted in ENCODED.get() if noted.by is not self or (shown and not noted.call.shown)))
+
+    def _noted(self) -> Iterator[Noted]:
+        return (noted for noted in ENCODED.get() if noted.by is self)
 
 
 def _one_output(one: Any, other: Any) -> bool:
