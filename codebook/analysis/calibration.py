@@ -162,8 +162,7 @@ def calibrate(
     check_sample_count(ordered)
     check_samples(model, processor, samples)
     _try(model, processor, samples, [plain, *candidates])
-    about = {
-        "model": models.identity(model),
+    about = models.identities(model, processor) | {
         "data": samples_digest(ordered),
         "seed": seed,
         "codebook": _codebooks([plain, *candidates]),

@@ -164,8 +164,7 @@ def sweep(
         raise CodebookError("there are no samples to sweep: give one at least")
     check_tasks(sample.task for sample in samples)
     model = models.unwrap(model)
-    about = {
-        "model": models.identity(model),
+    about = models.identities(model, processor) | {
         "data": samples_digest(samples),
         "kind": "generated" if metric == "generated" else "telling",
     }

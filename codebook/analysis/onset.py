@@ -169,7 +169,7 @@ def agreements(
     if any(len(sample.images) != 1 for sample in samples):
         raise CodebookError(SINGLE_IMAGES)
     check_samples(model, processor, samples)
-    about = {"model": models.identity(model), "data": samples_digest(samples), "kind": "onset"}
+    about = models.identities(model, processor) | {"data": samples_digest(samples), "kind": "onset"}
     with Journal(file, about) as journal:
         telling = telling_tokens(processor, samples)
         for i, sample in enumerate(samples):

@@ -146,7 +146,7 @@ class Build:
             self.journals: list[Journal] = []
             if self.settings.free:
                 self._run_pilot({name: todo[name] for name in order}, opened)
-            key = {**self.about, "settings": self.settings.per_image()}
+            key = {**self.about, **self._probed_with()}
             key |= {} if self.base is None else {"extends": self.base.digest}
             journal = self._open(opened, IMAGES_JOURNAL, key, PROBED)
             if self.stability is None:
@@ -165,6 +165,10 @@ class Build:
             asked["stability"] = {**asdict(self.stability), "given": every}
         return requested(asked)
 
+    def _probed_with(self) -> dict[str, Any]:
+        """What the probes' values depend on beside the model, for the journals."""
+        return {"settings": self.settings.per_image(), "processor": models.processor_digest(self.processor)}
+
     def _open(self, opened: contextlib.ExitStack, name: str, key: dict[str, Any], kind: TypeAdapter[Any]) -> Journal:
         self.journals.append(opened.enter_context(open_journal(self.out, name, key, kind)))
         return self.journals[-1]
@@ -172,7 +176,7 @@ class Build:
     def _run_pilot(self, todo: dict[str, str], opened: contextlib.ExitStack) -> None:
         """Fill in the open thresholds; what the pilot's probes said is used again for its images."""
         pilot = self.pilot or pilots.Pilot()
-        about = {**self.about, "settings": self.settings.per_image(), "pilot": pilot.images}
+        about = {**self.about, **self._probed_with(), "pilot": pilot.images}
         journal = self._open(opened, PILOT_JOURNAL, about, PILOT)
         if PILOT_CHOSEN not in journal:
             order = pilots.shuffled(todo, self.settings.seed)

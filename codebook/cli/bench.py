@@ -88,6 +88,8 @@ def bench_command(
     from codebook.pruning.plan import Plan
     from codebook.pruning.text import UNPRUNED
     from codebook.store.files import write_text
+    from codebook.store.folder import HORIZON_FILE
+    from codebook.store.horizons import check_horizon
 
     chosen, budgets = parse_methods(methods), _parse_budgets(keep)
     # A schedule file stands for its text in `chosen`; so it does here.
@@ -102,10 +104,12 @@ def bench_command(
     check_output_folder(out, ("results.json", "report.html"))
     check_codebook(codebook, model, pull)
     loading.check(model)
-    curve = _read_horizon(horizon or out / "horizon.json", horizon is not None)
+    curve = _read_horizon(horizon or out / HORIZON_FILE, horizon is not None)
     named = data or ["miniature"]
     tasks = load_data(named, count, seed, loading.frame_rule(model))
     loaded, processor = loading.load(model)
+    if curve is not None:
+        check_horizon(horizon or out / HORIZON_FILE, curve, loaded)
     rows, skipped = plan(loaded, chosen, budgets, codebook, range(seed, seed + seeds))
     if chosen and not any(row.method in chosen for row in rows):
         raise CodebookError(f"no method is left to measure: {skipped[0]['reason']}")

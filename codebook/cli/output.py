@@ -121,11 +121,13 @@ def progress(label: str, total: int, unit: str) -> Iterator[Update]:
         yield _no_update
         return
     start = time.monotonic()
-    first: list[int] = []  # units that an earlier run finished do not count towards this run's speed
+    seen: list[tuple[int, float]] = []  # units done and when: first and last
 
     def speed(done: int) -> float:
-        first.append(done)
-        return (done - first[0]) / max(time.monotonic() - start, 1e-9)
+        """Units per second up to the last one: what an earlier run finished, and work after it, do not count."""
+        if not seen or done != seen[-1][0]:
+            seen[1:] = [(done, time.monotonic())]
+        return (seen[-1][0] - seen[0][0]) / max(seen[-1][1] - start, 1e-9)
 
     if sys.stderr.isatty():
         from rich.console import Console, Group

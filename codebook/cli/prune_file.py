@@ -62,8 +62,7 @@ def prune_file(
         )
     model, processor = loading.load(name)
     schedule = plan.apply(model)
-    about = {
-        "model": models.identity(model),
+    about = models.identities(model, processor) | {
         "schedule": schedule_key(schedule),
         "seed": plan.seed,
         "max_new_tokens": max_new_tokens,

@@ -21,7 +21,7 @@ from codebook.evaluation.timing import machine
 from codebook.inference.prompts import check_samples
 from codebook.inference.respond import Policy, Response, Shard, batches, respond
 from codebook.inference.samples import Sample
-from codebook.models.base import Model, Processor
+from codebook.models.base import Model, Processor, attention_kernel
 from codebook.pruning import Schedule, Stage, Uniform
 
 RESULTS_FORMAT = 1
@@ -71,8 +71,8 @@ def measure(
     out
         Folder of the journals. Called again, nothing in them is repeated, and added rows and samples are measured.
     done
-        Called with the number of answers so far, out of `count_answers(tasks, rows, settings, shard)`, and with a note
-        on the current work.
+        Called with the number of answers so far, out of `count_answers(tasks, rows, settings, shard)`, those of rows
+        that are refused among them, and with a note on the current work.
     shard
         Only answer this part of the batches, into a journal of its own. Shards (1, n) to (n, n) may run at once, on
         several devices, but each in one process only; a call without `shard` then finds their answers in the folder.
@@ -88,14 +88,16 @@ def measure(
     timed = _prompt(samples)
     bench = TimedPrompt.of(model, processor, timed.pictures(), timed.question)
     films = timed.clip is None and any(one.clip or len(one.images) > len(timed.images) for one in samples)
+    every = count_answers(tasks, rows, settings, shard)
     rows, refused = _possible(bench, rows, films)
+    spared = every - count_answers(tasks, rows, settings, shard)  # those of rows that are refused
     plans: dict[str, Policy] = {}
     for row in rows:
         for schedule in row.schedules:
             plans[schedule_key(schedule)] = functools.partial(_constant, schedule)
     stopped: dict[str, str] = {}
     responses = respond(
-        model, processor, samples, plans, out / "answers.sqlite", lambda count: done(count, "answers"),
+        model, processor, samples, plans, out / "answers.sqlite", lambda count: done(spared + count, ""),
         batch=settings.batch, max_new_tokens=settings.max_new_tokens, shard=shard, stopped=stopped,
     )  # fmt: skip
     reasons = [[stopped[key] for key in map(schedule_key, row.schedules) if key in stopped] for row in rows]
@@ -104,7 +106,7 @@ def measure(
         return {"skipped": refused}
     rows = [row for row, own in zip(rows, reasons, strict=True) if not own]
     costs = measure_costs(
-        bench, rows, out, lambda note: done(len(plans) * len(samples), note),
+        bench, rows, out, lambda note: done(every, note),
         seed=settings.seed, seconds=settings.seconds, sizes=settings.batches,
     )  # fmt: skip
     results, runs = [], []
@@ -126,6 +128,7 @@ def _heading(bench: TimedPrompt, timed: Sample, tasks: Sequence[Task], settings:
         "tokens": size.tokens,
         "layers": size.layers,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "attention": attention_kernel(model),
         "seed": settings.seed,
         "against": settings.against,
         "batches": list(settings.batches),

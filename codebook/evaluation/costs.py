@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import FiniteFloat, PositiveInt, TypeAdapter
+from pydantic import FiniteFloat, NonNegativeFloat, PositiveInt, TypeAdapter
 from typing_extensions import TypedDict
 
 from codebook import models
@@ -18,6 +18,7 @@ from codebook.evaluation.latency import TimedPrompt
 from codebook.evaluation.rows import Row, schedule_key
 from codebook.evaluation.timing import machine, quartiles
 from codebook.inference.records import damaged, read_record
+from codebook.models.base import attention_kernel
 from codebook.pruning.tokens import digest_rows
 from codebook.store.journal import Journal
 
@@ -42,9 +43,16 @@ class Bytes(TypedDict):
     kv_cache: int
 
 
-ROUND_COUNT, ROUND = TypeAdapter(PositiveInt), TypeAdapter(dict[str, Seconds])
+class Timed(TypedDict):
+    """What has been timed: so many rounds, in so many of the seconds of `measure_costs`."""
+
+    rounds: PositiveInt
+    seconds: NonNegativeFloat
+
+
+TIMED, ROUND = TypeAdapter(Timed), TypeAdapter(dict[str, Seconds])
 RATES, MEMORY = TypeAdapter(dict[str, list[FiniteFloat | None]]), TypeAdapter(Bytes)
-"""Forms of the journal's records: number of rounds, a round by row, its answers per second by row and size of batch,
+"""Forms of the journal's records: how many rounds, a round by row, its answers per second by row and size of batch,
 memory of a row."""
 
 
@@ -63,7 +71,7 @@ def measure_costs(
     Parameters
     ----------
     out
-        Folder of the journal: called again, no round in it is repeated.
+        Folder of the journal: called again, no round in it is repeated; with more `seconds` others are added.
     note
         Called with what is measured now.
     seed
@@ -76,6 +84,7 @@ def measure_costs(
     names = [f"{row.name} {schedule_key(row.schedules[0])}" for row in rows]
     device = bench.model.device.type
     about = {"model": models.identity(bench.model), "machine": machine(device), "rows": names, "seed": seed}
+    about["attention"] = attention_kernel(bench.model)
     about["prompt"] = int(digest_rows(bench.inputs["input_ids"])[0])
     about |= {"batches": list(sizes)} if sizes else {}
     # Times of other rows, or of another machine, must not enter this comparison: each has a file of its own.
@@ -85,15 +94,16 @@ def measure_costs(
             if f"memory {name}" not in journal:
                 note(f"memory {i + 1}/{len(rows)}")
                 journal.add(f"memory {name}", bench.memory(row.schedules[0]))
-        if "seconds" not in journal:
-            batches, start = [bench.repeated(size) for size in sizes], time.monotonic()
+        spent = read_record(journal, "timed", TIMED)["seconds"] if "timed" in journal else -1.0
+        if seconds > spent:
+            batches, start = [bench.repeated(size) for size in sizes], time.monotonic() - max(0.0, spent)
             for number in range(ROUNDS[1]):
                 if f"round {number}" not in journal:
                     note(f"timing, round {number + 1}")
                     _time_round(journal, number, bench, batches, dict(zip(names, rows, strict=True)), seed)
                 if number + 1 >= ROUNDS[0] and time.monotonic() - start > seconds:
                     break
-            journal.add("seconds", number + 1)
+            journal.add("timed", {"rounds": number + 1, "seconds": seconds})
     return _read_costs(journal, names, sizes)
 
 
@@ -122,7 +132,7 @@ def _read_costs(journal: Journal, names: Sequence[str], sizes: Sequence[int]) ->
     CodebookError
         If a record is missing or of another form.
     """
-    done = range(read_record(journal, "seconds", ROUND_COUNT))
+    done = range(read_record(journal, "timed", TIMED)["rounds"])
     rounds = [read_record(journal, f"round {i}", ROUND) for i in done]
     speeds = [read_record(journal, f"rates {i}", RATES) for i in done] if sizes else []
     if not all(set(names) <= measured.keys() for measured in rounds):

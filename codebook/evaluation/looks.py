@@ -34,9 +34,13 @@ LOOK = TypeAdapter(Look)
 
 
 def samples_to_show(tasks: Sequence[Task], count: int) -> list[Sample]:
-    """The first sample of each of `count` tasks, which are spread evenly over all tasks."""
-    count = min(count, len(tasks))
-    return [tasks[i * len(tasks) // count].samples[0] for i in range(count)]
+    """The first `count` samples by their place in their task; of those at the last place, spread over the tasks."""
+    found: list[Sample] = []
+    for place in range(max((len(task.samples) for task in tasks), default=0)):
+        own = [task.samples[place] for task in tasks if place < len(task.samples)]
+        left = min(count - len(found), len(own))
+        found += [own[i * len(own) // left] for i in range(left)]
+    return found
 
 
 def show_rows(
@@ -65,7 +69,8 @@ def show_rows(
     """
     model = models.unwrap(model)
     found, count = [], 0
-    with Journal(file, {"model": models.identity(model), "max_new_tokens": max_new_tokens}) as journal:
+    about = models.identities(model, processor) | {"max_new_tokens": max_new_tokens}
+    with Journal(file, about) as journal:
         for sample in samples:
             pictures, views, grids, key = sample.pictures(), [], [], samples_digest([sample])
             with remembering(model):
@@ -86,6 +91,6 @@ def show_rows(
                     own = {"text": record["text"], "score": score, "kept": record["kept"]}
                     views.append({"method": row.method, "keep": row.keep, **own})
                     done(count := count + 1)
-            about = {"task": sample.task, "question": sample.question, "answer": sample.answer}
-            found.append({**about, "grids": grids, "rows": views})
+            asked = {"task": sample.task, "question": sample.question, "answer": sample.answer}
+            found.append({**asked, "grids": grids, "rows": views})
     return found

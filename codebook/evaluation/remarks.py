@@ -7,6 +7,7 @@ from typing import Any
 
 from codebook.errors import counted
 from codebook.evaluation.comparisons import DOWNSAMPLED, GATES
+from codebook.evaluation.rows import NEAR
 from codebook.inference.uncertainty import plus_minus
 from codebook.pruning.text import UNPRUNED
 
@@ -28,7 +29,15 @@ def half_width(interval: Sequence[float] | None) -> str:
 def remarks(results: Results, keep: float) -> list[str]:
     """Sentences below the table of a budget."""
     rows = ranked(results["rows"], keep)
-    return [text for text in (_ahead(results, keep, rows), _about_group(results, keep, rows), _warning(rows)) if text]
+    every = (_off_budget(keep, rows), _ahead(results, keep, rows), _about_group(results, keep, rows), _warning(rows))
+    return [text for text in every if text]
+
+
+def _off_budget(keep: float, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A sentence that names the rows that kept more or fewer tokens than the budget of the pictures that were shown."""
+    off = [row for row in rows if abs(row["kept"]["average"] - keep) > NEAR]
+    named = ", ".join(f"{row['method']} ({100 * row['kept']['average']:.1f}%)" for row in off)
+    return f"Not at this budget, on average over questions and layers: {named}." if off else ""
 
 
 def _ahead(results: Results, keep: float, rows: Sequence[Mapping[str, Any]]) -> str:

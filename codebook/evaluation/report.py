@@ -53,7 +53,7 @@ def html(
         ("model", results["name"]), ("data", ", ".join(results["data"])),
         ("visual tokens", f"{results['tokens']} x {results['layers']} layers"), ("budgets", ", ".join(map(str, keeps))),
         ("machine", f"{machine['machine']}, {counted(machine['threads'], 'thread')}"),
-        ("precision, torch", f"{results['dtype']}, {machine['torch']}"), ("seed", results["seed"]),
+        ("precision, torch", f"{_precision(results)}, {machine['torch']}"), ("seed", results["seed"]),
     ]  # fmt: skip
     series = [_series(rows, method, styles[method], "cost") for method in styles]
     return page.render(
@@ -97,6 +97,11 @@ def command_of(results: Results) -> str:
     data = [] if results["data"] == ["miniature"] else [("data", one) for one in results["data"]]
     words = "".join(f" --{name} {_shell_word(str(value))}" for name, value in [*data, *options.items()])
     return f"codebook bench {_shell_word(results['name'])}{words}"
+
+
+def _precision(results: Results) -> str:
+    """Precision and, where it is known, attention kernel."""
+    return ", ".join(str(results[key]) for key in ("dtype", "attention") if key in results)
 
 
 def _shell_word(text: str) -> str:
@@ -365,7 +370,7 @@ def markdown(results: Results) -> str:
     counts = ", ".join(f"{name} {task['samples']}" for name, task in results["tasks"].items())
     lines.append(
         f"Timed on {machine['machine']}, {counted(machine['threads'], 'thread')}, torch {machine['torch']}, "
-        f"{results['dtype']}; {rows[0]['cost']['first_token']['rounds']} rounds. Questions: {counts}. Seed "
+        f"{_precision(results)}; {rows[0]['cost']['first_token']['rounds']} rounds. Questions: {counts}. Seed "
         f"{results['seed']}."
     )
     return "\n".join(lines) + "\n"

@@ -74,19 +74,31 @@ def plan(
     the_codebook = functools.cache(lambda: find_codebook(model, codebook))  # once, and only if a method needs it
     found, skipped = [Row(UNPRUNED, 1.0, (None,))], []
     for keep in keeps:
-        known: dict[tuple[str, ...], str] = {}  # methods by what they prune: one that is spelt two ways is one row
+        made: dict[str, Row] = {}
         for method in dict.fromkeys((*methods, *BASELINES)):
             try:
                 own = the_codebook() if needs_codebook(method) else None
-                made = row_of(model, method, keep, own, seeds, deep_layer(model, method, True, codebook))
+                made[method] = row_of(model, method, keep, own, seeds, deep_layer(model, method, True, codebook))
             except CodebookError as error:
                 skipped.append(left_out(method, keep, str(error)))
-                continue
-            if (other := known.setdefault(tuple(map(schedule_key, made.schedules)), method)) == method:
-                found.append(made)
+        same = spelt_alike(list(made.values()))
+        for method, row in made.items():
+            if (other := same[method]) == method:
+                found.append(row)
             else:
-                skipped.append(left_out(method, keep, f"it is the same as {other}: {made.schedules[0]}"))
+                skipped.append(left_out(method, keep, f"it is the same as {other}: {row.schedules[0]}"))
     return found, skipped
+
+
+def spelt_alike(rows: Sequence[Row]) -> dict[str, str]:
+    """For the method of each row the name of those that prune the same: a method that is spelt two ways is one row.
+
+    A baseline keeps its own name, by which others are compared with it; else it is the first one's.
+    """
+    names: dict[tuple[str, ...], str] = {}
+    for row in sorted(rows, key=lambda row: row.method not in BASELINES):
+        names.setdefault(tuple(map(schedule_key, row.schedules)), row.method)
+    return {row.method: names[tuple(map(schedule_key, row.schedules))] for row in rows}
 
 
 def row_of(

@@ -93,7 +93,7 @@ def respond(
     """
     model = models.unwrap(model)
     check_samples(model, processor, samples)
-    about = {"model": models.identity(model), "max_new_tokens": max_new_tokens, "blind": blind}
+    about = models.identities(model, processor) | {"max_new_tokens": max_new_tokens, "blind": blind}
     answered, own_batches, keys = 0, batches(samples, batch, shard), []
     over: dict[str, str] = {} if stopped is None else stopped
     with _open_journal(file, about, shard) as journal:

@@ -398,6 +398,11 @@ def decoder(model: Model) -> Any:
     return found if hasattr(found, "layers") else found.model
 
 
+def attention_kernel(model: Model) -> str:
+    """Name of the kernel of the decoder's attention, such as `sdpa`."""
+    return str(decoder(model).config._attn_implementation)
+
+
 def rotary_at(rotary: nn.Module, embeds: Tensor, positions: Tensor, layer: Any) -> Any:
     """What a decoder layer is given of positions (B, P) int64 by the module of its rotary embeddings."""
     kinds = (getattr(layer.self_attn, "layer_type", None), getattr(layer, "attention_type", None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import re
 import struct
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from codebook.errors import CodebookError
-from codebook.models.base import Model
+from codebook.models.base import Model, Processor
 from codebook.models.finite import plain_tensors
 from codebook.models.registry import family
 from codebook.models.wrappers import class_names, stock
@@ -28,6 +29,9 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 ADAPTER = "peft.BaseTunerLayer"
 """Class of the layers in which peft puts adapters."""
+
+OF_A_PLACE = ("name_or_path", "processor_class", "auto_map")
+"""Settings of a processor that say where it comes from, and not what it does."""
 
 PACKED = ("qweight", "weight_packed", "W_q")
 """Buffers of quantised weights, as GPTQ, AWQ, compressed-tensors and HQQ name them."""
@@ -170,6 +174,23 @@ def identity(model: Model) -> str:
     sampled = torch.stack([_middle(decoder, name) for name, _ in decoder.named_parameters()])
     digest = hashlib.sha256(sampled.numpy().tobytes()).hexdigest()[:16]
     return f"{_stored(model)}:{digest}:{str(model.dtype).removeprefix('torch.')}"
+
+
+def identities(model: Model, processor: Processor) -> dict[str, str]:
+    """What answers depend on beside the questions, for journals: the model's identity and the processor's digest."""
+    return {"model": identity(model), "processor": processor_digest(processor)}
+
+
+def processor_digest(processor: Processor) -> str:
+    """A short hash of a processor's settings and chat template: how pictures are resized, and what the prompt is."""
+    said: list[object] = [getattr(processor, "chat_template", None)]
+    for part in (processor, *(getattr(processor, name, None) for name in ("image_processor", "video_processor"))):
+        settings = part.to_dict() if hasattr(part, "to_dict") else {}
+        said.append(
+            {key: value for key, value in settings.items() if not key.startswith("_") and key not in OF_A_PLACE}
+        )
+    text = json.dumps(said, sort_keys=True, default=lambda value: type(value).__name__)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _middle(module: nn.Module, name: str) -> Tensor:

@@ -19,6 +19,7 @@ from codebook.store.parsing import parse
 from codebook.store.reading import is_file, read_whole
 
 MEASURE = "make one with `codebook horizon --out`"
+OF_ANOTHER = "is of another model, or of a version that did not say of which"
 LONGEST_REASON = 100
 """Most characters of a file's own words that a message repeats."""
 
@@ -74,6 +75,17 @@ def read_horizon(path: Path) -> dict[str, Any]:
     return _parse_horizon(path, read_whole(path, MEASURE))
 
 
+def check_horizon(path: Path, content: dict[str, Any], model: Model) -> None:
+    """Refuse a horizon, read from this file, that was measured on another model.
+
+    Raises
+    ------
+    CodebookError
+    """
+    if not _is_of(content, whole_fingerprint(model)):
+        raise CodebookError(f"{path} {OF_ANOTHER}: {MEASURE}")
+
+
 def _parse_horizon(path: Path, data: bytes) -> dict[str, Any]:
     try:
         found = HorizonFile.model_validate(parse(path, data, MEASURE, Any))
@@ -106,7 +118,7 @@ def find_horizon(model: Model, source: Codebook | Path | str | None = None) -> M
         content = read_horizon(file)
         if _is_of(content, own):
             return _whole(file, content)
-        other = MeasuredHorizon(file, None, "is of another model, or of a version that did not say of which")
+        other = MeasuredHorizon(file, None, OF_ANOTHER)
     for book in known():
         with contextlib.suppress(CodebookError):
             if is_file(file := book.folder / HORIZON_FILE) and _is_of(content := read_horizon(file), own):

@@ -65,6 +65,17 @@ def test_progress_says_how_fast_it_is_once_that_is_known(capfd, monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_work_that_is_no_unit_does_not_slow_the_speed(capfd, monkeypatch):
+    now = iter([0.0, 1.0, 2.0, 3.0, 50.0, 51.0, 52.0])
+    monkeypatch.setattr("codebook.cli.output.time.monotonic", lambda: next(now))
+    with progress("work", 4, "parts") as tick:  # at 0 s
+        tick(0)  # seen at 1 s
+        tick(4)  # at 3 s
+        tick(4, "memory")  # at 51 s
+    lines = capfd.readouterr().err.splitlines()
+    assert lines == ["work: 4/4, 1.3 parts/s", "work: 4/4, 1.3 parts/s; memory"]
+
+
 def test_work_goes_on_where_its_progress_cannot_be_written(monkeypatch):
     """As where a log is on a full disk, or the reader of a pipe has left."""
     with open("/dev/full", "w") as full:

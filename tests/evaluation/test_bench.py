@@ -15,6 +15,7 @@ from codebook import CodebookError, Random, Schedule, Stage, Uniform, load, preb
 from codebook.cli.data import load_data
 from codebook.evaluation import bench, charts, costs, latency, report
 from codebook.evaluation.looks import samples_to_show, show_rows
+from codebook.evaluation.metrics import Task
 from codebook.evaluation.rows import plan, row_of
 from codebook.evaluation.timing import quartiles
 from codebook.inference import respond
@@ -94,12 +95,34 @@ def test_a_method_that_is_spelt_two_ways_is_one_row(loaded):
     spelt = ["seeded", "codebook-farthest+mass", "fastv(query='text', own_layer=False)@2", "fastv(own_layer=False)@2"]
     spelt += ["uniform(phase='centre')", "seeded; positions=keep", "seeded+random@5:.5", "seeded + random@5:0.50"]
     rows, skipped = plan(loaded[0], spelt, [0.25])
-    assert [row.method for row in rows] == ["unpruned", spelt[0], spelt[2], spelt[4], spelt[6], "random", "downsample"]
+    assert [row.method for row in rows] == ["unpruned", spelt[0], spelt[2], spelt[6], "random", "uniform", "downsample"]
     assert {one["method"]: one["reason"].partition(": ")[0] for one in skipped} == {
         spelt[1]: "it is the same as seeded", spelt[3]: f"it is the same as {spelt[2]}",
-        spelt[5]: "it is the same as seeded", spelt[7]: f"it is the same as {spelt[6]}",
-        "uniform": f"it is the same as {spelt[4]}",
+        spelt[4]: "it is the same as uniform", spelt[5]: "it is the same as seeded",
+        spelt[7]: f"it is the same as {spelt[6]}",
     }  # fmt: skip
+
+
+def test_a_baseline_that_is_spelt_another_way_is_still_the_gate(loaded, tmp_path):
+    model, processor, tasks, _, _ = loaded
+    rows, skipped = plan(model, ["random@0", "downsample@0", "codebook"], [0.25])
+    assert [row.method for row in rows] == ["unpruned", "codebook", "random", "uniform", "downsample"]
+    assert [one["method"] for one in skipped] == ["random@0", "downsample@0"]
+    few = [replace(task, samples=task.samples[:1]) for task in tasks]
+    results = bench.measure(model, processor, few, rows[:3] + rows[4:], tmp_path, bench.BenchSettings(seconds=0))
+    assert set(results["rows"][1]["gates"]) == {"random", "downsample"} and "group_a" in results["rows"][1]
+
+
+def test_rows_that_are_not_at_the_budget_are_named(measured):
+    results = json.loads(json.dumps(measured[0]))
+    assert "Not at this budget" not in report.markdown(results)
+    [row] = [row for row in results["rows"] if (row["method"], row["keep"]) == ("downsample", 0.25)]
+    row["kept"]["average"] = 0.2394  # 0.0106 below
+    text, words = (
+        report.markdown(results),
+        "Not at this budget, on average over questions and layers: downsample (23.9%).",
+    )
+    assert text.count("Not at this budget") == 1 and words in text and words in report.html(results | {"samples": []})
 
 
 def test_rows_are_all_methods_and_baselines_at_all_budgets(loaded):
@@ -361,6 +384,54 @@ def test_answers_per_second(loaded, tmp_path, monkeypatch):
     monkeypatch.setattr(latency.TimedPrompt, "generate", lambda *_: None)
     monkeypatch.setattr(latency.time, "perf_counter", lambda: next(now))
     assert three.rate(None) == 1.5
+
+
+def test_times_of_another_attention_are_not_taken_and_more_seconds_add_rounds(loaded, tmp_path, monkeypatch):
+    model, processor, tasks, rows, _ = loaded
+    few = [replace(task, samples=task.samples[:1]) for task in tasks]
+    monkeypatch.setattr(costs, "ROUNDS", (2, 5))
+
+    def rounds(seconds, attention="sdpa"):
+        model.set_attn_implementation(attention)
+        try:
+            found = bench.measure(model, processor, few, rows[:1], tmp_path, bench.BenchSettings(seconds=seconds))
+        finally:
+            model.set_attn_implementation("sdpa")
+        [row] = found["rows"]
+        assert found["attention"] == attention
+        return row["cost"]["first_token"]["rounds"], len(list(tmp_path.glob("timing-*.sqlite")))
+
+    now = iter(range(10**6))
+    monkeypatch.setattr(costs.time, "monotonic", lambda: float(next(now)))
+    assert rounds(0) == (2, 1)
+    assert rounds(0) == (2, 1)  # nothing new
+    assert rounds(2) == (4, 1)  # the clock is read after the second round and each later one
+    assert rounds(1) == (4, 1)
+    assert rounds(100) == (5, 1)
+    assert rounds(0, "eager") == (2, 2)
+
+
+def test_what_is_shown_is_spread_over_tasks_and_then_over_their_questions():
+    def shown(counts, count):
+        tasks = [Task(str(i), [f"{i}{j}" for j in range(n)], None) for i, n in enumerate(counts)]
+        return samples_to_show(tasks, count)
+
+    assert shown([9], 3) == ["00", "01", "02"] and shown([1], 3) == ["00"] and shown([], 3) == shown([9], 0) == []
+    assert shown([9, 9, 9, 9], 2) == ["00", "20"] and shown([2, 1, 2], 4) == ["00", "10", "20", "01"]
+
+
+def test_progress_counts_the_answers_of_rows_that_are_refused(loaded, tmp_path, monkeypatch):
+    model, processor, tasks, rows, _ = loaded
+    few, rows, heard = [replace(task, samples=task.samples[:1]) for task in tasks], [rows[0], rows[3]], []
+
+    def refuse(self, tokens, keep):
+        raise CodebookError("no such picture")
+
+    monkeypatch.setattr(Uniform, "select", refuse)
+    bench.measure(model, processor, few, rows, tmp_path, bench.BenchSettings(seconds=0), lambda *own: heard.append(own))
+    counts, notes = zip(*heard, strict=True)
+    assert counts[0] == 2 and counts[-1] == max(counts) == bench.count_answers(few, rows) == 4
+    assert set(notes) == {"", "memory 1/1", "timing, round 1", "timing, round 2"}
 
 
 def test_the_command_says_what_was_asked():
@@ -640,3 +711,19 @@ def test_pictures_of_a_comparison():
 
 def test_quartiles():
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"q1": 2.0, "median": 3.0, "q3": 4.0, "rounds": 5}
+
+
+@pytest.mark.parametrize("change", ["size", "chat_template"])
+def test_answers_of_another_processor_are_refused(loaded, tmp_path, change):
+    """The weights are the same, and the pictures or the prompts are others."""
+    model, processor, tasks, rows, _ = loaded
+    few, settings = [replace(task, samples=task.samples[:1]) for task in tasks], bench.BenchSettings(seconds=0)
+    bench.measure(model, processor, few, rows[:1], tmp_path, settings)
+    _, other = load("miniature", "cpu")
+    bench.measure(model, other, few, rows[:1], tmp_path, settings)
+    if change == "size":
+        other.image_processor.image_mean = [0.4, 0.5, 0.5]
+    else:
+        other.chat_template = other.chat_template.replace("<assistant>", "<user>")
+    with pytest.raises(CodebookError, match="another processor: choose another file, or delete it"):
+        bench.measure(model, other, few, rows[:1], tmp_path, settings)

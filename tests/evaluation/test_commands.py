@@ -43,6 +43,11 @@ def test_bench_writes_results_and_a_report(run, refused, scene, tmp_path):
     assert code == 0 and read_journal(out / "answers.sqlite")[1] == answers  # uniform had been there as a baseline
     means, before = ({row["method"]: row["mean"] for row in rows["rows"]} for rows in (again, results))
     assert means == before and len(means) == 6
+    curve = {"loss": [0.5, 0.0], "error": [0.1, None], "layer": 1, "interval": [1, 2], "safe": 2}
+    other = {"eps": 0.01, "start": 0, "horizons": {"exist": curve}, "fingerprint": "llava:1-00:1-00:1-00"}
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    own = ["--methods", "codebook", "--horizon", tmp_path / "other.json"]
+    refused(*options, *own, words=["other.json is of another model"])
     (out / "horizon.json").write_text("{}")
     refused(*options, "--methods", "codebook", words=["horizon.json", "codebook horizon"])
 
