@@ -5,21 +5,10 @@ import functools
 import torch
 import transformers as hf
 
-from tests.models.families import (
-    QWEN_VISION,
-    SIGLIP,
-    TEXT,
-    VIDEO,
-    Fixed,
-    Glm,
-    InternVL,
-    Mistral3,
-    Qwen,
-    _glm,
-    _siglip,
-)
+from tests.models.configs import QWEN_VISION, SIGLIP, TEXT, glm, siglip
 from tests.models.pictured import OPTIONS
 from tests.models.processors import PATCHES, PROCESSORS, SQUARE
+from tests.models.prompts import VIDEO, Fixed, Glm, InternVL, Mistral3, Qwen
 from tests.tiny import IMAGE
 
 
@@ -64,7 +53,7 @@ def _cosmos3_edge():
 
 def _deepseek_vl_hybrid():
     return hf.DeepseekVLHybridConfig(
-        vision_config=_siglip(16).to_dict(), high_res_vision_config=SAM, image_token_id=IMAGE,
+        vision_config=siglip(16).to_dict(), high_res_vision_config=SAM, image_token_id=IMAGE,
         text_config={"model_type": "llama", **TEXT},
     )  # fmt: skip
 
@@ -183,7 +172,7 @@ OPTIONS.update({name: OPTIONS[like] for name, like in LIKE.items() if like in OP
 NEWCOMERS = {
     tiny.name: tiny
     for tiny in (
-        Glm("glm_ocr", functools.partial(_glm, getattr(hf, "GlmOcrConfig", None)), "GlmOcrForConditionalGeneration",
+        Glm("glm_ocr", functools.partial(glm, getattr(hf, "GlmOcrConfig", None)), "GlmOcrForConditionalGeneration",
             axes=3),
         Plain("exaone4_5", _exaone4_5, "Exaone4_5_ForConditionalGeneration"),
         Mistral3("lighton_ocr", _lighton_ocr, "LightOnOcrForConditionalGeneration"),

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import torch
 import transformers as hf
 
-from tests.models.families import NEWLINE, SEPARATOR
 from tests.models.processors import PROCESSORS
+from tests.models.prompts import NEWLINE, SEPARATOR
 from tests.tiny import IMAGE, PAD
 
 TEXT = [21, 22, 23]

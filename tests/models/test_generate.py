@@ -9,7 +9,9 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from codebook.pruning import DivPrune, FastV, Random, Schedule, Stage
 from tests import reference
 from tests.models.cells import gone_from, mass, model
-from tests.models.families import FAMILIES, TEXT, VIDEO
+from tests.models.configs import TEXT
+from tests.models.families import FAMILIES
+from tests.models.prompts import VIDEO
 from tests.tiny import IMAGE
 
 FORMS = [name for name in ("llava_next", "qwen2_5_vl", "qwen3_vl", "qwen3_5", "gemma3") if name in FAMILIES]

@@ -13,7 +13,8 @@ from codebook.models import any_size
 from codebook.pruning import Random, Schedule, Stage
 from tests import reference
 from tests.models.cells import gone_from, model
-from tests.models.families import FAMILIES, NEWLINE
+from tests.models.families import FAMILIES
+from tests.models.prompts import NEWLINE
 from tests.tiny import IMAGE, PAD
 
 NAMES = [name for name in ("minicpmv4_6", "minicpmv4_7") if name in FAMILIES]

@@ -12,8 +12,10 @@ from codebook.pruning import DivPrune, FastV, Random, Schedule, Stage
 from tests import reference
 from tests.models import cells
 from tests.models.cells import Cell, gone_from, mass, model
-from tests.models.families import FAMILIES, GLOBAL, NEWLINE, SEPARATOR, _molmo2
+from tests.models.configs import molmo2
+from tests.models.families import FAMILIES
 from tests.models.processors import TinyProcessor
+from tests.models.prompts import GLOBAL, NEWLINE, SEPARATOR
 from tests.tiny import IMAGE
 
 NAME, END = "molmo2", 93
@@ -26,7 +28,7 @@ SCHEDULE = Schedule([Stage(0, 0.5, DivPrune(), mass=True), Stage(2, 0.25, Random
 def olmo(monkeypatch):
     """The variant on Olmo: norms behind layers, and over all heads; layers of the tower counted from the last."""
     variant = type(FAMILIES[NAME])(
-        NAME, functools.partial(_molmo2, norm_after=True, qk_norm_type="olmo"), FAMILIES[NAME].cls, videos=True
+        NAME, functools.partial(molmo2, norm_after=True, qk_norm_type="olmo"), FAMILIES[NAME].cls, videos=True
     )
     made = variant.make()
     made.config.adapter_config.vision_feature_layer = [-1, 0]

@@ -11,7 +11,8 @@ from codebook import CodebookError, models
 from codebook.pruning import FastV, Random, Schedule, Stage
 from tests import reference
 from tests.models.cells import gone_from, model
-from tests.models.families import AUDIO, FAMILIES
+from tests.models.families import FAMILIES
+from tests.models.prompts import AUDIO
 
 SCHEDULE = Schedule([Stage(0, 0.5, Random()), Stage(2, 0.25, FastV())])
 OMNI = [name for name in ("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker") if name in FAMILIES]

@@ -13,7 +13,8 @@ from codebook.errors import CodebookError
 from codebook.models.foreign import INSTEAD
 from codebook.pruning import METHODS, Downsample, Random, Schedule, Stage, remember
 from tests.models.cells import model
-from tests.models.families import FAMILIES, VIDEO
+from tests.models.families import FAMILIES
+from tests.models.prompts import VIDEO
 from tests.tiny import IMAGE
 
 PRE = Schedule([Stage(0, 0.5, Random())])

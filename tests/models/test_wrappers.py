@@ -18,7 +18,8 @@ from codebook.miniature import write_images
 from codebook.miniature.samples import of_miniature
 from tests import reference
 from tests.models.cells import gone_from
-from tests.models.families import FAMILIES, TEXT
+from tests.models.configs import TEXT
+from tests.models.families import FAMILIES
 
 TINY = FAMILIES["llava"]
 SCHEDULE = Schedule([Stage(0, 0.5, Random()), Stage(2, 0.2, FastV())])

@@ -6,7 +6,8 @@ import torch
 import transformers as hf
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from tests.models.families import FAMILIES, SEPARATOR, VIDEO
+from tests.models.families import FAMILIES
+from tests.models.prompts import SEPARATOR, VIDEO
 from tests.tiny import IMAGE, VOCAB
 
 START, END = SEPARATOR, 96
