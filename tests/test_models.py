@@ -99,6 +99,8 @@ def test_shape():
         tokens=SIDE * SIDE,
         layers=4,
         attending=frozenset(range(4)),
+        reusing=frozenset(),
+        stages=4,
         hidden=48,
         intermediate=96,
         heads=4,

@@ -66,7 +66,7 @@ def candidate_schedules(
     for one in deep:
         check_deep(one)
     size = models.shape(model)
-    n, layers = size.tokens, size.layers
+    n, layers, stages = size.tokens, size.layers, size.stages
 
     def solved(text: str) -> Schedule:
         return Schedule.draft(text, codebook, layers=layers, seed=seed)[0].fit_images(keep, n, layers)
@@ -74,16 +74,16 @@ def candidate_schedules(
     plain = solved(method)
     first = plain.stages[0].layer
     if at is None:
-        deeper = layers - 1 - first
-        at = [round(x) for x in np.linspace(first + 1, layers - 1, min(DEEP_LAYERS, deeper))]
-    elif not all(first < layer < layers for layer in at):
-        raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {layers - 1}, not {list(at)}")
+        deeper = stages - 1 - first
+        at = [round(x) for x in np.linspace(first + 1, stages - 1, min(DEEP_LAYERS, deeper))]
+    elif not all(first < layer < stages for layer in at):
+        raise CodebookError(f"deep stages of {method!r} can be at layers {first + 1} to {stages - 1}, not {list(at)}")
     found: dict[str, Schedule] = {}
     name, semicolon, settings = method.partition(";")
     tried = [f"random@{layer}:{share}" for layer in at for share in SHARES]
     tried += [f"drop@{layer}" for layer in at if drop]
     groups: list[tuple[str | None, list[str]]] = [(None, tried)]
-    groups += [(text, _deep_stages(text, at, first, layers)) for text in deep]
+    groups += [(text, _deep_stages(text, at, first, stages)) for text in deep]
     for text, own in groups:
         refused: list[CodebookError] = []
         for second in own:
@@ -136,11 +136,11 @@ def check_deep(text: str) -> StageText:
     return part
 
 
-def _deep_stages(text: str, at: Sequence[int], first: int, layers: int) -> list[str]:
+def _deep_stages(text: str, at: Sequence[int], first: int, stages: int) -> list[str]:
     """A deep stage's text with each share to try: at its layer, or at each of the layers if it names none."""
     layer = check_deep(text).layer
-    if layer is not None and not first < layer < layers:
-        raise CodebookError(f"the deep stage {quoted(text)} can be at layers {first + 1} to {layers - 1}")
+    if layer is not None and not first < layer < stages:
+        raise CodebookError(f"the deep stage {quoted(text)} can be at layers {first + 1} to {stages - 1}")
     method, mass = cut_mass(text.strip())
     places = [method] if layer is not None else [f"{method}@{layer}" for layer in at]
     return [f"{place}:{share}{spell_mass(mass)}" for place in places for share in SHARES]

@@ -58,7 +58,8 @@ class Sweep:
     full : (N,) float64
         Value of the unpruned model's answers.
     pruned : (N, layers) float64
-        Values with all visual tokens removed from the input of layer l on, for l from `start` to the last.
+        Values with all visual tokens removed from the input of layer l on, for l from `start` to the last that
+        stages can be at.
     start : int
         First layer of the sweep: 0 is before the LLM; 1 where answers were generated.
     right : (N,) float64, optional
@@ -80,7 +81,7 @@ class Sweep:
 
     @property
     def layers(self) -> int:
-        """Number of decoder layers."""
+        """Number of layers that stages can be at: of the decoder's, all but in models whose last ones have no keys."""
         return self.start + self.pruned.shape[1]
 
     @property
@@ -183,7 +184,7 @@ def sweep(
                 done(i + 1)
     generated = metric == "generated"
     records = [read_record(journal, str(i), CURVES) for i in range(len(samples))]
-    judge, length = "generated" if generated else "accuracy", models.shape(model).layers - generated
+    judge, length = "generated" if generated else "accuracy", models.shape(model).stages - generated
     if not all({metric, judge} <= r.keys() and len(r[metric]["pruned"]) == length for r in records):
         raise damaged(journal)
     full, right = (np.array([r[kind]["full"] for r in records]) for kind in (metric, judge))
@@ -211,7 +212,7 @@ def _one_token(
 def _generate(
     model: Model, processor: Processor, samples: Sequence[Sample], journal: Journal, done: Callable[[int], None]
 ) -> None:
-    layers = models.shape(model).layers
+    layers = models.shape(model).stages
     for start in range(0, len(samples), GENERATED_PER_BATCH):
         group = list(samples[start : start + GENERATED_PER_BATCH])
         if str(start + len(group) - 1) not in journal:

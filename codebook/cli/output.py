@@ -178,11 +178,11 @@ def describe(model: Model, schedule: Schedule) -> dict[str, Any]:
         return report
     decoder: dict[str, Any] = {"layers": layers, "attending": size.attending}
     cache = {"kv_heads": size.kv_heads, "head_dim": size.head_size, "bytes": model.dtype.itemsize}
-    mlp = {"hidden": size.hidden, "intermediate": size.intermediate}
+    widths = {"hidden": size.hidden, "intermediate": size.intermediate, "reusing": size.reusing}
     return report | {
         "counts": schedule.counts(n, layers),
         "keep": schedule.budget(n, layers),
-        "flops": 1 - schedule.flops_reduction(n, **decoder, **mlp),
+        "flops": 1 - schedule.flops_reduction(n, **decoder, **widths),
         "kv_bytes": schedule.kv_bytes(n, **decoder, **cache),
     }
 

@@ -232,5 +232,6 @@ def _flops(model: Model, bench: TimedPrompt, schedule: Schedule | None) -> int:
     ]
     size, text = models.shape(model), int(bench.inputs["input_ids"].shape[1]) - n
     return Schedule(stages).flops(
-        n, layers=size.layers, attending=size.attending, hidden=size.hidden, intermediate=size.intermediate, text=text
-    )
+        n, layers=size.layers, attending=size.attending, reusing=size.reusing, hidden=size.hidden,
+        intermediate=size.intermediate, text=text,
+    )  # fmt: skip

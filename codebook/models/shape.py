@@ -26,6 +26,11 @@ class Shape:
         Decoder layers.
     attending
         Which of them have attention, and so a KV cache: all but recurrent ones, and those that use another's.
+    reusing
+        Those that use another's: `generate` runs them on the last token of a prompt alone.
+    stages
+        How many layers, from the first on, stages can be at: all, but behind one whose keys later layers use, these
+        would go on to see what it saw.
     hidden, intermediate
         Width of the hidden states, and of the MLP inside a layer; of a mixture of experts, of those that a token sees.
     heads, kv_heads
@@ -37,6 +42,8 @@ class Shape:
     tokens: int
     layers: int
     attending: frozenset[int]
+    reusing: frozenset[int]
+    stages: int
     hidden: int
     intermediate: int
     heads: int
@@ -54,6 +61,8 @@ def shape(model: Model) -> Shape:
     """
     model = stock(model)
     found = family(model)
+    keys = found.keys_layers(model)
+    reusing = frozenset(i for i, own in enumerate(keys) if own != i)
     rows, cols = found.grid(model)
     text = model.config.get_text_config()
     heads = text.num_attention_heads
@@ -67,10 +76,10 @@ def shape(model: Model) -> Shape:
         tokens=rows * cols,
         layers=text.num_hidden_layers,
         attending=frozenset(
-            i
-            for i, (layer, keys) in enumerate(zip(decoder(model).layers, found.keys_layers(model), strict=True))
-            if not is_recurrent(layer) and keys == i
+            i for i, layer in enumerate(decoder(model).layers) if not is_recurrent(layer) and i not in reusing
         ),
+        reusing=reusing,
+        stages=min((keys[i] + 1 for i in reusing), default=len(keys)),
         hidden=text.hidden_size,
         intermediate=_mlp(text),
         heads=heads,

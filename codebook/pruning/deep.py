@@ -25,8 +25,8 @@ def deep_layer(model: Model, text: str, fitted: bool, source: Codebook | Path | 
 
     Returns
     -------
-    None where the text names its layers, and where nothing is measured. The latter is logged as a warning, once for
-    each text and model size: the layer is then LLaVA-1.5-7B's, scaled.
+    None where the text names its layers. Where nothing is measured, LLaVA-1.5-7B's, scaled, or the last that stages can
+    be at: that is logged as a warning, once for each text and model size.
 
     Raises
     ------
@@ -35,21 +35,23 @@ def deep_layer(model: Model, text: str, fitted: bool, source: Codebook | Path | 
     """
     if not leaves_horizon(text, fitted):
         return None
-    layers = shape(model).layers
-    guess = expand(text, layers)[0].stages[-1].layer
+    size = shape(model)
+    layers = size.layers
+    guess = min(expand(text, layers)[0].stages[-1].layer or 0, size.stages - 1)
     found = find_horizon(model, source)
     if found is None:
         _warn(text, layers, guess, "nothing was measured on this model")
     elif found.safe is None:
         _warn(text, layers, guess, f"{found.file} {found.unknown}")
-    elif found.safe >= layers:
+    elif found.safe >= size.stages:
+        last = "the last layer" if size.stages == layers else f"layer {size.stages - 1}, the last that stages can be at"
         raise CodebookError(
-            f"{found.file}: this model reads its images to the last layer, so {quoted(text)} has no layer to begin its "
-            f"last stage at: leave that stage out, or name its layer, 1 to {layers - 1}, as in random@{guess}"
+            f"{found.file}: this model reads its images to {last}, so {quoted(text)} has no layer to begin its "
+            f"last stage at: leave that stage out, or name its layer, 1 to {size.stages - 1}, as in random@{guess}"
         )
     else:
         return found.safe
-    return None
+    return guess
 
 
 @cache

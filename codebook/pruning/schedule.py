@@ -195,6 +195,7 @@ class Schedule:
         intermediate: int,
         text: int = 0,
         attending: Container[int] | None = None,
+        reusing: Container[int] = (),
     ) -> int:
         """Prefill FLOPs of an image's `n` tokens and `text` others; raises as `counts` does.
 
@@ -208,12 +209,18 @@ class Schedule:
             Tokens of the prompt beside the image.
         attending
             Layers with the term 2n^2d; default: all.
+        reusing
+            Layers that use the keys and values of earlier ones, and run on the last token of the text alone, as
+            `generate` runs them: 2d^2 + 2nd + 2dm each, nothing without text.
         """
-        return sum(
-            4 * k * hidden**2 + 2 * k * hidden * intermediate
-            + (2 * k**2 * hidden if attending is None or i in attending else 0)
-            for i, k in enumerate(visual + text for visual in self.counts(n, layers))
-        )  # fmt: skip
+        total = 0
+        for i, k in enumerate(visual + text for visual in self.counts(n, layers)):
+            if i in reusing:
+                total += min(text, 1) * 2 * hidden * (hidden + k + intermediate)
+            else:
+                total += 4 * k * hidden**2 + 2 * k * hidden * intermediate
+                total += 2 * k**2 * hidden if attending is None or i in attending else 0
+        return total
 
     def flops_reduction(self, n: int, **shape: Any) -> float:
         """The fraction of those FLOPs that pruning saves; takes `n` and the decoder's `shape` as `flops` does."""

@@ -1,13 +1,21 @@
 """The small Gemma 4: layers that are given embeddings of their own, and layers that use the keys of earlier ones."""
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers as hf
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from codebook import models
+from codebook.analysis import layer_sweep
+from codebook.analysis.deep_stages import candidate_schedules
 from codebook.errors import CodebookError
+from codebook.inference.samples import Sample
 from codebook.pruning import DivPrune, Random, Schedule, Stage
+from codebook.pruning.presets import SCHEDULE_PRESETS
 from tests import reference
 from tests.models.cells import gone_from, mass, model
 from tests.models.families import FAMILIES
@@ -73,10 +81,83 @@ def test_a_further_turn_on_a_cache_of_a_model_whose_layers_reuse_keys():
 def test_stages_behind_the_keys_that_are_used_again_are_refused():
     target = model(NAME, "sdpa")
     with pytest.raises(
-        CodebookError, match=r"at layer 4, but the last layers .* use those of layer 3: use a layer up to 3"
+        CodebookError, match=r"at layer 4, but the last layers .* use those of layer 3: use layers up to 3, as in 'ran"
     ):
         Schedule([Stage(LAST + 1, 0.5, Random())])(target)
-    assert models.shape(target).attending == frozenset(range(LAYERS - 2))
+    size = models.shape(target)
+    assert size.attending == frozenset(range(LAYERS - 2)) and size.reusing == {LAYERS - 2, LAYERS - 1}
+    assert size.stages == LAST + 1
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULE_PRESETS))
+def test_presets_with_late_stages_are_refused_with_one_that_works(name):
+    """The one that the error shows has the early stages, and the first late one as late as can be."""
+    target = model(NAME, "sdpa")
+    schedule = Schedule.for_model(target, name)
+    if name == "vtw":  # of which the layer is a guess
+        assert schedule.stages[0].layer == LAST
+    if max(stage.layer for stage in schedule.stages) <= LAST:
+        schedule(target)
+        return
+    with pytest.raises(CodebookError) as refusal:
+        schedule(target)
+    instead = Schedule.parse(str(refusal.value).rpartition("as in '")[2].removesuffix("'"))
+    assert instead.stages[-1].layer == LAST and instead.positions == schedule.positions
+    instead(target)
+
+
+def test_the_guess_of_a_horizon_is_a_layer_that_stages_can_be_at():
+    target = model(NAME, "sdpa")
+    schedule = Schedule.for_model(target, "divprune+random", keep=0.4)
+    assert [stage.layer for stage in schedule.stages] == [0, LAST]
+    schedule(target)
+    _, candidates = candidate_schedules(target, "divprune", 0.5)
+    assert {one.stages[-1].layer for one in candidates} == {1, 2, LAST}
+    for one in candidates:
+        one(target)
+
+
+@torch.no_grad()
+def test_a_horizon_is_looked_for_where_stages_can_be(monkeypatch):
+    """One value per layer from 1 to the last that stages can be at, and none refused on the way."""
+    target, asked = model(NAME, "sdpa"), []
+    monkeypatch.setattr(layer_sweep, "check_samples", lambda *_: None)
+    monkeypatch.setattr(layer_sweep, "prepare_samples", lambda *_: None)
+    monkeypatch.setattr(layer_sweep, "remember", lambda _: contextlib.nullcontext())
+
+    def answers(model, processor, prompts, schedule):
+        schedule(model)
+        asked.append([stage.layer for stage in schedule.stages])
+        return [SimpleNamespace(text="2")]
+
+    monkeypatch.setattr(layer_sweep, "answer_prompts", answers)
+    sample = Sample([Image.new("RGB", (8, 8))], "how many?", "2", "count")
+    found, _ = layer_sweep.sweep(target, None, [sample], "generated")
+    assert asked == [[], *([layer] for layer in range(1, LAST + 1))]
+    assert found.layers == LAST + 1 and found.pruned.shape == (1, LAST)
+
+
+@torch.no_grad()
+def test_flops_are_those_of_what_generate_runs(lengths):
+    """Layer by layer: the tokens that it is given, those whose keys they meet, and the projections that it has."""
+    target, inputs = model(NAME, "sdpa"), FAMILIES[NAME].inputs(ROWS[:1])
+    with SCHEDULE(target) as pruning:
+        target.generate(**inputs, max_new_tokens=1)
+    size, met, expected = models.shape(target), {}, 0
+    for given, layer, keys in zip(
+        lengths, target.get_decoder().layers, models.family(target).keys_layers(target), strict=True
+    ):
+        met[keys] = max(given, met.get(keys, 0))
+        maps = sum(hasattr(layer.self_attn, name) for name in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        attention, mlp = 2 * given * met[keys] * size.hidden, 2 * given * size.hidden * size.intermediate
+        expected += maps * given * size.hidden**2 + attention + mlp
+    n = sum(image.count for image in pruning.images)
+    shape = {"layers": LAYERS, "attending": size.attending, "reusing": size.reusing}
+    widths = {"hidden": size.hidden, "intermediate": size.intermediate}
+    text = inputs["input_ids"].shape[1] - n
+    assert SCHEDULE.flops(n, text=text, **shape, **widths) == expected
+    alone = Schedule(SCHEDULE.stages).flops(n, **shape, **widths)
+    assert alone == SCHEDULE.flops(n, layers=LAYERS - 2, **widths)
 
 
 def test_keys_that_a_checkpoint_has_and_no_layer_uses(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, NoReturn
 
@@ -89,12 +90,14 @@ class Pruning:
 
     def _check_reused_keys(self) -> None:
         """Refuse stages behind a layer whose keys later ones use, too: these would go on to see what it saw."""
-        keys = self.family.keys_layers(self.model)
-        last = min((own for i, own in enumerate(keys) if own != i), default=len(keys))
-        if late := [stage.layer for stage in self.schedule.stages if stage.layer > last]:
+        last = models.shape(self.model).stages - 1
+        early = [stage for stage in self.schedule.stages if stage.layer < last]
+        if late := [stage for stage in self.schedule.stages if stage.layer > last]:
+            instead = replace(self.schedule, stages=[*early, replace(late[0], layer=last)])
             raise CodebookError(
-                f"the schedule prunes at layer {late[0]}, but the last layers of this {self.family.name} have no keys "
-                f"and values of their own and use those of layer {last}: use a layer up to {last}"
+                f"the schedule prunes at layer {late[0].layer}, but the last layers of this {self.family.name} have no "
+                f"keys and values of their own and use those of layer {last}: use layers up to {last}, as in "
+                f"'{instead}'"
             )
 
     def __repr__(self) -> str:
