@@ -49,6 +49,7 @@ def horizon_command(
     from codebook.models.fingerprint import whole_fingerprint
     from codebook.store.files import replacing, write_text
     from codebook.store.folder import HORIZON_FILE
+    from codebook.store.horizons import check_metric
 
     if metric not in get_args(layer_sweep.SweepMetric):
         raise unknown("no metric", metric, get_args(layer_sweep.SweepMetric))
@@ -56,6 +57,7 @@ def horizon_command(
         raise CodebookError("--onset measures the first telling token of answers: leave it out, or --metric generated")
     if out is not None:
         check_output_folder(out, (HORIZON_FILE, "horizon.png"))
+        check_metric(out / HORIZON_FILE, metric)
     loading.check(model)
     samples = mixed(load_samples(data, loading.frame_rule(model), split, seed, count, 50), seed)
     layer_sweep.check_tasks(sample.task for sample in samples)

@@ -61,7 +61,7 @@ def show_command(
     """Draw what methods keep of a picture, and what is then answered."""
     from codebook.cli.checks import check_codebook, check_output_file
     from codebook.cli.methods import codebook_for, parse_methods
-    from codebook.evaluation.rows import Row, row_of
+    from codebook.evaluation.rows import Row, distinct, row_of
     from codebook.inference.looking import look_closely
     from codebook.inference.overlay import comparison, maps, mass_picture, score_picture, stages_picture
     from codebook.inference.samples import check_asked
@@ -81,7 +81,8 @@ def show_command(
     picture = read_image(image)
     loaded, processor = loading.load(model)
     book, rows = codebook_for(loaded, chosen, codebook), [Row(UNPRUNED, 1.0, (None,))]
-    rows += [row_of(loaded, method, keep, book, [seed]) for method in chosen]
+    different, skipped = distinct([row_of(loaded, method, keep, book, [seed]) for method in chosen])
+    rows += different
     schedules = [row.schedules[0] or Schedule([]) for row in rows]
     for row, schedule in zip(rows, schedules, strict=True):
         _check_drawn(draw, row.method, schedule)
@@ -108,7 +109,18 @@ def show_command(
              "stages": found.stages, "stands": found.stands, "scores": found.scores}
             for row, found, way in zip(rows, looks, ways, strict=True)
         ]  # fmt: skip
-        print(json.dumps({"question": question, "grid": grid, "keep": keep, "rows": report, "picture": str(out)}))
+        print(
+            json.dumps(
+                {
+                    "question": question,
+                    "grid": grid,
+                    "keep": keep,
+                    "rows": report,
+                    "skipped": skipped,
+                    "picture": str(out),
+                }
+            )
+        )
         return
     marks = "■·" if "utf" in (sys.stdout.encoding or "").lower() else "#."
     print(maps(ways, grid, shutil.get_terminal_size((120, 24)).columns, marks))

@@ -74,31 +74,33 @@ def plan(
     the_codebook = functools.cache(lambda: find_codebook(model, codebook))  # once, and only if a method needs it
     found, skipped = [Row(UNPRUNED, 1.0, (None,))], []
     for keep in keeps:
-        made: dict[str, Row] = {}
+        made: list[Row] = []
         for method in dict.fromkeys((*methods, *BASELINES)):
             try:
                 own = the_codebook() if needs_codebook(method) else None
-                made[method] = row_of(model, method, keep, own, seeds, deep_layer(model, method, True, codebook))
+                made.append(row_of(model, method, keep, own, seeds, deep_layer(model, method, True, codebook)))
             except CodebookError as error:
                 skipped.append(left_out(method, keep, str(error)))
-        same = spelt_alike(list(made.values()))
-        for method, row in made.items():
-            if (other := same[method]) == method:
-                found.append(row)
-            else:
-                skipped.append(left_out(method, keep, f"it is the same as {other}: {row.schedules[0]}"))
+        different, others = distinct(made)
+        found, skipped = found + different, skipped + others
     return found, skipped
 
 
-def spelt_alike(rows: Sequence[Row]) -> dict[str, str]:
-    """For the method of each row the name of those that prune the same: a method that is spelt two ways is one row.
+def distinct(rows: Sequence[Row]) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows of a budget without those that prune the same as another, being spelt another way; and these, left out.
 
-    A baseline keeps its own name, by which others are compared with it; else it is the first one's.
+    A baseline keeps its own name, by which others are compared with it; else the name that comes first stays.
     """
+    keys = [tuple(map(schedule_key, row.schedules)) for row in rows]
     names: dict[tuple[str, ...], str] = {}
-    for row in sorted(rows, key=lambda row: row.method not in BASELINES):
-        names.setdefault(tuple(map(schedule_key, row.schedules)), row.method)
-    return {row.method: names[tuple(map(schedule_key, row.schedules))] for row in rows}
+    for row, key in sorted(zip(rows, keys, strict=True), key=lambda pair: pair[0].method not in BASELINES):
+        names.setdefault(key, row.method)
+    left = [
+        left_out(row.method, row.keep, f"it is the same as {names[key]}: {row.schedules[0]}")
+        for row, key in zip(rows, keys, strict=True)
+        if names[key] != row.method
+    ]
+    return [row for row, key in zip(rows, keys, strict=True) if names[key] == row.method], left
 
 
 def row_of(

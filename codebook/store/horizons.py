@@ -42,6 +42,7 @@ class HorizonFile(BaseModel):
     start: NonNegativeInt
     horizons: dict[str, HorizonCurve] = Field(min_length=1)
     fingerprint: str | None = None
+    metric: str | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,21 @@ def check_horizon(path: Path, content: dict[str, Any], model: Model) -> None:
     """
     if not _is_of(content, whole_fingerprint(model)):
         raise CodebookError(f"{path} {OF_ANOTHER}: {MEASURE}")
+
+
+def check_metric(path: Path, metric: str) -> None:
+    """Refuse to write a horizon of one metric over the file of another, if there is one.
+
+    Raises
+    ------
+    CodebookError
+    """
+    found = None
+    with contextlib.suppress(CodebookError):  # what is no horizon may be written over
+        found = read_horizon(path)["metric"] if is_file(path) else None
+    if found not in (None, metric):
+        own = printable(found, LONGEST_REASON)
+        raise CodebookError(f"{path} is of the metric {own}: rename it and horizon.png, or choose another --out")
 
 
 def _parse_horizon(path: Path, data: bytes) -> dict[str, Any]:

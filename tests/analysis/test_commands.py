@@ -21,7 +21,7 @@ def file(tmp_path_factory):
     return folder / "data.jsonl"
 
 
-def test_horizon(run, file, tmp_path):
+def test_horizon(run, refused, file, tmp_path):
     out = tmp_path / "out"
     code, shown, _ = run("horizon", "miniature", "--data", file, "--out", out)
     assert code == 0 and shown.splitlines()[0].split()[:3] == ["task", "samples", "unpruned"]
@@ -32,7 +32,12 @@ def test_horizon(run, file, tmp_path):
     assert report["horizons"]["exist"]["full"] > 0.5 and len(report["horizons"]["mean"]["loss"]) == 12
     assert (out / "horizon.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(path.name for path in out.iterdir()) == ["first-token.sqlite", "horizon.json", "horizon.png"]
-    code, again, _ = run("horizon", "miniature", "--data", file, "--out", out, "--json", "--metric", "accuracy")
+    other, whole = ["horizon", "miniature", "--data", file, "--out", out, "--metric", "accuracy"], out / "horizon.json"
+    before = whole.read_bytes()
+    refused(*other, words=["horizon.json is of the metric probability", "another --out"])
+    assert whole.read_bytes() == before
+    whole.rename(out / "probability.json")
+    code, again, _ = run(*other, "--json")
     assert code == 0 and json.loads(again)["cost"] == {"processed": 0, "naive": 0}  # all from the journal
     assert json.loads(again)["horizons"]["exist"]["full"] == 1  # the model's own answers
 

@@ -92,6 +92,11 @@ def test_show(run, refused, scene, tmp_path):
     kept = {row["method"]: row["kept"] for row in json.loads(out)["rows"]}
     side = range(1, 12, 2)
     assert kept == {"unpruned": [list(range(144))], "uniform": [[12 * r + c for r in side for c in side]]}
+    code, out, err = run(*ask, "--methods", "uniform@0,seeded,uniform,codebook-farthest+mass", "--keep", 0.25, "--json")
+    found = json.loads(out)
+    assert code == 0 and [row["method"] for row in found["rows"]] == ["unpruned", "seeded", "uniform"]
+    assert [one["method"] for one in found["skipped"]] == ["uniform@0", "codebook-farthest+mass"]
+    assert "left out: uniform@0 at 0.25: it is the same as uniform" in err
     (tmp_path / "show.png").unlink()
     refused(*ask, "--methods", "fastv@6", "--keep", 0.1, words=["out of reach"])
     assert not (tmp_path / "show.png").exists()
