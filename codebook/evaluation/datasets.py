@@ -105,8 +105,10 @@ def _tasks(
                 f"split and config choose files of hub:, and all of {place} are read: name those to read"
             )
         files = fetched_files(place, columns) if kind == "hub" else parquet_files(Path(place))
-        samples = load_parquet(files, columns, Path(place).name.removesuffix(".parquet"), count, seed)
-        count = None
+        drawn = None if columns.figure else count  # figures whole, and with them whole sets of questions
+        called = place.partition("/")[2] if kind == "hub" else Path(place).name.removesuffix(".parquet")
+        samples = load_parquet(files, columns, called, drawn, seed)
+        metric, count = columns.metric, count if drawn is None else None
     elif kind in TABLES:
         raise CodebookError(f"say which: --data {kind}:{TABLES[kind]}")
     elif kind in LOADERS or kind in CLIP_LOADERS:

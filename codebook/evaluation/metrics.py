@@ -141,6 +141,31 @@ ACCURACY = Metric(("accuracy",), _scores, lambda sums: _ratio(sums[..., :1], sum
 """Mean of the samples' own scores."""
 
 
+def _of_units(samples: Sequence[Sample], texts: Sequence[str]) -> list[float]:
+    """Sum of the scores and number of the samples; then of each kind of unit those all of whose samples are right."""
+    scores = [s.score(text) for s, text in zip(samples, texts, strict=True)]
+    sums = [sum(scores), float(len(scores))]
+    for names in zip(*(sample.units for sample in samples), strict=True):
+        units: dict[str, list[float]] = {}
+        for name, score in zip(names, scores, strict=True):
+            units.setdefault(name, []).append(score)
+        sums += [float(sum(map(all, units.values()))), float(len(units))]
+    return sums
+
+
+def _shares(sums: np.ndarray) -> np.ndarray:
+    return _ratio(sums[..., ::2], sums[..., 1::2])
+
+
+CIRCULAR = Metric(("circular", "accuracy"), _of_units, lambda sums: _shares(sums)[..., ::-1], ("accuracy",))
+"""MMBench's CircularEval: the share of questions that are right with their options in every rotation, and the share of
+right answers (arXiv 2307.06281)."""
+
+HALLUSION = Metric(("accuracy", "per_figure", "per_question"), _of_units, _shares, ("per_figure", "per_question"))
+"""HallusionBench's three accuracies: of all answers, of figures all of whose questions are right, and of questions that
+are right with all their figures (arXiv 2310.14566)."""
+
+
 def says_yes(text: str) -> bool:
     """POPE's rule: anything but a first sentence with the word no or not (arXiv 2305.10355)."""
     words = text.split(".")[0].replace(",", "").split()

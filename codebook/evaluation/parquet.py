@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qsl
@@ -17,8 +18,8 @@ from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, install_command, quoted, unknown
 from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
-from codebook.evaluation.metrics import yes_or_no
-from codebook.evaluation.scorers import anls, check_people, contains, letter, relaxed, same, vqa
+from codebook.evaluation.metrics import ACCURACY, CIRCULAR, HALLUSION, Metric, yes_or_no
+from codebook.evaluation.scorers import anls, check_people, contains, exact, letter, relaxed, same, vqa
 from codebook.inference.samples import Sample, Scorer, task_name
 from codebook.models.finite import some
 from codebook.store.hub import pull_data_set
@@ -27,8 +28,19 @@ from codebook.store.reading import cannot_read, is_file, is_folder
 
 RULES: dict[str, Scorer] = {
     "same": same, "vqa": vqa, "anls": anls, "relaxed": relaxed, "contains": contains, "yesno": yes_or_no,
+    "letter": letter, "exact": exact,
 }  # fmt: skip
 """Scorers by the names that `rule=` gives them."""
+ENDS = {"letter": CHOICE, "exact": ""}
+"""What a question ends with under a rule, where it is not SHORT: questions of `exact` say themselves what to answer."""
+SAID = {"1": "yes", "0": "no"}
+"""Numbers that stand for words under `yesno`, as HallusionBench has them."""
+CONVERTED = re.compile(r"\d{4}\.parquet")
+"""Name of a file of the Hub's own copy in Parquet, in the folder of its split."""
+PARTIAL = "partial-"
+"""How a split's folder begins there if it was too large for all of it."""
+PLACE = re.compile(r"<image \d+>")
+"""A picture's place within a text, as MMMU has it."""
 
 MOST_ROWS = 2**22
 """Rows of a file."""
@@ -59,6 +71,11 @@ class Columns:
         Column that the questions are grouped by; empty: all are one task.
     rule
         Name among RULES; with `options` it is always the letter's.
+    circular
+        `yes`: each question is asked once for every rotation of its `options`, and is right if all its answers are.
+    figure, pair
+        Columns, with commas between them, that together name a question's figure, and a question that is asked about
+        several figures: accuracies are also those of whole figures and of whole questions.
     split, config
         Which files of `hub:`, by their name's beginning (empty: test) and by their folder (empty: any). Files on disk
         are all read.
@@ -71,6 +88,9 @@ class Columns:
     hint: str = ""
     task: str = ""
     rule: str = "same"
+    circular: str = ""
+    figure: str = ""
+    pair: str = ""
     split: str = ""
     config: str = ""
 
@@ -93,6 +113,12 @@ class Columns:
         found = cls(**given)
         if found.rule not in RULES:
             raise unknown("no rule", found.rule, RULES)
+        if found.circular not in ("", "yes") or (found.circular and not found.options):
+            raise CodebookError(
+                "circular=yes asks with options in every order: name their columns, as in options=A,B,C,D"
+            )
+        if bool(found.figure) != bool(found.pair):
+            raise CodebookError("figure and pair belong together: name the columns of both, or of none")
         own = [name for name in (found.image, found.question, found.answer, found.hint, *found.option_names) if name]
         if len(set(own)) < len(own):
             raise CodebookError(f"behind '?' one column is to be two things in {quoted(text)}: name another one")
@@ -102,6 +128,16 @@ class Columns:
     def option_names(self) -> list[str]:
         """Names of the columns of options."""
         return self.options.split(",") if self.options else []
+
+    @property
+    def unit_names(self) -> list[list[str]]:
+        """Names of the columns that together name each kind of unit."""
+        return [names.split(",") for names in (self.figure, self.pair) if names]
+
+    @property
+    def metric(self) -> Metric:
+        """What is computed of the answers."""
+        return CIRCULAR if self.circular else HALLUSION if self.figure else ACCURACY
 
     @property
     def option_cells(self) -> dict[str, Cell]:
@@ -125,6 +161,7 @@ class Cell(NamedTuple):
 
 TEXT_CELL = Cell(str, "a text")
 TEXT_OR_NONE_CELL = Cell(str | None, "a text or nothing")
+NAME_CELL = Cell(str | int, "a text or a whole number")
 TEXTS_CELL = Cell(list[str], "a list of texts")
 ANSWER_CELL = Cell(str | int | list[str] | list[PersonsAnswer], "a text, a whole number or a list of texts")
 PICTURES_CELL = Cell(list[Mapping[str, Any] | bytes] | Mapping[str, Any] | bytes, "a picture's bytes or a list of them")
@@ -142,20 +179,32 @@ def fetched_files(name: str, columns: Columns) -> list[Path]:
 def files_of_split(columns: Columns, names: Sequence[str]) -> list[str]:
     """The files whose names begin with the split, as in `test-00000-of-00001.parquet`, in the config's folder.
 
+    Of the Hub's own copy in Parquet, the revision `refs/convert/parquet`, those in the split's folder, as in
+    `config/test/0000.parquet`.
+
     Raises
     ------
     CodebookError
         If no config is named where several have the split, or some of its files are missing.
     """
-    split, found = re.escape(columns.split or "test"), dict[str, list[str]]()
+    split, found = columns.split or "test", dict[str, list[str]]()
     for name in names:
         folder, _, file = name.rpartition("/")
-        if re.fullmatch(rf"{split}(?:[-.].*)?\.parquet", file) and columns.config in ("", folder.rpartition("/")[2]):
+        if CONVERTED.fullmatch(file):
+            folder, _, own = folder.rpartition("/")
+            fits = own.removeprefix(PARTIAL) == split
+        else:
+            fits = re.fullmatch(rf"{re.escape(split)}(?:[-.].*)?\.parquet", file) is not None
+        if fits and columns.config in ("", folder.rpartition("/")[2]):
             found.setdefault(folder, []).append(name)
     if len(found) > 1 and not columns.config:
         configs = some([folder.rpartition("/")[2] or "." for folder in sorted(found)])
         raise CodebookError(f"several configs have this split, {configs}: name one behind '?', as in config=NAME")
     chosen = [file for files in found.values() for file in files]
+    if part := next((file for file in chosen if f"/{PARTIAL}{split}/" in f"/{file}"), None):
+        raise CodebookError(
+            f"{quoted(part)} has the beginning of the split alone: name a revision with the whole of it"
+        )
     numbered = (re.match(r"(.*)-\d{5}-of-(\d{5})", file) for file in chosen)
     for (_, total), there in Counter(number.groups() for number in numbered if number).items():
         if there < int(total):
@@ -247,35 +296,49 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
         As `read_columns`, or if a row's picture or answer is missing.
     """
     kinds = {columns.task: TEXT_CELL} if columns.task else {}
+    kinds |= dict.fromkeys(chain(*columns.unit_names), NAME_CELL)
     kinds |= {columns.question: TEXT_CELL, columns.answer: ANSWER_CELL}
     kinds |= columns.option_cells | ({columns.hint: TEXT_OR_NONE_CELL} if columns.hint else {})
     option = _meaning(files, columns) if columns.options else None
-    drawn: dict[str, list[tuple[Path, int, Sample]]] = {}
+    drawn: dict[str, list[tuple[Path, int, list[Sample]]]] = {}
     for file in files:
         for number, row in enumerate(read_columns(file, kinds), 1):
-            sample = _question(f"{file}, record {number}", columns, row, name, option)
-            drawn.setdefault(sample.task, []).append((file, number, sample))
-    wanted: dict[Path, dict[int, Sample]] = {}
+            asked = _questions(f"{file}, record {number}", columns, row, name, option)
+            drawn.setdefault(asked[0].task, []).append((file, number, asked))
+    wanted: dict[Path, dict[int, list[Sample]]] = {}
     for every in drawn.values():
         if count is not None and count < len(every):
             every = [every[i] for i in sorted(random.Random(seed).sample(range(len(every)), count))]
-        for file, number, sample in every:
-            wanted.setdefault(file, {})[number] = sample
+        for file, number, asked in every:
+            wanted.setdefault(file, {})[number] = asked
     return [sample for file, own in wanted.items() for sample in _with_pictures(file, own, columns.image)]
 
 
-def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None) -> Sample:
-    """The sample of a row, without its pictures; `option` says which option an answer names, where there are some."""
+def _questions(where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None) -> list[Sample]:
+    """The samples of a row, without its pictures; `option` says which option an answer names, where there are some.
+
+    There is one, but for the rotations of options.
+    """
     question, answer = row[columns.question], row[columns.answer]
+    options = [] if option is None else _options(where, columns, row)
+    if place := PLACE.search("\n".join([question, *options])):
+        raise CodebookError(
+            f"{where}: {quoted(place[0])} stands in its texts, and pictures within a text are not read: all of them "
+            "are shown before it"
+        )
     if columns.hint and row[columns.hint] not in NO_TEXT:
         question = f"{row[columns.hint]}\n{question}"
     task = task_name(row[columns.task] if columns.task else None, name, where)
     if option is not None:
-        options = _options(where, columns, row)
         right = option(answer, options)
         assert right is not None
-        listed = [f"{LETTERS[i]}. {text}" for i, text in enumerate(options)]
-        return Sample((), "\n".join([question, *listed]) + CHOICE, LETTERS[right], task, letter)
+        found = []
+        for shift in range(len(options) if columns.circular else 1):
+            turned = options[shift:] + options[:shift]
+            asked = "\n".join([question, *(f"{LETTERS[i]}. {text}" for i, text in enumerate(turned))]) + CHOICE
+            sample = Sample((), asked, LETTERS[(right - shift) % len(options)], task, letter)
+            found.append(replace(sample, units=(where,)) if columns.circular else sample)
+        return found
     answers = answer if isinstance(answer, list) else [str(answer)]
     answers = [one["answer"] if isinstance(one, Mapping) else one for one in answers]
     if not answers:
@@ -283,7 +346,7 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, o
     if columns.rule != "vqa":  # there it is one of ten people who said nothing; elsewhere it would be right to do so
         answers = [text for text in answers if text.strip()] or answers
     if columns.rule == "yesno":
-        answers = [text.strip().lower() for text in answers]
+        answers = [SAID.get(text.strip(), text.strip().lower()) for text in answers]
         if not {"yes", "no"}.issuperset(answers):
             raise CodebookError(f"{where}: {quoted(str(answer))} is neither yes nor no; give another rule")
     if columns.rule == "vqa":
@@ -291,8 +354,11 @@ def _question(where: str, columns: Columns, row: Mapping[str, Any], name: str, o
             check_people(answers)
         except ValueError as error:
             raise CodebookError(f"{where}: {error}; give rule=same") from None
-    most = max(answers, key=answers.count)
-    return Sample((), question + SHORT, most, task, RULES[columns.rule], tuple(answers))
+    if columns.rule == "letter" and not all(len(text) == 1 and text in LETTERS for text in answers):
+        raise CodebookError(f"{where}: {quoted(str(answer))} is no option's letter; give another rule")
+    most, asked = max(answers, key=answers.count), question + ENDS.get(columns.rule, SHORT)
+    units = tuple("_".join(str(row[column]) for column in names) for names in columns.unit_names)
+    return [Sample((), asked, most, task, RULES[columns.rule], tuple(answers), units=units)]
 
 
 def _options(where: str, columns: Columns, row: Mapping[str, Any]) -> list[str]:
@@ -344,7 +410,7 @@ def _meaning(files: Sequence[Path], columns: Columns) -> Meaning:
     return left[0]
 
 
-def _with_pictures(file: Path, wanted: Mapping[int, Sample], column: str) -> Iterator[Sample]:
+def _with_pictures(file: Path, wanted: Mapping[int, Sequence[Sample]], column: str) -> Iterator[Sample]:
     last = max(wanted)
     for number, row in enumerate(read_columns(file, {column: PICTURES_CELL}), 1):
         if number not in wanted:
@@ -356,6 +422,7 @@ def _with_pictures(file: Path, wanted: Mapping[int, Sample], column: str) -> Ite
             if not isinstance(data, bytes) or len(data) > LARGEST_PICTURE or not is_picture(data[:HEAD]):
                 raise CodebookError(f"{file}, record {number}: column {quoted(column)} holds no picture that is read")
             pictures.append(data)
-        yield replace(wanted[number], images=tuple(pictures))
+        for sample in wanted[number]:
+            yield replace(sample, images=tuple(pictures))
         if number == last:
             return

@@ -76,6 +76,11 @@ def same(prediction: str, answers: Sequence[str]) -> float:
     return float(normalised(prediction) in map(normalised, answers))
 
 
+def exact(prediction: str, answers: Sequence[str]) -> float:
+    """1 if the prediction is one of the answers, up to case, white space around it and points at its end."""
+    return float(prediction.lower().strip().rstrip(".") in [answer.lower().strip() for answer in answers])
+
+
 def named(prediction: str, answers: Sequence[str], among: Sequence[str]) -> float:
     """1 if of the words `among`, one of which is right, the prediction has the right one and no other."""
     said = set(normalised(prediction).split())

@@ -63,6 +63,9 @@ class Sample:
     fresh
         Whether the question sees nothing of the earlier ones but what they left of the images, as where a server keeps
         the KV cache of an image for further questions.
+    units
+        Names of what counts as right only if all its questions are, such as a figure, or a question with its options in
+        every order. The same place names the same kind in all samples of a task.
     clip
         The one image is the path of a clip, and these are its frames, which are decoded when they are needed.
     """
@@ -77,6 +80,7 @@ class Sample:
     earlier: tuple[str, ...] = ()
     fresh: bool = False
     clip: ClipPart | None = field(default=None, repr=False)
+    units: tuple[str, ...] = field(default=(), repr=False)
 
     def pictures(self) -> list[Picture.Image]:
         """The images as RGB and upright, read from disk where they are paths; of a clip its frames."""
@@ -230,7 +234,7 @@ def _parse_record(
 
 
 def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
-    """Rows of samples by their images: questions about one image, also as one of several, are no independent draws."""
+    """Rows of samples that are no independent draws: about one image, also as one of several, or of one unit."""
     parent, first = list(range(len(samples))), dict[Hashable, int]()
     known = _same_files({image for sample in samples for image in sample.images if isinstance(image, Path)})
 
@@ -240,9 +244,11 @@ def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
         return row
 
     for row, sample in enumerate(samples):
-        for image in sample.images:
-            # An open picture is the same one where it is the same object, a file where it has the same bytes.
-            key: Hashable = id(image) if isinstance(image, Picture.Image) else known.get(image, image)
+        # An open picture is the same one where it is the same object, a file where it has the same bytes.
+        keys: list[Hashable] = [
+            id(image) if isinstance(image, Picture.Image) else known.get(image, image) for image in sample.images
+        ]
+        for key in [*keys, *((sample.task, place, unit) for place, unit in enumerate(sample.units))]:
             one, other = sorted((root(first.setdefault(key, row)), root(row)))
             parent[other] = one
     found: dict[int, list[int]] = {}

@@ -9,7 +9,7 @@ from PIL import Image
 from codebook.cli.data import load_data
 from codebook.errors import CodebookError
 from codebook.evaluation.documents import CHOICE, DESCRIBE, SHORT
-from codebook.evaluation.metrics import CHAIR
+from codebook.evaluation.metrics import CHAIR, estimates
 from codebook.inference.samples import samples_digest
 from codebook.store.clips import ClipInfo, within
 from tests.evaluation.loaded import one
@@ -264,6 +264,88 @@ def test_answers_of_a_column_have_one_meaning(table, answers, last, right):
     assert "".join(s.answer for s in load_data([f"parquet:{file}?options=options"])[0].samples) == right
 
 
+def test_parquet_whose_questions_have_their_options(table):
+    """As MMStar has them on the Hub; and RealWorldQA, whose questions say what to answer with."""
+    texts = ["Which?\nOptions: A: root, B: leaf", "Why?\nOptions: A: so, B: not"]
+    file = table("a.parquet", image=HUBS[:2], question=texts, answer=["B", "A"])
+    first, second = load_data([f"parquet:{file}?rule=letter"])[0].samples
+    assert (first.question, second.answer) == (texts[0] + CHOICE, "A")
+    said = ["B", "(B) leaf", "Option B", "The answer is B.", "A", "Because", "leaf"]
+    assert [first.score(text) for text in said] == [1, 1, 1, 1, 0, 0, 0]
+    with pytest.raises(CodebookError, match="record 1: 'B' is none of its options"):
+        load_data([f"parquet:{table('b.parquet', image=HUBS[:1], question=['q'], answer=['B'], options=[['x']])}"
+                   "?options=options"])  # fmt: skip
+    with pytest.raises(CodebookError, match=r"record 2: 'leaf' is no option's letter; give another rule"):
+        load_data([f"parquet:{table('c.parquet', image=HUBS[:2], question=texts, answer=['B', 'leaf'])}?rule=letter"])
+    texts = ["Which? A. left B. right\nPlease answer directly with only the letter.", "How many? Answer with a number."]
+    file = table("d.parquet", image=HUBS[:2], question=texts, answer=["A", "Two"])
+    samples = load_data([f"parquet:{file}?rule=exact"])[0].samples
+    assert [sample.question for sample in samples] == texts
+    assert [samples[0].score(text) for text in ("a", " A. ", "A. left")] == [1, 1, 0]
+    assert [samples[1].score(text) for text in ("two", "2")] == [1, 0]
+
+
+def test_parquet_asked_in_every_rotation(table):
+    columns = {"image": HUBS[:2], "question": ["q", "r"], "answer": ["C", "A"]}
+    options = {"A": ["root", "up"], "B": ["leaf", "down"], "C": ["bud", "nan"]}
+    name = f"parquet:{table('a.parquet', **columns, **options)}?options=A,B,C&circular=yes"
+    [task] = load_data([name])
+    assert [s.question.removesuffix(CHOICE) for s in task.samples] == [
+        "q\nA. root\nB. leaf\nC. bud", "q\nA. leaf\nB. bud\nC. root", "q\nA. bud\nB. root\nC. leaf",
+        "r\nA. up\nB. down", "r\nA. down\nB. up",
+    ]  # fmt: skip
+    assert "".join(s.answer for s in task.samples) == "CBAAB"
+    for said, (circular, accuracy) in (("CBAAB", (1, 1)), ("CBAAA", (0.5, 0.8)), ("AAAAA", (0, 0.4))):
+        found = estimates(task.metric, task.sums(list(said)))
+        assert [one.value for one in found] == pytest.approx([circular, accuracy])
+    assert {len(load_data([name], 1, seed)[0].samples) for seed in range(9)} == {2, 3}  # all rotations of one question
+    with pytest.raises(CodebookError, match="circular=yes asks with options in every order"):
+        load_data([name.replace("options=A,B,C&", "")])
+
+
+def test_hallusionbench_as_the_hub_has_it(table):
+    """Two sets; in the first, two figures about which two questions are asked, by hand."""
+    places = [(0, 1, 0), (0, 1, 1), (0, 2, 0), (0, 2, 1), (1, 1, 0)]  # set, figure, question
+    columns = {
+        "image": [HUBS[0], HUBS[0], HUBS[1], HUBS[1], {"bytes": picture(9), "path": "c.png"}],
+        "question": list("abcde"), "gt_answer": list("10011"), "category": ["VS"] * 5,
+    }  # fmt: skip
+    columns |= {name: [str(one[i]) for one in places] for i, name in enumerate(("set_id", "figure_id", "question_id"))}
+    query = "answer=gt_answer&rule=yesno&figure=category,set_id,figure_id&pair=category,set_id,question_id"
+    file = table("a.parquet", **columns)
+    [task] = load_data([f"parquet:{file}?{query}"])
+    assert [s.answer for s in task.samples] == ["yes", "no", "no", "yes", "yes"] and task.groups == [[0, 1, 2, 3], [4]]
+    names = ("accuracy", "per_figure", "per_question")
+    for said, shares in (
+        ("yes no no yes yes", (1, 1, 1)),
+        ("yes no yes yes yes", (4 / 5, 2 / 3, 2 / 3)),  # figure 2 and question 0 of set 0 are not whole
+        ("no no yes yes no", (2 / 5, 0, 1 / 3)),
+    ):
+        found = estimates(task.metric, task.sums(said.split()))
+        assert dict(zip(task.metric.names, [one.value for one in found], strict=True)) == pytest.approx(
+            dict(zip(names, shares, strict=True))
+        )
+    assert {len(load_data([f"parquet:{file}?{query}"], 4, seed)[0].samples) for seed in range(9)} <= {
+        1,
+        4,
+    }  # whole sets
+    with pytest.raises(CodebookError, match="figure and pair belong together"):
+        load_data([f"parquet:{file}?{query.partition('&pair')[0]}"])
+
+
+def test_pictures_within_a_text_are_refused(table):
+    """As MMMU has them: to show them before it, or only the first, would be another question."""
+    given = {"image": HUBS[:1], "question": ["Is <image 1> like <image 2>?"], "answer": ["A"]}
+    for columns, query in (
+        (given, "?rule=letter"),
+        (given | {"question": ["Which?"], "options": [["<image 1>", "<image 2>"]]}, "?options=options"),
+    ):
+        with pytest.raises(
+            CodebookError, match="record 1: '<image 1>' stands in its texts, and pictures within a text"
+        ):
+            load_data([f"parquet:{table('a.parquet', **columns)}{query}"])
+
+
 def test_answers_of_two_meanings_are_refused(table):
     file = table("a.parquet", image=HUBS[:2], question=["q", "r"], answer=["leaf", "A"], options=[["leaf", "bud"]] * 2)
     with pytest.raises(CodebookError, match=r"record 2: 'A' is none of its options, read as the answers before; name"):
@@ -387,9 +469,17 @@ def test_a_data_set_of_the_hub(table, tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     [task] = load_data(["hub:owner/set@abc?config=plain"])
     assert task.samples[0].question.startswith("plain/test-0")
-    assert asked == [("owner/set", "dataset", "abc", ["plain/test-00000-of-00001.parquet"])]
+    assert asked == [("owner/set", "dataset", "abc", ["plain/test-00000-of-00001.parquet"])] and task.name == "set@abc"
+    for name in ("plain/val/0000", "plain/val/0001", "plain/train/0000", "more/val/0000", "plain/partial-all/0000"):
+        table(f"{name}.parquet", image=HUBS[:1], question=[name], answer=["x"])
+    [task] = load_data(["hub:owner/set@refs/convert/parquet?config=plain&split=val"])
+    assert asked[-1][2] == "refs/convert/parquet"
+    assert sorted(asked[-1][3]) == ["plain/val/0000.parquet", "plain/val/0001.parquet"]
+    assert task.name == "set@refs/convert/parquet" and len(task.samples) == 2
     for name, words in {
-        "hub:owner/set?split=val": "owner/set has no such files",
+        "hub:owner/set?split=dev": "owner/set has no such files",
+        "hub:owner/set?split=val": "several configs have this split, more, plain: name one",
+        "hub:owner/set?split=all": "'plain/partial-all/0000.parquet' has the beginning of the split alone: name",
         "hub:owner/set": "several configs have this split, other, plain: name one behind '\\?', as in config=NAME",
         "hub:owner/set?split=part": "of the 3 files of this split 2 are here: connect, and fetch all",
         "hub:owner/set@": "'' is no revision: name a branch",
