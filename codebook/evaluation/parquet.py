@@ -179,7 +179,7 @@ def fetched_files(name: str, columns: Columns) -> list[Path]:
 def files_of_split(columns: Columns, names: Sequence[str]) -> list[str]:
     """The files whose names begin with the split, as in `test-00000-of-00001.parquet`, in the config's folder.
 
-    Of the Hub's own copy in Parquet, the revision `refs/convert/parquet`, those in the split's folder, as in
+    In the Hub's own copy in Parquet, the revision `refs/convert/parquet`, they lie in the split's folder, as in
     `config/test/0000.parquet`.
 
     Raises
@@ -303,7 +303,7 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
     drawn: dict[str, list[tuple[Path, int, list[Sample]]]] = {}
     for file in files:
         for number, row in enumerate(read_columns(file, kinds), 1):
-            asked = _questions(f"{file}, record {number}", columns, row, name, option)
+            asked = _samples_of_row(f"{file}, record {number}", columns, row, name, option)
             drawn.setdefault(asked[0].task, []).append((file, number, asked))
     wanted: dict[Path, dict[int, list[Sample]]] = {}
     for every in drawn.values():
@@ -314,7 +314,9 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
     return [sample for file, own in wanted.items() for sample in _with_pictures(file, own, columns.image)]
 
 
-def _questions(where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None) -> list[Sample]:
+def _samples_of_row(
+    where: str, columns: Columns, row: Mapping[str, Any], name: str, option: Meaning | None
+) -> list[Sample]:
     """The samples of a row, without its pictures; `option` says which option an answer names, where there are some.
 
     There is one, but for the rotations of options.

@@ -252,7 +252,10 @@ def _change(row: Mapping[str, Any], key: str) -> tuple[str, str]:
     return f"{100 * row[key]['change']:+.1f}", half_width(row[key]["change_interval"])
 
 
-METRIC_WORDS = {"chair_s": "CHAIR_S", "chair_i": "CHAIR_I", "yes_share": "yes"}
+METRIC_WORDS = {
+    "chair_s": "CHAIR_S", "chair_i": "CHAIR_I", "yes_share": "yes",
+    "per_figure": "by figure", "per_question": "by question",
+}  # fmt: skip
 """Names of metrics in tables, where they are not their own."""
 
 
