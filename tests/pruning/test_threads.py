@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from codebook.errors import CodebookError
 from codebook.pruning import DivPrune, FastV, Random, Schedule, Stage, VisionZip, remember
@@ -340,14 +341,33 @@ def test_nothing_from_inference_mode_breaks_a_later_backward(model, prompts, und
     model.zero_grad()
 
 
-def test_gradient_checkpointing_is_refused(prompts):
-    """Layers would run again in the backward pass, unpruned. Without gradients nothing runs twice."""
-    model = llava().train()
+def whole(model):
     model.gradient_checkpointing_enable()
+
+
+def one_layer(model):
+    """Of a decoder that says of itself that it does not learn."""
+    model.gradient_checkpointing_enable()
+    for i, layer in enumerate(model.get_decoder().layers):
+        layer.gradient_checkpointing = i == 2
+    model.get_decoder().training = False
+
+
+def wrapper(model):
+    layers = model.get_decoder().layers
+    layers[1] = checkpoint_wrapper(layers[1])
+
+
+@pytest.mark.parametrize("how", [whole, one_layer, wrapper])
+def test_gradient_checkpointing_is_refused(prompts, how):
+    """Layers would run again in the backward pass, without what attention adds. Without gradients nothing does."""
+    model = llava().train()
+    how(model)
     with SCHEDULES[1](model):
         with pytest.raises(CodebookError, match="gradient_checkpointing_disable"):
-            model(**prompts[0])
+            model(**prompts[0], use_cache=False)
         with torch.no_grad():
-            model(**prompts[0])
-        model.gradient_checkpointing_disable()
-        model(**prompts[0]).logits.sum().backward()
+            model(**prompts[0], use_cache=False)
+        if how is not wrapper:
+            model.gradient_checkpointing_disable()
+            model(**prompts[0]).logits.sum().backward()

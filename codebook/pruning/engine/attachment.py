@@ -106,6 +106,9 @@ class Attachment:
                 undo.enter_context(replaced(module, "forward", torch.compiler.disable))
             if hasattr(model, "generate"):  # a model without a head has none
                 undo.enter_context(replaced(model, "generate", partial(_around, calls.generate)))
+                if calls.has_deltas:
+                    name = "_prepare_position_ids_for_generation"
+                    undo.enter_context(replaced(model, name, partial(_around, calls.positions)))
             for kind in models.KINDS:
                 # `generate` calls it before the first forward, and no module's arguments hold as much.
                 if hasattr(base, name := f"get_{kind}_features"):

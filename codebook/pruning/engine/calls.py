@@ -21,6 +21,7 @@ from codebook import models
 from codebook.errors import CodebookError
 from codebook.models.base import Model
 from codebook.pruning.engine.cache import check_cache
+from codebook.pruning.engine.deltas import Deltas, has_deltas, prepared
 from codebook.pruning.engine.encodings import ENCODED, Encodings
 from codebook.pruning.engine.forward import Chosen, Forward
 from codebook.pruning.engine.key_bias import ADDED
@@ -50,6 +51,8 @@ class Call:
         asking anew.
     counted
         Whether that prompt is in the context's statistics already.
+    deltas
+        How far later positions of its prompt are from their columns, where its model keeps that on itself.
     """
 
     calls: Calls
@@ -58,13 +61,14 @@ class Call:
     prompt: Tensor | None = None
     counted: bool = False
     chosen: Chosen = field(default_factory=dict)
+    deltas: Deltas = None
 
 
 @dataclass
 class Running:
     """A forward while it runs: its call, whether that ends with it, and what the base model was given.
 
-    `direct` is a forward straight to the decoder, past the base model.
+    `direct` is a forward straight to the decoder, past the base model; `deltas` are those of the prompt in its cache.
     """
 
     call: Call
@@ -73,6 +77,7 @@ class Running:
     given: dict[str, Any] | None = None
     kinds: tuple[str, ...] = ()
     blocks: Tensor | None = None
+    deltas: Deltas = None
 
 
 SCOPED: ContextVar[tuple[Pruning, ...]] = ContextVar("codebook_scoped", default=())
@@ -94,6 +99,8 @@ class Calls:
         Those that are open, or closed with calls in flight.
     encodings
         What the model has encoded.
+    has_deltas
+        Whether the model keeps on itself how far positions are from columns.
     undo
         What is undone when the last of the contexts is gone.
     """
@@ -102,6 +109,7 @@ class Calls:
         self._model = weakref.ref(model)
         self.contexts: list[Pruning] = []
         self.encodings = Encodings(models.family(model).tower_rows)
+        self.has_deltas = has_deltas(model)
         self.undo = contextlib.ExitStack()
 
     def __reduce_ex__(self, _: Any) -> NoReturn:
@@ -187,6 +195,13 @@ class Calls:
         running = self.running()
         call = self.current() or (None if running is None else running.call)
         return self.in_force() if call is None else call.pruning
+
+    def positions(self, stock: Callable[..., Any], inputs: Tensor, given: dict[str, Any]) -> Any:
+        """The positions that `generate` makes, of which the call keeps the deltas."""
+        positions, found = prepared(self.model, stock, inputs, given)
+        if (call := self.current()) is not None:
+            call.deltas = (found,)
+        return positions
 
     def generate(self, stock: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """What the model's own `generate` returns, as one call."""

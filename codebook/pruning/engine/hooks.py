@@ -12,7 +12,7 @@ from torch import Tensor
 from codebook import models
 from codebook.errors import CodebookError
 from codebook.models.base import Model, cache_of, decoder
-from codebook.pruning.engine import prompt
+from codebook.pruning.engine import deltas, prompt
 from codebook.pruning.engine.cache import PrunedLayer, check_given, pruned_layer
 from codebook.pruning.engine.calls import ATTACHING, FORWARD, Call, Calls, Running, has_images
 from codebook.pruning.engine.encodings import ENCODED
@@ -92,6 +92,8 @@ class Hooks:
         # A later turn's token types may speak of the cached tokens too: those of this forward are the last ones.
         running.blocks = blocks if blocks is None or length is None else blocks[:, -length:]
         running.given, running.kinds = given, kinds
+        if self._calls.has_deltas and given.get("position_ids") is None:
+            deltas.begin(self._calls.model, given)
 
     @torch.compiler.disable
     def on_decoder(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -101,10 +103,13 @@ class Hooks:
         pruning, given = running.call.pruning, running.given
         if pruning is None:
             return
-        if self.lm.training and torch.is_grad_enabled() and getattr(self.lm.layers[0], "gradient_checkpointing", False):
-            raise CodebookError(  # the layers run again in the backward pass, where no forward is there to shorten them
+        if self._calls.has_deltas and given is not None:
+            own = given.get("position_ids") is None
+            running.deltas = deltas.current(self._calls.model) if own else running.call.deltas
+        if torch.is_grad_enabled() and any(map(_runs_again, self._layers)):
+            raise CodebookError(  # in the backward pass, where no forward is there to say what attention adds
                 "gradient checkpointing runs layers again after the forward, which pruning cannot follow: call "
-                "model.gradient_checkpointing_disable(), or model.eval()"
+                "model.gradient_checkpointing_disable(), or model.eval(), or leave torch's checkpoint wrappers out"
             )
         if embeds is None:
             ids = args[0] if args else kwargs["input_ids"]
@@ -247,6 +252,7 @@ class Hooks:
             _check_ran(forward)
             if running is not None:
                 self._count(running.call, forward)
+                deltas.keep_with(getattr(output, "past_key_values", None), running.deltas)
         if running is not None and running.direct:
             self._calls.end()
         if forward is None or forward.sequence is None or output is None:
@@ -296,6 +302,12 @@ def _extra(call: Call, embeds: Tensor, cache: Any) -> int:
         return 0
     past = 0 if cache is None else int(cache.get_seq_length())
     return min(max(0, past + embeds.shape[1] - call.length), embeds.shape[1] - 1)
+
+
+def _runs_again(layer: Any) -> bool:
+    """Whether a backward pass runs the layer anew: by transformers' checkpointing, or torch's wrapper around it."""
+    checkpointed = layer.training and getattr(layer, "gradient_checkpointing", False)
+    return checkpointed or hasattr(layer, "_checkpoint_wrapped_module")
 
 
 def _check_added() -> None:
