@@ -17,6 +17,7 @@ from codebook.building.probes import Prober, pad_token
 from codebook.building.sources import GONE, Source
 from codebook.errors import CodebookError, one_line
 from codebook.models import Model, Processor
+from codebook.models.evaluating import check_evaluating
 from codebook.store.folder import TokenRecord
 from codebook.store.pictures import decode_image
 
@@ -115,6 +116,7 @@ class Worker:
     options: Options
 
     def __post_init__(self) -> None:
+        check_evaluating(self.model)
         self.family = models.family(self.model)
         grid = self.family.grid(self.model)
         self.pad = pad_token(self.model, self.processor, self.settings.pad)

@@ -24,8 +24,13 @@ from codebook.pruning import Schedule
 from codebook.pruning.engine.context import Pruning, in_force
 from codebook.store.pictures import upright_rgb
 
-ONE_SEQUENCE = {"num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False}
-"""Arguments of `generate` for one row of tokens per prompt, whatever the model's `generation_config` says."""
+ONE_SEQUENCE = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False, "remove_invalid_values": False,
+}  # fmt: skip
+"""Arguments of `generate` for one row of tokens per prompt, whatever the model's `generation_config` says.
+
+Values that are no numbers are not replaced, which would hide them from `NanWatch`.
+"""
 
 
 @dataclass(frozen=True)
@@ -113,7 +118,7 @@ def ask(
     QuestionError
         If a question cannot be asked; its `row` says which.
     CodebookError
-        If the model's outputs are NaN.
+        If the model's outputs are NaN, or it is in training mode and that changes them.
     """
     model = unwrap(model)
     check_new_tokens(max_new_tokens)

@@ -12,6 +12,8 @@ from codebook.errors import CodebookError, counted, quoted
 from codebook.inference.samples import Sample, check_asked
 from codebook.models.base import Model, Processor, special_tokens
 from codebook.models.chat import chat_text, check_text
+from codebook.models.evaluating import check_evaluating
+from codebook.models.generic import image_token
 from codebook.models.wrappers import stock, unwrap
 from codebook.store.pictures import read_image
 
@@ -112,6 +114,11 @@ def prepare(
     """
     model = unwrap(model)
     _check_given(processor, images, questions)
+    theirs, own = getattr(processor, "image_token_id", None), image_token(model.config)
+    if theirs not in (None, own):
+        raise CodebookError(
+            f"the processor marks images by token {theirs} and the model by {own}: give the model's own processor"
+        )
     for row, question in enumerate(questions):
         try:
             check_question(model, processor, question)
@@ -158,7 +165,10 @@ def encode_prompts(
     ------
     QuestionError
         If an image cannot be read, or a prompt is longer than the model's positions; its `row` says which.
+    CodebookError
+        If the model is in training mode, and that changes its answers.
     """
+    check_evaluating(model)
     shown = [_upright(row, own) for row, own in enumerate(images)] if any(images) else None
     options = special_tokens(processor, texts[0])  # of one template
     inputs = processor(images=shown, text=texts, padding=True, padding_side="left", return_tensors="pt", **options)

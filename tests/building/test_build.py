@@ -18,7 +18,7 @@ from codebook.errors import CodebookError
 from codebook.store.codebook import Codebook
 from codebook.store.journal import Journal
 from tests.building.folders import contents, interrupt, run
-from tests.building.tiny import build_tiny, settings
+from tests.building.tiny import build_tiny, model, processor, settings
 from tests.journals import read_journal
 
 
@@ -185,6 +185,15 @@ def test_strict_stops_and_resumes_with_the_image_mended(tiny, some, tmp_path, wh
     run(tiny, some, tmp_path / "out", strict=True, progress=states.append)
     assert states[0].resumed == 2
     assert contents(tmp_path / "out") == whole
+
+
+def test_a_model_in_training_mode(pictures, tmp_path):
+    """Its tokens differ from run to run."""
+    learning = model()
+    learning.model.vision_tower.encoder.layers[0].self_attn.dropout = 0.1
+    learning.train()
+    with pytest.raises(CodebookError, match=r"in training mode, in which .*self_attn changes .*: call model.eval\(\)"):
+        run((learning, processor()), pictures, tmp_path / "book")
 
 
 def test_no_readable_image(tiny, tmp_path):

@@ -1,5 +1,6 @@
 """What `ask` and its kin are given: taken as meant, or refused by name before the model runs."""
 
+import copy
 import io
 
 import numpy as np
@@ -112,3 +113,27 @@ def test_one_answer_per_question_whatever_the_models_generation_config_says(load
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def test_a_model_in_training_mode():
+    """Which is the same as in use where nothing drops numbers; its answers were any."""
+    model, processor = codebook.load("miniature", "cpu")
+    [answer] = codebook.ask(model, processor, [[PICTURE]], [QUESTION])
+    model.train()
+    assert codebook.ask(model, processor, [[PICTURE]], [QUESTION])[0].text == answer.text
+    model.get_decoder().layers[1].self_attn.attention_dropout = 0.1
+    for ask in (
+        lambda: codebook.ask(model, processor, [[PICTURE]], [QUESTION]),
+        lambda: converse(model, processor, [PICTURE], [QUESTION]),
+    ):
+        with pytest.raises(CodebookError, match=r"in training mode, in which .*layers.1.self_attn changes .*eval\(\)"):
+            ask()
+    assert codebook.ask(model.eval(), processor, [[PICTURE]], [QUESTION])[0].text == answer.text
+
+
+def test_another_models_processor(loaded):
+    model, processor = loaded
+    other = copy.copy(processor)
+    other.image_token_id = 3
+    with pytest.raises(CodebookError, match=r"marks images by token 3 and the model by \d+: give the model's own proc"):
+        codebook.ask(model, other, [[PICTURE]], [QUESTION])
