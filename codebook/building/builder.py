@@ -118,6 +118,7 @@ class Build:
         self.report, self.base, self.pad, self.horizon = report or {}, base, pad, horizon
         self.about: dict[str, Any] = {
             "model": model_id, "fingerprint": models.fingerprint(model), "dtype": str(model.dtype),
+            "language_model": models.decoder_fingerprint(model),
         }  # fmt: skip
         if options.exhaustive:
             self.about["exhaustive"] = True

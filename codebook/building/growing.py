@@ -57,6 +57,12 @@ def extend(
         raise CodebookError(
             f"{folder} was built in {book.config['dtype']} and the model is {model.dtype}: change --dtype"
         )
+    decoder = models.decoder_fingerprint(model)
+    if book.config.get("language_model", decoder) != decoder:  # earlier versions do not say
+        raise CodebookError(
+            f"{folder} was built with another language model behind this vision tower, whose answers chose its tokens: "
+            "build one of all images with this model"
+        )
     grid = models.family(model).grid(model)
     if book.config["grid"] != list(grid):
         raise CodebookError(
@@ -113,12 +119,16 @@ def merge(first: Path | str, second: Path | str, out: Path | str) -> Codebook:
         If the two were built with other settings or for other models, or no prototype is left.
     """
     (a, pool), (b, other) = SurvivorPool.load(first), SurvivorPool.load(second)
+
+    def stated(book: Codebook, name: str) -> Any:  # earlier versions do not say
+        return next((one.config[name] for one in (book, a, b) if name in one.config), None)
+
     keys = [
         {
             "model": book.config["model"], "fingerprint": book.config["fingerprint"], "dtype": book.config["dtype"],
-            "settings": asdict(read_settings(book.config["settings"], folder)),
-            # earlier versions do not say
-            "pad": book.config.get("pad", a.config.get("pad", b.config.get("pad"))), "grid": book.config["grid"],
+            "language_model": stated(book, "language_model"),
+            "settings": asdict(read_settings(book.config["settings"], folder)), "pad": stated(book, "pad"),
+            "grid": book.config["grid"],
         } for book, folder in ((a, first), (b, second))
     ]  # fmt: skip
     keys[1]["model"] = keys[0]["model"]  # only a name

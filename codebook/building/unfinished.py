@@ -60,6 +60,8 @@ def finished(out: Path, asked: dict[str, Any]) -> Codebook | None:
     if (out / CONFIG).exists():
         try:
             config = requested(read_config(out), out)
+            if "language_model" not in config:  # of earlier versions
+                asked = {name: value for name, value in asked.items() if name != "language_model"}
             other = {name: config[name] for name in asked}
         except (CodebookError, KeyError):
             raise CodebookError(f"{out} holds something else than a build: choose another --out") from None

@@ -5,6 +5,7 @@ from codebook.models.encoded import Encoded
 from codebook.models.fingerprint import (
     adapter_words,
     codebook_stamp,
+    decoder_fingerprint,
     fingerprint,
     identities,
     identity,
@@ -37,6 +38,7 @@ __all__ = [
     "check_device",
     "check_model",
     "codebook_stamp",
+    "decoder_fingerprint",
     "family",
     "fingerprint",
     "identities",

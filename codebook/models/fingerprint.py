@@ -124,9 +124,14 @@ def whole_fingerprint(model: Model) -> str:
 
     Quantised parts count with the numbers that are stored: they are other weights than the unquantised ones.
     """
+    return f"{_stored(stock(model))}:{decoder_fingerprint(model)}"
+
+
+def decoder_fingerprint(model: Model) -> str:
+    """The part of `whole_fingerprint` that is the decoder's."""
     model = stock(model)
     decoder = model.get_decoder()
-    return f"{_stored(model)}:{_spelled(decoder, [_middle(model, name) for name in _sampled(model, decoder)])}"
+    return _spelled(decoder, [_middle(model, name) for name in _sampled(model, decoder)])
 
 
 def _spelled(module: nn.Module, middles: Sequence[Tensor]) -> str:

@@ -140,6 +140,7 @@ class Config(TypedDict, total=False):
     prototypes: Required[Count]
     sha256: Required[dict[str, str]]
     dtype: str
+    language_model: str
     settings: Thresholds
     images_sha256: str
     images: ImageCounts

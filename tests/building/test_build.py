@@ -288,6 +288,21 @@ def test_unfinished_of_another_build(tiny, pictures, tmp_path):
         run(tiny, tmp_path / "in", out)
 
 
+@torch.no_grad()
+def test_another_language_model_behind_the_same_tower(tiny, pictures, tmp_path):
+    """Its answers choose other tokens: a codebook of both would be neither's."""
+    whole, begun, other = tmp_path / "whole", tmp_path / "begun", model()
+    for weight in other.get_decoder().parameters():
+        weight.mul_(1.5)
+    run(tiny, pictures, whole, limit=2)
+    interrupt(tiny, pictures, begun)
+    with pytest.raises(CodebookError, match=r"another build's codebook \(another language_model\): choose"):
+        run((other, tiny[1]), pictures, whole, limit=2)
+    with pytest.raises(CodebookError, match=r"is from a run with another language_model: choose another --out"):
+        run((other, tiny[1]), pictures, begun)
+    run(tiny, pictures, begun)
+
+
 def test_two_at_once(tiny, pictures, tmp_path):
     interrupt(tiny, pictures, tmp_path)
     file = tmp_path / ".build" / "journal.sqlite"

@@ -174,13 +174,18 @@ def test_what_cannot_grow(tiny, halves, parts, pictures, tmp_path):
 
 @pytest.mark.parametrize("change, merging, extending", [
     ({"grid": [7, 6]}, "another grid: they do not merge", "was built with 7 x 6 visual tokens.*makes 6 x 6"),
+    (
+        {"language_model": "1-0000"},
+        "another language_model: they do not merge",
+        "odd was built with another language model behind this vision tower, .*: build one of all images with this",
+    ),
     ({"pad": 99}, "another pad: they do not merge", "built with pad token 99"),
     ({"grid": [6, 1]}, "it does not fit the prototypes", "it does not fit the prototypes"),
     ({"settings": {"tau_p": 5.0}}, "settings of .*odd are not .*tau_p is 5", "settings of .*odd are not .*tau_p is 5"),
     ({}, "it does not fit the prototypes", "it does not fit the prototypes"),
 ])  # fmt: skip
 def test_what_does_not_fit_a_codebook_that_grows(tiny, halves, parts, tmp_path, change, merging, extending):
-    """A grid, a pad, a patch outside of the grid, a threshold that is none; without a change, survivors of NaN."""
+    """Also a patch outside of the grid, and a threshold that is none; without a change, survivors of NaN."""
     odd = tmp_path / "odd"
     shutil.copytree(halves[0], odd)
     if not change:
