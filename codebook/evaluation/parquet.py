@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from codebook.errors import CodebookError, install_command, quoted, unknown
+from codebook.evaluation.consensus import Consensus
 from codebook.evaluation.documents import CHOICE, LETTERS, SHORT
 from codebook.evaluation.metrics import ACCURACY, CIRCULAR, HALLUSION, Metric, yes_or_no
 from codebook.evaluation.scorers import anls, check_people, contains, exact, letter, relaxed, same, vqa
@@ -31,8 +32,10 @@ RULES: dict[str, Scorer] = {
     "letter": letter, "exact": exact,
 }  # fmt: skip
 """Scorers by the names that `rule=` gives them."""
-ENDS = {"letter": CHOICE, "exact": ""}
-"""What a question ends with under a rule, where it is not SHORT: questions of `exact` say themselves what to answer."""
+CIDER = "cider"
+"""Name of the rule whose scorer depends on the captions of all pictures."""
+ENDS = {"letter": CHOICE, "exact": "", CIDER: ""}
+"""What a question ends with under a rule, where it is not SHORT: some say themselves what to answer."""
 SAID = {"1": "yes", "0": "no"}
 """Numbers that stand for words under `yesno`, as HallusionBench has them."""
 CONVERTED = re.compile(r"\d{4}\.parquet")
@@ -70,7 +73,7 @@ class Columns:
     task
         Column that the questions are grouped by; empty: all are one task.
     rule
-        Name among RULES; with `options` it is always the letter's.
+        Name among RULES, or CIDER; with `options` it is always the letter's.
     circular
         `yes`: each question is asked once for every rotation of its `options`, and is right if all its answers are.
     figure, pair
@@ -111,8 +114,8 @@ class Columns:
             if key not in known:
                 raise unknown("no key behind '?' is called", key, known)
         found = cls(**given)
-        if found.rule not in RULES:
-            raise unknown("no rule", found.rule, RULES)
+        if found.rule not in (*RULES, CIDER):
+            raise unknown("no rule", found.rule, [*RULES, CIDER])
         if found.circular not in ("", "yes") or (found.circular and not found.options):
             raise CodebookError(
                 "circular=yes asks with options in every order: name their columns, as in options=A,B,C,D"
@@ -309,6 +312,9 @@ def load_parquet(files: Sequence[Path], columns: Columns, name: str, count: int 
     for every in drawn.values():
         if count is not None and count < len(every):
             every = [every[i] for i in sorted(random.Random(seed).sample(range(len(every)), count))]
+        if columns.rule == CIDER and not columns.options:
+            scorer = Consensus.of([sample.answers for _, _, asked in every for sample in asked])
+            every = [(file, number, [replace(one, scorer=scorer) for one in asked]) for file, number, asked in every]
         for file, number, asked in every:
             wanted.setdefault(file, {})[number] = asked
     return [sample for file, own in wanted.items() for sample in _with_pictures(file, own, columns.image)]
@@ -360,7 +366,7 @@ def _samples_of_row(
         raise CodebookError(f"{where}: {quoted(str(answer))} is no option's letter; give another rule")
     most, asked = max(answers, key=answers.count), question + ENDS.get(columns.rule, SHORT)
     units = tuple("_".join(str(row[column]) for column in names) for names in columns.unit_names)
-    return [Sample((), asked, most, task, RULES[columns.rule], tuple(answers), units=units)]
+    return [Sample((), asked, most, task, RULES.get(columns.rule, same), tuple(answers), units=units)]
 
 
 def _options(where: str, columns: Columns, row: Mapping[str, Any]) -> list[str]:

@@ -92,6 +92,9 @@ def command_of(results: Results) -> str:
     options |= {name.replace("_", "-"): value for name, value in asked.items() if value is not None}
     options |= {"seeds": max(row["seeds"] for row in rows), "seed": results["seed"]}
     options |= {"against": results["against"]} if results.get("against") else {}
+    on_cpu = results.get("machine", {}).get("device", "cpu") == "cpu"
+    options |= {"dtype": results["dtype"]} if results.get("dtype", "float32") != "float32" or not on_cpu else {}
+    options |= {"attn": results["attention"]} if results.get("attention", "sdpa") != "sdpa" else {}
     options |= {"throughput": ",".join(map(str, results["batches"]))} if results.get("batches") else {}
     options |= {"out": "bench"}
     data = [] if results["data"] == ["miniature"] else [("data", one) for one in results["data"]]

@@ -30,8 +30,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 ADAPTER = "peft.BaseTunerLayer"
 """Class of the layers in which peft puts adapters."""
 
-OF_A_PLACE = ("name_or_path", "processor_class", "auto_map")
-"""Settings of a processor that say where it comes from, and not what it does."""
+OF_A_PLACE = ("name_or_path", "processor_class", "auto_map", "transformers_version", "_from_model_config")
+"""Settings of processors and of `generate` that say where they come from, and not what they do."""
 
 PACKED = ("qweight", "weight_packed", "W_q")
 """Buffers of quantised weights, as GPTQ, AWQ, compressed-tensors and HQQ name them."""
@@ -182,8 +182,15 @@ def identity(model: Model) -> str:
 
 
 def identities(model: Model, processor: Processor) -> dict[str, str]:
-    """What answers depend on beside the questions, for journals: the model's identity and the processor's digest."""
-    return {"model": identity(model), "processor": processor_digest(processor)}
+    """What answers depend on beside the questions, for journals: the model's identity, a hash of its settings of
+    `generate`, and the processor's digest."""
+    settings = getattr(stock(model), "generation_config", None)
+    given = {} if settings is None else settings.to_dict()
+    return {
+        "model": identity(model),
+        "generation": _hash_of({key: value for key, value in given.items() if key not in OF_A_PLACE}),
+        "processor": processor_digest(processor),
+    }
 
 
 def processor_digest(processor: Processor) -> str:
@@ -194,6 +201,10 @@ def processor_digest(processor: Processor) -> str:
         said.append(
             {key: value for key, value in settings.items() if not key.startswith("_") and key not in OF_A_PLACE}
         )
+    return _hash_of(said)
+
+
+def _hash_of(said: object) -> str:
     text = json.dumps(said, sort_keys=True, default=lambda value: type(value).__name__)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

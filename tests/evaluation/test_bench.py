@@ -444,6 +444,10 @@ def test_the_command_says_what_was_asked():
     asked = {"count": 5, "max_new_tokens": 512, "codebook": "my book"}
     assert report.command_of(old | asked) == f"{begin} --count 5 --max-new-tokens 512 --codebook 'my book'{end}"
     assert report.command_of(old | dict.fromkeys(asked)) == begin + end
+    with_machine = old | {"machine": {"device": "cpu"}, "dtype": "float32", "attention": "sdpa", "count": None}
+    assert report.command_of(with_machine) == begin + end
+    other = {"machine": {"device": "cuda"}, "attention": "eager"}
+    assert "--seed 0 --dtype float32 --attn eager --out" in report.command_of(with_machine | other)
 
 
 class Page(HTMLParser):
@@ -711,6 +715,15 @@ def test_pictures_of_a_comparison():
 
 def test_quartiles():
     assert quartiles([1.0, 2.0, 3.0, 4.0, 5.0]) == {"q1": 2.0, "median": 3.0, "q3": 4.0, "rounds": 5}
+
+
+def test_answers_under_other_settings_of_generate_are_refused(loaded, tmp_path, monkeypatch):
+    model, processor, tasks, rows, _ = loaded
+    few, settings = [replace(task, samples=task.samples[:1]) for task in tasks], bench.BenchSettings(seconds=0)
+    bench.measure(model, processor, few, rows[:1], tmp_path, settings)
+    monkeypatch.setattr(model.generation_config, "repetition_penalty", 1.5)
+    with pytest.raises(CodebookError, match="another generation: choose another file, or delete it"):
+        bench.measure(model, processor, few, rows[:1], tmp_path, settings)
 
 
 @pytest.mark.parametrize("change", ["size", "chat_template"])

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 
 import pytest
 from PIL import Image
@@ -301,6 +302,25 @@ def test_parquet_asked_in_every_rotation(table):
     assert {len(load_data([name], 1, seed)[0].samples) for seed in range(9)} == {2, 3}  # all rotations of one question
     with pytest.raises(CodebookError, match="circular=yes asks with options in every order"):
         load_data([name.replace("options=A,B,C&", "")])
+
+
+def test_captions_by_cider(table):
+    """Worked by hand for two pictures: `a` is in the captions of both and weighs 0, all else ln 2."""
+    file = table("a.parquet", image=HUBS[:2], question=["Describe it."] * 2, answer=[["a cat"], ["a dog", "the dog"]])
+    first, second = load_data([f"parquet:{file}?rule=cider"])[0].samples
+    assert first.question == "Describe it."
+    for said, score in (
+        ("A cat.", 1 / 2),  # words and pairs are the same; there are no three, and no four
+        ("cat", math.exp(-1 / 72) / 4),  # one pair less
+        ("cat cat", 1 / 8),  # twice the weight, which is cut, and as long: a cosine of 1/2
+        ("a dog", 0),
+        ("", 0),
+    ):
+        assert first.score(said) == pytest.approx(score), said
+    # Of the first reference the word and no pair; of the second the pair, and of its two words, of like weight, both.
+    assert second.score("the dog") == pytest.approx(((1 / 2**0.5) / 4 + 2 / 4) / 2)
+    alone = load_data([f"parquet:{file}?rule=cider"], 1)[0].samples[0]
+    assert alone.score("a cat") == 0  # of a single picture no word weighs anything
 
 
 def test_hallusionbench_as_the_hub_has_it(table):
