@@ -393,7 +393,7 @@ def _take_tower(built: Any) -> None:
 
 
 @torch.no_grad()
-def _solve_projector(built: Any, tokenizer: Any, seed: int, count: int = 400, decay: float = 1e-6) -> None:
+def _solve_projector(built: Any, tokenizer: Any, seed: int, count: int = 400) -> None:
     """Solve for the projector, by ridge regression of `count` crowded scenes' patches onto words and places.
 
     What a patch shows becomes the sum of the language model's words for its shape and colour, or for its digit, each
@@ -431,7 +431,7 @@ def _solve_projector(built: Any, tokenizer: Any, seed: int, count: int = 400, de
     target[busy] += 0.6 * waves @ directions
     design = torch.cat([middle, torch.ones(len(middle), 1)], 1)
     weighted = design * torch.where(busy, 4.0, 1.0)[:, None]  # most patches are background
-    gram = weighted.T @ design + decay * len(middle) * torch.eye(inner + 1)
+    gram = weighted.T @ design + 1e-6 * len(middle) * torch.eye(inner + 1)  # a ridge
     solved = torch.linalg.solve(gram, weighted.T @ target.double())
     projector.linear_2.weight.copy_(solved[:-1].T)
     projector.linear_2.bias.copy_(solved[-1])

@@ -15,6 +15,9 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import nn
 
+MOMENTUM = 0.95
+WEIGHT_DECAY = 0.01
+
 
 class Muon:
     """Momentum with orthogonalised updates; matrices of one shape are handled in one batch.
@@ -29,13 +32,11 @@ class Muon:
     def __init__(
         self,
         parameters: Iterable[nn.Parameter],
-        momentum: float = 0.95,
-        decay: float = 0.01,
         share: tuple[int, int] = (0, 1),
         merge: Callable[[torch.Tensor], torch.Tensor] = lambda x: x,
     ):
         self.parameters = list(parameters)
-        self.momentum, self.decay, self.share, self.merge = momentum, decay, share, merge
+        self.share, self.merge = share, merge
         self.buffers = [torch.zeros_like(p) for p in self.parameters]
         groups: dict[torch.Size, list[int]] = defaultdict(list)
         for i, parameter in enumerate(self.parameters):
@@ -56,10 +57,10 @@ class Muon:
         for group in self.groups:
             mine = group[index::workers]
             for i in group:
-                self.buffers[i].lerp_(gradient(i), 1 - self.momentum)
+                self.buffers[i].lerp_(gradient(i), 1 - MOMENTUM)
             if not mine:
                 continue
-            ahead = [self.buffers[i].lerp(gradient(i), 1 - self.momentum) for i in mine]
+            ahead = [self.buffers[i].lerp(gradient(i), 1 - MOMENTUM) for i in mine]
             for i, update in zip(mine, orthogonal(torch.stack(ahead)), strict=True):
                 updates[i] = update
         if workers > 1:
@@ -70,7 +71,7 @@ class Muon:
         for parameter, update, factor in zip(self.parameters, updates, factors, strict=True):
             rows, columns = parameter.shape
             stride = rate * factor
-            parameter.mul_(1 - stride * self.decay).add_(update, alpha=-stride * max(1, rows / columns) ** 0.5)
+            parameter.mul_(1 - stride * WEIGHT_DECAY).add_(update, alpha=-stride * max(1, rows / columns) ** 0.5)
 
     def state_dict(self) -> dict:
         return {"buffers": self.buffers}

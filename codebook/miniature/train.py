@@ -98,7 +98,6 @@ def train(
     *,
     steps: int | None = None,
     seed: int = 0,
-    resume: bool = True,
     device: str | None = None,
     workers: int | None = None,
     **options,
@@ -107,9 +106,8 @@ def train(
 
     Parameters
     ----------
-    out : folder for `checkpoint.pt`, `recipe.json`, `log.jsonl` and `weights/`
+    out : folder for `checkpoint.pt`, from which a run goes on, `recipe.json`, `log.jsonl` and `weights/`
     steps : steps of the last stage; the others take no more than that
-    resume : go on from `out/checkpoint.pt` if there is one
     device : "cpu" or "cuda"; default a GPU if there is one
     workers : processes of one thread each (on a CPU, two of one thread are faster than one of two); default: 1 on a
         GPU, else up to 2
@@ -130,9 +128,6 @@ def train(
         raise CodebookError(f"unknown training option: {error}; see codebook.miniature.train.Recipe") from None
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     workers = workers or (1 if device == "cuda" else min(2, os.cpu_count() or 1))
-    if not resume:
-        (out / "checkpoint.pt").unlink(missing_ok=True)
-        (out / "log.jsonl").unlink(missing_ok=True)
     _check(out / "checkpoint.pt", seed=seed, workers=workers)
     write_text(out / "recipe.json", json.dumps(asdict(recipe), indent=1) + "\n")
     if workers == 1:
