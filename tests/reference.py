@@ -133,34 +133,41 @@ def _dropping(model, valid, gone_from, compact, edit, mass):
             del layer.forward
 
 
-def masked(model, inputs, gone_from, steps, compact=False, edit=None, suppress=(), forced=None, mass=None):
-    """Greedy tokens (B, steps) and each step's logits of any family, from a full forward a step.
+def masked(model, inputs, gone_from, said=None, compact=False, edit=None, suppress=(), mass=None):
+    """Greedy tokens (B, steps) and each step's logits of any family, from one full forward.
 
-    `gone_from` (B, L), `edit` and `mass` are as in `logits`; tokens of `suppress` are never chosen,
-    and `forced` (B, steps) are taken instead of the greedy ones.
+    A step comes after the prompt and the tokens `said` (B, steps) before it: these are greedy if they are what is
+    returned. None: the first step alone. `gone_from` (B, L), `edit` and `mass` are as in `logits`; tokens of `suppress`
+    are never chosen.
     """
     stock, inputs = model.config._attn_implementation, dict(inputs)
+    before, steps = _before_last(said, gone_from)
+    more = {"input_ids": before, "attention_mask": torch.ones_like(before)}
+    more["mm_token_type_ids"] = more["moe_mm_token_type_ids"] = torch.zeros_like(before)
+    more["token_type_ids"] = torch.full_like(before, int(model.config.model_type == "paligemma"))
+    inputs |= {name: torch.cat([inputs[name], more[name]], 1) for name in more if name in inputs}
+    valid, positions = inputs["attention_mask"], {}
+    # As generate() makes them; Qwen's are made from the token types, of omni models from the tokens.
+    if "mm_token_type_ids" not in inputs and "omni" not in model.config.model_type:
+        first = 1 if model.config.model_type == "paligemma" else 0
+        positions["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + first
     model.set_attn_implementation("eager")
-    tokens, scores = [], []
-    for step in range(steps):
-        valid = inputs["attention_mask"]
-        positions = {}
-        # As generate() makes them; Qwen's are made from the token types, of omni models from the tokens.
-        if "mm_token_type_ids" not in inputs and "omni" not in model.config.model_type:
-            first = 1 if model.config.model_type == "paligemma" else 0
-            positions["position_ids"] = (valid.cumsum(1) - 1).clamp(min=0) + first
-        with _dropping(model, valid, gone_from, compact, edit, mass):
-            scores.append(model(**inputs, **positions, use_cache=False).logits[:, -1])
-        allowed = scores[-1].clone()
-        allowed[:, list(suppress)] = -torch.inf
-        tokens.append(allowed.argmax(-1, keepdim=True) if forced is None else forced[:, step : step + 1])
-        more = {"input_ids": tokens[-1], "attention_mask": torch.ones_like(tokens[-1])}
-        more["mm_token_type_ids"] = more["moe_mm_token_type_ids"] = torch.zeros_like(tokens[-1])
-        more["token_type_ids"] = torch.full_like(tokens[-1], int(model.config.model_type == "paligemma"))
-        inputs |= {name: torch.cat([inputs[name], more[name]], 1) for name in more if name in inputs}
-        gone_from = torch.cat([gone_from, torch.full_like(tokens[-1], 10**6)], 1)
+    with _dropping(model, valid, _stay(gone_from, before), compact, edit, mass):
+        scores = model(**inputs, **positions, use_cache=False).logits[:, -steps:]
     model.set_attn_implementation(stock)
-    return torch.cat(tokens, 1), torch.stack(scores, 1)
+    allowed = scores.clone()
+    allowed[..., list(suppress)] = -torch.inf
+    return allowed.argmax(-1), scores
+
+
+def _before_last(said, ids):
+    """The tokens (B, steps - 1) before the last step, and the number of steps."""
+    return (ids[:, :0], 1) if said is None else (said[:, :-1], said.shape[1])
+
+
+def _stay(gone_from, more):
+    """`gone_from` with columns behind it that are never dropped."""
+    return torch.cat([gone_from, torch.full_like(more, 10**6)], 1)
 
 
 def merged(model, input_ids, pixel_values):
@@ -172,8 +179,8 @@ def merged(model, input_ids, pixel_values):
     return embeds
 
 
-def logits(model, embeds, valid, gone_from, positions=None, edit=None, mass=None):
-    """Last-position logits (B, V) with eager attention.
+def logits(model, embeds, valid, gone_from, positions=None, edit=None, mass=None, steps=None):
+    """Last-position logits (B, V) with eager attention, or those of the last `steps` positions (B, steps, V).
 
     `gone_from` (B, L) is the first layer that no longer sees a column (a large number for columns never dropped).
     `edit(layer, hidden)` gives what enters each layer in place of `hidden` (B, L, d), `mass(layer, hidden)` what is
@@ -193,16 +200,14 @@ def logits(model, embeds, valid, gone_from, positions=None, edit=None, mass=None
         mask = torch.zeros(batch, 1, length, length).add(bias)
         mask = mask.masked_fill(~seen[:, None], torch.finfo(embeds.dtype).min)
         hidden = layer(hidden, attention_mask=mask, position_embeddings=rotary)
-    return model.lm_head(lm.norm(hidden))[:, -1]
+    scores = model.lm_head(lm.norm(hidden))
+    return scores[:, -1] if steps is None else scores[:, -steps:]
 
 
-def generate(model, input_ids, pixel_values, valid, gone_from, steps, edit=None, mass=None):
-    """Greedy tokens (B, steps) and each step's logits, from a full forward a step."""
-    embeds, tokens, scores = merged(model, input_ids, pixel_values), [], []
-    for _ in range(steps):
-        scores.append(logits(model, embeds, valid, gone_from, edit=edit, mass=mass))
-        tokens.append(scores[-1].argmax(-1, keepdim=True))
-        embeds = torch.cat([embeds, model.get_input_embeddings()(tokens[-1])], 1)
-        valid = torch.cat([valid, torch.ones_like(tokens[-1])], 1)
-        gone_from = torch.cat([gone_from, torch.full_like(tokens[-1], 10**6)], 1)
-    return torch.cat(tokens, 1), torch.stack(scores, 1)
+def generate(model, input_ids, pixel_values, valid, gone_from, said, edit=None, mass=None):
+    """Greedy tokens (B, steps) and each step's logits, of a LLaVA, as `masked` has them."""
+    before, steps = _before_last(said, input_ids)
+    embeds = torch.cat([merged(model, input_ids, pixel_values), model.get_input_embeddings()(before)], 1)
+    valid = torch.cat([valid, torch.ones_like(before)], 1)
+    scores = logits(model, embeds, valid, _stay(gone_from, before), edit=edit, mass=mass, steps=steps)
+    return scores.argmax(-1), scores

@@ -163,13 +163,14 @@ def check(cell, device="cpu", tolerance=None):
         assert [len(index) for index in kept] == [stage.count(len(places)) for stage in plan.stages]
     gone = gone_from(inputs, columns, survivors, plan.stages)
     edit = averaged(columns, survivors, plan.stages[0].layer) if cell.method == "merging" else None
+    said = out.sequences[:, inputs["input_ids"].shape[1] :].cpu()
     tokens, logits = reference.masked(
-        target, inputs, gone, STEPS, cell.positions == "compact", edit, tiny.never,
+        target, inputs, gone, said, cell.positions == "compact", edit, tiny.never,
         mass=mass(columns, survivors, plan.stages),
     )  # fmt: skip
     ours = torch.stack(out.logits, 1).cpu()
     assert (ours - logits).abs().max() <= tolerance * logits.abs().max()
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :].cpu(), tokens)
+    assert torch.equal(said, tokens)
     return "works"
 
 

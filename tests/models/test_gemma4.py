@@ -53,7 +53,7 @@ def test_layers_without_keys_run_on_the_last_tokens_alone(rows, keep, lengths):
     assert lengths[-1] == (keep if keep == 1 or len(rows) > 1 else lengths[LAST])
     columns = FAMILIES[NAME].columns(rows)
     given = columns, pruning.kept, SCHEDULE.stages
-    _, theirs = reference.masked(target, inputs, gone_from(inputs, *given), 1, mass=mass(*given))
+    _, theirs = reference.masked(target, inputs, gone_from(inputs, *given), mass=mass(*given))
     assert (cut[:, -1] - theirs[:, 0]).abs().max() <= 2e-5 * theirs.abs().max()
 
 
@@ -74,7 +74,7 @@ def test_a_further_turn_on_a_cache_of_a_model_whose_layers_reuse_keys():
         now = {"input_ids": more, "attention_mask": whole["attention_mask"], "position_ids": positions[:, -3:]}
         ours = target(**now, past_key_values=cache, logits_to_keep=1).logits[:, -1]
     given = tiny.columns(ROWS), pruning.kept, SCHEDULE.stages
-    _, theirs = reference.masked(target, whole, gone_from(whole, *given), 1, mass=mass(*given))
+    _, theirs = reference.masked(target, whole, gone_from(whole, *given), mass=mass(*given))
     assert (ours - theirs[:, 0]).abs().max() <= 2e-5 * theirs.abs().max()
 
 

@@ -36,11 +36,12 @@ def compare(target, rows, steps):
             suppress_tokens=list(TINY.never),
         )  # fmt: skip
     given = TINY.columns(rows), pruning.kept, SCHEDULE.stages
+    said = out.sequences[:, inputs["input_ids"].shape[1] :]
     tokens, logits = reference.masked(
-        target, inputs, gone_from(inputs, *given), steps, suppress=TINY.never, mass=mass(*given)
+        target, inputs, gone_from(inputs, *given), said, suppress=TINY.never, mass=mass(*given)
     )
     assert (torch.stack(out.logits, 1) - logits).abs().max() <= 2e-5 * logits.abs().max()
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert torch.equal(said, tokens)
     return inputs["input_ids"].shape[1]
 
 
@@ -84,5 +85,5 @@ def test_a_later_turn_counts_chunks_and_scales_in_the_unpruned_prompt():
         now = {"input_ids": more, "attention_mask": whole["attention_mask"], "position_ids": positions[:, -5:]}
         ours = target(**now, past_key_values=cache).logits[:, -1]
     given = TINY.columns(ROWS), pruning.kept, SCHEDULE.stages
-    _, theirs = reference.masked(target, whole, gone_from(whole, *given), 1, mass=mass(*given))
+    _, theirs = reference.masked(target, whole, gone_from(whole, *given), mass=mass(*given))
     assert (ours - theirs[:, 0]).abs().max() <= 2e-5 * theirs.abs().max()

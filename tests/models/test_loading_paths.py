@@ -58,7 +58,7 @@ def difference(caller, model=None, schedule=SCHEDULE):
         )
     said = out.sequences[:, inputs["input_ids"].shape[1] :]
     gone = gone_from(inputs, TINY.columns(ROWS), pruning.kept, schedule.stages)
-    _, expected = reference.masked(model, inputs, gone, STEPS, forced=said)
+    _, expected = reference.masked(model, inputs, gone, said)
     unpruned = model(**inputs, use_cache=False).logits[:, -1]
     ours = torch.stack(out.logits, 1)
     assert ours.isfinite().all()

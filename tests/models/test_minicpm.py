@@ -64,8 +64,9 @@ def test_a_call_in_the_other_mode_has_four_times_the_tokens(tiny):
     [image] = pruning.images
     assert [(grid.rows, grid.cols) for grid in image.layout.grids] == [(8, 8)]
     gone = gone_from(inputs, [(0, None, torch.arange(at, at + 64))], pruning.kept, SCHEDULE.stages)
-    tokens, logits = reference.masked(target, inputs, gone, 2, suppress=tiny.never)
-    assert torch.equal(out.sequences[:, ids.shape[1] :], tokens)
+    said = out.sequences[:, ids.shape[1] :]
+    tokens, logits = reference.masked(target, inputs, gone, said, suppress=tiny.never)
+    assert torch.equal(said, tokens)
     assert (torch.stack(out.logits, 1) - logits).abs().max() <= 1e-5 * logits.abs().max()
 
 

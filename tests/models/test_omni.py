@@ -42,10 +42,11 @@ def test_audio_is_kept(name, where, attention):
     for (_, grids, places), image in zip(columns, pruning.images, strict=True):
         assert image.columns == tuple(places.tolist())
         assert [(grid.rows, grid.cols) for grid in image.layout.grids] == grids
-    tokens, logits = reference.masked(target, inputs, gone, 2, suppress=tiny.never)
+    said = out.sequences[:, ids.shape[1] :]
+    tokens, logits = reference.masked(target, inputs, gone, said, suppress=tiny.never)
     ours = torch.stack(out.logits, 1)
     assert (ours - logits).abs().max() <= 1e-5 * logits.abs().max()
-    assert torch.equal(out.sequences[:, ids.shape[1] :], tokens)
+    assert torch.equal(said, tokens)
     # The control: what audio says is heard in the pruned answer.
     louder = inputs | {"input_features": 2 * inputs["input_features"]} if "input_features" in inputs else inputs
     with SCHEDULE(target):

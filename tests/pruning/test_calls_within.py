@@ -44,9 +44,9 @@ def test_forwards(name, use_cache):
     with SCHEDULE(MODEL) as alone:
         MODEL(**OTHERS[name])
     other = gone_from(OTHERS[name], alone, SCHEDULE)
-    expected, _ = reference.masked(MODEL, INPUTS, gone, 4, suppress=[IMAGE])
-    assert torch.equal(tokens[:, INPUTS["input_ids"].shape[1] :], expected)
-    _, logits = reference.masked(MODEL, OTHERS[name], other, 1)
+    said = tokens[:, INPUTS["input_ids"].shape[1] :]
+    assert torch.equal(said, reference.masked(MODEL, INPUTS, gone, said, suppress=[IMAGE])[0])
+    _, logits = reference.masked(MODEL, OTHERS[name], other)
     for answer, kept in asks.answers:
         assert torch.equal(kept, other)
         assert_close(answer, logits[:, 0])
@@ -72,8 +72,8 @@ def test_generations():
             )
             assert torch.equal(tokens, plain)
             assert all(torch.equal(answer, expected) and torch.equal(own, kept) for answer, own in asks.answers)
-    logits = reference.masked(MODEL, other, kept, 2, suppress=[IMAGE])[0]
-    assert torch.equal(expected[:, other["input_ids"].shape[1] :], logits)
+    said = expected[:, other["input_ids"].shape[1] :]
+    assert torch.equal(said, reference.masked(MODEL, other, kept, said, suppress=[IMAGE])[0])
 
 
 @torch.no_grad()
@@ -87,7 +87,8 @@ def test_the_model_as_its_own_assistant():
             **INPUTS, max_new_tokens=8, do_sample=False, suppress_tokens=[IMAGE], assistant_model=MODEL
         )
         hook.remove()
-    expected, _ = reference.masked(MODEL, INPUTS, gone_from(INPUTS, pruning, SCHEDULE), 8, suppress=[IMAGE])
     length = INPUTS["input_ids"].shape[1]
-    assert torch.equal(tokens[:, length:], expected)
+    said = tokens[:, length:]
+    expected, _ = reference.masked(MODEL, INPUTS, gone_from(INPUTS, pruning, SCHEDULE), said, suppress=[IMAGE])
+    assert torch.equal(said, expected)
     assert seen[0] == length and seen[1] < length  # the assistant's prompt is whole, the model's is pruned

@@ -97,9 +97,10 @@ def test_generate_equals_masked_reference(model, name, rows):
     inputs, schedule = prompt(model, rows), SCHEDULES[name]
     sequences, ours, pruning = run(model, inputs, schedule)
     gone, calibration = gone_from(inputs, pruning, schedule), far(model, inputs, pruning, schedule)
-    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, STEPS
+    said = sequences[:, inputs["input_ids"].shape[1] :]
+    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, said
     tokens, logits = reference.generate(*given, mass=calibration)
-    assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert torch.equal(said, tokens)
     assert_close(ours, logits)
     # It matters, and so do its parts: distance, and the sizes of layer 0.
     for less in (calibration.mass, reference.Far(calibration.mass, lambda layer: None)):
@@ -129,10 +130,11 @@ def test_positions_that_are_renumbered():
     inputs = prompt(model, RAGGED)
     sequences, ours, pruning = run(model, inputs, schedule)
     calibration = far(model, inputs, pruning, schedule)
+    said = sequences[:, inputs["input_ids"].shape[1] :]
     tokens, logits = reference.masked(
-        model, inputs, gone_from(inputs, pruning, schedule), STEPS, compact=True, mass=calibration
+        model, inputs, gone_from(inputs, pruning, schedule), said, compact=True, mass=calibration
     )
-    assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert torch.equal(said, tokens)
     assert_close(ours, logits)
 
 
@@ -234,11 +236,12 @@ def test_families_with_frequencies_of_their_own(name, attention):
     sequences, ours, pruning = run(target, inputs, schedule, suppress_tokens=list(tiny.never))
     counts = cells.mass(columns, pruning.kept, schedule.stages)
     calibration = reference.Far(counts, angles_of(name, target, inputs))
-    given = target, inputs, cells.gone_from(inputs, columns, pruning.kept, schedule.stages), STEPS
+    said = sequences[:, inputs["input_ids"].shape[1] :]
+    given = target, inputs, cells.gone_from(inputs, columns, pruning.kept, schedule.stages), said
     tokens, logits = reference.masked(*given, suppress=tiny.never, mass=calibration)
-    assert torch.equal(sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert torch.equal(said, tokens)
     assert_close(ours, logits, tiny.tolerance)
-    less = reference.masked(*given, suppress=tiny.never, forced=tokens, mass=counts)[1]
+    less = reference.masked(*given, mass=counts)[1]
     assert (ours - less).abs().max() > 100 * tiny.tolerance * logits.abs().max()
 
 

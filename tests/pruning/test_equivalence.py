@@ -74,9 +74,10 @@ def test_generate_equals_masked_reference(model, name, batch):
         )
     gone = gone_from(inputs, pruning, schedule)
     assert (gone < 100).any()
-    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, STEPS
+    said = out.sequences[:, inputs["input_ids"].shape[1] :]
+    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, said
     tokens, logits = reference.generate(*given, mass=mass(inputs, pruning, schedule))
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert torch.equal(said, tokens)
     assert_close(torch.stack(out.logits, 1), logits)
     physical = [layer.keys.shape[-2] for layer in out.past_key_values.layers]
     counts = schedule.counts(size(model), len(physical))
@@ -114,10 +115,11 @@ def compare(model, inputs, schedule, layer, values):
             **inputs, max_new_tokens=6, do_sample=False, return_dict_in_generate=True, output_logits=True
         )
     gone, edit = gone_from(inputs, pruning, schedule), edited(inputs, pruning, layer, values)
-    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, 6
+    said = out.sequences[:, inputs["input_ids"].shape[1] :]
+    given = model, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"], gone, said
     weight = mass(inputs, pruning, schedule)
     tokens, logits = reference.generate(*given, edit=edit, mass=weight)
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], tokens)
+    assert torch.equal(said, tokens)
     assert_close(torch.stack(out.logits, 1), logits)
     assert (logits - reference.generate(*given, mass=weight)[1]).abs().max() > 1e-3 * logits.abs().max()  # it matters
 
@@ -214,8 +216,9 @@ def test_generate_with_counts_the_method_chooses(model, ragged, positions):
     assert len(counts) > 2 and min(counts) >= 1  # a ragged batch indeed
     if positions == "keep":
         given = model, ragged["input_ids"], ragged["pixel_values"], ragged["attention_mask"]
-        tokens, logits = reference.generate(*given, gone_from(ragged, pruning, schedule), 6)
-        assert torch.equal(out.sequences[:, ragged["input_ids"].shape[1] :], tokens)
+        said = out.sequences[:, ragged["input_ids"].shape[1] :]
+        tokens, logits = reference.generate(*given, gone_from(ragged, pruning, schedule), said)
+        assert torch.equal(said, tokens)
         assert_close(torch.stack(out.logits, 1), logits)
 
 

@@ -166,8 +166,9 @@ def test_films_of_several_images(pruner, attention):
     assert sum(second[:3]) == 12 and sum(second[3:]) == 8
     given = target, inputs["input_ids"], inputs["pixel_values"], inputs["attention_mask"]
     gone = gone_from(inputs, pruning, schedule)
-    ids, logits = reference.generate(*given, gone, 5, mass=mass(inputs, pruning, schedule))
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], ids)
+    said = out.sequences[:, inputs["input_ids"].shape[1] :]
+    ids, logits = reference.generate(*given, gone, said, mass=mass(inputs, pruning, schedule))
+    assert torch.equal(said, ids)
     assert_close(torch.stack(out.logits, 1), logits)
     alone = prompt(target, FILMS[:1])
     alone["pixel_values"] = inputs["pixel_values"][:3]
