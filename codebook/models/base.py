@@ -280,6 +280,10 @@ class Family:
         """What the rotary embeddings of a decoder layer turn."""
         return "halves"
 
+    def entering(self, model: Model, embeds: Tensor, given: Mapping[str, Any]) -> Tensor:
+        """What enters the decoder's first layer (B, L, d), of embeddings and the other arguments of the decoder."""
+        return embeds
+
     @contextlib.contextmanager
     def patched_extra_inputs(self, model: Model, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
         """A context in which inputs that deeper layers add to the hidden states are shortened as those are.

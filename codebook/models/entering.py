@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image as Picture
 from torch import Tensor
 
-from codebook.models.base import Model, Processor, special_tokens
+from codebook.models.base import Model, Processor, decoder, special_tokens
 from codebook.models.encoded import Encoded
 from codebook.models.generic import Unproven, image_token
 from codebook.models.replacing import replaced
@@ -83,16 +83,16 @@ def show(model: Model, processor: Processor, pictures: Sequence[Picture.Image]) 
 
 def enter_decoder(model: Model, inputs: dict[str, Any]) -> Entered:
     """Run a model as far as its decoder."""
-    base, decoder, ran = model.base_model, model.get_decoder(), list[str]()
+    base, ran = model.base_model, list[str]()
     calls, entered = list[Encoded](), list[Tensor]()
 
-    def stop(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        entered.append(kwargs["inputs_embeds"])
+    def stop(_: Any, args: Any) -> None:
+        entered.append(args[0])  # with what some decoders add before their first layer
         raise _Seen
 
     with contextlib.ExitStack() as undo:
-        undo.callback(decoder.register_forward_pre_hook(stop, with_kwargs=True).remove)
-        inside = {id(module) for module in decoder.modules()}
+        undo.callback(decoder(model).layers[0].register_forward_pre_hook(stop).remove)
+        inside = {id(module) for module in model.get_decoder().modules()}
         for name, module in base.named_modules():
             if name and id(module) not in inside:
                 undo.callback(module.register_forward_hook(lambda *_, name=name: ran.append(name)).remove)

@@ -56,13 +56,13 @@ class LlavaNext(Llava):
 
     def _pack(self, model: Model, encoded: Encoded, values: list[Tensor], newline: float) -> list[Tensor]:
         rows = torch.stack(values)
-        packed, _ = model.base_model.pack_image_features(
+        packed = model.base_model.pack_image_features(
             rows.split(self.crops(model, encoded)),
             encoded.given["image_sizes"],
             **self._packing(model, encoded),
             image_newline=rows.new_full((rows.shape[-1],), newline),
         )
-        return list(packed)
+        return list(packed[0] if isinstance(packed, tuple) else packed)  # most also say how long each is
 
     def _packing(self, model: Model, encoded: Encoded) -> dict[str, Any]:
         return {"vision_feature_select_strategy": model.config.vision_feature_select_strategy}

@@ -17,6 +17,7 @@ from codebook.models.gemma3 import Gemma3
 from codebook.models.gemma4 import Gemma4, Gemma4Unified
 from codebook.models.generic import Untested, may_be_generic
 from codebook.models.glm4v import Glm4v, Glm4vMoe, Glm46v, Glmga
+from codebook.models.granite4_vision import Granite4Vision
 from codebook.models.idefics3 import Idefics3, SmolVLM
 from codebook.models.internvl import InternVL
 from codebook.models.kimi_k25 import KimiK25
@@ -81,6 +82,7 @@ FAMILIES: dict[str, Family] = {
         Llama4(),
         Ovis2(),
         Molmo2(),
+        Granite4Vision(),
         MiniCPMV46(),
         MiniCPMV47(),
         MiniCPMOcr(),
@@ -109,7 +111,6 @@ REFUSED = {
     "instructblipvideo": LEARNED_QUERIES,
     "deepseek_ocr2": LEARNED_QUERIES,
     "gemma3n": "several copies of each hidden state, which its decoder hands from layer to layer",
-    "granite4_vision": "image tokens that are empty: what they show is added to them in deeper layers only",
     "phi4_multimodal": "images that the decoder itself encodes, where no call shows them",
     "perception_lm": "a vision tower of timm, whose attention and patches are not known",
 }

@@ -138,12 +138,12 @@ def _dropped(found: Explained, features: Tensor, book: Codebook, patches: int, n
 
 @contextlib.contextmanager
 def _entering(model: Model) -> Iterator[list[Tensor]]:
-    """A context that notes the embeddings (B, L, d) with which the decoder is called first: those of the prompt."""
+    """A context that notes what enters the decoder's first layer (B, L, d) first: that of the prompt."""
     seen: list[Tensor] = []
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
         if not seen:
-            seen.append(kwargs["inputs_embeds"])
+            seen.append(models.family(model).entering(model, kwargs["inputs_embeds"], kwargs))
 
     hook = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
     try:

@@ -206,6 +206,19 @@ def molmo2(**more):
     )  # fmt: skip
 
 
+def granite4_vision():
+    """Features for layers 0 to 3: for one of them two, and some for one that the decoder lacks."""
+    former = {"model_type": "blip_2_qformer", "num_hidden_layers": 1, "intermediate_size": 64}
+    former |= {"cross_attention_frequency": 1, "initializer_range": 0.1}
+    vision = hf.SiglipVisionConfig(**SIGLIP | {"hidden_size": 64}, image_size=32, vision_use_head=False)
+    text = {"embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 2.0}
+    return hf.Granite4VisionConfig(
+        vision_config=vision, text_config=TEXT | text, qformer_config=former, image_token_index=IMAGE,
+        image_grid_pinpoints=[[32, 64], [64, 32]], vision_feature_select_strategy="full", downsample_rate="2/4",
+        deepstack_layer_map=[[1, 2], [-1, 0]], spatial_target_layers=[1, 3, 3, 9],
+    )  # fmt: skip
+
+
 def kimi():
     text = EXPERTS | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
     text |= {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}

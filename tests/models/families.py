@@ -15,6 +15,7 @@ from tests.models.prompts import (
     Gemma4,
     Gemma4Unified,
     Glm,
+    Granite,
     Idefics3,
     InternVL,
     Kimi,
@@ -111,6 +112,7 @@ FAMILIES = {
         Ovis2("ovis2", configs.ovis2, "Ovis2ForConditionalGeneration"),
         Llama4("llama4", configs.llama4, "Llama4ForConditionalGeneration"),
         Molmo2("molmo2", configs.molmo2, "Molmo2ForConditionalGeneration", videos=True),
+        Granite("granite4_vision", configs.granite4_vision, "Granite4VisionForConditionalGeneration"),
         Kimi("kimi_k25", configs.kimi, "Kimi_K25ForConditionalGeneration"),
         MiniCPM("minicpmv4_6", partial(
             configs.minicpm, getattr(hf, "MiniCPMV4_6Config", None)

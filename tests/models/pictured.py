@@ -82,7 +82,8 @@ class Pictured:
             return [*crops, NEWLINE, *self.tiny.image(draw)[0]]
         if "target_sizes" in given:
             return self.tiny.shown(draw, (given["target_sizes"] // self.tiny.merge).tolist())[0]
-        features = base.get_image_features(**given, return_dict=True).pooler_output
+        out = base.get_image_features(**given, return_dict=True)
+        features = out.deepstack_features[0][1] if self.tiny.name == "granite4_vision" else out.pooler_output
         parts = features if isinstance(features, list | tuple) else features.flatten(0, -2)[None]
         count = sum(len(part.flatten(0, -2)) for part in parts)
         if self.tiny.name == "mistral3":

@@ -79,6 +79,9 @@ PROCESSORS = {
     "llava_next": lambda: hf.LlavaNextImageProcessor(
         size={"shortest_edge": 16}, crop_size=16, image_grid_pinpoints=[[16, 32], [32, 16]]
     ),
+    "granite4_vision": lambda: hf.LlavaNextImageProcessor(
+        size={"shortest_edge": 32}, crop_size=32, image_grid_pinpoints=[[32, 64], [64, 32]]
+    ),
     "llava_onevision": lambda: hf.LlavaOnevisionImageProcessor(size=SQUARE, image_grid_pinpoints=[[16, 32], [32, 16]]),
     "qwen2_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),
     "qwen2_5_vl": lambda: hf.Qwen2VLImageProcessor(patch_size=4, min_pixels=64, max_pixels=10**6),

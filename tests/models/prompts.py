@@ -153,20 +153,29 @@ class Llava(Fixed):
 class LlavaNext(Tiny):
     """Base view of 4 x 4 tokens; a large image has two crops, of which padding takes a row away."""
 
-    crops, patches = 2, 4
+    crops, patches, side = 2, 4, 16
 
     def image(self, draw):
-        pixels = torch.cat([draw(1, 1, 3, 16, 16), torch.zeros(1, self.crops, 3, 16, 16)], 1)
-        pixels[:, 1] = draw(1, 3, 16, 16)
-        pixels[:, 2] = draw(1, 3, 16, 16)
-        # 16 x 32 pixels, 4 x 8 tokens and 4 newlines
-        pieces = {"pixel_values": pixels, "image_sizes": torch.tensor([[16, 32]])}
+        side = self.side
+        pixels = torch.cat([draw(1, 1, 3, side, side), torch.zeros(1, self.crops, 3, side, side)], 1)
+        pixels[:, 1] = draw(1, 3, side, side)
+        pixels[:, 2] = draw(1, 3, side, side)
+        # two views wide, 4 x 8 tokens and 4 newlines
+        pieces = {"pixel_values": pixels, "image_sizes": torch.tensor([[side, 2 * side]])}
         return [IMAGE] * (16 + 4 * 9), pieces, [(4, 4), (4, 8)], range(24, 52, 9)
 
     def large(self, draw):
-        # 32 x 8 pixels in 32 x 16: the crops' grid loses a column on each side
-        pieces = {"pixel_values": draw(1, 3, 3, 16, 16), "image_sizes": torch.tensor([[32, 8]])}
+        # two views high and half of one wide: the crops' grid loses a column on each side
+        side = self.side
+        sizes = torch.tensor([[2 * side, side // 2]])
+        pieces = {"pixel_values": draw(1, 3, 3, side, side), "image_sizes": sizes}
         return [IMAGE] * (16 + 8 * 3), pieces, [(4, 4), (8, 2)], range(18, 40, 3)
+
+
+class Granite(LlavaNext):
+    """Two by two patches a token."""
+
+    patches, side = 8, 32
 
 
 class Onevision(LlavaNext):

@@ -10,6 +10,7 @@ from codebook.building import Pilot, Settings, build
 from codebook.building.cascade import survivors
 from codebook.building.probes import Prober, jsd, region
 from codebook.models import any_size, lfm2_vl
+from codebook.models.base import decoder
 from codebook.store.codebook import Codebook
 from tests.models.cells import model
 from tests.models.families import FAMILIES
@@ -34,9 +35,7 @@ def whole_view(tiny):
 def test_features_are_what_enters_the_llm(tiny):
     target, family = model(tiny.name, "sdpa"), models.family(model(tiny.name, "sdpa"))
     inputs, entered = tiny.inputs([["image", 5]]), []
-    handle = target.get_decoder().register_forward_pre_hook(
-        lambda _, args, kwargs: entered.append(kwargs["inputs_embeds"]), with_kwargs=True
-    )
+    handle = decoder(target).layers[0].register_forward_pre_hook(lambda _, args: entered.append(args[0]))
     target(**inputs)
     handle.remove()
     projected, patches, cls = family.image_features(target, inputs["pixel_values"])

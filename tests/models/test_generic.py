@@ -24,7 +24,7 @@ REFUSED = {
     **dict.fromkeys(("llava_next", "llava_next_video", "llava_onevision"), "are the rows and columns of no grid"),
     **dict.fromkeys(("idefics3", "smolvlm"), "are the rows and columns of no grid"),
     **dict.fromkeys(
-        ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni"),
+        ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni", "granite4_vision"),
         "something is added to hidden states between its decoder's layers",
     ),
     **dict.fromkeys(

@@ -28,7 +28,7 @@ UNLIKE = (
     "molmo2",
 )
 REFUSED = dict.fromkeys(UNLIKE, "--metric generated") | dict.fromkeys(
-    ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni"), "deepstack"
+    ("qwen3_vl", "qwen3_vl_moe", "qwen3_omni_moe_thinker", "cosmos3_omni", "granite4_vision"), "deepstack"
 )
 
 

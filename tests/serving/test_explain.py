@@ -161,7 +161,7 @@ class Spy(ScoringPruner):
         return -tokens.ordinal.float()
 
 
-@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "idefics3"])
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "idefics3", "granite4_vision"])
 def test_patches_of_every_grid_are_those_that_pruners_see(name):
     """Images of crops, of any size, and with structural tokens between; the similarities are of the decoder's input."""
     family, spy = FAMILIES[name], Spy()
@@ -170,7 +170,11 @@ def test_patches_of_every_grid_are_those_that_pruners_see(name):
     width = model.get_decoder().config.hidden_size
     book = Codebook(torch.randn(9, width, generator=torch.Generator().manual_seed(0)))
     job = Job(Prompts(inputs, [1]), 1, time.monotonic() + 60)
-    found = explain_job(model, job, Schedule([Stage(0, 0.5, spy)]), book, 100, 2)
+    with ThreadPoolExecutor(1) as other:  # whose hooks stand there already
+        beside = Schedule([])(model, "thread")
+        other.submit(beside.__enter__).result()
+        found = explain_job(model, job, Schedule([Stage(0, 0.5, spy)]), book, 100, 2)
+        other.submit(beside.__exit__, None).result()
     grids = found.image.layout.grids
     assert [grid for _, grid in spy.seen] == [(grid.rows, grid.cols) for grid in grids]
     assert len(found.dropped) == found.image.count - len(found.kept)

@@ -126,6 +126,7 @@ class Hooks:
             FORWARD.set(Forward(self.family, self._calls.model, plain, {}, blocks=running.blocks, compact=compact))
             return
         check_mask(mask)
+        embeds = self.family.entering(self._calls.model, embeds, kwargs)
         self._check_length(embeds.shape[1], cache)
         chosen = _chosen(running.call, embeds)
         whole = Given(embeds, mask, 0 if chosen is None else _extra(running.call, embeds, cache))
