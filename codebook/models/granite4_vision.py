@@ -19,7 +19,7 @@ from codebook.models.encoded import Encoded
 from codebook.models.layout import pool_patches
 from codebook.models.llava_next import LlavaNext
 
-ADDED = ("deepstack_features", "vision_mask")
+TAKEN = ("deepstack_features", "vision_mask")
 """Arguments of the decoder: by layers what is added before them, and where."""
 
 HANDED_ON = "codebook_added_features"
@@ -54,7 +54,7 @@ class Granite4Vision(LlavaNext):
         return super().pack(model, encoded, [pool_patches(own, cols, self.merge(model)) for own in values])
 
     def entering(self, model: Model, embeds: Tensor, given: Mapping[str, Any]) -> Tensor:
-        features, visual = given.get(HANDED_ON) or map(given.get, ADDED)
+        features, visual = given.get(HANDED_ON) or map(given.get, TAKEN)
         if features is None:
             return embeds
         hidden = embeds * model.get_decoder().embedding_multiplier
@@ -63,7 +63,7 @@ class Granite4Vision(LlavaNext):
     @contextlib.contextmanager
     def patched_extra_inputs(self, model: Model, gather: Callable[[Tensor], Tensor]) -> Iterator[None]:
         def take(_: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-            return args, kwargs | {HANDED_ON: tuple(map(kwargs.get, ADDED))} | dict.fromkeys(ADDED)
+            return args, kwargs | {HANDED_ON: tuple(map(kwargs.get, TAKEN))} | dict.fromkeys(TAKEN)
 
         def add(i: int, _: Any, args: Any, kwargs: dict[str, Any]) -> Any:
             features, visual = kwargs[HANDED_ON]
