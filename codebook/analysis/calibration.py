@@ -161,7 +161,7 @@ def calibrate(
     ordered = mixed(samples, seed)
     check_sample_count(ordered)
     check_samples(model, processor, samples)
-    _try(model, processor, samples, [plain, *candidates])
+    check_schedules(model, processor, samples, [plain, *candidates])
     about = models.identities(model, processor) | {
         "data": samples_digest(ordered),
         "seed": seed,
@@ -209,11 +209,18 @@ def check_sample_count(samples: Sequence[Sample]) -> None:
         )
 
 
-def _try(model: Model, processor: Processor, samples: Sequence[Sample], schedules: Sequence[Schedule]) -> None:
+def check_schedules(
+    model: Model, processor: Processor, samples: Sequence[Sample], schedules: Sequence[Schedule]
+) -> None:
     """Refuse, before anything is scored, schedules that cannot run: only running shows what a method asks of pictures.
 
     Among schedules that differ in layers and counts alone, the one that keeps the fewest tokens in the end is tried, on
     the sample of the fewest images and on that of the most: a film's methods may need several.
+
+    Raises
+    ------
+    CodebookError
+        If one of them cannot run.
     """
     alike: dict[tuple[Pruner, ...], list[Schedule]] = {}
     for schedule in schedules:

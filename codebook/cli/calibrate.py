@@ -11,6 +11,7 @@ import typer
 from codebook.cli.options import (
     CodebookOption,
     DataOption,
+    FirstOption,
     JsonOption,
     KeepOption,
     Loading,
@@ -33,9 +34,7 @@ def calibrate_command(
     out: Annotated[Path, typer.Option(help="Schedule file, for `codebook prune --schedule`; run again to resume.")],
     data: DataOption = "miniature",
     method: Annotated[str, typer.Option(help="One method, as `codebook list` names it.")] = DEFAULT,
-    first: Annotated[
-        list[str] | None, typer.Option(help="Another method to try as the first stage; repeat for several.")
-    ] = None,
+    first: FirstOption = None,
     deep: Annotated[
         list[str] | None,
         typer.Option(

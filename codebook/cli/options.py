@@ -55,6 +55,9 @@ SecondsOption = Annotated[
 ImagesOption = Annotated[
     Path, typer.Option(help="Folder of images, JSONL list, .tar shard or folder of them, or saved data set.")
 ]
+FirstOption = Annotated[
+    list[str] | None, typer.Option(help="Another method to try as the first stage; repeat for several.")
+]
 PilotOption = Annotated[
     int | None,
     typer.Option(

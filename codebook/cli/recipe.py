@@ -20,7 +20,8 @@ RECIPE_PART, CODEBOOK_PART, SCHEDULE_PART, HORIZON_PART, BENCH_PART, REPORT_PART
 class RecipeRecord(TypedDict):
     """What `recipe.json` says: what was asked for, whose the labels are, and whether all steps are done.
 
-    `questions` is the digest of what `data` says, or of the questions about images; earlier versions have none.
+    `first` are the methods that were tried as the first stage beside the default, where there were any. `questions` is
+    the digest of what `data` says, or of the questions about images; earlier versions have none.
     """
 
     __pydantic_config__ = ConfigDict(strict=True, allow_inf_nan=False, extra="forbid")  # type: ignore[misc]
@@ -30,6 +31,7 @@ class RecipeRecord(TypedDict):
     keep: float
     count: int
     seed: int
+    first: NotRequired[list[str]]
     questions: NotRequired[str]
     labels: Literal["given", "own", "mixed"] | None
     complete: bool

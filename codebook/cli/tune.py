@@ -14,6 +14,7 @@ import typer
 
 from codebook.cli.options import (
     DATA,
+    FirstOption,
     ImagesOption,
     JsonOption,
     KeepOption,
@@ -52,6 +53,7 @@ def tune_command(
         typer.Option(help=f"{DATA} Default: what each of some images shows, as the model itself says."),
     ] = None,
     keep: KeepOption = 0.2,
+    first: FirstOption = None,
     count: Annotated[
         int, typer.Option(min=1, help="Questions per task to calibrate with, and as many to measure with.")
     ] = 50,
@@ -67,6 +69,7 @@ def tune_command(
     The schedule is the one that spends the budget best on some questions; the report measures it on others.
     """
     from codebook.analysis.calibration import check_sample_count
+    from codebook.analysis.deep_stages import check_method
     from codebook.cli.bench import bench_command
     from codebook.cli.build import prepared_build
     from codebook.cli.calibrate import calibrate_command
@@ -89,9 +92,14 @@ def tune_command(
     from codebook.store.locks import writing
 
     check_keep(keep)
+    for method in first or ():
+        check_method(method)
     check_output_folder(out, (RECIPE_PART, REPORT_PART, SCHEDULE_PART))
     build = prepared_build(model, images, out / CODEBOOK_PART, probing, loading, {"prompt": prompt}, pilot, select)
-    asked = {"format_version": 1, "model": model, "data": data, "keep": keep, "count": count, "seed": seed}
+    asked = {
+        "format_version": 1, "model": model, "data": data, "keep": keep, "first": first or [], "count": count,
+        "seed": seed,
+    }  # fmt: skip
     _check_folder(out, asked)
     made = data is not None and is_miniature(data)
     if made:
@@ -101,7 +109,7 @@ def tune_command(
         samples = _samples(model, images, data, count, prompt, seed, loading, probing.strict)
     asked["questions"] = samples_digest(samples)  # a file may say others now than when its steps were made
     _check_folder(out, asked)
-    metric = _rehearse(model, samples, keep, prompt, loading)
+    metric = _rehearse(model, samples, keep, first or (), prompt, loading)
     common: dict[str, Any] = {"seed": seed, **vars(loading)}
     out.mkdir(parents=True, exist_ok=True)
     with writing(out, patience=0):
@@ -123,8 +131,8 @@ def tune_command(
             note("tune 4/5: schedule")
             if not (out / SCHEDULE_PART).exists():
                 calibrate_command(
-                    model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method=DEFAULT, count=own,
-                    codebook=out / CODEBOOK_PART, **common,
+                    model=model, data=files[0], keep=keep, out=out / SCHEDULE_PART, method=DEFAULT, first=first,
+                    count=own, codebook=out / CODEBOOK_PART, **common,
                 )  # fmt: skip
             note("tune 5/5: bench")
             if not (out / BENCH_PART / "results.json").exists():
@@ -145,7 +153,7 @@ def _check_folder(out: Path, asked: dict[str, Any]) -> None:
     from codebook.cli.recipe import RECIPE_PART, read_recipe
 
     if (out / RECIPE_PART).exists():
-        before = read_recipe(out)
+        before = {"first": []} | read_recipe(out)
         if different := [name for name, value in asked.items() if before.get(name, value) != value]:
             raise CodebookError(f"{out} holds another recipe (different {', '.join(different)}): choose another --out")
     elif out.is_dir() and any(out.iterdir()):
@@ -181,14 +189,19 @@ def _samples(
     return samples
 
 
-def _rehearse(model: str, samples: Sequence[Sample], keep: float, prompt: str | None, loading: Loading) -> str:
+def _rehearse(
+    model: str, samples: Sequence[Sample], keep: float, first: Sequence[str], prompt: str | None, loading: Loading
+) -> str:
     """Refuse, before the long first step, what a later one would; returns the metric to find the horizon by."""
     from codebook import models
     from codebook.analysis import plot
+    from codebook.analysis.calibration import check_schedules
+    from codebook.analysis.deep_stages import candidate_schedules
     from codebook.analysis.layer_sweep import check_tasks
     from codebook.analysis.prefill import Prefill, UnsharedError
     from codebook.inference.prompts import check_question, check_samples, prepare_samples
     from codebook.pruning import Schedule
+    from codebook.pruning.presets import needs_codebook
 
     plot.require_matplotlib()
     check_tasks(sample.task for sample in samples)
@@ -199,6 +212,10 @@ def _rehearse(model: str, samples: Sequence[Sample], keep: float, prompt: str | 
     size = models.shape(loaded)
     # Any one method before the LLM reaches the budgets that the default one does, which needs the codebook to come.
     Schedule.solve("random", keep=keep, n=size.tokens, layers=size.layers)
+    for method in first:
+        if not needs_codebook(method):
+            alone, deeper = candidate_schedules(loaded, method, keep)
+            check_schedules(loaded, processor, samples, [alone, *deeper])
     longest = max(samples, key=lambda sample: len(sample.images))
     try:
         Prefill.of(loaded, prepare_samples(loaded, processor, [longest]).inputs)

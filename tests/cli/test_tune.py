@@ -36,8 +36,11 @@ def questions(tmp_path_factory):
 def test_a_recipe_is_made_resumed_and_used(run, refused, scenes, questions, tmp_path):
     out = tmp_path / "recipe"
     command = ["tune", "miniature", "--images", scenes, "--data", questions, "--out", out, *COUNT, "--count", "20"]
+    command += ["--first", "uniform"]
     code, said, told = run(*command)
     assert code == 0, told
+    tried = json.loads((out / "schedule.json").read_text())["calibration"]["rounds"][0]
+    assert any(schedule.startswith("uniform") for schedule in tried)
     assert "Where no answer was given, the unpruned model's own is the label." in said
     assert {"codebook", "schedule.json", "horizon", "bench", "README.md"} <= {path.name for path in out.iterdir()}
     halves = [(out / f"questions-{name}.jsonl").read_text().splitlines() for name in ("tune", "bench")]
@@ -55,6 +58,7 @@ def test_a_recipe_is_made_resumed_and_used(run, refused, scenes, questions, tmp_
     assert (out / "codebook" / "horizon.json").read_bytes() == (out / "horizon" / "horizon.json").read_bytes()
     assert stamps == {name: (out / name).stat().st_mtime_ns for name in stamps}
     refused(*command, "--keep", "0.3", words=["another recipe (different keep)", "choose another --out"])
+    refused(*command, "--first", "divprune", words=["another recipe (different first)", "choose another --out"])
     lines = questions.read_text()
     questions.write_text(lines.replace("yes", "no"))
     refused(*command, words=["another recipe (different questions)", "choose another --out"])
@@ -131,6 +135,8 @@ def test_what_a_later_step_refuses_is_refused_before_the_first(refused, run, sce
         (["--images", tmp_path / "nowhere"], ["no such folder"]),
         (["--prompt", "is there a <image>?"], ["'<image>', a special token"]),
         (["--workers", "3"], ["add --engine ray"]),
+        (["--first", "divprune+random"], ["one method alone"]),
+        (["--first", "divprune", "--first", "evs"], ["evs", "cannot be tried on this data"]),
     ):
         refused(*command, questions, *options, words=words)
     assert not out.exists()
