@@ -4,6 +4,7 @@ Imports inside functions count, imports under `if TYPE_CHECKING` do not: they se
 """
 
 import ast
+import functools
 import re
 from collections import defaultdict
 from itertools import chain
@@ -185,6 +186,7 @@ def top_level(tree: ast.Module) -> set[str]:
     return names
 
 
+@functools.cache
 def sources() -> dict[str, ast.Module]:
     files = sorted((ROOT / "codebook").rglob("*.py"))
     return {file.relative_to(ROOT).as_posix(): ast.parse(file.read_text()) for file in files}

@@ -114,7 +114,7 @@ def most_answers(candidates: int, samples: Sequence[Sample]) -> int:
     search = search_count(samples)
     total, seen = sum(sample.answer is None for sample in samples), 0
     for i, upto in enumerate(_rungs(search)):
-        total += (1 + _survivors(candidates, i)) * (upto - seen)
+        total += (1 + left_after(candidates, i)) * (upto - seen)
         seen = upto
     return total + 4 * (len(samples) - search)
 
@@ -168,7 +168,7 @@ def calibrate(
         "codebook": _codebooks([plain, *candidates]),
     }
     with Journal(file, about | {"plain": str(plain)}) as journal:
-        return _halve(_Search(model, processor, ordered, journal, done), plain, candidates)
+        return _halve(Search(model, processor, ordered, journal, done), plain, candidates)
 
 
 def search_count(samples: Sequence[Sample]) -> int:
@@ -237,7 +237,7 @@ def check_schedules(
                     raise CodebookError(f"{schedule} cannot be tried on this data: {error}") from None
 
 
-def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Calibration:
+def _halve(run: Search, plain: Schedule, candidates: Sequence[Schedule]) -> Calibration:
     """The rounds of the search, and the test of their winner."""
     skipped = run.fill_answers()
     check_sample_count(run.samples)
@@ -248,7 +248,7 @@ def _halve(run: _Search, plain: Schedule, candidates: Sequence[Schedule]) -> Cal
         run.score([plain, *left], range(seen, upto))
         means = {str(s): run.mean(s, range(upto)) for s in [plain, *left]}
         rounds.append(means)
-        left = sorted(left, key=lambda s: -means[str(s)])[: _survivors(len(candidates), i + 1)]
+        left = sorted(left, key=lambda s: -means[str(s)])[: left_after(len(candidates), i + 1)]
         seen = upto
     best = left[0] if left and rounds[-1][str(left[0])] > rounds[-1][str(plain)] else plain
     if best is plain:
@@ -264,7 +264,7 @@ def _rungs(search: int) -> list[int]:
     return [math.ceil(share * search) for share in RUNGS]
 
 
-def _survivors(candidates: int, rounds: int) -> int:
+def left_after(candidates: int, rounds: int) -> int:
     """Number of candidates after some rounds: every round keeps about the same share, and the last leaves one."""
     return math.ceil(candidates ** (1 - rounds / len(RUNGS)) - 1e-9) if candidates else 0
 
@@ -274,7 +274,7 @@ def _codebooks(schedules: Sequence[Schedule]) -> list[int]:
     return sorted({prototypes_digest(book) for book in books})
 
 
-class _Search:
+class Search:
     """The scores of schedules on samples that are known so far, and how to get more of them."""
 
     def __init__(self, model: Model, processor: Processor, samples: list[Sample], journal: Journal, done: Done) -> None:

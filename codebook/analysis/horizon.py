@@ -231,10 +231,11 @@ def horizon_table(found: Mapping[str, Horizon], layers: int) -> str:
             notes.append(f"{task}: nothing is known: {one.unknown}")
         if one.early:
             notes.append(
-                f"{task}: not monotone, the loss is small at layer {_runs(one.early)} too, but not at all later ones"
+                f"{task}: not monotone, the loss is small at layer {layer_runs(one.early)} too, but not at all later "
+                "ones"
             )
         if one.gains:
-            notes.append(f"{task}: removing all visual tokens helps at layer {_runs(one.gains)}")
+            notes.append(f"{task}: removing all visual tokens helps at layer {layer_runs(one.gains)}")
     if unknown := [task for task, one in found.items() if one.unknown and task != "mean"]:
         last = f"no layer is known to be safe for every task: nothing is known for {', '.join(unknown)}"
     else:
@@ -244,7 +245,7 @@ def horizon_table(found: Mapping[str, Horizon], layers: int) -> str:
     return "\n".join([*lines, *notes, last])
 
 
-def _runs(layers: Sequence[int]) -> str:
+def layer_runs(layers: Sequence[int]) -> str:
     """Layers in ascending order as text, neighbours joined: 1-4, 7."""
     starts = [a for a in layers if a - 1 not in layers]
     ends = [b for b in layers if b + 1 not in layers]

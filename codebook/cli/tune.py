@@ -176,7 +176,7 @@ def _samples(
     from codebook.inference.samples import mixed
 
     if data is None:
-        samples = _image_questions(model, images, count, prompt, seed, strict)
+        samples = image_questions(model, images, count, prompt, seed, strict)
     else:
         samples = load_samples(data, loading.frame_rule(model))
     usable = sum(min(n, 2 * count) for n in Counter(sample.task for sample in samples).values())
@@ -278,7 +278,7 @@ def _two_halves(samples: Sequence[Sample], count: int) -> tuple[list[int], list[
     return sorted(halves[0]), sorted(halves[1])
 
 
-def _image_questions(
+def image_questions(
     model: str, images: Path, count: int, prompt: str | None, seed: int, strict: bool
 ) -> Sequence[Sample]:
     """The question of a build's probes, about a random sample of the images; of those that can be read, as a build."""

@@ -99,7 +99,7 @@ def converse(
                 break
             if fresh:
                 ids = prompts[turn + 1]["input_ids"]
-                _shorten(out.past_key_values, _common_start(model, given["input_ids"], ids))
+                shorten_cache(out.past_key_values, common_start(model, given["input_ids"], ids))
             else:
                 spoken = _without_end(out.sequences, prompt, model.generation_config.eos_token_id)
                 added = next_turn(processor, questions[0], len(images), questions[turn + 1])
@@ -111,7 +111,7 @@ def converse(
     return [answer_of(text, shown) for text in texts]
 
 
-def _common_start(model: Model, ids: Tensor, other: Tensor) -> int:
+def common_start(model: Model, ids: Tensor, other: Tensor) -> int:
     """How many tokens two prompts about the same images have in common at their start; all of the images' are."""
     length = min(ids.shape[1], other.shape[1] - 1)  # something is left to read
     same = (ids[0, :length] == other[0, :length]).long().cumprod(0)
@@ -121,7 +121,7 @@ def _common_start(model: Model, ids: Tensor, other: Tensor) -> int:
     return count
 
 
-def _shorten(cache: Any, count: int) -> None:
+def shorten_cache(cache: Any, count: int) -> None:
     """Take all but the first tokens off a KV cache."""
     if not all(
         isinstance(one, DynamicLayer) and not isinstance(one, DynamicSlidingWindowLayer) for one in cache.layers

@@ -162,7 +162,7 @@ class EyesRun:
         tokenizer = language_tokenizer(file)
         self.packer = Packer(tokenizer, recipe.seed, recipe.rows, recipe.text, recipe.alone)
         _take_tower(built)
-        _solve_projector(built, tokenizer, recipe.seed)
+        solve_projector(built, tokenizer, recipe.seed)
         self.student = Student(built, recipe.seed).to(device)
         self.first = copy.deepcopy(self.student.tower).requires_grad_(False)
         self.optimizer = self._optimizer()
@@ -393,7 +393,7 @@ def _take_tower(built: Any) -> None:
 
 
 @torch.no_grad()
-def _solve_projector(built: Any, tokenizer: Any, seed: int, count: int = 400) -> None:
+def solve_projector(built: Any, tokenizer: Any, seed: int, count: int = 400) -> None:
     """Solve for the projector, by ridge regression of `count` crowded scenes' patches onto words and places.
 
     What a patch shows becomes the sum of the language model's words for its shape and colour, or for its digit, each

@@ -8,7 +8,7 @@ import torch
 
 from codebook import load, models
 from codebook.analysis import Sweep, horizons, plot, sweep, telling
-from codebook.analysis.horizon import Horizon, _runs, first_safe, horizon_table, resampled
+from codebook.analysis.horizon import Horizon, first_safe, horizon_table, layer_runs, resampled
 from codebook.analysis.layer_sweep import guess_rates
 from codebook.errors import CodebookError
 from codebook.inference.prompts import answer_ids, prepare_samples
@@ -290,7 +290,7 @@ def test_a_model_that_is_wrong_is_not_safe_to_prune(samples):
 
 
 def test_neighbouring_layers_are_joined():
-    assert _runs([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8" and _runs([]) == ""
+    assert layer_runs([0, 2, 3, 4, 7, 8]) == "0, 2-4, 7-8" and layer_runs([]) == ""
 
 
 def test_no_samples():

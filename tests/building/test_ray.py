@@ -2,7 +2,6 @@
 
 import os
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -87,17 +86,6 @@ def test_without_ray(monkeypatch):
         ray_engine(lambda: None, 2)
 
 
-def test_command_line_refuses_an_unknown_engine(tmp_path):
-    command = [
-        sys.executable,
-        "-m",
-        "codebook.cli",
-        "build",
-        "miniature",
-        "--images",
-        tmp_path,
-        "--out",
-        tmp_path / "o",
-    ]
-    done = subprocess.run([*map(str, command), "--engine", "spark"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.strip() == "error: no engine 'spark': use local, ray"
+def test_command_line_refuses_an_unknown_engine(refused, tmp_path):
+    command = "build", "miniature", "--images", tmp_path, "--out", tmp_path / "o"
+    refused(*command, "--engine", "spark", words=["no engine 'spark': use local, ray"])

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from codebook import miniature
-from codebook.cli.tune import _image_questions
+from codebook.cli.tune import image_questions
 from codebook.errors import CodebookError
 
 COMMANDS = {
@@ -58,8 +58,8 @@ def test_a_picture_is_decoded_once_however_many_questions_ask_about_it(refused, 
 
 def test_questions_of_tunes_own_are_about_others(place, capfd):
     """Twenty of each half are wanted, and 38 pictures can be read."""
-    found = _image_questions("miniature", place / "images", 20, None, 0, strict=False)
+    found = image_questions("miniature", place / "images", 20, None, 0, strict=False)
     assert len(found) == 38 and all(one.images[0].size == (96, 96) for one in found)
-    assert len(_image_questions("miniature", place / "images", 19, None, 0, strict=False)) == 38
+    assert len(image_questions("miniature", place / "images", 19, None, 0, strict=False)) == 38
     with pytest.raises(CodebookError, match=r"cannot read image cut\.(jpg|png): .*truncated"):
-        _image_questions("miniature", place / "images", 20, None, 0, strict=True)
+        image_questions("miniature", place / "images", 20, None, 0, strict=True)

@@ -5,9 +5,7 @@ import torch
 
 from codebook import CodebookError, Schedule, Stage, Uniform, load
 from codebook.cli.data import load_data, load_samples
-from codebook.inference.conversation import _common_start as common_start
-from codebook.inference.conversation import _shorten as shorten
-from codebook.inference.conversation import answer_sample, converse
+from codebook.inference.conversation import answer_sample, common_start, converse, shorten_cache
 from codebook.inference.prompts import prepare
 from codebook.inference.samples import read_samples, samples_digest
 from codebook.models.chat import next_turn
@@ -123,7 +121,7 @@ def test_a_cache_taken_back_to_the_images_of_other_families(name):
     with Schedule([])(target, "thread"):
         cache = target.generate(**first, **length).past_key_values
         ids = second["input_ids"]
-        shorten(cache, common_start(target, first["input_ids"], ids))
+        shorten_cache(cache, common_start(target, first["input_ids"], ids))
         ours = target.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), past_key_values=cache, **length
         ).logits

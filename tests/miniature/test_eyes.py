@@ -153,7 +153,7 @@ def test_the_projector_that_is_solved_for(built, processor):
     """On fresh scenes most patches of an object are nearest to the language model's own word for its shape."""
     built = copy.deepcopy(built)
     eyes_training._take_tower(built)
-    eyes_training._solve_projector(built, processor.tokenizer, seed=0, count=150)
+    eyes_training.solve_projector(built, processor.tokenizer, seed=0, count=150)
     shown = [scene("train", 6, i, dense=True) for i in range(30)]
     pixels = torch.stack([torch.from_numpy(picture.pixels) for picture in shown])
     with torch.no_grad():
@@ -177,7 +177,7 @@ def small(monkeypatch, language, gguf, processor, built):
         torch.nn.init.normal_(built.model.multi_modal_projector.linear_2.weight, std=0.02)
 
     monkeypatch.setattr(eyes_training, "eyes_model", lambda gguf: copy.deepcopy(built))
-    monkeypatch.setattr(eyes_training, "_solve_projector", solve)
+    monkeypatch.setattr(eyes_training, "solve_projector", solve)
     monkeypatch.setattr(eyes_training, "read_gguf", lambda file: gguf)
     monkeypatch.setattr(eyes_training, "language_tokenizer", lambda gguf: processor.tokenizer)
 
