@@ -8,9 +8,9 @@ layers run in one batch, which each joins at its layer. This is exact, because s
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -99,38 +99,9 @@ class Prefill:
         ids = inputs["input_ids"]
         if len(ids) != 1 or not bool(inputs["attention_mask"].all()):
             raise CodebookError("a shared prefill is of one sample: pass one row without padding")
-        family, layers = models.family(model), decoder(model).layers
-        attending = [layer for layer in layers if not models.is_recurrent(layer)]
-        windows = [size for layer in attending if (size := window(layer) or chunk(layer)) is not None]
-        straight = len(attending) == len(layers) and family.blocks(model, inputs) is None
-        if not straight or (windows and min(windows) < ids.shape[1]):
-            raise UnsharedError(
-                f"in {family.name} not every token attends to all before it and none after it: sweep with --metric "
-                "generated"
-            )
-        hidden: dict[int, Tensor] = {}
-        given: dict[int, dict[str, Any]] = {}
-        left: dict[int, Tensor] = {}
-
-        def enter(i: int, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden[i], given[i] = args[0], kwargs
-            if i and args[0] is not left[i - 1]:
-                raise UnsharedError(
-                    "this model changes hidden states between its decoder layers, as deepstack does: sweep with "
-                    "--metric generated"
-                )
-
-        def leave(i: int, _: Any, args: tuple[Any, ...], out: Any) -> None:
-            left[i] = out[0] if isinstance(out, tuple) else out
-
-        hooks = [layer.register_forward_pre_hook(partial(enter, i), with_kwargs=True) for i, layer in enumerate(layers)]
-        hooks += [layer.register_forward_hook(partial(leave, i)) for i, layer in enumerate(layers)]
-        try:
-            with torch.inference_mode(), watch:
-                out = model(**inputs, use_cache=True, logits_to_keep=1)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        _check_shared(model, inputs)
+        with torch.inference_mode(), watch:
+            out, hidden, given, last = _run_noting_layers(model, inputs)
         if not watch.images:
             raise CodebookError("the prompt shows no image: there is nothing to drop")
         columns = [
@@ -138,13 +109,13 @@ class Prefill:
             for image in watch.images
             for grid in image.layout.grids
         ]
-        order, logits = range(len(layers)), out.logits[0, -1].float()
+        logits = out.logits[0, -1].float()
         found = cls(
-            model, torch.cat(columns), watch.images, logits, [hidden[i] for i in order], [given[i] for i in order],
-            out.past_key_values, Cost(ids.shape[1] * len(layers)),
+            model, torch.cat(columns), watch.images, logits, hidden, given, out.past_key_values,
+            Cost(ids.shape[1] * len(hidden)),
         )  # fmt: skip
         with torch.inference_mode():
-            own = found._head(left[len(layers) - 1][:, -1])[0]
+            own = found._head(last[:, -1])[0]
         if (own - logits).abs().max() > 0.02 * logits.abs().max():
             raise UnsharedError(
                 "this model changes its logits behind its head, as soft caps do: sweep with --metric generated"
@@ -220,6 +191,46 @@ class Prefill:
         """Logits (r, vocabulary) of what the last decoder layer puts out (r, width)."""
         logits: Tensor = self.model.get_output_embeddings()(decoder(self.model).norm(hidden))
         return logits.float()
+
+
+def _check_shared(model: Model, inputs: Any) -> None:
+    """Raise an UnsharedError unless in every layer each token attends to all before it and to none after it."""
+    family, layers = models.family(model), decoder(model).layers
+    attending = [layer for layer in layers if not models.is_recurrent(layer)]
+    windows = [size for layer in attending if (size := window(layer) or chunk(layer)) is not None]
+    straight = len(attending) == len(layers) and family.blocks(model, inputs) is None
+    if not straight or (windows and min(windows) < inputs["input_ids"].shape[1]):
+        raise UnsharedError(
+            f"in {family.name} not every token attends to all before it and none after it: sweep with --metric "
+            "generated"
+        )
+
+
+def _run_noting_layers(model: Model, inputs: Any) -> tuple[Any, list[Tensor], list[dict[str, Any]], Tensor]:
+    """The model's output, the input and keyword arguments of each decoder layer, and the last layer's output."""
+    layers = decoder(model).layers
+    hidden: list[Tensor] = []
+    given: list[dict[str, Any]] = []
+    left: list[Tensor] = []
+
+    def enter(_: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if left and args[0] is not left[-1]:
+            raise UnsharedError(
+                "this model changes hidden states between its decoder layers, as deepstack does: sweep with "
+                "--metric generated"
+            )
+        hidden.append(args[0])
+        given.append(kwargs)
+
+    def leave(_: Any, args: tuple[Any, ...], out: Any) -> None:
+        left.append(out[0] if isinstance(out, tuple) else out)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            hooks.callback(layer.register_forward_pre_hook(enter, with_kwargs=True).remove)
+            hooks.callback(layer.register_forward_hook(leave).remove)
+        out = model(**inputs, use_cache=True, logits_to_keep=1)
+    return out, hidden, given, left[-1]
 
 
 class _Prefix:
