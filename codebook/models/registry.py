@@ -112,7 +112,7 @@ REFUSED = {
     "deepseek_ocr2": LEARNED_QUERIES,
     "gemma3n": "several copies of each hidden state, which its decoder hands from layer to layer",
     "phi4_multimodal": "images that the decoder itself encodes, where no call shows them",
-    "perception_lm": "a vision tower of timm, whose attention and patches are not known",
+    "perception_lm": "a vision tower of timm, which computes its attention itself and has not been tried",
 }
 """What families have that cannot be pruned exactly, by their `model_type`."""
 
