@@ -49,6 +49,21 @@ def fit_schedule(schedule: Schedule, keep: Keep, n: int, layers: int) -> Schedul
     return at(bisect.bisect_right(range(1, most + 1), room, key=total))
 
 
+def fit_shares(schedule: Schedule, keep: Keep, n: int, layers: int) -> Schedule:
+    """As `Schedule.fit_images` says."""
+    fitted = schedule.fit(keep, n=n, layers=layers)
+    if isinstance(keep, int):
+        return fitted
+    stages = []
+    for own, count, share in zip(schedule.stages, fitted.stages, fitted.shares(n).stages, strict=True):
+        if isinstance(own.keep, int):
+            share = count
+        elif (said := replace(share, keep=keep)).count(n) == count.keep:
+            share = said  # of one stage before the LLM: `keep` of images of every size, as `Stage` has it
+        stages.append(share)
+    return replace(fitted, stages=stages)
+
+
 def _check_reach(schedule: Schedule, keep: Keep, room: int, least: int, most: int, unpruned: int) -> None:
     if not least <= room <= most:
         low, high = math.ceil(10**4 * least / unpruned) / 10**4, math.floor(10**4 * most / unpruned) / 10**4

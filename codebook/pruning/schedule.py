@@ -10,20 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 from codebook import models
 from codebook.errors import CodebookError, quoted
 from codebook.models.base import Model
-from codebook.pruning.budget import fit_schedule, shortest_share
-from codebook.pruning.checks import check_schedule, checked
+from codebook.pruning.budget import fit_schedule, fit_shares, shortest_share
+from codebook.pruning.checks import check_schedule
 from codebook.pruning.deep import deep_layer
-from codebook.pruning.methods import Pruner
+from codebook.pruning.making import make_stages
 from codebook.pruning.ownership import check_codebooks
 from codebook.pruning.presets import DEFAULT, KEEP, SCHEDULE_PRESETS, expand
 from codebook.pruning.schedule_file import read_schedule_text, write_schedule_text
 from codebook.pruning.stage import Keep, Stage, check_keep
 from codebook.pruning.text import (
-    FROM_CODEBOOK,
     SETTINGS,
     UNPRUNED,
     ScheduleText,
-    StageText,
     check_length,
     read_text,
     spell,
@@ -414,29 +412,12 @@ class Schedule:
         Its stages are then shares, but for those whose keep is a count already. Takes `keep`, `n` and `layers` as
         `fit` does, and raises as it does.
         """
-        fitted = self.fit(keep, n=n, layers=layers)
-        if isinstance(keep, int):
-            return fitted
-        stages = []
-        for own, count, share in zip(self.stages, fitted.stages, fitted.shares(n).stages, strict=True):
-            if isinstance(own.keep, int):
-                share = count
-            elif (said := replace(share, keep=keep)).count(n) == count.keep:
-                share = said  # of one stage before the LLM: `keep` of images of every size, as `Stage` has it
-            stages.append(share)
-        return replace(fitted, stages=stages)
+        return fit_shares(self, keep, n, layers)
 
     @classmethod
     def _made(cls, written: ScheduleText, codebook: Codebook | None, seed: int) -> Schedule:
         """The schedule of a text that can be read, its pruners made with one codebook."""
-        parts, settings = checked(written), dict(written.settings)
-        stages = [Stage(part.layer or 0, part.keep, _pruner(part, codebook, seed), part.mass) for part in parts]
-        if settings.get("spread") == FROM_CODEBOOK:
-            assert codebook is not None  # `checked`: a stage needs it
-            if codebook.spread is None:
-                raise CodebookError("the codebook does not say the spread of its images: build it again with this "
-                                    "version, or write the usual spread, as in spread=0.2")  # fmt: skip
-            settings["spread"] = float(codebook.spread)
+        stages, settings = make_stages(written, codebook, seed)
         return cls(stages, **settings)
 
     def save(self, path: Path | str) -> None:
@@ -492,15 +473,3 @@ class Schedule:
 def _share(keep: Keep | None, n: int) -> float | None:
     """A budget as a fraction of `n` tokens."""
     return keep / n if isinstance(keep, int) else keep
-
-
-def _pruner(stage: StageText, codebook: Codebook | None, seed: int) -> Pruner:
-    options = dict(stage.options)
-    if stage.entry.needs_codebook:
-        if codebook is None:
-            stage.fail(f"method {stage.method!r} needs a codebook, which no text holds: pass codebook=, or take "
-                       "Schedule.for_model, which finds the model's")  # fmt: skip
-        options["codebook"] = codebook
-    if stage.entry.draws:
-        options.setdefault("seed", seed)
-    return stage.entry(**options)
