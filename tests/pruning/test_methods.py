@@ -39,7 +39,7 @@ from codebook.pruning import (
 from codebook.pruning.attention import Attention, Vision
 from codebook.pruning.engine import selection
 from codebook.pruning.methods import base, farthest
-from codebook.pruning.methods.base import FeaturePruner, nearest_kept
+from codebook.pruning.methods.base import FeaturePruner, FramePruner, ScoringPruner, nearest_kept
 from tests.prompts import ONE, RAGGED, prompt, size
 from tests.pruning.made import Ranking, tokens
 from tests.tiny import llava
@@ -157,6 +157,74 @@ class Greedy(Pruner):
 class Greedier(FeaturePruner):
     def select_each(self, features, keep):
         return torch.arange(keep + 2).expand(len(features), -1)
+
+
+class Given(Pruner):
+    """Chooses what it is given."""
+
+    def __init__(self, choice):
+        self.choice = choice
+
+    def select(self, tokens, keep):
+        return self.choice
+
+
+class GivenFrames(FramePruner):
+    def __init__(self, choice):
+        self.choice = choice
+
+    def select_frames(self, frames, keep):
+        return [self.choice]
+
+
+@pytest.mark.parametrize("kind", [Given, GivenFrames])
+@pytest.mark.parametrize(
+    "choice", [[5, 2, 9], [1, 1, 3], [-1, 2, 3], [3, 7, 36], torch.tensor([1, 2, 3]).int()], ids=str
+)
+def test_indices_that_are_no_choice(kind, choice):
+    """A repeated one let padding in as a token, and one from the end chose another than it says."""
+    schedule, says = (
+        Schedule([Stage(0, 3, kind(torch.as_tensor(choice)))]),
+        r"Given\w* chose .* of 36 tokens: give int64",
+    )
+    with torch.no_grad(), schedule(model := llava()), pytest.raises(CodebookError, match=says):
+        model(**prompt(model, ONE))
+
+
+class Sequence(ScoringPruner):
+    """Scores all of the prompt's tokens."""
+
+    def score(self, tokens):
+        return tokens.sequence.float().norm(dim=1)
+
+
+class One(Uniform):
+    """Merges all into one value."""
+
+    def merge(self, tokens, index):
+        return tokens.hidden.mean(0)
+
+
+class Halves(Uniform):
+    """Groups of every second token."""
+
+    def groups(self, tokens, index):
+        return torch.zeros(len(tokens) // 2, dtype=torch.int64)
+
+
+@pytest.mark.parametrize(
+    ("pruner", "says"),
+    [
+        (Sequence(), r"Sequence gives scores of shape \(41,\) for 36 tokens: give one for each"),
+        (One(), r"One merges tokens to \(48,\) values where \(3, 48\) were asked for"),
+        (Halves(), r"Halves gives groups of shape \(18,\) for 36 tokens: give each its"),
+        (Given([1, 2, 3]), "Given chose list tokens where 3 were asked for"),
+    ],
+)
+def test_values_of_another_shape(pruner, says):
+    model = llava()
+    with torch.no_grad(), Schedule([Stage(0, 3, pruner, mass=True)])(model), pytest.raises(CodebookError, match=says):
+        model(**prompt(model, ONE))
 
 
 @pytest.mark.parametrize("kind", [Greedy, Greedier])

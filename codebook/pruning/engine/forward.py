@@ -180,10 +180,18 @@ class Forward:
         if type(stage.pruner).merge is Pruner.merge:
             return [None] * len(chosen)
         with self._timing():
-            return [
+            merged = [
                 stage.pruner.merge(tokens(number), index) if index is not None and len(index) else None
                 for number, index in enumerate(chosen)
             ]
+        for number, (index, values) in enumerate(zip(chosen, merged, strict=True)):
+            wanted = None if index is None else (len(index), tokens(number).hidden.shape[1])
+            if values is not None and values.shape != wanted:
+                raise CodebookError(
+                    f"{type(stage.pruner).__name__} merges tokens to {tuple(values.shape)} values where {wanted} were "
+                    "asked for"
+                )
+        return merged
 
     def _timing(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self._tally is None else self._tally.timing(self.given.device)

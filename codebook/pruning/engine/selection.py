@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 
 import torch
@@ -13,6 +14,11 @@ from codebook.pruning.engine.prompt import Unit
 from codebook.pruning.methods.base import FeaturePruner, FramePruner, Pruner, nearest_kept_each
 from codebook.pruning.stage import Stage
 from codebook.pruning.tokens import VisualTokens, on_device
+
+OWN = "codebook.pruning.methods"
+"""Package of the methods whose choices tests have looked at."""
+_looked_at: weakref.WeakSet[type[Pruner]] = weakref.WeakSet()
+"""Methods of users whose choices were looked at once."""
 
 
 def targets(
@@ -122,6 +128,7 @@ def _choose_films(
                 f"{len(members)} were asked for"
             )
         for i, index in zip(members, found, strict=True):
+            _check_values(pruner, index, units[i].count)
             chosen[i] = None if len(index) == units[i].count else index
     return chosen
 
@@ -134,7 +141,7 @@ def _choose_alone(
     if not unit.count or count == unit.count:
         return None
     index = pruner.choose(tokens(number)) if count is None else pruner.select(tokens(number), count)
-    return None if len(_checked(pruner, index, count)) == unit.count else index
+    return None if len(_checked(pruner, index, count, unit.count)) == unit.count else index
 
 
 def _choose_together(pruner: Pruner, units: Sequence[Unit], counts: Sequence[int | None]) -> dict[int, Tensor]:
@@ -148,16 +155,32 @@ def _choose_together(pruner: Pruner, units: Sequence[Unit], counts: Sequence[int
             continue
         features = torch.stack([units[number].features for number in numbers])
         for number, index in zip(numbers, pruner.select_each(features, keep), strict=True):
-            chosen[number] = _checked(pruner, index, keep)
+            chosen[number] = _checked(pruner, index, keep, units[number].count)
     return chosen
 
 
-def _checked(pruner: Pruner, index: Tensor, count: int | None) -> Tensor:
-    # Shapes only: looking at the values would make the host wait for the device.
-    if index.shape != (count or len(index),) or not len(index):
+def _checked(pruner: Pruner, index: Tensor, count: int | None, among: int) -> Tensor:
+    """What a pruner chose of so many tokens; raises a CodebookError where it is not what was asked for."""
+    if not isinstance(index, Tensor) or index.shape != (count or len(index),) or not len(index):
         wanted = "at least one was" if count is None else f"{count} were"
-        raise CodebookError(f"{type(pruner).__name__} chose {tuple(index.shape)} tokens where {wanted} asked for")
+        found = tuple(index.shape) if isinstance(index, Tensor) else type(index).__name__
+        raise CodebookError(f"{type(pruner).__name__} chose {found} tokens where {wanted} asked for")
+    _check_values(pruner, index, among)
     return index
+
+
+def _check_values(pruner: Pruner, index: Tensor, among: int) -> None:
+    """Refuse indices of a user's method that are no choice. On a device, where to look at them is to wait, once."""
+    kind = type(pruner)
+    if kind.__module__.startswith(OWN) or (index.device.type != "cpu" and kind in _looked_at):
+        return
+    _looked_at.add(kind)
+    ascending = index.dtype == torch.int64 and bool((index[1:] > index[:-1]).all())
+    if not ascending or (len(index) and not 0 <= int(index[0]) <= int(index[-1]) < among):
+        raise CodebookError(
+            f"{kind.__name__} chose {index[:4].tolist()} and so on of {among} tokens: give int64 indices, ascending "
+            "and without repeats"
+        )
 
 
 @torch.no_grad()
@@ -209,6 +232,11 @@ def _groups(
     own = type(pruner).groups is not Pruner.groups
     found = {number: pruner.groups(tokens(number), index) if own else None for number, index in kept.items()}
     groups = {number: group for number, group in found.items() if group is not None}
+    for number, group in groups.items():
+        if group.shape != (count := units[number].count,):
+            raise CodebookError(
+                f"{type(pruner).__name__} gives groups of shape {tuple(group.shape)} for {count} tokens: give each its"
+            )
     rest = [number for number in kept if number not in groups]
     # Units of one size at once: with many images, to say each step is what takes time.
     for same in _grouped((units[number].count, len(kept[number])) for number in rest):

@@ -157,7 +157,13 @@ class ScoringPruner(Pruner):
         """(n,) scores; the tokens with the highest are kept."""
 
     def select(self, tokens: VisualTokens, keep: int) -> Tensor:
-        return self.score(tokens).topk(keep).indices.sort().values
+        scores = self.score(tokens)
+        if scores.shape != (len(tokens),):
+            raise CodebookError(
+                f"{type(self).__name__} gives scores of shape {tuple(scores.shape)} for {len(tokens)} tokens: give one "
+                "for each"
+            )
+        return scores.topk(keep).indices.sort().values
 
 
 class FeaturePruner(Pruner):
