@@ -124,7 +124,9 @@ class PrototypeSearch:
         return torch.from_numpy(similarity).to(tokens.device), torch.from_numpy(index).to(tokens.device)
 
     def _large(self, tokens: Tensor) -> bool:
-        return tokens.device.type == "cpu" and len(self.prototypes) >= FAISS_FROM
+        """Whether FAISS, which gives no gradients, is the faster one."""
+        learning = torch.is_grad_enabled() and tokens.requires_grad
+        return tokens.device.type == "cpu" and len(self.prototypes) >= FAISS_FROM and not learning
 
     @cached_property
     def _inverted(self) -> Any:

@@ -56,6 +56,16 @@ def test_auto_takes_faiss_for_large_codebooks_only(monkeypatch):
     assert used == ["faiss"]
 
 
+def test_gradients_are_the_same_however_large_the_codebook(monkeypatch):
+    book, gradients = make(), []
+    for many in (search.FAISS_FROM, 1):
+        monkeypatch.setattr(search, "FAISS_FROM", many)
+        x = tokens().requires_grad_()
+        (book.redundancy(x).sum() + book.search(x, 2)[0].sum()).backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients) and gradients[0].any()
+
+
 def test_without_faiss_torch_answers(monkeypatch):
     monkeypatch.setitem(sys.modules, "faiss", None)
     monkeypatch.setattr(search, "FAISS_FROM", 1)
