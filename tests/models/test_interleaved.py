@@ -1,5 +1,7 @@
 """Prompts that take turns on one model: each goes on as if it were alone."""
 
+import copy
+
 import pytest
 import torch
 
@@ -50,6 +52,35 @@ def test_generations(name, schedule):
         for between in (image, lambda: text(target)):
             assert torch.equal(second(between, lambda: None), alone)
             assert torch.equal(second(lambda: None, between), alone)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
+@pytest.mark.parametrize("name", ["qwen2_vl", "glm4v", "qwen2_5_omni_thinker", "llava"])  # others cannot take rows
+def test_rows_of_a_cache(name, schedule):
+    """In another order, without some, or each twice."""
+    tiny, target = FAMILIES[name], model(name, "sdpa")
+    inputs = tiny.inputs([["image", 5, 6, 7], [3, "large", 5, 6]])
+    length = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    ways = [
+        (lambda cache: cache.batch_select_indices(torch.tensor([1])), [1]),
+        (lambda cache: cache.reorder_cache(torch.tensor([1, 0])), [1, 0]),
+        (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1]),
+        (lambda cache: None, [0, 1]),
+    ]
+    with schedule(target):
+        first = target.generate(**inputs, **length)
+        ids = torch.cat([first.sequences, torch.tensor([[11, 12]] * 2)], 1)
+        mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 4), value=1)
+
+        def second(change, rows):
+            change(cache := copy.deepcopy(first.past_key_values))
+            given = {"input_ids": ids[rows], "attention_mask": mask[rows], "past_key_values": cache}
+            return torch.stack(target.generate(**given, **length).logits, 1)
+
+        whole = second(*ways.pop())
+        for change, rows in ways:
+            torch.testing.assert_close(second(change, rows), whole[rows], atol=2e-5, rtol=0)
 
 
 @torch.no_grad()

@@ -11,13 +11,14 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
+from transformers.cache_utils import DynamicCache
 
 from codebook.models.base import Model, cache_of
 
 ON_MODEL = "rope_deltas"
 """Attribute of a base model that holds them, (B, 1) int64 or None, where it has one."""
-ON_CACHE = "_codebook_rope_deltas"
 
 Deltas = tuple[Tensor | None] | None
 """Those of one prompt; None where they are not known."""
@@ -55,12 +56,40 @@ def current(model: Model) -> Deltas:
     return (getattr(model.base_model, ON_MODEL),)
 
 
-def keep_with(cache: Any, deltas: Deltas) -> None:
-    """Keep with a cache the deltas of the prompt that it holds."""
-    if cache is not None and deltas is not None:
-        setattr(cache, ON_CACHE, deltas)
+class Remembering(DynamicCache):
+    """A `DynamicCache` with the deltas of its rows, which go where the rows go. A plain one becomes one in place."""
+
+    deltas: Deltas
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._take(lambda deltas: deltas[beam_idx.to(deltas.device)])
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._take(lambda deltas: deltas[indices])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._take(lambda deltas: deltas.repeat_interleave(repeats, 0))
+
+    def _take(self, rows: Callable[[Tensor], Tensor]) -> None:
+        if self.deltas is not None and self.deltas[0] is not None:
+            self.deltas = (rows(self.deltas[0]),)
+
+
+def keep_with(cache: Any, deltas: Deltas, rows: int) -> None:
+    """Keep with a cache of so many rows the deltas of the prompt that it holds."""
+    if deltas is None or type(cache) not in (DynamicCache, Remembering):
+        return
+    [own] = deltas
+    if own is not None and rows % len(own):
+        return
+    if own is not None:  # whose rows were repeated since, for beams
+        own = own.repeat_interleave(rows // len(own), 0)
+    cache.__class__, cache.deltas = Remembering, (own,)
 
 
 def _put(model: Model, cache: Any) -> None:
-    if (deltas := getattr(cache, ON_CACHE, None)) is not None:
-        setattr(model.base_model, ON_MODEL, deltas[0])
+    if isinstance(cache, Remembering) and cache.deltas is not None:
+        setattr(model.base_model, ON_MODEL, cache.deltas[0])

@@ -253,7 +253,7 @@ class Hooks:
             _check_ran(forward)
             if running is not None:
                 self._count(running.call, forward)
-                deltas.keep_with(getattr(output, "past_key_values", None), running.deltas)
+                deltas.keep_with(getattr(output, "past_key_values", None), running.deltas, forward.given.batch)
         if running is not None and running.direct:
             self._calls.end()
         if forward is None or forward.sequence is None or output is None:
