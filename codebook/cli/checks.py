@@ -47,6 +47,15 @@ def check_output_file(path: Path, inputs: Iterable[Path] = ()) -> None:
                 raise CodebookError(f"{path} is an input, and would be replaced: name another file")
 
 
+def check_output_picture(path: Path, inputs: Iterable[Path] = ()) -> None:
+    """Refuse, as `check_output_file`, a picture that could not be written, or whose name says that it is no PNG."""
+    from codebook.building.sources import SUFFIXES
+
+    if path.suffix.lower() in SUFFIXES - {".png"}:
+        raise CodebookError(f"pictures are written as PNG: name {path.with_suffix('.png')} instead of {path}")
+    check_output_file(path, inputs)
+
+
 def check_output_folder(path: Path, files: Iterable[str] = ()) -> None:
     """Refuse a folder that could not be written or made, or in which one of `files` could not be replaced.
 

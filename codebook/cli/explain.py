@@ -41,7 +41,7 @@ def explain_command(
     from codebook.analysis.explain import explain, explanation_picture, explanation_text
     from codebook.building import open_images
     from codebook.building.sheet import sheet as draw_sheet
-    from codebook.cli.checks import check_codebook, check_output_file
+    from codebook.cli.checks import check_codebook, check_output_picture
     from codebook.inference.overlay import shown_part
     from codebook.pruning.stage import check_keep, tokens_kept
     from codebook.store.pictures import read_image
@@ -55,9 +55,9 @@ def explain_command(
     if sheet is not None and not images:
         raise CodebookError("--sheet needs --images: the images that the codebook came from")
     if sheet is not None:
-        check_output_file(sheet, [image])
+        check_output_picture(sheet, [image])
     if show is not None:
-        check_output_file(show, [image])
+        check_output_picture(show, [image])
     check_codebook(codebook, model, pull)
     loading.check(model)
     picture = read_image(image)

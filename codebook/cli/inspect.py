@@ -34,12 +34,12 @@ def inspect_command(
     as_json: JsonOption = False,
 ) -> None:
     """Show what a codebook holds and how it was built."""
-    from codebook.cli.checks import check_output_file
+    from codebook.cli.checks import check_output_picture
     from codebook.store.folder import parse_book, read_folder, whole_config
     from codebook.store.known import find_named
 
     if sheet is not None:
-        check_output_file(sheet)
+        check_output_picture(sheet)
     folder = find_named(folder)
     config, files = read_folder(folder)
     prototypes, provenance = parse_book(folder, config, files)

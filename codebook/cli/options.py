@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
 
 import typer
 
+from codebook.cli.output import hide_hub_bars
 from codebook.errors import CodebookError, unknown
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def with_quiet(command: Callable[..., None]) -> Callable[..., None]:
     def wrapped(*args: Any, quiet: bool, **given: Any) -> None:
         if quiet:
             logging.getLogger("codebook").setLevel(logging.ERROR)
+            hide_hub_bars()  # of a model, data or a codebook on the Hub
         command(*args, **given)
 
     own = inspect.signature(command, eval_str=True)

@@ -37,6 +37,15 @@ def quiet() -> bool:
     return logging.getLogger("codebook").level > logging.INFO
 
 
+def hide_hub_bars() -> None:
+    """Have the client of the Hugging Face Hub draw no bars, unless HF_HUB_DISABLE_PROGRESS_BARS=0 asks for them."""
+    from huggingface_hub import constants
+    from huggingface_hub.utils import disable_progress_bars
+
+    if constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:  # it would warn that it cannot
+        disable_progress_bars()
+
+
 class Interrupted(Exception):
     """Ctrl-C during a command that goes on when it is run again."""
 
@@ -90,10 +99,8 @@ def fetching_progress(name: str) -> Iterator[Callable[[int], None]]:
     """
     from codebook.store.registry import entry_named
 
-    if quiet() or not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
-
-        disable_progress_bars()
+    if not sys.stderr.isatty():
+        hide_hub_bars()
     entry = entry_named(name)
     if entry is None:
         yield lambda done: None

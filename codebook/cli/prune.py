@@ -73,7 +73,7 @@ def prune_command(
     Needs --image (or --video) and --ask, or a file of questions (--input and --output). With --tokens, --codebook and
     --output it prunes token embeddings and needs no model.
     """
-    from codebook.cli.checks import check_codebook, check_output_file
+    from codebook.cli.checks import check_codebook, check_output_file, check_output_picture
     from codebook.inference.samples import check_asked
     from codebook.pruning.plan import Plan
     from codebook.pruning.presets import DEFAULT, KEEP
@@ -114,7 +114,7 @@ def prune_command(
     check_asked(question)
     _refuse_beside("--image" if image else "--video", {"--output": output})
     if show is not None:
-        check_output_file(show, [*(image or ()), *(video or ())])
+        check_output_picture(show, [*(image or ()), *(video or ())])
     check_codebook(codebook, model, pull)
     loading.check(model)
     from codebook.cli.prune_pictures import prune_pictures

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from codebook.cli.checks import check_output_file
+from codebook.cli.checks import check_output_picture
 from codebook.cli.options import Loading
 from codebook.cli.output import describe, note, note_costs, write_picture
 from codebook.inference.ask import ask
@@ -37,7 +37,7 @@ def prune_pictures(
     if show is not None:
         shown = [show if i == 0 else show.with_stem(f"{show.stem}-{i + 1}") for i in range(len(pictures))]
         for path in shown:
-            check_output_file(path, [*images, *videos])
+            check_output_picture(path, [*images, *videos])
     model, processor = loading.load(name)
     schedule = plan.apply(model)
     [answer] = ask(model, processor, [pictures], [question], schedule, max_new_tokens)

@@ -59,7 +59,7 @@ def show_command(
     as_json: JsonOption = False,
 ) -> None:
     """Draw what methods keep of a picture, and what is then answered."""
-    from codebook.cli.checks import check_codebook, check_output_file
+    from codebook.cli.checks import check_codebook, check_output_picture
     from codebook.cli.methods import codebook_for, parse_methods
     from codebook.evaluation.rows import Row, distinct, row_of
     from codebook.inference.looking import look_closely
@@ -75,7 +75,7 @@ def show_command(
     check_asked(question)
     chosen = parse_methods(methods)
     check_keep(keep)
-    check_output_file(out, [image])
+    check_output_picture(out, [image])
     check_codebook(codebook, model, pull)
     loading.check(model)
     picture = read_image(image)

@@ -424,11 +424,12 @@ def _reason(name: str, error: Exception, options: Mapping[str, Any]) -> str:
 @contextlib.contextmanager
 def _silent(bars: bool) -> Iterator[None]:
     """A context without transformers' report of weights that do not fit, which we check, and without its bars."""
+    from huggingface_hub import constants
     from transformers.utils import logging
 
     level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
-    if not bars:
+    if not bars and constants.HF_HUB_DISABLE_PROGRESS_BARS is not False:  # with 0 a user asks for bars, and it warns
         logging.disable_progress_bar()
     try:
         yield

@@ -88,15 +88,17 @@ def find_named(name: Path | str) -> Path:
                             "`codebook list` shows them")  # fmt: skip
     if entry_named(text):
         raise CodebookError(f"the codebook {text} is not on this machine: `codebook pull {text}` fetches it, or --pull")
-    near = did_you_mean(text, [*(book.name for book in known()), *(entry.name for entry in read_registry())])
-    if not is_folder(path) and HUB_NAME.fullmatch(text):
+    folder, file = is_folder(path), is_file(path)
+    names = [*(book.name for book in known()), *(entry.name for entry in read_registry())]
+    near = "" if folder or file else did_you_mean(text, names)  # what is there was meant, whatever is called like it
+    if not (folder or file) and HUB_NAME.fullmatch(text):
         raise CodebookError(
             f"no codebook in {text}, and none pulled from a repository of that name: {near}name another folder, make "
             f"one with `codebook build`, or fetch it with `codebook pull {text}`"
         )
     raise CodebookError(
-        f"no codebook in {quoted(str(name))[1:-1]}: {near}name another folder, or one that `codebook list` shows, or "
-        "make one with `codebook build`"
+        f"no codebook in {quoted(str(name))[1:-1]}{', a file' * file}: {near}name another folder, or one that "
+        "`codebook list` shows, or make one with `codebook build`"
     )
 
 

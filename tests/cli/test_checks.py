@@ -80,6 +80,15 @@ def test_files_that_cannot_be_written(refused, place, monkeypatch, command):
     assert everything(place) == before
 
 
+@pytest.mark.parametrize("name", ["show", "prune --show", "explain", "inspect"])
+def test_pictures_named_as_of_another_format(refused, place, monkeypatch, name):
+    """A PNG under such a name would be what its name denies."""
+    monkeypatch.chdir(place)
+    before = everything(place)
+    refused(*FILES[name], "kept.JPG", words=["pictures are written as PNG: name kept.png instead of kept.JPG"])
+    assert everything(place) == before
+
+
 @pytest.mark.parametrize("command", FOLDERS.values(), ids=FOLDERS)
 def test_folders_that_cannot_be_written(refused, place, monkeypatch, command):
     monkeypatch.chdir(place)

@@ -15,7 +15,7 @@ from PIL import Image
 import codebook.cli
 from codebook import miniature
 from codebook.cli.output import resumable
-from codebook.errors import LONGEST_MESSAGE, CodebookError, counted, printable
+from codebook.errors import LONGEST_MESSAGE, CodebookError, counted, named_line, one_line, printable
 from codebook.evaluation.datasets import load_tasks
 from codebook.evaluation.parquet import Columns
 from codebook.models.loading import check_dtype
@@ -99,6 +99,13 @@ def test_of_a_long_message_both_ends_are_shown():
     message = str(CodebookError(f"no such file: {'x' * 4000}; give another"))
     assert len(message) == LONGEST_MESSAGE and message.startswith("no such file: xxx") and " ... " in message
     assert message.endswith("x; give another") and str(CodebookError(message)) == message
+
+
+def test_another_errors_words_are_cut_with_a_mark():
+    for say, whole in ((one_line, "a b"), (named_line, "ValueError: a b")):
+        assert say(ValueError("a \n b")) == say(ValueError("a b"), len(whole)) == whole
+        assert say(ValueError("a b"), len(whole) - 1) == f"{whole[: len(whole) - 4]}..."
+    assert one_line(ValueError()) == "ValueError"
 
 
 BOOK = Path(__file__).parents[2] / "indexes" / "miniature"

@@ -2,13 +2,25 @@
 
 import logging
 import os
+import sys
 
 import pytest
+from huggingface_hub.utils import enable_progress_bars
+from transformers.utils import logging as transformers_logging
 
 from codebook import miniature
 from codebook.cli import COMMANDS
 from codebook.cli.output import note, progress, quiet
 from codebook.models.loading import SHIPPED_MODELS
+from tests.hub import Hub, Repository, serving
+
+
+@pytest.fixture
+def bars(monkeypatch):
+    """The libraries' progress bars as in a new process on a terminal."""
+    monkeypatch.setenv("TQDM_POSITION", "-1")  # the hub's client draws also where there is no terminal
+    enable_progress_bars()
+    transformers_logging.enable_progress_bar()
 
 
 def test_every_command_has_it(run):
@@ -85,7 +97,29 @@ def test_work_goes_on_where_its_progress_cannot_be_written(monkeypatch):
             tick(2)
 
 
-def test_a_model_of_the_users_is_loaded_without_a_word(run, tmp_path):
+def test_a_model_of_the_hub_is_fetched_without_a_word(run, bars):
+    files = {file.name: file.read_bytes() for file in SHIPPED_MODELS["miniature"].iterdir() if file.suffix == ".json"}
+    hub = Hub({name: Repository() for name in ("owner/loud", "owner/quiet")})
+    for repository in hub.repositories.values():
+        repository.commit(files)
+    with serving(hub):
+        code, out, err = run("vllm-args", "owner/loud", "--method", "uniform")
+        assert code == 0 and "config.json: 100%" in err
+        silent = run("vllm-args", "owner/quiet", "--method", "uniform", "--quiet")
+    assert silent == (0, out.replace("loud", "quiet"), "")
+
+
+def test_bars_that_the_environment_asks_for_are_left_without_a_warning(run, recwarn, monkeypatch, tmp_path):
+    """With HF_HUB_DISABLE_PROGRESS_BARS=0 the hub's client warns of who hides its bars."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_PROGRESS_BARS", False)
+    monkeypatch.setattr(sys.modules[enable_progress_bars.__module__], "HF_HUB_DISABLE_PROGRESS_BARS", False)
+    [picture] = miniature.write_images(tmp_path, 1)
+    asked = ["--image", picture, "--ask", "read the number.", "--method", "uniform"]
+    assert run("prune", "miniature", *asked, "--quiet")[0] == 0
+    assert not [str(warning.message) for warning in recwarn if "progress bars" in str(warning.message)]
+
+
+def test_a_model_of_the_users_is_loaded_without_a_word(run, bars, tmp_path):
     """By its folder: transformers draws a bar for models that do not ship with the package."""
     [picture] = miniature.write_images(tmp_path, 1)
     asked = ["prune", SHIPPED_MODELS["miniature"], "--image", picture, "--ask", "read the number."]

@@ -224,6 +224,10 @@ def test_a_name_that_is_not_here(refused, hub, scene, monkeypatch, tmp_path):
     refused(*ask, "llava-1.5-7b", words=["not on this machine", "`codebook pull llava-1.5-7b` fetches it"])
     refused(*ask, "some/folder", words=["no codebook in some/folder", "codebook build", "`codebook pull some/folder`"])
     refused(*ask, "folder", words=["no codebook in folder", "codebook list"])
+    (tmp_path / "miniatures").mkdir()
+    (tmp_path / "miniature.txt").touch()
+    refused(*ask, "miniatures", words=["no codebook in miniatures: name another folder"])
+    refused(*ask, "miniature.txt", words=["no codebook in miniature.txt, a file: name another folder"])
     assert not hub.asked
     refused(*ask, "some/folder", "--pull", words=["no such repository"])
 
