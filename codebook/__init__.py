@@ -1,8 +1,17 @@
 """Training-free visual-token pruning for vision-language models.
 
-The public names are imported when first used, so that `import codebook` costs nothing. `__init__.pyi` says the same to
-type checkers and editors.
+    from codebook import Schedule, ask, load
+
+    model, processor = load("miniature")
+    schedule = Schedule.for_model(model, "seeded-middle", keep=0.2)
+    [answer] = ask(model, processor, [[picture]], ["read the number."], schedule)
+
+Around a call of your own: `with schedule(model): model.generate(**inputs)`. What a user has done wrong is a
+`CodebookError`, whose one line says what to do. docs/pruning.md has the methods and what else there is.
 """
+
+# Public names are imported when first used, so that `import codebook` costs nothing. `__init__.pyi` says the same to
+# type checkers and editors.
 
 from importlib import import_module
 from typing import Any

@@ -76,15 +76,15 @@ def printable(text: str, limit: int = LONGEST_MESSAGE) -> str:
 
 def one_line(error: BaseException, limit: int = ERROR_WORDS) -> str:
     """What an error says, in one line of at most `limit` characters; where it has no words, the name of its class."""
-    return _cut(" ".join(str(error).split()), limit) or type(error).__name__
+    return _ellipsed(" ".join(str(error).split()), limit) or type(error).__name__
 
 
 def named_line(error: BaseException, limit: int = ERROR_WORDS) -> str:
     """The same behind the name of its class, for an error of a kind that nobody expected."""
-    return _cut(" ".join(f"{type(error).__name__}: {error}".split()), limit)
+    return _ellipsed(" ".join(f"{type(error).__name__}: {error}".split()), limit)
 
 
-def _cut(line: str, limit: int) -> str:
+def _ellipsed(line: str, limit: int) -> str:
     return line if len(line) <= limit else f"{line[: limit - 3]}..."
 
 

@@ -23,7 +23,7 @@ from codebook.pruning.methods.base import beyond_features
 from codebook.pruning.ownership import codebooks_of
 from codebook.pruning.schedule import Schedule
 from codebook.pruning.stage import Stage, check_keep
-from codebook.pruning.text import StageText, read_text
+from codebook.pruning.text import DROP, StageText, read_text
 from codebook.pruning.tokens import VisualTokens, digests, mix
 from codebook.store.codebook import Codebook
 from codebook.store.known import find_named
@@ -87,10 +87,15 @@ class VllmSettings:
             if given.get(key) is None:
                 raise CodebookError(f"{CONFIG_KEY} lacks {key!r}: {HOW}")
         part = _read_method(given["method"])
-        if part.entry.uses_attention:  # before it is made at layer 0, whose refusal names later layers
-            raise _beyond(part, "attention")
-        if part.entry.uses_change:
-            raise _beyond(part, "a layer's hidden states")
+        entry = part.entry  # asked before it is made at layer 0 with a keep, whose refusal names what vLLM has not
+        for need, needed in (
+            ("attention", entry.uses_attention),
+            ("a layer's hidden states", entry.uses_change),
+            ("to say how many tokens stay", entry.adaptive),
+            ("a later layer", part.method == DROP),
+        ):
+            if needed:
+                raise _beyond(part, need)
         try:
             check_keep(given["keep"])
         except CodebookError as error:

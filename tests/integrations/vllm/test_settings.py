@@ -1,5 +1,6 @@
 """The settings of the vLLM plug-in, without vLLM: what is refused, and what is kept."""
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,7 +50,11 @@ def config(width=WIDTH, **given):
         ({"method": "cls", "keep": 0.2}, "cls needs the vision tower's attention"),
         ({"method": "cdpruner", "keep": 0.2}, "cdpruner needs the text"),
         ({"method": "pool", "keep": 0.2}, "pool needs to merge tokens"),
-        ({"method": "codebook-threshold", "keep": 0.2, "codebook": BOOK}, "leave keep out"),
+        (
+            {"method": "codebook-threshold", "keep": 0.2, "codebook": BOOK},
+            "needs to say how many tokens stay, and vLLM",
+        ),
+        ({"method": "drop", "keep": 0.2}, "drop needs a later layer, and vLLM"),
         ({"method": "codebook", "keep": 0.2}, "lacks 'codebook'"),
         ({"method": "codebook", "keep": 0.2, "codebook": 3}, "codebook is 3"),
         ({"method": "codebook", "keep": 0.2, "codebook": "/nowhere"}, "no codebook in /nowhere"),
@@ -81,6 +86,19 @@ def usable():
         except CodebookError:
             continue
     return found
+
+
+def test_the_page_names_the_methods_that_pass_and_the_others_are_told_of_one():
+    said = (Path(__file__).parents[3] / "docs/vllm.md").read_text()
+    listed = re.search(r"Its class says so: (.*?), and those that you add", said, re.DOTALL)[1]
+    passing = set()
+    for name, method in METHODS.items():
+        try:
+            VllmSettings.of({"method": name, "keep": 0.25} | ({"codebook": BOOK} if method.needs_codebook else {}))
+            passing.add(name)
+        except CodebookError as error:
+            assert "use codebook-farthest" in str(error), name
+    assert passing == set(re.findall(r"`([a-z-]+)`", listed))
 
 
 def test_what_passes_needs_nothing_but_features():
