@@ -90,7 +90,7 @@ def test_damage_is_refused_by_name(tmp_path):
         (tmp_path / name).write_bytes(data)
         with pytest.raises(CodebookError, match=says):
             read_video(tmp_path / name)
-    half = clip(tmp_path / "b.webm", count=60, size=(320, 240))
+    half = clip(tmp_path / "b.webm", count=60)
     half.write_bytes(half.read_bytes()[: half.stat().st_size // 2])
     with pytest.raises(CodebookError, match=r"b\.webm"):
         read_video(half, lambda info: [0, 59])
