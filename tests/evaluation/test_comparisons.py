@@ -35,7 +35,7 @@ def runs(said):
 
 
 def compared(table, against=None):
-    results = [{"method": method, "keep": keep} for method, keep in table]
+    results = [{"method": method, "keep": keep, "kept": {"average": keep}} for method, keep in table]
     rows = [gather_runs(tasks(), method, keep, runs(said)) for (method, keep), said in table.items()]
     add_comparisons(results, tasks(), rows, against)
     whole = {"rows": results, "tasks": {task.name: {"samples": len(task.samples)} for task in tasks()}, "skipped": []}

@@ -116,8 +116,8 @@ def test_a_file_of_samples_with_several_answers_and_a_film(put, tmp_path):
 
 def test_questions_about_one_film_are_about_one(put, tmp_path):
     """Frames in memory are the same pictures: groups of intervals and of a draw, as of questions about one file."""
-    frames = [Image.new("RGB", (8, 8), (9 * i, 0, 0)) for i in range(5)]
     for name in "ab":
+        frames = [Image.new("RGB", (8, 8), (9 * i, 0, ord(name))) for i in range(5)]
         frames[0].save(tmp_path / f"{name}.gif", save_all=True, append_images=frames[1:])
     lines = [{"video": f"{name}.gif", "question": f"q{i}", "answer": "x"} for i in range(3) for name in "ab"]
     file = put("data.jsonl", "\n".join(map(json.dumps, lines)))

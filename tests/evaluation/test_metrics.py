@@ -5,7 +5,9 @@ from itertools import count
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from codebook.cli.data import load_data
 from codebook.evaluation.metrics import (
     ACCURACY,
     CHAIR,
@@ -15,13 +17,14 @@ from codebook.evaluation.metrics import (
     estimate,
     estimates,
     mean_of,
+    numbers_of_groups,
     says_yes,
     yes_or_no,
 )
 from codebook.evaluation.scores import TaskScores, accuracy_table, mean_text, scored, standard_error
 from codebook.inference.captions import CaptionScorer, Vocabulary
 from codebook.inference.respond import Response
-from codebook.inference.samples import Sample
+from codebook.inference.samples import Sample, image_numbers
 from codebook.miniature.samples import SCORERS
 
 
@@ -108,6 +111,20 @@ def test_copies_of_a_file_are_one_image(tmp_path):
         (tmp_path / name).write_bytes(content)
     own = [Sample((tmp_path / name,), "q", "yes", "t", yes_or_no) for name in "abcd"]
     assert Task("t", own, ACCURACY).groups == [[0, 2], [1], [3]]
+
+
+def test_open_pictures_of_the_same_pixels_are_one_image():
+    """As the miniature draws one scene for the questions of several families."""
+    shades = [1, 2, 1, 3]
+    own = [Sample((Image.new("RGB", (4, 4), (shade, 0, 0)),), "q", "yes", str(i)) for i, shade in enumerate(shades)]
+    assert image_numbers(own, by_pixels=True) == [0, 1, 0, 2] and image_numbers(own) == [0, 1, 2, 3]
+    grey = replace(own[0], images=(own[0].images[0].convert("L"),))
+    assert image_numbers([grey, *own], by_pixels=True) == [0, 1, 2, 1, 3]
+    tasks = load_data(["miniature:exist", "miniature:count"], 12)
+    scenes = [[sample.pictures()[0].tobytes() for sample in task.samples] for task in tasks]
+    numbers = numbers_of_groups(tasks)
+    shared = len(set(scenes[0]) & set(scenes[1]))
+    assert shared > 0 and len(set(numbers[0]) & set(numbers[1])) == shared
 
 
 def test_mme_counts_questions_and_images(tmp_path):
