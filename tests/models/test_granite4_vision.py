@@ -8,7 +8,7 @@ from codebook import models
 from codebook.building.probes import Prober
 from codebook.errors import CodebookError
 from codebook.models.registry import family_of_config
-from codebook.pruning import Random, Schedule, Stage
+from codebook.pruning import DivPrune, Random, Schedule, Stage
 from tests.models.cells import model
 from tests.models.families import FAMILIES
 from tests.tiny import IMAGE
@@ -64,6 +64,25 @@ def test_another_picture_in_the_same_prompt_gets_a_choice_of_its_own():
     with Schedule([Stage(0, 0.5, Watch())])(target):
         target.generate(**inputs, max_new_tokens=2, use_cache=False, do_sample=False, logits_processor=[Ask()])
     assert len(chosen) == 4  # of two grids each: once for the generation, once for the other picture
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*device_map keys do not match")
+def test_its_images_are_found_where_accelerate_copies_what_encoded_them(tmp_path):
+    """Of a decoder on a disk: there is no pooled output, by which those of other families are known."""
+    pytest.importorskip("accelerate")
+    target, inputs, kept = model(NAME, "sdpa"), FAMILIES[NAME].inputs(ROWS), []
+    target.save_pretrained(tmp_path)
+    parts = [*dict(target.model.named_children()), *dict(target.model.named_parameters(recurse=False))]
+    placed = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu", "model.language_model": "disk"}
+    moved = hf.AutoModelForImageTextToText.from_pretrained(
+        tmp_path, device_map=placed, offload_folder=tmp_path / "disk"
+    )
+    for own in (target, moved.eval()):
+        with Schedule([Stage(0, 0.5, DivPrune())])(own) as pruning:
+            own.generate(**inputs, max_new_tokens=1, pad_token_id=0)
+        kept.append([stages[0].tolist() for stages in pruning.kept])
+    assert any(weight.is_meta for weight in moved.get_decoder().parameters()) and kept[0] == kept[1]
 
 
 @torch.no_grad()

@@ -95,8 +95,14 @@ class Encodings:
 
 def _one_output(one: Any, other: Any) -> bool:
     """Whether two outputs are one, or other objects around the same features, as accelerate makes where it offloads."""
-    if one is other:
-        return True
-    features = [getattr(output, "pooler_output", None) for output in (one, other)]
-    first, second = (part[0] if isinstance(part, list | tuple) and part else part for part in features)
-    return first is not None and first is second
+    return one is other or ((features := _last_features(one)) is not None and features is _last_features(other))
+
+
+def _last_features(output: Any) -> Any:
+    """The features of the last image in an output."""
+    found = getattr(output, "pooler_output", None)
+    if found is None:  # all features are for layers of the decoder, each behind its layer's number
+        found = getattr(output, "deepstack_features", None)
+    while isinstance(found, list | tuple) and found:
+        found = found[-1]
+    return found
