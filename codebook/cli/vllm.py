@@ -25,6 +25,9 @@ SERVER = "vllm.entrypoints.openai.api_server"
 NO_HOST = "data-urls-only.invalid"
 """A host that no address can have (RFC 2606): vLLM fetches from everywhere unless it is told from where."""
 
+REDIRECTS = "VLLM_MEDIA_URL_ALLOW_REDIRECTS"
+"""vLLM's variable by which it goes, or does not go, where a host sends it: to addresses that were not allowed."""
+
 
 def vllm_args_command(
     model: ModelOption,
@@ -69,6 +72,7 @@ def serve_on_vllm(
         "--host", host, "--port", str(port), "--dtype", dtype or "auto",
         "--allowed-media-domains", *(hosts or [NO_HOST]),
     ]  # fmt: skip
+    os.environ.setdefault(REDIRECTS, "0")
     if api_key:
         os.environ["VLLM_API_KEY"] = api_key  # as an argument, every user of the machine would see it
     note(f"vLLM's own server, pruned: {model}, {launch.overrides['codebook_config']}")

@@ -188,7 +188,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise ServiceError(400, "the request ended before its body did")
+                        raise ServiceError(CLIENT_LEFT, "the request ended before its body did")
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     self._arriving += len(parts[-1])

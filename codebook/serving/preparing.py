@@ -20,6 +20,11 @@ from codebook.serving.pictures import read_pictures
 from codebook.serving.request import ChatRequest, ImagePart, TextPart
 from codebook.serving.state import ModelState
 
+WHOLE = {
+    "top_k": 0, "top_h": None, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0,
+}  # fmt: skip
+"""Options of `generate` by which nothing is left out of what is drawn from, whatever the model's own defaults are."""
+
 
 class Preparer:
     """The maker of jobs from requests, on any thread.
@@ -74,7 +79,7 @@ class Preparer:
             raise ServiceError(422, f"the prompt leaves room for {room} tokens: ask for fewer", None, length)
         options: dict[str, Any] = {}
         if asked.temperature:
-            options = {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p, "top_k": 0}
+            options = WHOLE | {"do_sample": True, "temperature": asked.temperature, "top_p": asked.top_p}
         return Job(prompts, wanted or min(limits.new_tokens, room), deadline, options, asked.seed), pictures
 
 

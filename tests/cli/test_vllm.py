@@ -80,6 +80,17 @@ def test_serve_becomes_vllms_own_server(started, tmp_path):
     }
 
 
+@pytest.mark.parametrize("own", [None, "1"])
+def test_vllm_follows_no_redirects_unless_its_variable_says_so(started, monkeypatch, own):
+    """A host that is allowed could send it anywhere."""
+    monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", "")
+    monkeypatch.delenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS")
+    if own is not None:
+        monkeypatch.setenv("VLLM_MEDIA_URL_ALLOW_REDIRECTS", own)
+    started("--allow-urls", "example.com")
+    assert os.environ["VLLM_MEDIA_URL_ALLOW_REDIRECTS"] == (own or "0")
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -149,6 +149,18 @@ def test_lengths_sampling_and_conversations(client):
     assert later[0].choices[0].message.content == later[1].choices[0].message.content
 
 
+def test_samples_are_drawn_as_asked_whatever_the_model_would_leave_out(client, loaded, monkeypatch):
+    [sample] = of_miniature("test", 0, 1, ["box"])
+    asked = [body(sample, temperature=2, seed=seed, max_tokens=8) for seed in (1, 2)]
+    drawn = [client.chat.completions.create(**one).choices[0].message.content for one in asked]
+    narrow = {"min_p": 0.99, "top_h": 0.01, "typical_p": 0.01, "epsilon_cutoff": 0.99, "eta_cutoff": 0.99, "top_k": 1}
+    for name, value in narrow.items():
+        with monkeypatch.context() as own:
+            own.setattr(loaded[0].generation_config, name, value)
+            again = [client.chat.completions.create(**one).choices[0].message.content for one in asked]
+        assert again == drawn, name
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/explain", "a stream"])
 def test_a_client_that_leaves_frees_its_slot(service, monkeypatch, path):
     """Before the answer, and in the middle of a stream; an answer that has no end would take long."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -177,10 +176,6 @@ class PruningQwen(PruningModel):
             mrope_positions = place(mrope_positions, input_ids, token, num_computed_tokens, places)
         ahead = int(mrope_positions[0, -1]) + 1 - mrope_positions.shape[1]  # a prompt ends with text
         return embeddings, mrope_positions, ahead
-
-    def get_encoder_cudagraph_config(self) -> Any:
-        # vLLM replays what was recorded of the tower without asking `embed_multimodal`.
-        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
 
 
 class PrunedQwen2VLInfo(PruningInfo, Qwen2VLProcessingInfo):

@@ -54,8 +54,21 @@ class PruningProcessor:
     def _get_prompt_updates(self, mm_items: Any, hf_processor_mm_kwargs: Any, out_mm_kwargs: Any) -> list[PromptUpdate]:
         updates = super()._get_prompt_updates(mm_items, hf_processor_mm_kwargs, out_mm_kwargs)  # type: ignore[misc]
         shown = mm_items.get_all_counts().get("image", 0)  # none, if all are in the processor's cache
-        layouts = type(self).layouts(self.config, out_mm_kwargs.get_data()) if shown else []
+        data = out_mm_kwargs.get_data() if shown else {}
+        self._check_shape(data.get("pixel_values", ()))
+        layouts = type(self).layouts(self.config, data) if shown else []
         return [self._shortened(update, layouts) for update in updates]
+
+    def _check_shape(self, pixels: Tensor | Sequence[Tensor]) -> None:
+        """Refuse pixels that the tower does not take: in the model they would end the engine, for all requests."""
+        wanted = tower_shape(self.config.vision_config)
+        for own in [pixels] if isinstance(pixels, Tensor) else pixels:
+            if (given := list(own.shape[-len(wanted) :])) != wanted:
+                raise VLLMValidationError(
+                    f"mm_processor_kwargs make an image pixels of shape {given}, and the model takes {wanted}: leave "
+                    "out what changes its size or its patches",
+                    parameter="mm_processor_kwargs",
+                )
 
     def _shortened(self, update: PromptUpdate, layouts: Sequence[Layout]) -> PromptUpdate:
         if update.modality != "image":
@@ -86,6 +99,13 @@ class PruningProcessor:
         return replace(content, full=full)
 
 
+def tower_shape(config: Any) -> list[int]:
+    """The last axes of the pixels that a tower of this config takes: those of an image or crop, or of a Qwen patch."""
+    if (size := getattr(config, "image_size", None)) is None:
+        return [config.in_channels * config.temporal_patch_size * config.patch_size**2]
+    return [size, size] if isinstance(size, int) else list(size)
+
+
 class PruningModel:
     """A vLLM model that encodes images and keeps some of their embeddings; stands before vLLM's in the bases.
 
@@ -103,6 +123,12 @@ class PruningModel:
     pixels: Callable[[Any, Data], list[Tensor]]
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+        lora = vllm_config.lora_config
+        if lora is not None and lora.enable_tower_connector_lora:  # vLLM itself would ignore it, with a warning
+            raise CodebookError(
+                "adapters of tower and projector are not applied where images are pruned: leave "
+                "--enable-tower-connector-lora out"
+            )
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.settings = VllmSettings.read(vllm_config.model_config.hf_config)
         books = codebooks_of(self.settings.stage.pruner)
@@ -133,6 +159,10 @@ class PruningModel:
             both = get_tp_group().broadcast(torch.cat(chosen), src=0)
             chosen = list(both.split([len(own) for own in chosen]))
         return chosen
+
+    def get_encoder_cudagraph_config(self) -> Any:
+        """That of vLLM's class, where it has one, for no images: recorded towers run without `embed_multimodal`."""
+        return replace(super().get_encoder_cudagraph_config(), modalities=[])  # type: ignore[misc]
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load, and refuse a codebook that was built for other weights; later updates may be of the LLM alone."""

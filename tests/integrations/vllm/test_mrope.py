@@ -236,10 +236,6 @@ def test_images_that_reach_further_than_the_model_are_refused(engine, monkeypatc
         list(engine.answers([(f"w5 {SHOWN} w6", [TALL])]))
 
 
-def test_no_graph_of_the_tower_is_replayed(engine):
-    assert not engine.llm.apply_model(lambda model: model.get_encoder_cudagraph_config().modalities)[0]
-
-
 def test_the_newer_runner_of_gpus_gives_the_same_positions(engine):
     """It hands over ids and positions on the device, and asks for the chunks that hold an image alone."""
     engine.switch("uniform")

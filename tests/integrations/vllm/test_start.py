@@ -41,12 +41,12 @@ def test_vllm_inspects_every_class_in_a_process_of_its_own(family, monkeypatch, 
     assert list(tmp_path.rglob("*.json"))
 
 
-def processor(given, **options):
-    """vLLM's processor of the miniature under these settings."""
+def processor(given, family="llava", folder=MINIATURE, **options):
+    """vLLM's processor of a model, the miniature if none is named, under these settings."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.multimodal import MULTIMODAL_REGISTRY
 
-    config = EngineArgs(MINIATURE, hf_overrides=overrides("llava", given), **options).create_model_config()
+    config = EngineArgs(str(folder), hf_overrides=overrides(family, given), **options).create_model_config()
     return MULTIMODAL_REGISTRY.create_processor(config)
 
 
@@ -89,6 +89,35 @@ def test_engines_that_keep_other_tokens_share_no_block(monkeypatch):
     assert other and not first & other
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("llava", {"size": {"height": 8, "width": 8}}),
+        ("llava_next", {"size": {"shortest_edge": 8}, "crop_size": {"height": 8, "width": 8}}),
+        ("llava_onevision", {"size": {"height": 8, "width": 8}}),
+        ("qwen2_vl", {"patch_size": 8}),
+        ("qwen3_vl", {"temporal_patch_size": 4}),
+    ],
+)
+def test_a_request_whose_pixels_the_tower_does_not_take_is_refused(tmp_path, family, changes):
+    """In the model they would end the engine, for all requests: clients can send `mm_processor_kwargs`."""
+    from vllm.exceptions import VLLMValidationError
+
+    from tests.integrations.vllm import folders
+
+    folder = MINIATURE if family == "llava" else folders.save(getattr(folders, family), tmp_path)
+    made, image = processor({"method": "uniform", "keep": 0.5}, family, folder), Image.new("RGB", (40, 24))
+    token = "<|vision_start|> <|image_pad|> <|vision_end|>" if family.startswith("qwen") else "<image>"
+    text = "<s><user><image><assistant>" if family == "llava" else f"w20 {token} w21"
+
+    def given(**options):
+        return made(text, made.info.parse_mm_data({"image": [image]}), None, options)["mm_placeholders"]["image"]
+
+    assert given() == given(do_rescale=False)
+    with pytest.raises(VLLMValidationError, match="leave out what changes its size or its patches"):
+        given(**changes)
+
+
 REFUSED = [
     ({}, "lacks 'method'"),
     (None, "has no codebook_config"),
@@ -112,6 +141,36 @@ def test_wrong_settings_stop_the_start(given, words):
 def test_embeddings_in_the_place_of_images_are_refused():
     with pytest.raises(CodebookError, match="--enable-mm-embeds"):
         processor(settings("uniform", 0.2), enable_mm_embeds=True)
+
+
+def test_adapters_of_the_tower_are_refused():
+    """vLLM itself would ignore them, with a warning."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    options = {"enable_lora": True, "enable_tower_connector_lora": True}
+    refused = pytest.raises(CodebookError, match="leave --enable-tower-connector-lora out")
+    with refused, engine(MINIATURE, "llava", settings("uniform", 0.2), **options):
+        pass
+    cleanup_dist_env_and_memory()
+
+
+@pytest.mark.parametrize("family", ARCHITECTURES)
+def test_no_graph_of_a_tower_is_replayed(family, monkeypatch):
+    """Whichever of vLLM's classes can record one: what is recorded passes the pruning by."""
+    from dataclasses import dataclass
+
+    from codebook.integrations import vllm as plugin
+
+    @dataclass
+    class Recorded:
+        modalities: list[str]
+
+    from codebook.integrations.vllm.pruned import PruningModel
+
+    made = getattr(plugin, ARCHITECTURES[family][1])
+    own = made.__mro__[made.__mro__.index(PruningModel) + 1]
+    monkeypatch.setattr(own, "get_encoder_cudagraph_config", lambda _: Recorded(["image"]), raising=False)
+    assert made.get_encoder_cudagraph_config(object.__new__(made)).modalities == []
 
 
 def test_a_codebook_of_other_weights_stops_the_start(tmp_path):
