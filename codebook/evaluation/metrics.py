@@ -51,7 +51,7 @@ class Task:
     @functools.cached_property  # it looks at files, and is asked for by every row of a benchmark
     def groups(self) -> list[list[int]]:
         """Rows of samples by image: questions about one image are no independent draws."""
-        return image_groups(self.samples, by_pixels=True)
+        return image_groups(self.samples)
 
     def sums(self, texts: Sequence[str]) -> np.ndarray:
         """(groups, sums) float64 of the predictions; the sums of several runs, such as seeds, may be averaged."""
@@ -62,7 +62,7 @@ class Task:
 def numbers_of_groups(tasks: Sequence[Task]) -> list[np.ndarray]:
     """For each task the numbers of the images of its groups: those of an image are the same in all tasks."""
     every = [sample for task in tasks for sample in task.samples]
-    numbers, start, found = image_numbers(every, by_pixels=True), 0, []
+    numbers, start, found = image_numbers(every), 0, []
     for task in tasks:
         found.append(np.array([numbers[start + rows[0]] for rows in task.groups]))
         start += len(task.samples)

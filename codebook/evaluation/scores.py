@@ -54,7 +54,7 @@ def compare(
 def scored(samples: Sequence[Sample], responses: Sequence[Response]) -> Scores:
     """The scores of the responses to the samples, by task."""
     scores: Scores = {}
-    for sample, one, image in zip(samples, responses, image_numbers(samples, by_pixels=True), strict=True):
+    for sample, one, image in zip(samples, responses, image_numbers(samples), strict=True):
         own = scores.setdefault(sample.task, TaskScores())
         own.values.append(sample.score(one.text))
         own.images.append(image)

@@ -233,17 +233,16 @@ def _parse_record(
     return Sample(images, record["question"], most, task, answers=every, earlier=earlier)
 
 
-def image_groups(samples: Sequence[Sample], by_pixels: bool = False) -> list[list[int]]:
+def image_groups(samples: Sequence[Sample]) -> list[list[int]]:
     """Rows of samples that are no independent draws: about one image, also as one of several, or of one unit.
 
-    Files are one image where they have the same bytes, open pictures where they are one object, or, with `by_pixels`,
-    where they have the same pixels.
+    Files are one image where they have the same bytes, open pictures where they have the same pixels.
     """
     parent, first = list(range(len(samples))), dict[Hashable, int]()
     known = _same_files({image for sample in samples for image in sample.images if isinstance(image, Path)})
     # Questions about one open picture often share the object: its pixels are looked at once.
     opened = {id(image): image for one in samples for image in one.images if isinstance(image, Picture.Image)}
-    pixels = {number: _picture_digest(image) if by_pixels else number for number, image in opened.items()}
+    pixels = {number: _picture_digest(image) for number, image in opened.items()}
 
     def root(row: int) -> int:
         while parent[row] != row:
@@ -273,9 +272,9 @@ def _same_files(paths: Collection[Path]) -> dict[Hashable, Hashable]:
     return {path: sha256(path) for alike in sizes.values() if len(alike) > 1 for path in alike}
 
 
-def image_numbers(samples: Sequence[Sample], by_pixels: bool = False) -> list[int]:
+def image_numbers(samples: Sequence[Sample]) -> list[int]:
     """For each sample the number of its group in `image_groups`."""
-    numbers = {row: number for number, rows in enumerate(image_groups(samples, by_pixels)) for row in rows}
+    numbers = {row: number for number, rows in enumerate(image_groups(samples)) for row in rows}
     return [numbers[row] for row in range(len(samples))]
 
 

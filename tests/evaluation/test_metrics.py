@@ -117,9 +117,9 @@ def test_open_pictures_of_the_same_pixels_are_one_image():
     """As the miniature draws one scene for the questions of several families."""
     shades = [1, 2, 1, 3]
     own = [Sample((Image.new("RGB", (4, 4), (shade, 0, 0)),), "q", "yes", str(i)) for i, shade in enumerate(shades)]
-    assert image_numbers(own, by_pixels=True) == [0, 1, 0, 2] and image_numbers(own) == [0, 1, 2, 3]
+    assert image_numbers(own) == [0, 1, 0, 2]
     grey = replace(own[0], images=(own[0].images[0].convert("L"),))
-    assert image_numbers([grey, *own], by_pixels=True) == [0, 1, 2, 1, 3]
+    assert image_numbers([grey, *own]) == [0, 1, 2, 1, 3]
     tasks = load_data(["miniature:exist", "miniature:count"], 12)
     scenes = [[sample.pictures()[0].tobytes() for sample in task.samples] for task in tasks]
     numbers = numbers_of_groups(tasks)
