@@ -3,6 +3,7 @@
 On models this small threads only wait for each other, and several workers of pytest-xdist share the cores.
 """
 
+import logging
 import os
 from collections import Counter
 
@@ -36,7 +37,8 @@ def run(capfd):
         out, err = capfd.readouterr()
         return code, out, err
 
-    return call
+    yield call
+    logging.getLogger("codebook").setLevel(logging.NOTSET)  # of which a command takes what --quiet said
 
 
 @pytest.fixture

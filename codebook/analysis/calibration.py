@@ -195,17 +195,18 @@ def check_sample_count(samples: Sequence[Sample]) -> None:
     CodebookError
         If there are too few samples, in all or for one task.
     """
-    count, search = len(samples), search_count(samples)
-    if search < 2 * len(RUNGS):
-        raise CodebookError(f"{counted(count, 'sample')} cannot calibrate: give {2 * len(RUNGS) * SEARCH} at least")
-    fresh = samples[search:]
+    count, fewest = len(samples), 2 * len(RUNGS) * SEARCH
+    if count < fewest:
+        raise CodebookError(f"{counted(count, 'sample')} cannot calibrate: give {fewest} at least")
+    fresh = samples[search_count(samples) :]
     images = {(sample.task, image) for sample, image in zip(fresh, image_numbers(fresh), strict=True)}
     counts = Counter(task for task, _ in images)
     task = min((sample.task for sample in samples), key=counts.__getitem__)
     if counts[task] < FRESH:
         enough = math.ceil(FRESH * SEARCH / (SEARCH - 1))
         raise CodebookError(
-            f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task, of as many images"
+            f"task {task!r} has too few samples to confirm a gain with: give {enough} of each task, of as many images, "
+            "and some more where tasks share images"
         )
 
 

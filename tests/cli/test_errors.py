@@ -242,7 +242,7 @@ RESUMABLE = {
     "merge": ["merge", BOOK, BOOK, "--out", "new"],
     "prune --input": ["prune", "miniature", "--input", "in.jsonl", "--output", "new"],
     "horizon --out": ["horizon", "miniature", "--data", "miniature", "--count", "1", "--out", "new"],
-    "calibrate": ["calibrate", "miniature", "--data", "miniature", "--keep", ".2", "--count", "6", "--out", "a.json"],
+    "calibrate": ["calibrate", "miniature", "--data", "miniature", "--keep", ".2", "--count", "8", "--out", "a.json"],
     "bench": ["bench", "miniature", "--methods", "uniform", "--count", "1", "--out", "new"],
     "demo": ["demo", "--out", "new"],
     "train": ["miniature", "train", "--out", "new"],

@@ -10,6 +10,9 @@ from codebook.serving.joining import alike, join
 from tests.models.families import FAMILIES
 from tests.tiny import PAD
 
+ONE_BY_ONE = {"molmo2"}
+"""Families whose prompts are answered alone: which patches make a token is said by their numbers among all images'."""
+
 
 @pytest.mark.parametrize("families", [["ocr", "box", "rel"], ["multi"]])
 def test_joined_prompts_equal_the_processors_batch(loaded, families):
@@ -42,7 +45,10 @@ def test_every_family_answers_joined_prompts_as_alone(family):
     model = family.make()
     rows = [[5, 6, "image", 7, 8, 9], [10, "image", 11, 12, 13, 14, 15, 16]]
     alone = [Prompts(family.inputs([row]), [1]) for row in rows]
-    assert alike(*alone) and not alike(alone[0], Prompts(family.inputs([[5, "image", 6, "image"]]), [2]))
+    assert not alike(alone[0], Prompts(family.inputs([[5, "image", 6, "image"]]), [2]))
+    assert alike(*alone) == (family.name not in ONE_BY_ONE)
+    if family.name in ONE_BY_ONE:
+        return
     schedule = Schedule([Stage(0, 0.5, Uniform())])
 
     def logits(prompts):
