@@ -170,6 +170,17 @@ def _stay(gone_from, more):
     return torch.cat([gone_from, torch.full_like(more, 10**6)], 1)
 
 
+def followed(inputs, more):
+    """(inputs, positions) of whole prompts: the processor's, each with the text `more` (b, t) behind it."""
+    whole = {
+        **inputs,
+        "input_ids": torch.cat([inputs["input_ids"], more], 1),
+        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1),
+        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1),
+    }
+    return whole, (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
+
 def merged(model, input_ids, pixel_values):
     """Embeddings (B, L, d) with the images' features in place."""
     embeds = model.get_input_embeddings()(input_ids)

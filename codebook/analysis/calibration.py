@@ -8,6 +8,7 @@ and task. So the deep stage is searched for on a calibration set, by successive 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -283,6 +284,11 @@ class Search:
         self.values: dict[str, dict[int, float]] = {}
         self.count = 0
 
+    @functools.cached_property  # it looks at all pictures, and every mean asks for it
+    def images(self) -> list[int]:
+        """`image_numbers` of the samples: first asked for behind `fill_answers`, which drops some."""
+        return image_numbers(self.samples)
+
     def tick(self, answers: int) -> None:
         self.count += answers
         self._done(self.count)
@@ -349,9 +355,9 @@ class Search:
     def _mean(self, values: dict[int, float], rows: range) -> tuple[float, float]:
         """Mean over the tasks of each task's mean, and its standard error."""
         tasks: dict[str, tuple[list[float], list[int]]] = {}
-        for row, image in zip(rows, image_numbers([self.samples[row] for row in rows]), strict=True):
+        for row in rows:
             found, images = tasks.setdefault(self.samples[row].task, ([], []))
             found.append(values[row])
-            images.append(image)
+            images.append(self.images[row])
         mean = float(np.mean([np.mean(found) for found, _ in tasks.values()]))
         return mean, float(error_of_mean([deviation(np.array(found), images) for found, images in tasks.values()]))

@@ -129,9 +129,8 @@ class ModelThread:
     def __init__(self, model: Model, processor: Processor, schedule: Schedule, metrics: Metrics) -> None:
         self._model, self._schedule, self._metrics = model, schedule, metrics
         self._ends = _ends(model)
-        self._forced_end = (
-            model.generation_config.forced_eos_token_id is not None
-        )  # where a batch's longest answer ends
+        # Whether it ends where the longest answer of a batch does.
+        self._forced_end = model.generation_config.forced_eos_token_id is not None
         self._pad = processor.tokenizer.pad_token_id or 0  # masked
         self._queue: deque[Job | Errand] = deque()
         self._ready = threading.Condition()

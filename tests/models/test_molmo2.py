@@ -68,13 +68,7 @@ def test_a_further_turn_is_causal_whatever_its_types():
     """As in the stock class, whose block is of the first forward alone."""
     target, tiny = model(NAME, "sdpa"), FAMILIES[NAME]
     inputs, more = tiny.inputs(ROWS), torch.tensor([[25, NEWLINE, 27, NEWLINE, 29], [30, NEWLINE, 32, NEWLINE, 34]])
-    whole = {
-        **inputs,
-        "input_ids": torch.cat([inputs["input_ids"], more], 1),
-        "attention_mask": torch.cat([inputs["attention_mask"], torch.ones_like(more)], 1),
-        "mm_token_type_ids": torch.cat([inputs["mm_token_type_ids"], torch.zeros_like(more)], 1),
-    }
-    positions = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    whole, positions = reference.followed(inputs, more)
     with SCHEDULE(target) as pruning:
         cache = target(**inputs, position_ids=positions[:, :-5], use_cache=True).past_key_values
         now = {"input_ids": more, "attention_mask": whole["attention_mask"], "position_ids": positions[:, -5:]}
